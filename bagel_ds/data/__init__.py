@@ -1,0 +1,1 @@
+"""What turns files into batches: index -> plan -> materialize -> PackedBatch."""
