@@ -30,13 +30,13 @@ def recorded_schedules() -> list[Any]:
             about, rates = entry, entry["lr"]
         else:
             continue
-        arguments = dict(
-            lr=about.get("base_lr", recorded["base_lr"]),
-            min_lr=about.get("min_lr", 0.0),
-            warmup_steps=about["warmup"],
-            total_steps=about["total"],
-            schedule=name.split("_")[0],
-        )
+        arguments = {
+            "lr": about.get("base_lr", recorded["base_lr"]),
+            "min_lr": about.get("min_lr", 0.0),
+            "warmup_steps": about["warmup"],
+            "total_steps": about["total"],
+            "schedule": name.split("_")[0],
+        }
         cases.append(pytest.param(arguments, rates, id=name))
     return cases
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -12,7 +13,13 @@ from bagel_ds.train.schedule import SCHEDULES, learning_rate
 
 
 def rates(steps: int, **changed: Any) -> list[float]:
-    arguments: dict[str, Any] = dict(lr=2e-5, min_lr=1e-7, warmup_steps=10, total_steps=100, schedule="cosine")
+    arguments: dict[str, Any] = {
+        "lr": 2e-5,
+        "min_lr": 1e-7,
+        "warmup_steps": 10,
+        "total_steps": 100,
+        "schedule": "cosine",
+    }
     return [learning_rate(step, **{**arguments, **changed}) for step in range(steps)]
 
 
@@ -39,7 +46,7 @@ def test_constant_ignores_min_lr_and_total_steps() -> None:
 
 def test_cosine_never_rises_and_stays_at_min_lr_past_the_end() -> None:
     curve = rates(250)[10:]
-    assert all(later <= earlier for earlier, later in zip(curve, curve[1:]))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(curve))
     assert all(math.isclose(rate, 1e-7, rel_tol=1e-9) for rate in curve[90:])
 
 
