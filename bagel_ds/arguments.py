@@ -1,0 +1,165 @@
+"""Every option of a training run, under the original trainer's name: type, default and one line of help.
+
+Guarantees: three frozen dataclasses hold all options and nothing else; no name occurs twice. How options are read from
+a command line or a YAML file is `command_line.py`'s work, what is refused or explained is `config.py`'s.
+docs/arguments.md is generated from this file. Options that the original trainers don't have say "(ours)".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with its one-line help and, for strings, the values it can take."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelArguments:
+    """Which network is built, and from which files."""
+
+    model_path: str = option("hf/BAGEL-7B-MoT", "folder laid out like BAGEL-7B-MoT, or its hub id when online")
+    llm_path: str = option("hf/Qwen2.5-0.5B-Instruct/", "language model to start from without finetune_from_hf")
+    vit_path: str = option("hf/siglip-so400m-14-980-flash-attn2-navit/", "ViT to start from without finetune_from_hf")
+    vae_path: str = option("flux/vae/ae.safetensors", "VAE file used without finetune_from_hf")
+    llm_qk_norm: bool = option(True, "RMSNorm on queries and keys, per head")
+    tie_word_embeddings: bool = option(False, "one matrix for embedding and output head; BAGEL has two")
+    layer_module: str = option("Qwen2MoTDecoderLayer", "decoder layer; BAGEL-7B-MoT is Qwen2MoTDecoderLayer")
+    max_latent_size: int | None = option(
+        None, "side of the latent position table (64 in BAGEL-7B-MoT); None takes what the checkpoint holds"
+    )
+    latent_patch_size: int = option(2, "side of a latent token in VAE cells")
+    vit_patch_size: int = option(14, "side of a ViT patch in pixels")
+    vit_max_num_patch_per_side: int = option(70, "side of the ViT position table in patches")
+    connector_act: str = option("gelu_pytorch_tanh", "activation between the two linear layers of the connector")
+    interpolate_pos: bool = option(False, "scale position ids of an image to the whole table")
+    vit_select_layer: int = option(-2, "ViT layer whose output is used, counted from the end")
+    vit_rope: bool = option(False, "rotary positions in the ViT; BAGEL learns a table instead")
+    text_cond_dropout_prob: float = option(0.1, "chance to drop a conditioning text")
+    vae_cond_dropout_prob: float = option(0.3, "chance to drop a conditioning VAE image")
+    vit_cond_dropout_prob: float = option(0.3, "chance to drop a conditioning ViT image")
+
+
+@dataclass(frozen=True)
+class DataArguments:
+    """What is trained on, and how much of it fits one sequence."""
+
+    dataset_config_file: str = option(
+        "data/configs/example.yaml", "YAML that names groups of datasets and their weights"
+    )
+    dataset_info: str | None = option(
+        None,
+        "(ours) where datasets lie; None looks for dataset_info.{yaml,json,py} beside the config, above it, in data/",
+    )
+    prefetch_factor: int = option(2, "packs each DataLoader worker prepares ahead")
+    num_workers: int = option(4, "DataLoader workers per rank; 0 reads in the training process")
+    max_num_tokens_per_sample: int = option(16384, "longer samples are skipped, counted and reported")
+    expected_num_tokens: int = option(32768, "the least a pack should hold")
+    max_num_tokens: int = option(36864, "hard limit of a pack: lower it first when memory runs out")
+    prefer_buffer_before: int = option(16384, "the original packer's buffer rule; packs are planned ahead here")
+    max_buffer_size: int = option(50, "the original packer's buffer size; packs are planned ahead here")
+    data_seed: int = option(42, "seed of the order of samples and of all random choices in them")
+
+
+@dataclass(frozen=True)
+class TrainingArguments:
+    """What is optimised, how, and what a run leaves behind."""
+
+    visual_gen: bool = option(True, "train image generation")
+    visual_und: bool = option(True, "train image understanding")
+
+    results_dir: str = option("results", "folder of log.txt, metrics.jsonl and TensorBoard files")
+    checkpoint_dir: str = option("results/checkpoints", "folder of the step_N checkpoints")
+
+    enable_wandb: bool | None = option(
+        None, "Weights & Biases: True or False decides; None means on when wandb_project or wandb_name is given"
+    )
+    wandb_project: str = option("bagel", "W&B project")
+    wandb_name: str = option("run", "W&B run name")
+    wandb_runid: str = option("0", "W&B run id suffix, to continue a run")
+    wandb_resume: str = option("allow", "W&B resume mode", choices=("allow", "must", "never", "auto"))
+    wandb_offline: bool = option(False, "log W&B locally, without a key")
+
+    global_seed: int = option(4396, "seed of weights made anew")
+    auto_resume: bool = option(False, "continue from the newest complete checkpoint in checkpoint_dir, if there is one")
+    resume_from: str | None = option(None, "checkpoint or model folder to continue from when auto_resume finds none")
+    resume_model_only: bool = option(False, "take only the weights of resume_from, not its optimizer and data state")
+    finetune_from_ema: bool = option(False, "start from ema.safetensors rather than model.safetensors")
+    finetune_from_hf: bool = option(False, "start from the weights of model_path")
+
+    log_every: int = option(10, "optimizer steps between log lines")
+    save_every: int = option(2000, "optimizer steps between checkpoints; the last step is always saved")
+    total_steps: int = option(500_000, "optimizer steps of the whole run")
+    del_previous_state: bool = option(False, "after a save, delete older optimizer states and keep the weights")
+    debug_batches: int = option(0, "show the first N packs before training")
+
+    warmup_steps: int = option(2000, "steps over which the learning rate rises from 0")
+    lr_scheduler: str = option("constant", "schedule after the warm-up", choices=("constant", "cosine"))
+    lr: float = option(1e-4, "peak learning rate; fine-tuning usually takes 1e-5 to 2e-5")
+    min_lr: float = option(1e-7, "where the cosine schedule ends")
+    beta1: float = option(0.9, "AdamW's decay of the mean of gradients")
+    beta2: float = option(0.95, "AdamW's decay of the mean of squared gradients")
+    eps: float = option(1e-15, "AdamW's epsilon; weight decay is 0, as in the original")
+    ema: float = option(0.9999, "decay of the moving average of the weights; 0 turns it off")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 turns clipping off")
+    timestep_shift: float = option(1.0, "shifts flow timesteps towards noise")
+    mse_weight: float = option(1.0, "weight of the generation loss")
+    ce_weight: float = option(1.0, "weight of the text loss")
+    ce_loss_reweighting: bool = option(False, "weigh every text by 1/sqrt(length) rather than by its length")
+    gradient_accumulation_steps: int = option(1, "packs per rank and optimizer step")
+    peak_device_tflops: float = option(0.0, "peak of one GPU in TFLOPS, for MFU; 0 detects it")
+
+    freeze_llm: bool = option(False, "don't train the language model (both experts)")
+    freeze_vit: bool = option(False, "don't train the ViT")
+    freeze_vae: bool = option(True, "don't train the VAE; it never is")
+    freeze_und: bool = option(False, "no gradient through understanding tokens: only the generation side learns")
+    copy_init_moe: bool = option(True, "generation expert starts as a copy where the checkpoint lacks it")
+    use_flex: bool = option(False, "same as attn flex")
+
+    num_replicate: int = option(1, "FSDP only: see sharding_strategy")
+    num_shard: int = option(8, "FSDP only: GPUs of one sharding group; as many as there are, or more, means all")
+    sharding_strategy: str = option(
+        "HYBRID_SHARD",
+        "FSDP only: fills the ZeRO stage where given and ds_config leaves it open",
+        choices=("FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"),
+    )
+    backward_prefetch: str = option(
+        "BACKWARD_PRE", "FSDP only: no meaning here", choices=("BACKWARD_PRE", "BACKWARD_POST", "NO_PREFETCH")
+    )
+    cpu_offload: bool = option(False, "optimizer states and parameters in CPU memory, where ds_config leaves it open")
+
+    ds_config: str = option("zero3.json", "(ours) DeepSpeed configuration: a path, or a name in ds_configs/")
+    attn: str = option(
+        "auto", "(ours) attention backend; the result is the same", choices=("auto", "flash", "flex", "sdpa")
+    )
+    precision: str = option(
+        "bf16", "(ours) bf16 with fp32 master weights, or fp32 throughout (for tests)", choices=("bf16", "fp32")
+    )
+    activation_checkpointing: str = option(
+        "full", "(ours) recompute every decoder layer in backward, or keep its activations", choices=("full", "none")
+    )
+    save_dtype: str = option(
+        "auto",
+        "(ours) number format of exported weights; auto is the run's precision",
+        choices=("auto", "bf16", "fp32"),
+    )
+
+
+SECTIONS: dict[str, type] = {"model": ModelArguments, "data": DataArguments, "training": TrainingArguments}
+
+
+def all_options() -> dict[str, dataclasses.Field[Any]]:
+    """Every option by name, in the order of this file."""
+    return {field.name: field for section in SECTIONS.values() for field in dataclasses.fields(section)}
+
+
+def type_name(field: dataclasses.Field[Any]) -> str:
+    """ "int", "float", "bool" or "str"; annotations are strings in this file."""
+    return str(field.type).removesuffix(" | None")
+
+
+def is_optional(field: dataclasses.Field[Any]) -> bool:
+    return str(field.type).endswith(" | None")

@@ -1,0 +1,214 @@
+"""From words of a command line, or keys of a YAML file, to typed values by option name.
+
+Guarantees: `_` and `-` are the same, `--name value` and `--name=value` too, booleans may stand bare, unambiguous
+prefixes count, the last of repeated options wins; every fault is found in one pass, none is raised here. Whether the
+values make sense together is not looked at (`config.py` does).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bagel_ds.arguments import SECTIONS, all_options, is_optional, type_name
+
+# What the parser itself understands: a YAML file, and what the deepspeed launcher appends (LOCAL_RANK says the same).
+OWN_WORDS = {"config": "read options from this YAML file; the command line wins", "local_rank": ""}
+TRUE_WORDS = ("true", "1", "yes", "on")
+FALSE_WORDS = ("false", "0", "no", "off")
+
+
+@dataclasses.dataclass
+class Words:
+    """What one source of options said. `values` holds typed values by option name."""
+
+    values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    explicit: set[str] = dataclasses.field(default_factory=set)
+    faults: list[str] = dataclasses.field(default_factory=list)
+    config_file: str | None = None
+    help: bool = False
+
+
+def parse_value(name: str, raw: Any) -> Any:
+    """The value of option `name` from a word or a YAML scalar. Raises ValueError with a message for people."""
+    field = all_options()[name]
+    wanted = type_name(field)
+    if raw is None or (isinstance(raw, str) and raw.strip().lower() in ("none", "null")):
+        if is_optional(field):
+            return None
+        raise ValueError(f"--{name} expects {_expected(field)}, found None")
+    if isinstance(raw, (list, dict)):
+        raise ValueError(f"--{name} expects one value ({_expected(field)}), found a {type(raw).__name__}")
+    word = str(raw).strip()
+    try:
+        value = _READERS[wanted](word)
+    except ValueError:
+        raise ValueError(f"--{name} expects {_expected(field)}, found {word!r}") from None
+    choices = field.metadata["choices"]
+    if choices and value not in choices:
+        same = [choice for choice in choices if choice.lower() == word.lower()]
+        if not same:
+            raise ValueError(f"--{name} expects {_expected(field)}, found {word!r}")
+        return same[0]
+    return value
+
+
+def _read_bool(word: str) -> bool:
+    if word.lower() in TRUE_WORDS:
+        return True
+    if word.lower() in FALSE_WORDS:
+        return False
+    raise ValueError(word)
+
+
+def _read_float(word: str) -> float:
+    value = float(word)
+    if not math.isfinite(value):
+        raise ValueError(word)
+    return value
+
+
+_READERS: dict[str, Any] = {"str": str, "int": int, "float": _read_float, "bool": _read_bool}
+
+
+def _expected(field: dataclasses.Field[Any]) -> str:
+    if field.metadata["choices"]:
+        return "one of " + ", ".join(field.metadata["choices"])
+    words = {"str": "text", "int": "a whole number", "float": "a finite number", "bool": "True or False"}
+    return words[type_name(field)] + (" or None" if is_optional(field) else "")
+
+
+def find_name(word: str) -> str:
+    """The full name behind a word without its dashes. Raises ValueError naming the nearest, or the candidates."""
+    name = word.replace("-", "_")
+    known = [*all_options(), *OWN_WORDS, "help"]
+    if name in known:
+        return name
+    candidates = [option for option in known if name and option.startswith(name)]
+    if len(candidates) == 1:
+        return candidates[0]
+    if candidates:
+        raise ValueError(f"--{word} is ambiguous: it could be {', '.join('--' + option for option in candidates)}")
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    raise ValueError(f"unknown argument --{word}; the nearest known one is --{nearest} (--help lists all)")
+
+
+def read_words(argv: list[str]) -> Words:
+    """Read a command line without the program's name."""
+    words = Words()
+    rest = list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word == "-h":
+            words.help = True
+        elif not word.startswith("--") or word == "--":
+            words.faults.append(f"{word!r} stands alone: options are given as --name value or --name=value")
+        else:
+            _read_option(word[2:], rest, words)
+    return words
+
+
+def _read_option(word: str, rest: list[str], words: Words) -> None:
+    """Take one option, and its value from the front of `rest` where it needs one."""
+    written, equals, given = word.partition("=")
+    try:
+        name = find_name(written)
+    except ValueError as fault:
+        words.faults.append(str(fault))
+        if not equals and rest and not rest[0].startswith("--"):
+            rest.pop(0)  # the unknown option's value is no second fault
+        return
+    if name == "help":
+        words.help = True
+        return
+    is_bool = name in all_options() and type_name(all_options()[name]) == "bool"
+    if not equals:
+        if rest and not rest[0].startswith("--"):
+            given = rest.pop(0)
+        elif is_bool:
+            given = "True"
+        else:
+            words.faults.append(f"--{name} needs a value and has none")
+            return
+    if name == "config":
+        words.config_file = given
+    elif name != "local_rank":
+        _keep(name, given, words)
+
+
+def _keep(name: str, raw: Any, words: Words) -> None:
+    try:
+        words.values[name] = parse_value(name, raw)
+        words.explicit.add(name)
+    except ValueError as fault:
+        words.faults.append(str(fault))
+
+
+def read_yaml(file: str) -> Words:
+    """Read options from a YAML mapping, flat or under `model`, `data`, `training`.
+
+    A list `explicit` (written by `RunConfig.to_yaml`) names the options a person gave; without it all that stand in the
+    file were given.
+    """
+    words = Words()
+    path = Path(file)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as fault:
+        words.faults.append(f"--config {file}: can't be read ({fault}); pass the path of a YAML file with options")
+        return words
+    except yaml.YAMLError as fault:
+        words.faults.append(f"--config {file}: is no valid YAML: {' '.join(str(fault).split())}")
+        return words
+    if content is not None and not isinstance(content, dict):
+        words.faults.append(f"--config {file}: expected a mapping of option names to values, found {content!r:.60}")
+        return words
+    content = dict(content or {})
+    given = content.pop("explicit", None)
+    for key, value in _flattened(content):
+        try:
+            name = find_name(str(key))
+        except ValueError as fault:
+            words.faults.append(f"--config {file}: {fault}")
+            continue
+        if name in all_options():
+            _keep(name, value, words)
+        else:
+            words.faults.append(f"--config {file}: {key!r} can't stand in a file, only on the command line")
+    if isinstance(given, list):
+        words.explicit &= {str(name) for name in given}
+    return words
+
+
+def _flattened(content: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    pairs: list[tuple[Any, Any]] = []
+    for key, value in content.items():
+        pairs += list(value.items()) if key in SECTIONS and isinstance(value, dict) else [(key, value)]
+    return pairs
+
+
+def help_text() -> str:
+    """What --help prints."""
+    lines = [
+        "deepspeed [launcher options] launch/train.py --ds_config zero3.json [options]",
+        "",
+        "Options are written --name value, --name=value or, for True, --name; '-' and '_' are the same, and an",
+        "unambiguous beginning of a name is enough.",
+        "",
+        "  --config FILE",
+        f"        {OWN_WORDS['config']}",
+    ]
+    for title, section in SECTIONS.items():
+        lines += ["", f"{title} - {section.__doc__}"]
+        for field in dataclasses.fields(section):
+            shown = "{" + ",".join(field.metadata["choices"]) + "}" if field.metadata["choices"] else type_name(field)
+            lines.append(f"  --{field.name} {shown}")
+            text = f"{field.metadata['help']} [{field.default}]"
+            lines += textwrap.wrap(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines)
