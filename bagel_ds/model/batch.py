@@ -3,8 +3,7 @@
 It is the complete input of one micro-batch: a step draws no random number of its own, so equal batches give equal steps.
 A modality that is absent is a tensor of zero rows or an empty tuple, never None.
 
-Shape legend: T tokens of the pack, N text tokens, P ViT patches, G generation (VAE latent) tokens, U = T - G understanding
-tokens, K positions with a cross-entropy label, M positions with a velocity target, F features of a latent token (64).
+Shape legend: T tokens of the pack, N text tokens, P ViT patches, G generation (VAE latent) tokens, K positions with a cross-entropy label, M positions with a velocity target, F features of a latent token (64).
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ CAUSAL, FULL, NOISE = "causal", "full", "noise"
 class PackedBatch:
     """Several samples laid end to end in one sequence (layout: REFERENCE 7; all index tensors int64).
 
-    Indexes point into the sequence. Samples own consecutive splits, splits own consecutive tokens:
-    `sum(sample_lens) == sum(split_lens) == T`.
+    Indexes point into the sequence; every position is in exactly one of text_indexes, vit_indexes and vae_indexes.
+    Samples own consecutive splits, splits own consecutive tokens: `sum(sample_lens) == sum(split_lens) == T`.
     """
 
     sample_lens: tuple[int, ...]
@@ -55,13 +54,6 @@ class PackedBatch:
 
     samples: tuple[str, ...] = ()  # where each sample came from, for messages: "dataset: file row group 3 row 17"
     skipped: tuple[tuple[str, str], ...] = ()  # (dataset, reason) of planned samples that could not be read
-    und_indexes: Tensor = dataclasses.field(default=None)  # type: ignore[assignment]  # [U] all that is not vae_indexes
-
-    def __post_init__(self) -> None:
-        if self.und_indexes is None:
-            is_und = torch.ones(self.sequence_length, dtype=torch.bool)
-            is_und[self.vae_indexes] = False
-            object.__setattr__(self, "und_indexes", is_und.nonzero().flatten())
 
     @property
     def sequence_length(self) -> int:

@@ -1,0 +1,162 @@
+"""safetensors files read and written by flat range.
+
+Guarantees: reading maps the file and copies only the range asked for; writing puts each range straight at its place in the
+file, so neither side ever holds a whole tensor. The header is checked when a file is opened; the files are ordinary
+safetensors that any reader loads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Iterable, Mapping, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bagel_ds.errors import UserError
+
+_TORCH = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in _TORCH.items()}
+
+
+class TensorInfo(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class WeightSource(Protocol):
+    """Anything that can hand out flat ranges of named tensors."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def info(self, name: str) -> TensorInfo: ...
+
+    def read(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
+        """Elements [start, start + numel) of the flattened tensor, 1-D, in the source's dtype."""
+        ...
+
+
+class TensorFiles:
+    """Several safetensors files as one `WeightSource`."""
+
+    def __init__(self, paths: Iterable[Path]):
+        self.paths = [Path(path) for path in paths]
+        self._where: dict[str, tuple[np.memmap, TensorInfo, int]] = {}
+        self.metadata: dict[str, str] = {}
+        for path in self.paths:
+            header, data_start = read_header(path)
+            self.metadata.update(header.pop("__metadata__", {}))
+            mapped = np.memmap(path, dtype=np.uint8, mode="r")
+            for name, entry in header.items():
+                info = TensorInfo(_TORCH[entry["dtype"]], tuple(entry["shape"]))
+                start, stop = (data_start + offset for offset in entry["data_offsets"])
+                if stop > len(mapped) or stop - start != info.nbytes:
+                    raise UserError(
+                        f"{path}: the file is cut short or damaged at tensor {name!r} (it needs {stop:,} bytes, the "
+                        f"file has {len(mapped):,}). Download or copy it again."
+                    )
+                self._where[name] = (mapped, info, start)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._where)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for _, info, _ in self._where.values())
+
+    def info(self, name: str) -> TensorInfo:
+        return self._where[name][1]
+
+    def read(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
+        mapped, info, offset = self._where[name]
+        numel = info.numel - start if numel is None else numel
+        assert 0 <= start and start + numel <= info.numel, (name, start, numel, info)
+        size = info.dtype.itemsize
+        raw = np.array(mapped[offset + start * size : offset + (start + numel) * size])
+        return torch.from_numpy(raw).view(info.dtype)
+
+
+class TensorFileWriter:
+    """A safetensors file whose layout is fixed first and whose ranges are then written in any order.
+
+    Use as a context manager; on success the file is flushed to disk. Missing ranges read as zeros.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None):
+        self._tensors = dict(tensors)
+        self._offsets: dict[str, int] = {}
+        header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+        position = 0
+        for name, info in self._tensors.items():
+            header[name] = {
+                "dtype": _NAMES[info.dtype],
+                "shape": list(info.shape),
+                "data_offsets": [position, position + info.nbytes],
+            }
+            self._offsets[name] = position
+            position += info.nbytes
+        encoded = json.dumps(header, separators=(",", ":")).encode()
+        encoded += b" " * (-len(encoded) % 8)
+        self._data_start = 8 + len(encoded)
+        self._file = open(path, "wb")
+        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._file.truncate(self._data_start + position)
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Put `values` (1-D, the declared dtype, on CPU) at flat offset `start` of `name`."""
+        info = self._tensors[name]
+        assert values.dtype == info.dtype and start + values.numel() <= info.numel, (name, start, values.shape, info)
+        self._file.seek(self._data_start + self._offsets[name] + start * info.dtype.itemsize)
+        self._file.write(values.contiguous().view(torch.uint8).numpy().data)
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> TensorFileWriter:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self.close()
+        else:
+            self._file.close()
+
+
+def read_header(path: Path) -> tuple[dict, int]:
+    """The JSON header of a safetensors file and the offset where its data begins."""
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= os.fstat(file.fileno()).st_size - 8:
+                raise ValueError("header length out of range")
+            header = json.loads(file.read(length))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error}). Download or copy it again.") from None
+    return header, 8 + length

@@ -1,0 +1,74 @@
+"""Position tables and the timestep embedding.
+
+Guarantees: the sin-cos tables are functions of width and side alone, so they are computed, never loaded, and equal those
+in a checkpoint of the same side. Computed in float64, rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bagel_ds.model.layers import Linear
+
+FREQUENCIES = 256  # width of the timestep's sinusoid
+
+
+def position_table(width: int, side: int) -> Tensor:
+    """[side*side, width] float32, row r = row*side + column; quarters sin(x), cos(x), sin(y), cos(y), x the column.
+
+    w_k = 10000^(-k/(width/4)). Source: MAE's 2-D sin-cos embedding, column first.
+    """
+    omega = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width / 4))
+    angles = np.arange(side, dtype=np.float64)[:, None] * omega
+    one_axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)  # [side, width/2]
+    columns = np.tile(one_axis, (side, 1))
+    rows = np.repeat(one_axis, side, axis=0)
+    return torch.from_numpy(np.concatenate([columns, rows], axis=1)).float()
+
+
+class PositionTable(nn.Module):
+    """A frozen `position_table`, looked up by id. Kept as a parameter because checkpoints hold it."""
+
+    def __init__(self, width: int, side: int):
+        super().__init__()
+        self.width, self.side = width, side
+        self.pos_embed = nn.Parameter(torch.empty(side * side, width), requires_grad=False)
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        return F.embedding(position_ids, self.pos_embed)
+
+
+class TimestepEmbedder(nn.Module):
+    """t in [0, 1] (not times 1000) -> [cos(t f), sin(t f)] -> Linear -> SiLU -> Linear; f_i = 10000^(-i/128)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(Linear(FREQUENCIES, width), nn.SiLU(), Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """t: [G] float32. Returns [G, width] in the weights' dtype."""
+        half = FREQUENCIES // 2
+        frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+        angles = t[:, None] * frequencies
+        sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
+
+
+def rope_tables(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin, each [T, head_dim] in `dtype`; angles are computed in fp32 whatever the run's precision."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
+    angles = position_ids[:, None].float() * (1.0 / theta**exponent)
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotary embedding, rotate-half form (first half against second half)."""
+    first, second = x_THD.chunk(2, dim=-1)
+    rotated = torch.cat([-second, first], dim=-1)
+    return x_THD * cos_TD[:, None] + rotated * sin_TD[:, None]

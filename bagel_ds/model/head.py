@@ -1,0 +1,70 @@
+"""Language-model head and cross entropy as one module.
+
+Guarantees: the [K, vocabulary] logits never exist; at most about `CHUNK_ELEMENTS` fp32 values of them do at a time. The
+module is called exactly once per micro-batch on every rank and reads its weight only inside its own forward and backward,
+so under ZeRO-3 the weight is gathered once each, however many chunks a rank needs.
+
+Shape legend: K positions with a label, C hidden, V vocabulary (padded rows included), v one vocabulary chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor, nn
+
+CHUNK_ELEMENTS = 2**25  # fp32 logits held at once: 128 MiB
+
+
+class CrossEntropyHead(nn.Module):
+    """`lm_head`: weight [V, C], no bias."""
+
+    def __init__(self, hidden_size: int, vocab_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, hidden_KC: Tensor, label_ids_K: Tensor) -> Tensor:
+        """Cross entropy of each position in fp32, [K]; zero positions give an empty tensor that still has a gradient."""
+        return _ChunkedCrossEntropy.apply(hidden_KC, self.weight, label_ids_K)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Chunks run over the vocabulary, so each weight row's gradient is one matrix product: nothing is rounded twice."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_KC: Tensor, weight_VC: Tensor, label_ids_K: Tensor) -> Tensor:
+        log_sum = torch.full((len(hidden_KC),), -torch.inf, device=hidden_KC.device)
+        label_logit = torch.zeros_like(log_sum)
+        for start, stop in _chunks(len(hidden_KC), len(weight_VC)):
+            logits_Kv = (hidden_KC @ weight_VC[start:stop].T).float()
+            log_sum = torch.logaddexp(log_sum, logits_Kv.logsumexp(dim=1))
+            inside = (label_ids_K >= start) & (label_ids_K < stop)
+            columns = (label_ids_K - start).clamp(0, stop - start - 1)
+            label_logit += logits_Kv.gather(1, columns[:, None])[:, 0] * inside
+        ctx.save_for_backward(hidden_KC, weight_VC, label_ids_K, log_sum)
+        return log_sum - label_logit
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        hidden_KC, weight_VC, label_ids_K, log_sum = ctx.saved_tensors
+        grad_K1 = grad_outputs[0].float()[:, None]
+        grad_hidden = torch.zeros_like(hidden_KC, dtype=torch.float32)
+        grad_weight = torch.empty_like(weight_VC) if ctx.needs_input_grad[1] else None
+        rows = torch.arange(len(hidden_KC), device=hidden_KC.device)
+        for start, stop in _chunks(len(hidden_KC), len(weight_VC)):
+            chunk = weight_VC[start:stop]
+            grad_logits = ((hidden_KC @ chunk.T).float() - log_sum[:, None]).exp_()
+            inside = (label_ids_K >= start) & (label_ids_K < stop)
+            grad_logits[rows, (label_ids_K - start).clamp(0, stop - start - 1)] -= inside.float()
+            grad_logits = (grad_logits * grad_K1).to(hidden_KC.dtype)
+            grad_hidden += grad_logits @ chunk
+            if grad_weight is not None:
+                torch.mm(grad_logits.T, hidden_KC, out=grad_weight[start:stop])
+        return grad_hidden.to(hidden_KC.dtype), grad_weight, None
+
+
+def _chunks(positions: int, vocabulary: int) -> Iterator[tuple[int, int]]:
+    size = max(1024, CHUNK_ELEMENTS // max(positions, 1))
+    for start in range(0, vocabulary, size):
+        yield start, min(start + size, vocabulary)

@@ -1,0 +1,60 @@
+"""Building blocks whose weights are always read from a checkpoint.
+
+Guarantees: constructing one allocates memory and nothing else (no random initialisation), so that a 14.6 B model under
+`zero.Init` is not filled twice. A weight must be loaded before it is used.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Linear(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Left to the checkpoint."""
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Left to the checkpoint."""
+
+
+class RMSNorm(nn.Module):
+    """x * rsqrt(mean(x^2) + eps) in fp32, back to the input's dtype, then times the weight (in this order)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_fp32 = x.float()
+        normed = x_fp32 * torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class GELUMLP(nn.Module):
+    """fc1 -> gelu (tanh approximation) -> fc2: SigLIP's MLP and BAGEL's connector."""
+
+    def __init__(self, width_in: int, hidden: int, width_out: int):
+        super().__init__()
+        self.fc1 = Linear(width_in, hidden)
+        self.fc2 = Linear(hidden, width_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class SwiGLUMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), no biases: Qwen2's MLP."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.gate_proj = Linear(width, hidden, bias=False)
+        self.up_proj = Linear(width, hidden, bias=False)
+        self.down_proj = Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -1,0 +1,148 @@
+"""The mixture of transformers: Qwen2 layers with an understanding and a generation expert.
+
+Guarantees: parameter names and shapes of `language_model.model.*` in a BAGEL checkpoint. Tokens travel as two contiguous
+tensors, one per expert, through norms, projections and MLPs; only attention sees them in sequence order. Every module is
+called on every batch, on zero rows if need be, unless the whole run generates nothing (visual_gen off).
+
+Shape legend: T tokens of the pack, U understanding tokens, G generation tokens (T = U + G), C hidden, H heads, K key/value
+heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bagel_ds.model.attention import AttentionLayout, attend
+from bagel_ds.model.config import BagelConfig, LLMConfig
+from bagel_ds.model.embeddings import apply_rope
+from bagel_ds.model.head import CrossEntropyHead
+from bagel_ds.model.layers import Embedding, Linear, RMSNorm, SwiGLUMLP
+from bagel_ds.model.recompute import Recompute
+
+GEN = "_moe_gen"
+
+
+class Experts(NamedTuple):
+    """One tensor per expert: und [U, ...], gen [G, ...]."""
+
+    und: Tensor
+    gen: Tensor
+
+    def __add__(self, other: Experts) -> Experts:  # type: ignore[override]
+        return Experts(self.und + other.und, self.gen + other.gen)
+
+
+class PackGeometry(NamedTuple):
+    """What a layer needs to know of the pack besides the tokens."""
+
+    attention: AttentionLayout
+    cos_TD: Tensor
+    sin_TD: Tensor
+    to_sequence: Tensor  # [T] expert-major row of each sequence position
+    to_experts: Tensor  # [T] sequence position of each expert-major row
+
+
+class TwoExperts(nn.Module):
+    """A module whose children come in pairs `name` and `name_moe_gen`."""
+
+    use_gen: bool
+    freeze_und: bool
+
+    def __init__(self, config: BagelConfig):
+        super().__init__()
+        self.use_gen = config.visual_gen
+        self.freeze_und = config.freeze_und
+
+    def route(self, name: str, x: Experts) -> Experts:
+        """Each expert's `name` on its own tokens."""
+        und = getattr(self, name)(x.und)
+        gen = getattr(self, name + GEN)(x.gen) if self.use_gen else und[:0]
+        return Experts(und, gen)
+
+    def stop_und(self, x: Experts) -> Experts:
+        """With freeze_und, no gradient passes through understanding tokens (REFERENCE 6)."""
+        return Experts(x.und.detach(), x.gen) if self.freeze_und else x
+
+
+class MoTAttention(TwoExperts):
+    def __init__(self, config: BagelConfig):
+        super().__init__(config)
+        llm = config.llm
+        self.head_dim = llm.head_dim
+        self.qk_norm = llm.qk_norm
+        for suffix in ("", GEN):
+            self.add_module("q_proj" + suffix, Linear(llm.hidden_size, llm.num_attention_heads * llm.head_dim))
+            self.add_module("k_proj" + suffix, Linear(llm.hidden_size, llm.num_key_value_heads * llm.head_dim))
+            self.add_module("v_proj" + suffix, Linear(llm.hidden_size, llm.num_key_value_heads * llm.head_dim))
+            self.add_module("o_proj" + suffix, Linear(llm.num_attention_heads * llm.head_dim, llm.hidden_size, bias=False))
+            if llm.qk_norm:
+                self.add_module("q_norm" + suffix, RMSNorm(llm.head_dim, llm.rms_norm_eps))
+                self.add_module("k_norm" + suffix, RMSNorm(llm.head_dim, llm.rms_norm_eps))
+
+    def forward(self, x: Experts, geometry: PackGeometry) -> Experts:
+        q_THD = apply_rope(self._heads("q", x, geometry), geometry.cos_TD, geometry.sin_TD)
+        k_TKD = apply_rope(self._heads("k", x, geometry), geometry.cos_TD, geometry.sin_TD)
+        v_TKD = self._heads("v", x, geometry)
+        o_TC = attend(q_THD, k_TKD, v_TKD, geometry.attention).flatten(1)
+        und, gen = o_TC[geometry.to_experts].split([len(x.und), len(x.gen)])
+        return self.stop_und(self.route("o_proj", Experts(und, gen)))
+
+    def _heads(self, which: str, x: Experts, geometry: PackGeometry) -> Tensor:
+        """Projected, normed and cut into heads, in sequence order: [T, H or K, D]."""
+        projected = self.route(which + "_proj", x)
+        heads = Experts(*(tokens.unflatten(-1, (-1, self.head_dim)) for tokens in projected))
+        if self.qk_norm and which != "v":
+            heads = self.route(which + "_norm", heads)
+        return torch.cat(self.stop_und(heads))[geometry.to_sequence]
+
+
+class MoTLayer(TwoExperts):
+    def __init__(self, config: BagelConfig):
+        super().__init__(config)
+        llm = config.llm
+        self.self_attn = MoTAttention(config)
+        for suffix in ("", GEN):
+            self.add_module("mlp" + suffix, SwiGLUMLP(llm.hidden_size, llm.intermediate_size))
+            self.add_module("input_layernorm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps))
+            self.add_module("post_attention_layernorm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps))
+
+    def forward(self, x_UC: Tensor, x_GC: Tensor, geometry: PackGeometry) -> tuple[Tensor, Tensor]:
+        x = Experts(x_UC, x_GC)
+        x = x + self.self_attn(self.route("input_layernorm", x), geometry)
+        mlp = self.route("mlp", self.route("post_attention_layernorm", x))
+        return tuple(x + self.stop_und(mlp))  # type: ignore[return-value]
+
+
+class MoTModel(TwoExperts):
+    """`language_model.model`: embedding, layers, final norms."""
+
+    def __init__(self, config: BagelConfig):
+        super().__init__(config)
+        llm = config.llm
+        self.embed_tokens = Embedding(llm.vocab_size, llm.hidden_size)
+        self.layers = nn.ModuleList(MoTLayer(config) for _ in range(llm.num_hidden_layers))
+        for suffix in ("", GEN):
+            self.add_module("norm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps))
+
+    def forward(self, x: Experts, geometry: PackGeometry, recompute: Recompute) -> Experts:
+        for layer in self.layers:
+            x = Experts(*recompute(layer, x.und, x.gen, geometry))
+        return self.stop_und(self.route("norm", x))
+
+
+class LanguageModel(nn.Module):
+    """Holds `model` and `lm_head` under the checkpoint's names; BAGEL calls the two itself."""
+
+    def __init__(self, config: BagelConfig):
+        super().__init__()
+        self.model = MoTModel(config)
+        self.lm_head = CrossEntropyHead(config.llm.hidden_size, config.llm.vocab_size)
+
+
+def llm_matmul_parameters(llm: LLMConfig) -> int:
+    """Matrix-multiply parameters of ONE expert over all layers (embedding, norms and biases not counted)."""
+    attention = 2 * llm.hidden_size * (llm.num_attention_heads + llm.num_key_value_heads) * llm.head_dim
+    return llm.num_hidden_layers * (attention + 3 * llm.hidden_size * llm.intermediate_size)

@@ -1,0 +1,88 @@
+"""SigLIP NaViT: packed image patches of any aspect ratio -> one feature per patch.
+
+Guarantees: parameter names and shapes of `vit_model.*` in a BAGEL checkpoint; attention stays inside each image; zero
+images are fine.
+
+Shape legend: P patches of all images, H heads, D head dim, W ViT width.
+"""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+from torch import Tensor, nn
+
+from bagel_ds.model.attention import AttentionLayout, attend
+from bagel_ds.model.config import ViTConfig
+from bagel_ds.model.layers import Embedding, GELUMLP, Linear
+from bagel_ds.model.recompute import Recompute
+
+
+class ViTAttention(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        width = config.hidden_size
+        self.heads = config.num_attention_heads
+        self.k_proj = Linear(width, width)
+        self.v_proj = Linear(width, width)
+        self.q_proj = Linear(width, width)
+        self.out_proj = Linear(width, width)
+
+    def forward(self, x_PW: Tensor, layout: AttentionLayout) -> Tensor:
+        q, k, v = (proj(x_PW).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attend(q, k, v, layout).flatten(1))
+
+
+class ViTLayer(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.self_attn = ViTAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = GELUMLP(config.hidden_size, config.intermediate_size, config.hidden_size)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x_PW: Tensor, layout: AttentionLayout) -> Tensor:
+        x_PW = x_PW + self.self_attn(self.layer_norm1(x_PW), layout)
+        return x_PW + self.mlp(self.layer_norm2(x_PW))
+
+
+class ViTEmbeddings(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.patch_embedding = Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.position_embedding = Embedding(config.max_patches_per_side**2, config.hidden_size)
+
+    def forward(self, patches: Tensor, position_ids: Tensor) -> Tensor:
+        return self.patch_embedding(patches) + self.position_embedding(position_ids)
+
+
+class ViTEncoder(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(ViTLayer(config) for _ in range(config.num_layers))
+
+
+class ViTVisionModel(nn.Module):
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.embeddings = ViTEmbeddings(config)
+        self.encoder = ViTEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, patches: Tensor, position_ids: Tensor, seqlens: Sequence[int], recompute: Recompute) -> Tensor:
+        layout = AttentionLayout.images(seqlens)
+        x_PW = self.embeddings(patches, position_ids)
+        for layer in self.encoder.layers:
+            x_PW = recompute(layer, x_PW, layout)
+        return self.post_layernorm(x_PW)
+
+
+class NaViT(nn.Module):
+    """`forward` takes normalised patches [P, 588] in the model's dtype and returns [P, W]."""
+
+    def __init__(self, config: ViTConfig):
+        super().__init__()
+        self.vision_model = ViTVisionModel(config)
+
+    def forward(self, patches: Tensor, position_ids: Tensor, seqlens: Sequence[int], recompute: Recompute) -> Tensor:
+        return self.vision_model(patches, position_ids, seqlens, recompute)
