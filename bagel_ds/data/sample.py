@@ -62,3 +62,7 @@ class Stream(Protocol):
     def plan_sample(self, row: int, epoch: int) -> SamplePlan | None:
         """The sample of `row` in `epoch`, every choice made; None where the row is unusable (counted at indexing)."""
         ...
+
+
+class BadRow(ValueError):
+    """A row that cannot be used. The message is the reason, without the place: who catches it knows file and row."""
