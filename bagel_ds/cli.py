@@ -1,0 +1,60 @@
+"""The `bagel-ds` command.
+
+Guarantees: a user's mistake is one message on stderr and exit code 2; `--help` needs neither torch nor DeepSpeed, as
+each command imports what it needs only when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import bagel_ds
+from bagel_ds.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code."""
+    options = make_parser().parse_args(argv)
+    try:
+        options.run(options)
+    except UserError as fault:
+        print(f"bagel-ds: {fault}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All commands; each sets `run`, a function of the parsed options."""
+    parser = argparse.ArgumentParser(prog="bagel-ds", description="Fine-tune BAGEL-7B-MoT with DeepSpeed.")
+    parser.add_argument("--version", action="version", version=f"bagel-ds {bagel_ds.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="write a tiny BAGEL and small data sets to try every command on")
+    demo.add_argument("--out", type=Path, required=True, help="folder to write: model/, data/ and two dataset configs")
+    demo.add_argument("--seed", type=int, default=0, help="same seed, same files (default 0)")
+    demo.set_defaults(run=_demo)
+
+    arguments = commands.add_parser("arguments", help="print the page of all training arguments (docs/arguments.md)")
+    arguments.set_defaults(run=_arguments)
+    return parser
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from bagel_ds.demo import write_demo
+
+    write_demo(options.out, options.seed)
+
+
+def _arguments(options: argparse.Namespace) -> None:
+    from bagel_ds.arguments_page import arguments_page
+
+    print(arguments_page(), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
