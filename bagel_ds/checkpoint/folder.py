@@ -14,12 +14,13 @@ from typing import Mapping
 import torch
 from torch import Tensor
 
-from bagel_ds.checkpoint.tensors import TensorFiles, TensorInfo
+from bagel_ds.checkpoint.tensors import TensorFiles
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.model.config import LLMConfig, VAEConfig, ViTConfig
 from bagel_ds.model.embeddings import position_table
 from bagel_ds.model.parts import POSITION_TABLES, generation_twin
 from bagel_ds.model.vae import AutoEncoder
+from bagel_ds.ranges import TensorInfo
 
 MODEL, EMA, VAE = "model.safetensors", "ema.safetensors", "ae.safetensors"
 CONFIG_FILES = ("llm_config.json", "vit_config.json", "config.json", "generation_config.json", "preprocessor_config.json")

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Iterable, Mapping, NamedTuple, Protocol
+from typing import Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bagel_ds.errors import UserError
+from bagel_ds.ranges import TensorInfo
 
 _TORCH = {
     "F64": torch.float64,
@@ -29,31 +30,6 @@ _TORCH = {
     "BOOL": torch.bool,
 }
 _NAMES = {dtype: name for name, dtype in _TORCH.items()}
-
-
-class TensorInfo(NamedTuple):
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def numel(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.dtype.itemsize
-
-
-class WeightSource(Protocol):
-    """Anything that can hand out flat ranges of named tensors."""
-
-    def __contains__(self, name: str) -> bool: ...
-
-    def info(self, name: str) -> TensorInfo: ...
-
-    def read(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
-        """Elements [start, start + numel) of the flattened tensor, 1-D, in the source's dtype."""
-        ...
 
 
 class TensorFiles:

@@ -1,0 +1,115 @@
+"""Training state as ranges in safetensors files, one per rank.
+
+Guarantees: any number of ranks can read what any other number wrote, whatever the ZeRO stage or offload, because files hold
+named ranges of unpadded parameters; reading maps the files and copies only what is asked for; nothing is pickled.
+
+A file holds 1-D tensors named "<kind>/<parameter>" with kind master, exp_avg, exp_avg_sq, ema (fp32) or weight (frozen
+parameters, their own dtype); the header's metadata gives the start of each range.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Iterable, Mapping, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bagel_ds.checkpoint.tensors import TensorFiles, TensorFileWriter
+from bagel_ds.errors import UserError
+from bagel_ds.ranges import Pieces, TensorInfo
+
+EMA, WEIGHT = "ema", "weight"
+
+
+class Held(NamedTuple):
+    """One range of one kind that a rank is going to write."""
+
+    kind: str
+    name: str
+    start: int
+    numel: int
+    dtype: torch.dtype
+
+
+def rank_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank_{rank:05d}.safetensors"
+
+
+def write_rank(path: Path, held: Iterable[Held], pieces: Iterable[tuple[str, Pieces]]) -> None:
+    """Write one rank's state. `held` announces every range; `pieces` then brings them, by kind, in any order."""
+    tensors = {f"{part.kind}/{part.name}": TensorInfo(part.dtype, (part.numel,)) for part in held}
+    starts = {f"{part.kind}/{part.name}": part.start for part in held}
+    with TensorFileWriter(path, tensors, {"starts": json.dumps(starts)}) as writer:
+        for kind, (name, ranges) in pieces:
+            for piece, values in ranges:
+                assert piece.start == starts[f"{kind}/{name}"], "one contiguous range per parameter and rank"
+                writer.write(f"{kind}/{name}", 0, values.detach().cpu())
+
+
+class StateFiles:
+    """All ranks' files of one checkpoint, read by range."""
+
+    def __init__(self, folder: Path):
+        self._files = [TensorFiles([path]) for path in sorted(folder.glob("rank_*.safetensors"))]
+        if not self._files:
+            raise UserError(f"{folder} holds no rank_*.safetensors: it is not a training state of bagel_ds.")
+        self._folder = folder
+        self._parts: dict[str, list[tuple[int, int, TensorFiles]]] = {}  # name -> (start, stop, file), by start
+        for files in self._files:
+            starts = json.loads(files.metadata["starts"])
+            for name in files.names:
+                start = starts[name]
+                self._parts.setdefault(name, []).append((start, start + files.info(name).numel, files))
+        for parts in self._parts.values():
+            parts.sort(key=lambda part: part[:2])
+
+    def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
+        """Elements [start, start + numel) of one kind of one parameter, stitched from as many files as it takes."""
+        pieces = []
+        position = start
+        for low, high, files in self._parts.get(f"{kind}/{name}", []):
+            if low <= position < high and position < start + numel:
+                stop = min(high, start + numel)
+                pieces.append(files.read(f"{kind}/{name}", position - low, stop - position))
+                position = stop
+        if position < start + numel:
+            raise UserError(
+                f"{self._folder}: elements {position} to {start + numel} of {kind}/{name} are in none of its "
+                f"{len(self._files)} rank files. A file is missing or belongs to another run; resume from another checkpoint."
+            )
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
+
+    def source(self, shapes: Mapping[str, tuple[int, ...]], *kinds: str) -> StateSource:
+        """A `WeightSource` that gives each parameter from the first of `kinds` that is stored for it."""
+        return StateSource(self, shapes, kinds)
+
+    def has(self, kind: str, name: str) -> bool:
+        return f"{kind}/{name}" in self._parts
+
+    def dtype(self, kind: str, name: str) -> torch.dtype:
+        return self._parts[f"{kind}/{name}"][0][2].info(f"{kind}/{name}").dtype
+
+
+class StateSource:
+    """Masters (or moments, or averages) of a training state as a `WeightSource`."""
+
+    def __init__(self, state: StateFiles, shapes: Mapping[str, tuple[int, ...]], kinds: tuple[str, ...]):
+        self._state, self._shapes, self._kinds = state, shapes, kinds
+
+    def _kind(self, name: str) -> str:
+        for kind in self._kinds:
+            if self._state.has(kind, name):
+                return kind
+        return self._kinds[0]  # `read` then says what is missing
+
+    def __contains__(self, name: str) -> bool:
+        return any(self._state.has(kind, name) for kind in self._kinds)
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(self._state.dtype(self._kind(name), name), self._shapes[name])
+
+    def read(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
+        numel = TensorInfo(torch.float32, self._shapes[name]).numel - start if numel is None else numel
+        return self._state.read(self._kind(name), name, start, numel)

@@ -1,0 +1,57 @@
+"""Flat ranges of named tensors: the language in which ZeRO partitions and files speak to each other.
+
+Guarantees: a `Range` always refers to the flattened, unpadded parameter, so ranges written by any number of ranks can be
+read by any other number.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Iterable, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Range(NamedTuple):
+    """Elements [start, start + numel) of the flattened tensor `name`."""
+
+    name: str
+    start: int
+    numel: int
+
+
+class TensorInfo(NamedTuple):
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class Pieces(NamedTuple):
+    """What one rank holds of the tensor `name`: possibly nothing. Values are 1-D, of any dtype, on any device."""
+
+    name: str
+    ranges: list[tuple[Range, Tensor]]
+
+
+# The same names in the same order on every rank, each with that rank's pieces. Tensors are valid until the next name.
+PiecesByName = Iterable[Pieces]
+
+
+class WeightSource(Protocol):
+    """Anything that can hand out flat ranges of named tensors."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def info(self, name: str) -> TensorInfo: ...
+
+    def read(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
+        """Elements [start, start + numel) of the flattened tensor, 1-D, in the source's dtype."""
+        ...

@@ -1,0 +1,68 @@
+"""Loss of an optimizer step, normalised over everything that is in it.
+
+Guarantees: every labelled token of a step weighs the same, and so does every noised latent token, whichever rank or
+micro-batch holds it: two micro-batches on one rank, or one on each of two, give the same gradient. A step without labels
+(or without noised images) has a zero loss of that kind, with zero gradients.
+
+    loss = ce_weight * sum(ce) / N_ce + mse_weight * sum(mean over features of mse) / N_mse
+
+with N over all ranks and micro-batches. With ce_loss_reweighting, sum(ce w) / sum(w) replaces the first mean.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bagel_ds.model.bagel import BagelOutput
+from bagel_ds.model.batch import PackedBatch
+
+
+class LossOptions(NamedTuple):
+    """The original's arguments of these names."""
+
+    ce_weight: float = 1.0
+    mse_weight: float = 1.0
+    ce_loss_reweighting: bool = False
+
+
+class WindowTotals(NamedTuple):
+    """What one optimizer step holds over all ranks and micro-batches."""
+
+    ce: float  # labels, or the sum of their weights with ce_loss_reweighting
+    mse: float  # noised latent tokens
+    tokens: float
+
+
+def window_totals(window: Sequence[PackedBatch], options: LossOptions, device: torch.device) -> WindowTotals:
+    """Count the batches of a step on all ranks; one small collective call, made before the first backward."""
+    counts = torch.zeros(3, dtype=torch.float64)
+    for batch in window:
+        labels = batch.ce_loss_weights.double().sum() if options.ce_loss_reweighting else len(batch.label_ids)
+        counts += torch.tensor([labels, len(batch.mse_loss_indexes), batch.sequence_length], dtype=torch.float64)
+    counts = counts.to(device)
+    dist.all_reduce(counts)
+    return WindowTotals(*counts.tolist())
+
+
+class LossSums(NamedTuple):
+    """This rank's part of a step's two means; summed over ranks and micro-batches they are the means."""
+
+    ce: Tensor
+    mse: Tensor
+
+
+def partial_means(output: BagelOutput, batch: PackedBatch, totals: WindowTotals, options: LossOptions) -> LossSums:
+    """One micro-batch's contribution to the step's mean cross entropy and mean squared error."""
+    ce = output.ce * batch.ce_loss_weights if options.ce_loss_reweighting else output.ce
+    mse = output.mse.mean(dim=-1)
+    # A kind that nobody has sums to zero; dividing by 1 keeps it so and keeps it in the graph.
+    return LossSums(ce.sum() / (totals.ce or 1.0), mse.sum() / (totals.mse or 1.0))
+
+
+def weighted(means: LossSums, options: LossOptions) -> Tensor:
+    """The scalar whose gradient is taken."""
+    return options.ce_weight * means.ce + options.mse_weight * means.mse

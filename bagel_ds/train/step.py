@@ -1,0 +1,56 @@
+"""One optimizer step: a window of micro-batches in, updated weights and the step's losses out.
+
+Guarantees: every rank makes the same calls in the same order, whatever its batches hold; losses are means over the whole
+step and all ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Callable, NamedTuple, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bagel_ds.model.batch import PackedBatch
+from bagel_ds.train.loss import LossOptions, LossSums, partial_means, weighted, window_totals
+from bagel_ds.zero.engine import ZeroEngine
+
+Encode = Callable[[PackedBatch], Tensor]  # the batch's images as clean latent tokens [G, F] fp32
+
+
+class StepResult(NamedTuple):
+    """Means over the whole step; ce or mse is None where the step has none of it."""
+
+    ce: float | None
+    mse: float | None
+    total: float
+    grad_norm: float
+    tokens: int  # over all ranks
+
+
+def optimizer_step(
+    engine: ZeroEngine, encode: Encode, window: Sequence[PackedBatch], learning_rate: float, options: LossOptions
+) -> StepResult:
+    """Forward, backward and update over `window` (this rank's micro-batches, as many as accumulation steps)."""
+    totals = window_totals(window, options, engine.device)
+    world = dist.get_world_size()
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    grad_norm = None
+    for batch in window:
+        batch = batch.to(engine.device)
+        means = partial_means(engine.forward(batch, encode(batch)), batch, totals, options)
+        sums += torch.stack(means).detach()
+        # DeepSpeed averages gradients over ranks; the means are already over all of them.
+        engine.backward(weighted(means, options) * world)
+        grad_norm = engine.micro_step(learning_rate)
+    assert grad_norm is not None, "a window has as many batches as the engine has accumulation steps"
+    dist.all_reduce(sums)
+    ce, mse = sums.tolist()
+    return StepResult(
+        ce=ce if totals.ce else None,
+        mse=mse if totals.mse else None,
+        total=float(weighted(LossSums(*sums), options)),
+        grad_norm=grad_norm,
+        tokens=int(totals.tokens),
+    )

@@ -1,0 +1,121 @@
+"""The DeepSpeed engine around a BAGEL network: build, forward, backward, step.
+
+Guarantees: the weights the first step computes with are those of the source, masters included, in the source's own
+precision; the gradient of a step is that of the loss as given (no hidden division by accumulation steps); every step
+clips, updates and clears exactly once.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Callable, NamedTuple
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from bagel_ds.errors import UserError
+from bagel_ds.ranges import WeightSource
+from bagel_ds.zero.config import offload_device, zero_stage
+from bagel_ds.zero.ema import ShardedEMA
+from bagel_ds.zero.partitions import Partitions, full_shape, load_masters, load_weights
+
+logger = logging.getLogger("bagel_ds")
+
+
+class AdamOptions(NamedTuple):
+    """AdamW without weight decay, as the original trains."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-15
+
+
+def run_dtype(ds_config: dict[str, Any]) -> torch.dtype:
+    """The dtype weights and activations have under this configuration."""
+    return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
+
+
+class ZeroEngine:
+    """One network under DeepSpeed. `build` makes the module (its weights are not initialised, so none are wasted)."""
+
+    def __init__(self, build: Callable[[], nn.Module], trainable: Callable[[str], bool], ds_config: dict[str, Any]):
+        self.stage = zero_stage(ds_config)
+        self.ds_config = ds_config
+        self.module = self._construct(build)
+        for name, parameter in self.module.named_parameters():
+            parameter.requires_grad_(trainable(name))
+        self.shapes = {name: full_shape(parameter) for name, parameter in self.module.named_parameters()}
+        self.device: torch.device = torch.device(deepspeed.get_accelerator().current_device_name())
+
+    def start(self, weights: WeightSource, adam: AdamOptions) -> int:
+        """Load this rank's weights, make the optimizer, give its masters the source's precision. Returns bytes read."""
+        read = load_weights(self.module, weights)
+        parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise UserError(
+                "nothing to train: the freeze_* arguments with visual_und/visual_gen leave no trainable parameter. "
+                "Turn one of them off."
+            )
+        self._engine, *_ = deepspeed.initialize(
+            model=self.module, optimizer=self._adam(parameters, adam), config=self.ds_config
+        )
+        self.partitions = Partitions(self._engine)
+        load_masters(self.partitions, weights)
+        return read
+
+    def start_ema(self, decay: float, source: WeightSource | None) -> ShardedEMA:
+        """The moving average, from `source` or, where None, from the masters as they are."""
+        ema = ShardedEMA(self.partitions, decay)
+        if source is None:
+            ema.start_from_masters()
+        else:
+            ema.load(source)
+        return ema
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of `loss`, averaged over ranks."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def micro_step(self, learning_rate: float) -> float | None:
+        """Call after each backward: on the window's last it updates and returns the gradient norm before clipping."""
+        boundary = self._engine.is_gradient_accumulation_boundary()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._unpartitioned_norm() if boundary and self.stage == 0 else None
+        self._engine.step()
+        if not boundary:
+            return None
+        return float(norm if norm is not None else self._engine.get_global_grad_norm())
+
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks and buffers, so that another engine can be built in this process."""
+        self._engine.destroy()
+
+    def _construct(self, build: Callable[[], nn.Module]) -> nn.Module:
+        if self.stage == 3:
+            # The dtype comes from the configuration: zero.Init's own argument is ignored where fp16 is unsupported.
+            with deepspeed.zero.Init(config_dict_or_path=self.ds_config):
+                return build()
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(run_dtype(self.ds_config))
+        try:
+            with torch.device(deepspeed.get_accelerator().current_device_name()):
+                return build()
+        finally:
+            torch.set_default_dtype(before)
+
+    def _adam(self, parameters: list[nn.Parameter], adam: AdamOptions) -> torch.optim.Optimizer:
+        options: dict[str, Any] = {"lr": 0.0, "betas": adam.betas, "eps": adam.eps, "weight_decay": 0.0}
+        if offload_device(self.ds_config, "optimizer") != "none":
+            from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles its kernel on first use
+
+            return DeepSpeedCPUAdam(parameters, **options)
+        return torch.optim.AdamW(parameters, **options, fused=torch.cuda.is_available())
+
+    def _unpartitioned_norm(self) -> Tensor:
+        """Stage 0 keeps whole gradients, and DeepSpeed does not report their norm."""
+        gradients = [parameter.grad.float() for parameter in self.module.parameters() if parameter.grad is not None]
+        return torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
