@@ -1,0 +1,183 @@
+"""From the plan to this rank's batches.
+
+Guarantees: global micro-step m runs packs [m*W, (m+1)*W), rank r the r-th, whatever the number of workers and the
+prefetch; each batch comes with the state after its step, from which any number of ranks goes on with exactly the next
+packs. Planning happens in the main process, reading and decoding in workers, which hold no state: a worker is a
+function from a pack's plan to its tensors. Closing the iterator ends its workers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+from collections import deque
+from dataclasses import asdict
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any, Iterable, Iterator, NamedTuple, Sequence
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from bagel_ds.data.cost import CostModel
+from bagel_ds.data.plan import ALGORITHM, PackingOptions, Planner, Step
+from bagel_ds.data.sample import SamplePlan
+from bagel_ds.errors import UserError
+from bagel_ds.model.batch import PackedBatch
+from bagel_ds.model.config import BagelConfig
+
+if TYPE_CHECKING:
+    from bagel_ds.data.materialize import LayoutOptions
+    from bagel_ds.data.sources import GroupStream
+    from bagel_ds.data.tokenizer import Tokenizer
+
+__all__ = ["MicroBatch", "PackingOptions", "PlannedData"]
+
+
+class MicroBatch(NamedTuple):
+    """One rank's share of a global micro-step, with numbers over all ranks (equal on all of them)."""
+
+    batch: PackedBatch
+    state: dict[str, Any]  # after this step: resuming from it gives exactly the next packs
+    efficiency: float  # mean fill of the step's packs, 0..1 of max_num_tokens
+    imbalance: float  # max / mean - 1 of the packs' language-model cost
+    epochs: dict[str, float]  # by group: 0.37 = 37 % of the first epoch planned
+
+
+class _Packs(Dataset[PackedBatch]):
+    """Indexed by the plans of a pack's samples."""
+
+    def __init__(
+        self, streams: Sequence[GroupStream], tokenizer: Tokenizer, options: LayoutOptions, noise_seed: int
+    ) -> None:
+        self._arguments = (streams, tokenizer, options, noise_seed)
+
+    def __getitem__(self, plans: tuple[SamplePlan, ...]) -> PackedBatch:
+        from bagel_ds.data.materialize import materialize
+
+        return materialize(plans, *self._arguments)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    """Workers leave stopping to the trainer: a signal to the whole process group must not cost it the current step."""
+    torch.set_num_threads(1)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signal_number, signal.SIG_IGN)
+
+
+class PlannedData:
+    """The data of a run: the plan, and this rank's batches of it."""
+
+    def __init__(
+        self,
+        streams: Sequence[GroupStream],
+        tokenizer: Tokenizer,
+        layout_options: LayoutOptions,
+        packing: PackingOptions,
+        noise_seed: int,
+        model_config: BagelConfig | None = None,
+    ) -> None:
+        cost = CostModel.of(model_config)
+        self.planner = Planner(streams, packing, cost)
+        self._packs = _Packs(streams, tokenizer, layout_options, noise_seed)
+        groups = [(s.name, s.weight, s.is_mandatory, s.fingerprint) for s in streams]
+        budgets = (packing.max_num_tokens, packing.lookahead, packing.data_seed)
+        self._plan = _digest([ALGORITHM, groups, budgets, asdict(cost)])
+        self.fingerprint = _digest([self._plan, noise_seed, repr(layout_options)])
+
+    def micro_batches(
+        self,
+        rank: int,
+        world_size: int,
+        num_workers: int = 0,
+        prefetch_factor: int = 2,
+        pin_memory: bool = False,
+        start: dict[str, Any] | None = None,
+    ) -> Iterator[MicroBatch]:
+        """Batches of `rank`, without end, from the beginning or from the `state` of an earlier `MicroBatch`.
+
+        Raises `UserError` at once where `start` belongs to other data or other options.
+        """
+        if start and start.get("plan") != self._plan:
+            raise UserError(
+                f"the training state was saved with another data plan ({start.get('plan')}) than this run's "
+                f"({self._plan}): the data files, weights, budgets, data_seed or the model's shape changed, and its place "
+                "in the data means nothing here. Restore them, or start from its weights only (--resume_from ... "
+                "--resume_model_only True with a new checkpoint_dir)"
+            )
+        steps = self.planner.steps(world_size, start)
+        return self._iterate(steps, rank, num_workers, prefetch_factor, pin_memory)
+
+    def _iterate(
+        self, steps: Iterator[Step], rank: int, num_workers: int, prefetch_factor: int, pin_memory: bool
+    ) -> Iterator[MicroBatch]:
+        under_way: deque[Step] = deque()
+
+        def planned() -> Iterator[tuple[SamplePlan, ...]]:
+            for step in steps:
+                under_way.append(step)
+                yield step.packs[rank].samples
+
+        loader = DataLoader(
+            self._packs,
+            batch_size=None,
+            sampler=_Once(planned()),
+            num_workers=num_workers,
+            prefetch_factor=prefetch_factor if num_workers else None,
+            pin_memory=pin_memory and torch.cuda.is_available(),
+            collate_fn=_as_is,
+            worker_init_fn=_start_worker,
+            multiprocessing_context="fork" if num_workers else None,
+            generator=torch.Generator(),  # or it would draw its seed from the global one
+        )
+        with warnings.catch_warnings():
+            # Python 3.12 warns of fork in a threaded process; the workers use no lock that the parent could hold.
+            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+            batches = iter(loader)
+        try:
+            for batch in batches:
+                yield self._micro_batch(batch, under_way.popleft())
+        finally:
+            _end_workers(batches)
+
+    def _micro_batch(self, batch: PackedBatch, step: Step) -> MicroBatch:
+        costs = [pack.llm for pack in step.packs]
+        tokens = sum(pack.length for pack in step.packs)
+        return MicroBatch(
+            batch,
+            {"plan": self._plan, **step.state},
+            efficiency=tokens / (len(step.packs) * self.planner.options.max_num_tokens),
+            imbalance=max(costs) * len(costs) / max(1, sum(costs)) - 1,
+            epochs=step.epochs,
+        )
+
+
+class _Once:
+    """A sampler over an iterator; DataLoader asks it for an iterator once."""
+
+    def __init__(self, plans: Iterable[tuple[SamplePlan, ...]]) -> None:
+        self._plans = plans
+
+    def __iter__(self) -> Iterator[tuple[SamplePlan, ...]]:
+        return iter(self._plans)
+
+
+def _digest(parts: list[Any]) -> str:
+    return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _end_workers(batches: Any) -> None:
+    """Stop and reap the workers now, not when the iterator is collected; one that hangs is killed."""
+    if not hasattr(batches, "_shutdown_workers"):  # without workers there is nothing to end
+        return
+    batches._shutdown_workers()
+    for worker in batches._workers:
+        if worker.is_alive():  # terminate() asks by SIGTERM, which our workers ignore
+            worker.kill()
+            worker.join()
