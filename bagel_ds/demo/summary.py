@@ -1,0 +1,88 @@
+"""How a run went, in a few lines: `python -m bagel_ds.demo.summary RESULTS_DIR [CHECKPOINT_DIR]`.
+
+Guarantees: only says what it finds on disk; losses are averages over the first and the last tenth of the logged steps
+(at least five), read from metrics.jsonl, where later lines for a step supersede earlier ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+from bagel_ds.errors import UserError
+
+LOSSES = {"loss/mse": "MSE (generation)", "loss/ce": "CE (text)"}
+
+
+def read_metrics(path: Path) -> list[dict[str, float | None]]:
+    """One dict per logged step, in step order. Raises UserError when the file is missing or holds no step."""
+    steps: dict[int, dict[str, float | None]] = {}
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            steps[entry["step"]] = entry
+    if not steps:
+        raise UserError(f"{path} holds no logged step: did the run get as far as its first one? See log.txt beside it")
+    return [steps[step] for step in sorted(steps)]
+
+
+def fall(metrics: list[dict[str, float | None]], name: str) -> tuple[float, float] | None:
+    """Averages of `name` over the first and last tenth (at least five) of its steps; None with too few for that."""
+    values = [value for entry in metrics if (value := entry.get(name)) is not None]
+    part = max(5, len(values) // 10)
+    if len(values) < 2 * part:
+        return None
+    return sum(values[:part]) / part, sum(values[-part:]) / part
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The step_N with the highest N, links and other names left out."""
+    found = [path for path in folder.glob("step_*") if path.is_dir() and not path.is_symlink()]
+    numbered = [(int(match[1]), path) for path in found if (match := re.fullmatch(r"step_(\d+)", path.name))]
+    return max(numbered)[1] if numbered else None
+
+
+def summary(results_dir: Path, checkpoint_dir: Path) -> str:
+    """The text that ends `make demo`."""
+    metrics = read_metrics(results_dir / "metrics.jsonl")
+    lines = [f"{len(metrics)} steps logged, the last is step {metrics[-1]['step']}"]
+    for name, label in LOSSES.items():
+        change = fall(metrics, name)
+        if change is None:
+            lines.append(f"  {label:18} logged in too few steps to compare")
+        else:
+            first, last = change
+            lines.append(
+                f"  {label:18} {first:.4f} -> {last:.4f} ({last / first - 1:+.0%}; first and last steps averaged)"
+            )
+    lines.append(f"  TensorBoard logs   {results_dir / 'tensorboard'}   (tensorboard --logdir {results_dir})")
+    lines.append(f"  Log and numbers    {results_dir / 'log.txt'}, {results_dir / 'metrics.jsonl'}")
+    checkpoint = last_checkpoint(checkpoint_dir)
+    if checkpoint is None:
+        lines.append(f"  Checkpoint         none in {checkpoint_dir}")
+    else:
+        weights = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+        lines.append(f"  Checkpoint         {checkpoint}")
+        lines.append(f"  Exported weights   {', '.join(weights) or 'none'} in {checkpoint} (a model folder)")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the summary of a results folder; 2 when there is none."""
+    parser = argparse.ArgumentParser(prog="python -m bagel_ds.demo.summary", description=main.__doc__)
+    parser.add_argument("results_dir", type=Path)
+    parser.add_argument("checkpoint_dir", type=Path, nargs="?", help="default: RESULTS_DIR/checkpoints")
+    options = parser.parse_args(arguments)
+    try:
+        print(summary(options.results_dir, options.checkpoint_dir or options.results_dir / "checkpoints"))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Writes the demo model and data, trains on them for 60 steps with ZeRO-3 and shows what came out.
+# Run by `make demo`, inside the virtual environment; works from any folder. Uses up to two GPUs, else two CPU processes.
+# usage: launch/demo.sh [OUT_DIR] [more arguments of launch/train.py]
+set -euo pipefail
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+out=${1:-demo}
+shift || true
+
+bagel-ds demo --out "$out"
+rm -rf "$out/results"  # of an earlier demo: its checkpoints and curves would mix with the new ones
+
+gpus=$(python -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
+if [ "$gpus" -gt 0 ]; then
+    ranks=$((gpus < 2 ? gpus : 2))
+else
+    ranks=2
+    export DS_ACCELERATOR=cpu
+    # Two processes share the cores; without this each would start one thread per core.
+    cores=$(getconf _NPROCESSORS_ONLN)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 2 * ranks ? 1 : cores / ranks))}
+fi
+export BAGEL_DS_PROGRESS=${BAGEL_DS_PROGRESS:-1}  # a bar also where the output is not a terminal
+
+echo "Training on $ranks $([ "$gpus" -gt 0 ] && echo GPU || echo CPU) process(es)"
+deepspeed --num_gpus "$ranks" "$repo/launch/train.py" \
+    --ds_config zero3.json \
+    --dataset_config_file "$out/example.yaml" \
+    --model_path "$out/model" \
+    --results_dir "$out/results" \
+    --checkpoint_dir "$out/results/checkpoints" \
+    --max_latent_size 64 \
+    --finetune_from_hf True \
+    --finetune_from_ema True \
+    --total_steps 60 \
+    --save_every 30 \
+    --log_every 1 \
+    --warmup_steps 5 \
+    --lr 2e-3 \
+    --ema 0.95 \
+    --num_workers 1 \
+    --expected_num_tokens 1024 \
+    --max_num_tokens 1280 \
+    --max_num_tokens_per_sample 1024 \
+    "$@"
+
+echo
+echo "The demo run is done."
+python -m bagel_ds.demo.summary "$out/results" "$out/results/checkpoints"
