@@ -107,8 +107,8 @@ class PlannedData:
         if start and start.get("plan") != self._plan:
             raise UserError(
                 f"the training state was saved with another data plan ({start.get('plan')}) than this run's "
-                f"({self._plan}): the data files, weights, budgets, data_seed or the model's shape changed, and its place "
-                "in the data means nothing here. Restore them, or start from its weights only (--resume_from ... "
+                f"({self._plan}): the data files, weights, budgets, data_seed or the model's shape changed; its "
+                "place in the data means nothing here. Restore them, or start from its weights only (--resume_from ... "
                 "--resume_model_only True with a new checkpoint_dir)"
             )
         steps = self.planner.steps(world_size, start)

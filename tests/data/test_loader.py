@@ -1,0 +1,186 @@
+"""The loader's promises, with a stand-in for materialize: a batch whose text ids say which rows it was made of."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import types
+from dataclasses import dataclass
+from typing import Any, Iterator, Sequence
+
+import pytest
+import torch
+
+from bagel_ds.data.loader import MicroBatch, PackingOptions, PlannedData
+from bagel_ds.data.sample import TEXT, Entry, SamplePlan
+from bagel_ds.errors import UserError
+from bagel_ds.model.batch import CAUSAL, PackedBatch
+
+WORKERS = (0, 2)
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
+
+
+@dataclass
+class Rows:
+    name: str = "texts"
+    weight: float = 1.0
+    is_mandatory: bool = True
+    fingerprint: str = "a"
+    rows: int = 200
+
+    @property
+    def units(self) -> Sequence[range]:
+        return [range(start, start + 10) for start in range(0, self.rows, 10)]
+
+    def plan_sample(self, row: int, epoch: int) -> SamplePlan:
+        return SamplePlan(0, epoch, row, (Entry(TEXT, 0, 10 + row % 50, loss=True),))
+
+
+def batch_of_rows(
+    plans: Sequence[SamplePlan], streams: Any, tokenizer: Any, options: Any, noise_seed: int
+) -> PackedBatch:
+    if options == "broken":
+        raise RuntimeError("a bug in the worker")
+    if options == "signals":
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    ints, floats = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 64)
+    length = sum(plan.length for plan in plans)
+    return PackedBatch(
+        sample_lens=tuple(plan.length for plan in plans),
+        split_lens=tuple(plan.length for plan in plans),
+        attn_modes=(CAUSAL,) * len(plans),
+        position_ids=torch.arange(length),
+        text_ids=torch.tensor([plan.epoch * 1000 + plan.row for plan in plans]),
+        text_indexes=ints,
+        vit_patches=torch.zeros(0, 588),
+        vit_indexes=ints,
+        vit_position_ids=ints,
+        vit_seqlens=(),
+        images=(),
+        latent_shapes=(),
+        vae_indexes=ints,
+        latent_position_ids=ints,
+        timesteps=floats[:, 0],
+        noise=floats,
+        posterior_eps=floats,
+        mse_loss_indexes=ints,
+        ce_loss_indexes=ints,
+        label_ids=ints,
+        ce_loss_weights=floats[:, 0],
+    )
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("materialize")
+    module.materialize = batch_of_rows  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "bagel_ds.data.materialize", module)
+
+
+def data(options: Any = "", **changes: Any) -> PlannedData:
+    streams: Any = [
+        Rows(fingerprint=changes.pop("fingerprint", "a")),
+        Rows(name="more", weight=0.5, is_mandatory=False),
+    ]
+    packing = PackingOptions(**({"max_num_tokens": 300, "expected_num_tokens": 250, "lookahead": 32} | changes))
+    tokenizer: Any = None
+    return PlannedData(streams, tokenizer, options, packing, noise_seed=1)
+
+
+def first(batches: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
+    taken = list(itertools.islice(batches, count))
+    batches.close()  # type: ignore[attr-defined]
+    return taken
+
+
+def rows_of(batches: Sequence[MicroBatch]) -> list[list[int]]:
+    return [step.batch.text_ids.tolist() for step in batches]
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_workers_and_prefetch_change_nothing(world: int) -> None:
+    for rank in range(world):
+        here, elsewhere, far_ahead = (
+            first(data().micro_batches(rank, world, workers, prefetch), 40)
+            for workers, prefetch in ((0, 2), (2, 1), (3, 4))
+        )
+        for other in (elsewhere, far_ahead):
+            assert rows_of(here) == rows_of(other)
+            assert [step[1:] for step in here] == [step[1:] for step in other]
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize(("world", "other_world"), [(1, 4), (4, 3), (2, 2)])
+def test_resume_on_another_world_size_continues_exactly(workers: int, world: int, other_world: int) -> None:
+    whole = rows_of(first(data().micro_batches(0, 1), 90))
+    before = [first(data().micro_batches(rank, world, workers), 10) for rank in range(world)]
+    assert [rows for step in zip(*map(rows_of, before)) for rows in step] == whole[: 10 * world]
+    assert all(rank[-1].state == before[0][-1].state for rank in before)
+    state = json.loads(json.dumps(before[-1][-1].state))
+    after = [first(data().micro_batches(r, other_world, workers, start=state), 10) for r in range(other_world)]
+    assert [rows for step in zip(*map(rows_of, after)) for rows in step] == whole[10 * world :][: 10 * other_world]
+
+
+def test_numbers_are_over_all_ranks() -> None:
+    ranks = [first(data().micro_batches(rank, 4), 5) for rank in range(4)]
+    for step in zip(*ranks):
+        lengths = [micro.batch.sequence_length for micro in step]
+        assert {micro.efficiency for micro in step} == {sum(lengths) / (4 * 300)}
+        assert len({micro.imbalance for micro in step}) == 1
+        assert 0 <= step[0].imbalance < 1
+        assert set(step[0].epochs) == {"texts", "more"}
+
+
+def test_a_state_of_other_data_is_refused_at_once() -> None:
+    state = first(data().micro_batches(0, 1), 3)[-1].state
+    for other in (data(fingerprint="b"), data(max_num_tokens=400), data(data_seed=7)):
+        with pytest.raises(UserError, match="saved with another data plan"):
+            other.micro_batches(0, 1, start=state)
+    data(expected_num_tokens=200).micro_batches(0, 1, start=state)
+
+
+def test_the_fingerprint_tells_data_options_and_layout_apart() -> None:
+    assert data().fingerprint == data().fingerprint
+    others = [
+        data(),
+        data(fingerprint="b"),
+        data("layout"),
+        data(max_num_tokens=400),
+        data(data_seed=7),
+        data(lookahead=9),
+    ]
+    assert len({one.fingerprint for one in others}) == len(others)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_bug_while_materializing_is_not_hidden(workers: int) -> None:
+    with pytest.raises(RuntimeError, match="a bug in the worker"):
+        next(data("broken").micro_batches(0, 1, workers))
+    assert not multiprocessing.active_children()
+
+
+def test_closing_ends_the_workers_and_the_next_iteration_starts_anew() -> None:
+    batches = data().micro_batches(0, 1, 2)
+    next(batches)
+    assert len(multiprocessing.active_children()) == 2
+    batches.close()  # type: ignore[attr-defined]
+    assert not multiprocessing.active_children()
+    assert len(first(data().micro_batches(0, 1, 2), 3)) == 3
+
+
+def test_workers_outlive_a_signal_to_the_process_group() -> None:
+    """Stopping is the trainer's: it finishes its step, and needs its batches for that."""
+    assert len(first(data("signals").micro_batches(0, 1, 2), 8)) == 8
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    first(data().micro_batches(0, 1, 1), 2)
+    assert torch.equal(torch.rand(1), expected)
