@@ -1,8 +1,8 @@
 """What a run shows: log lines, TensorBoard, metrics.jsonl, a progress bar and, when asked, Weights & Biases.
 
 Guarantees: one call per logged step reaches all of them with the same numbers under the names below; metrics.jsonl is
-valid JSON line by line and flushed per step, also after a crash; a resumed run continues from its first step (later lines
-supersede earlier ones). wandb is imported only when wanted, and never asks on the terminal. Steps count from 0.
+valid JSON line by line and flushed per step, also after a crash; a resumed run continues from its first step (later
+lines supersede earlier ones). wandb is imported only when wanted, and never asks on the terminal. Steps count from 0.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def setup_logging(results_dir: Path | str, rank: int) -> logging.Logger:
 
 
 def log_line(step: int, values: Mapping[str, float]) -> str:
-    """The original's line, `(step=0000000) Train Loss mse: 0.4063, ..., Train Steps/Sec: 0.01, `, then further fields."""
+    """The original's `(step=0000000) Train Loss mse: 0.4063, ..., Train Steps/Sec: 0.01, `, then further fields."""
     parts = [f"Train Loss {kind}: {values[f'loss/{kind}']:.4f}" for kind in ("mse", "ce") if f"loss/{kind}" in values]
     seconds = values.get("perf/step_seconds")
     if seconds is not None:
@@ -231,8 +231,8 @@ class _Wandb:
             )
         except wandb.Error as fault:
             raise UserError(
-                f"Weights & Biases could not start project {options.project!r}: {fault}; check the key and the network, "
-                "or pass --wandb_offline True or --enable_wandb False"
+                f"Weights & Biases could not start project {options.project!r}: {fault}; check the key and the "
+                "network, or pass --wandb_offline True or --enable_wandb False"
             ) from None
         # wandb's own step counter refuses to go back, which a resumed run does.
         self.run.define_metric("step")

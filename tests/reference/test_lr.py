@@ -1,4 +1,4 @@
-"""The schedules against the recorded learning rates of the original (`lr/lr.json`), whatever schedules the file holds."""
+"""The schedules against the recorded learning rates of the original, whatever schedules `lr/lr.json` holds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bagel_ds.train.schedule import learning_rate
 
 
 def recorded_schedules() -> list[Any]:
-    """One pytest parameter per schedule of the file: (arguments of `learning_rate`, recorded rates of steps 0, 1, ...)."""
+    """One pytest parameter per schedule of the file: (arguments of `learning_rate`, rates of steps 0, 1, ...)."""
     folder = os.environ.get("BAGEL_REFERENCE_DIR")
     if not folder:
         reason = "BAGEL_REFERENCE_DIR is not set: no recordings to compare with"
