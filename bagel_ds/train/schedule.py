@@ -1,8 +1,8 @@
 """The learning rate of every optimizer step.
 
 Guarantees: the original's two schedules, number for number: linear warm-up from exactly 0, then constant or cosine down
-to `min_lr`. A pure function of the step, so a resumed run needs no scheduler state. Steps count from 0 and are optimizer
-steps, not micro-batches; past `total_steps` the cosine stays at `min_lr`.
+to `min_lr`. A pure function of the step, so a resumed run needs no scheduler state. Steps count from 0 and are
+optimizer steps, not micro-batches; past `total_steps` the cosine stays at `min_lr`.
 """
 
 from __future__ import annotations
