@@ -85,8 +85,8 @@ class Partitions:
             for index, parameters in enumerate(self._optimizer.fp16_groups):
                 yield Group(index, self._named(parameters), tuple(self._stage3_ranges(parameters)))
         elif self._stage > 0:
-            for index, parameters in enumerate(self._flat_parameters()):
-                yield Group(index, self._named(parameters), tuple(self._flat_ranges(parameters)))
+            for index, parameters in enumerate(self._optimizer.bit16_groups):
+                yield Group(index, self._named(parameters), tuple(self._flat_ranges(index)))
         else:
             world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
             for index, (parameter, _) in enumerate(self._whole_parameters()):
@@ -104,16 +104,20 @@ class Partitions:
                 yield PlacedRange(held, offset)
             offset += parameter.partition_numel()
 
-    def _flat_parameters(self) -> list[list[Any]]:
-        """Stages 1 and 2: the parameters of each flat group."""
-        return self._optimizer.bf16_groups if hasattr(self._optimizer, "bf16_groups") else self._optimizer.bit16_groups
+    def _flat_ranges(self, index: int) -> Iterator[PlacedRange]:
+        """Stages 1 and 2: this rank's window of the flat group, in the order DeepSpeed flattened it.
 
-    def _flat_ranges(self, parameters: Iterable[Any]) -> Iterator[PlacedRange]:
-        for parameter in parameters:
-            mapping = parameter._hp_mapping
-            if mapping is not None:
-                start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-                yield PlacedRange(Range(self._names[id(parameter)], start, numel), mapping.hp_fragment_address.start)
+        Not through `_hp_mapping`, whose offsets ignore the reordering of round_robin_gradients.
+        """
+        optimizer = self._optimizer
+        size = optimizer.single_partition_of_fp32_groups[index].numel()
+        window = torch.distributed.get_rank(group=optimizer.real_dp_process_group[index]) * size
+        parameters = optimizer.round_robin_bit16_groups[index]
+        for parameter, offset in zip(parameters, optimizer.round_robin_bit16_offsets[index]):
+            low, high = max(offset, window), min(offset + parameter.numel(), window + size)
+            if low < high:
+                held = Range(self._names[id(parameter)], low - offset, high - low)
+                yield PlacedRange(held, low - window)
 
     def _whole_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Stage 0: (parameter, its fp32 master), which are the same tensor in fp32 training."""
@@ -127,9 +131,7 @@ class Partitions:
         optimizer = self._optimizer
         if self._stage == 3:
             return optimizer.fp32_partitioned_groups_flat
-        if hasattr(optimizer, "fp32_groups_flat_partition"):
-            return optimizer.fp32_groups_flat_partition
-        if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        if self._stage > 0:
             return optimizer.single_partition_of_fp32_groups
         return [master for _, master in self._whole_parameters()]
 
@@ -225,17 +227,27 @@ def load_masters(partitions: Partitions, source: WeightSource) -> None:
                 flats[MASTER].narrow(0, placed.offset, placed.range.numel).copy_(values)
 
 
-def check_internals(optimizer: Any, stage: int) -> None:
-    """Fail with names, not with wrong numbers, when DeepSpeed is another version than the one this file was written for."""
-    if stage != 3:
-        return
-    needed = (
+_INTERNALS = {
+    3: (
         "fp16_groups",
         "fp32_partitioned_groups_flat",
         "_swappable_optimizer_subgroup",
         "_optimizer_states_and_gradient_swap_in",
         "_optimizer_states_and_gradient_swap_out",
         "_release_swap_buffers",
-    )
+    ),
+    2: (
+        "bit16_groups",
+        "single_partition_of_fp32_groups",
+        "real_dp_process_group",
+        "round_robin_bit16_groups",
+        "round_robin_bit16_offsets",
+    ),
+}
+
+
+def check_internals(optimizer: Any, stage: int) -> None:
+    """Fail with names, not with wrong numbers, when DeepSpeed is another version than this file was written for."""
+    needed = _INTERNALS.get(2 if stage == 1 else stage, ())
     missing = [name for name in needed if not hasattr(optimizer, name)]
-    assert not missing, f"DeepSpeed's stage-3 optimizer lacks {missing}; bagel_ds is written for deepspeed 0.19.8"
+    assert not missing, f"DeepSpeed's stage-{stage} optimizer lacks {missing}; bagel_ds is written for deepspeed 0.19.8"
