@@ -1,0 +1,78 @@
+"""launch/demo.sh with a `deepspeed` that only writes down what it is asked: the whole run is a distributed test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bagel_ds.config import parse_arguments
+
+REPO = Path(__file__).resolve().parents[2]
+FAKE_DEEPSPEED = """#!{python}
+import json, os, pathlib, sys
+pathlib.Path({record!r}).write_text("\\n".join(sys.argv[1:]))
+results = pathlib.Path(sys.argv[sys.argv.index("--results_dir") + 1])
+assert not results.exists(), "results of an earlier demo are still there"
+(results / "checkpoints" / "step_60").mkdir(parents=True)
+lines = [json.dumps({{"step": step, "loss/mse": 2 - step / 60, "loss/ce": 6 - step / 20}}) for step in range(60)]
+(results / "metrics.jsonl").write_text("\\n".join(lines))
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], list[str], Path]:
+    """The script run twice with stand-ins on PATH; (what the second run printed, deepspeed's arguments, folder)."""
+    folder = tmp_path_factory.mktemp("script")
+    programs, record = folder / "bin", folder / "arguments.txt"
+    programs.mkdir()
+    scripts = {
+        "python": f'#!/bin/sh\nexec "{sys.executable}" "$@"\n',
+        "bagel-ds": f'#!/bin/sh\nexec "{sys.executable}" -m bagel_ds.cli "$@"\n',
+        "deepspeed": FAKE_DEEPSPEED.format(python=sys.executable, record=str(record)),
+    }
+    for name, text in scripts.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(REPO),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = ["bash", str(REPO / "launch" / "demo.sh"), "my demo", "--lr", "1e-3"]
+    for _ in range(2):
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done, record.read_text().splitlines(), folder
+
+
+def test_it_launches_two_ranks_with_zero3_and_arguments_that_the_trainer_knows(
+    run: tuple[subprocess.CompletedProcess[str], list[str], Path],
+) -> None:
+    _, arguments, folder = run
+    assert arguments[:2] == ["--num_gpus", "2"]
+    assert Path(arguments[2]) == REPO / "launch" / "train.py"
+    config = parse_arguments(arguments[3:])
+    assert (config.training.ds_config, config.training.total_steps) == ("zero3.json", 60)
+    for path in (config.data.dataset_config_file, config.model.model_path):
+        assert (folder / path).exists()
+
+
+def test_further_arguments_reach_the_trainer_and_win(
+    run: tuple[subprocess.CompletedProcess[str], list[str], Path],
+) -> None:
+    _, arguments, _ = run
+    assert parse_arguments(arguments[3:]).training.lr == 1e-3
+
+
+def test_it_ends_with_where_everything_is_and_how_the_losses_fell(
+    run: tuple[subprocess.CompletedProcess[str], list[str], Path],
+) -> None:
+    done, _, _ = run
+    tail = done.stdout.split("The demo run is done.")[1]
+    for part in ("MSE", "CE", "tensorboard", "my demo/results/checkpoints/step_60"):
+        assert part in tail
