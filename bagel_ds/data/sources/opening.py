@@ -1,0 +1,200 @@
+"""From a dataset config to the streams that the planner draws from.
+
+Guarantees: every file is indexed; groups that the modality switches leave without a loss are dropped with one line, and
+every stream returned has at least one usable row in each of its datasets, or `UserError` says what is wrong, all faults
+at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bagel_ds.data.index import DataFile, index_files
+from bagel_ds.data.index_cache import FileIndex
+from bagel_ds.data.sources.kinds import KINDS
+from bagel_ds.data.sources.source import CE, MSE
+from bagel_ds.data.sources.stream import FileUse, GroupStream, SampleOptions, UnusableRow
+from bagel_ds.data.tokenizer import Tokenizer
+from bagel_ds.errors import UserError, all_faults
+
+if TYPE_CHECKING:  # config.py needs the registry of this package
+    from bagel_ds.data.config import DatasetConfig, DatasetEntry, GroupConfig
+
+logger = logging.getLogger("bagel_ds")
+
+_NAMED_ROWS = 5
+
+
+def open_streams(
+    config: DatasetConfig,
+    tokenizer: Tokenizer,
+    options: SampleOptions,
+    cache_dir: str | None = None,
+    progress: bool = False,
+) -> list[GroupStream]:
+    """One stream per usable group, in the config's order; files that are not indexed yet are indexed first.
+
+    `cache_dir` keeps the index (default: beside the data, else ~/.cache/bagel_ds). Raises `UserError`.
+    """
+    groups = _groups_with_loss(config, options)
+    all_faults([fault for group in groups for fault in _stride_faults(group, options)], f"{config.path}:")
+    entries = [(group, entry) for group in groups for entry in group.datasets]
+    data_files = [file for group, entry in entries for file in _data_files(group, entry)]
+    indexes = dict(zip(data_files, index_files(data_files, tokenizer, cache_dir, progress), strict=True))
+    streams = []
+    faults: list[str] = []
+    for number, group in enumerate(groups):
+        uses = []
+        for entry in group.datasets:
+            found = [indexes[file] for file in _data_files(group, entry)]
+            _compare_parquet_info(group, entry, found)
+            uses += [FileUse(entry.name, index, entry.image_dir) for index in _repeated(group, entry, found)]
+        transforms = (group.vae_transform, group.vit_transform)
+        stream = GroupStream(
+            number,
+            group.name,
+            group.kind,
+            uses,
+            transforms,
+            options,
+            tokenizer.special,
+            group.weight,
+            group.is_mandatory,
+        )
+        faults += _unusable_datasets(stream)
+        _report(stream)
+        streams.append(stream)
+    all_faults(faults, f"{config.path} names data that cannot be used:")
+    return streams
+
+
+def _groups_with_loss(config: DatasetConfig, options: SampleOptions) -> list[GroupConfig]:
+    on = {loss for loss, switch in ((CE, options.visual_und), (MSE, options.visual_gen)) if switch}
+    switches = f"--visual_und {options.visual_und} --visual_gen {options.visual_gen}"
+    kept = []
+    for group in config.groups:
+        if not KINDS[group.kind].losses & on:
+            logger.info("group %s is dropped: nothing in it has a loss with %s", group.name, switches)
+        elif group.weight == 0 and not group.is_mandatory:
+            logger.info("group %s is dropped: its weight is 0 and it is not mandatory", group.name)
+        else:
+            kept.append(group)
+    if not kept:
+        raise UserError(
+            f"{config.path} leaves no data to train on with {switches}: none of the groups"
+            f" {', '.join(group.name for group in config.groups)} has a loss. Change the switches or add data."
+        )
+    return kept
+
+
+def _stride_faults(group: GroupConfig, options: SampleOptions) -> list[str]:
+    faults = []
+    sides = (("VAE", group.vae_transform, options.latent_stride), ("ViT", group.vit_transform, options.vit_patch_size))
+    for name, transform, stride in sides:
+        if transform is not None and transform.image_stride % stride:
+            faults.append(
+                f"group {group.name!r}: image_stride of the {name} transform is {transform.image_stride};"
+                f" it must be a multiple of {stride} pixels, the side of a {name} token."
+            )
+    return faults
+
+
+def _data_files(group: GroupConfig, entry: DatasetEntry) -> list[DataFile]:
+    source = KINDS[group.kind]
+    if not source.jsonl:
+        return [DataFile(path, source) for path in entry.files]
+    seed = group.shuffle_seed if group.shuffle_lines and entry.num_used is not None else None
+    return [DataFile(path, source, entry.image_dir, entry.num_used, seed) for path in entry.files]
+
+
+def _repeated(group: GroupConfig, entry: DatasetEntry, found: list[FileIndex]) -> list[FileIndex]:
+    """num_used_data of parquet files: the list is repeated, then cut. (Lines were chosen when indexing.)"""
+    if entry.num_used is None or KINDS[group.kind].jsonl:
+        return found
+    return (found * (entry.num_used // len(found) + 1))[: entry.num_used]
+
+
+def _compare_parquet_info(group: GroupConfig, entry: DatasetEntry, found: Sequence[FileIndex]) -> None:
+    """The files' footers are what counts; one line says so where parquet_info tells something else."""
+    if entry.parquet_info is None:
+        return
+    where = f"dataset {group.name}/{entry.name}: parquet_info {entry.parquet_info}"
+    try:
+        info = json.loads(Path(entry.parquet_info).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        logger.warning("%s cannot be read (%s); the files' own footers are used", where, error)
+        return
+    stated = {index.path: _stated_groups(info, index.path, alone=len(found) == 1) for index in found}
+    unknown = [path for path, groups in stated.items() if groups is None]
+    differing = [index.path for index in found if stated[index.path] not in (None, len(index.unit_rows))]
+    if unknown:
+        logger.info(
+            "%s says nothing on %d of %d files (%s); their own footers are used",
+            where,
+            len(unknown),
+            len(found),
+            unknown[0],
+        )
+    if differing:
+        logger.warning(
+            "%s disagrees with %d of %d files (%s); their own footers are used",
+            where,
+            len(differing),
+            len(found),
+            differing[0],
+        )
+
+
+def _stated_groups(info: Any, path: str, alone: bool) -> int | None:
+    """num_row_groups of a file by its path, else by its name, else the only number there is."""
+    if not isinstance(info, dict):
+        return None
+    by_name = {Path(str(key)).name: value for key, value in info.items()}
+    entry = info.get(path, by_name.get(Path(path).name, info if alone else None))
+    groups = entry.get("num_row_groups") if isinstance(entry, dict) else None
+    return groups if isinstance(groups, int) else None
+
+
+def _unusable_datasets(stream: GroupStream) -> list[str]:
+    faults = []
+    for dataset in stream.datasets:
+        rows = stream.rows_of(dataset)
+        if any(stream.plan_sample(row, 0) is not None for part in rows for row in part):
+            continue
+        total = sum(map(len, rows))
+        long = sum(row in stream.too_long for part in rows for row in part)
+        bad = [row for row in stream.bad_rows if row.dataset == dataset]
+        files = ", ".join(dict.fromkeys(use.index.path for use in stream.uses if use.dataset == dataset))
+        text = f"dataset {stream.name}/{dataset}: none of its {total} rows can be used ({files[:300]})."
+        if long:
+            limit = stream.options.max_num_tokens_per_sample
+            text += f" {long} are longer than max_num_tokens_per_sample={limit}; raise it or shrink the images."
+        text += "".join(f" {_words(row)}: {row.reason}." for row in bad[:3])
+        faults.append(text)
+    return faults
+
+
+def _report(stream: GroupStream) -> None:
+    logger.info(
+        "data group %s: %d rows of %s in %d read units",
+        stream.name,
+        stream.rows,
+        ", ".join(stream.datasets),
+        len(stream.units),
+    )
+    for dataset in stream.datasets:
+        bad = [row for row in stream.bad_rows if row.dataset == dataset]
+        for row in bad[:_NAMED_ROWS]:
+            logger.warning("%s: %s %s is skipped: %s", dataset, row.file, _words(row), row.reason)
+        if len(bad) > _NAMED_ROWS:
+            logger.warning("%s: %d more rows are skipped", dataset, len(bad) - _NAMED_ROWS)
+
+
+def _words(row: UnusableRow) -> str:
+    if row.row < 0:
+        return "as a whole"
+    return f"line {row.row}" if row.row_group < 0 else f"row group {row.row_group} row {row.row}"

@@ -1,0 +1,282 @@
+"""GroupStream: a group of datasets as numbered rows that can be planned, described and read.
+
+Guarantees: `plan_sample` makes a sample from the index and counter-based draws alone (no file is touched), its length
+exact; the same in every process. Rows that cannot be used are None there, counted, and named once. Reading gives each
+row or the reason why not, never an exception.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import NamedTuple
+
+from bagel_ds.data import files
+from bagel_ds.data.draws import Draws
+from bagel_ds.data.images import ImageTransform
+from bagel_ds.data.index_cache import FileIndex
+from bagel_ds.data.records import ParsedRow, Record, decode_record, reason_of
+from bagel_ds.data.sample import TEXT, VAE, VIT, BadRow, Entry, SamplePlan
+from bagel_ds.data.sources.kinds import KINDS
+from bagel_ds.data.sources.source import Piece
+from bagel_ds.data.tokenizer import SpecialTokens
+
+logger = logging.getLogger("bagel_ds")
+
+_NAMED_ROWS = 5  # bad rows of a dataset that the log names; all are in `bad_rows`
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """What planning a sample depends on besides its row. Sizes in patches, probabilities 0 to 1."""
+
+    max_num_tokens_per_sample: int = 16384
+    text_cond_dropout_prob: float = 0.1
+    vit_cond_dropout_prob: float = 0.3
+    vae_cond_dropout_prob: float = 0.3
+    seed: int = 42
+    visual_und: bool = True
+    visual_gen: bool = True
+    vit_patch_size: int = 14
+    latent_patch_size: int = 2
+    vae_downsample: int = 8
+    max_latent_size: int = 64
+    vit_max_num_patch_per_side: int = 70
+
+    @property
+    def latent_stride(self) -> int:
+        """Pixels per latent token and side."""
+        return self.latent_patch_size * self.vae_downsample
+
+
+@dataclass(frozen=True)
+class FileUse:
+    """One use of a file: a file repeated by num_used_data is several uses of one index."""
+
+    dataset: str
+    index: FileIndex
+    folder: str = ""
+
+
+class RowPlace(NamedTuple):
+    """Where a row lies. `group` is -1 for lines; `row` counts within the row group, or is the line number."""
+
+    dataset: str
+    file: str
+    group: int
+    row: int
+
+    def __str__(self) -> str:
+        place = f"line {self.row}" if self.group < 0 else f"row group {self.group} row {self.row}"
+        return f"{self.dataset}: {self.file} {place}"
+
+
+class UnusableRow(NamedTuple):
+    """A row that no sample can be made of; `row` -1: the whole file."""
+
+    dataset: str
+    file: str
+    row_group: int
+    row: int
+    reason: str
+
+
+class GroupStream:
+    """See the module. `number` is this stream's place in the list of streams."""
+
+    def __init__(
+        self,
+        number: int,
+        name: str,
+        kind: str,
+        uses: Sequence[FileUse],
+        transforms: tuple[ImageTransform | None, ImageTransform | None],
+        options: SampleOptions,
+        special: SpecialTokens,
+        weight: float = 1.0,
+        is_mandatory: bool = False,
+    ) -> None:
+        self.number = number
+        self.name = name
+        self.kind = kind
+        self.weight = weight
+        self.is_mandatory = is_mandatory
+        self.uses = tuple(uses)
+        self.datasets = tuple(dict.fromkeys(use.dataset for use in uses))
+        self.vae_transform, self.vit_transform = transforms
+        self.options = options
+        self.special = special
+        self.source = KINDS[kind]
+        self.units: list[range] = []
+        self._starts: list[int] = []  # first row of each use
+        self._first_units: list[int] = []  # first unit of each use
+        row = 0
+        for use in self.uses:
+            self._starts.append(row)
+            self._first_units.append(len(self.units))
+            for rows in use.index.unit_rows.tolist():
+                self.units.append(range(row, row + rows))
+                row += rows
+        self.rows = row
+        self._unit_starts = [unit.start for unit in self.units]
+        self.bad_rows = self._indexed_bad_rows()
+        self.too_long: set[int] = set()  # rows with a sample longer than max_num_tokens_per_sample, as met so far
+        self._found_bad: set[int] = set()
+        self._named: dict[str, int] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of everything a plan depends on; equal on all hosts that hold the same data, wherever it lies."""
+        digest = hashlib.blake2b(digest_size=16)
+        settings = (self.number, self.name, self.kind, self.weight, self.is_mandatory)
+        digest.update(repr((*settings, self.vae_transform, self.vit_transform, self.options, self.special)).encode())
+        for use in self.uses:
+            digest.update(f"{use.dataset} {use.index.digest}\n".encode())
+        return digest.hexdigest()
+
+    def plan_sample(self, row: int, epoch: int) -> SamplePlan | None:
+        """The sample of `row` in `epoch`, every choice made; None where there is none (see `bad_rows`, `too_long`)."""
+        number = bisect.bisect_right(self._starts, row) - 1
+        index, local = self.uses[number].index, row - self._starts[number]
+        start, stop = index.offsets[local : local + 2].tolist()
+        if start == stop:
+            return None
+        record = decode_record(index.numbers[start:stop].tolist())
+        pieces = self.source.arrange(record, Draws("choice", self.options.seed, self.name, epoch, row))
+        try:
+            entries = self._entries(pieces, record)
+        except BadRow as error:
+            self._note_bad(row, str(error))
+            return None
+        if sum(entry.length for entry in entries) > self.options.max_num_tokens_per_sample:
+            self.too_long.add(row)
+            return None
+        return SamplePlan(self.number, epoch, row, self._with_dropout(entries, epoch, row))
+
+    def place(self, row: int) -> RowPlace:
+        """The file, row group and row of a row number."""
+        number = bisect.bisect_right(self._starts, row) - 1
+        use, local = self.uses[number], row - self._starts[number]
+        if len(use.index.places):
+            return RowPlace(use.dataset, use.index.path, -1, int(use.index.places[local, 2]))
+        unit = bisect.bisect_right(self._unit_starts, row) - 1
+        return RowPlace(use.dataset, use.index.path, unit - self._first_units[number], row - self._unit_starts[unit])
+
+    def rows_of(self, dataset: str) -> list[range]:
+        """Row numbers of one of `datasets`."""
+        stops = [*self._starts[1:], self.rows]
+        parts = zip(self.uses, self._starts, stops, strict=True)
+        return [range(start, stop) for use, start, stop in parts if use.dataset == dataset]
+
+    def describe(self, plan_or_row: SamplePlan | int) -> str:
+        """ "<dataset>: <file> row group g row r", for messages."""
+        return str(self.place(plan_or_row if isinstance(plan_or_row, int) else plan_or_row.row))
+
+    def read(self, plans: Sequence[SamplePlan]) -> list[ParsedRow | BadRow]:
+        """The rows of `plans` as they are in the files, texts and image bytes in the order of the index."""
+        return [self._read_row(plan.row) for plan in plans]
+
+    def _read_row(self, row: int) -> ParsedRow | BadRow:
+        number = bisect.bisect_right(self._starts, row) - 1
+        use, index = self.uses[number], self.uses[number].index
+        try:
+            if len(index.places):
+                offset, length, _ = index.places[row - self._starts[number]].tolist()
+                return self.source.parse(files.jsonl_row(index.path, offset, length), use.folder)
+            place = self.place(row)
+            content = files.parquet_row(index.path, place.group, place.row, index.columns)
+            return self.source.parse(content, use.folder)
+        except Exception as error:  # a file that changed or vanished during the run
+            return BadRow(reason_of(error))
+
+    def _entries(self, pieces: list[Piece], record: Record) -> list[Entry]:
+        """Pieces with their sizes, modalities that are switched off taken out. Raises `BadRow`."""
+        options = self.options
+        sharing = len(record.image_sizes) if self.source.images_share_pixels else 1
+        entries = []
+        for kind, content, loss, special in pieces:
+            if kind == TEXT:
+                loss = loss and options.visual_und
+                label = getattr(self.special, special) if special and loss else -1
+                entries.append(Entry(TEXT, content, record.text_lengths[content], loss, False, label))
+            elif kind == VIT and options.visual_und:
+                assert self.vit_transform is not None
+                grid = (options.vit_patch_size, options.vit_max_num_patch_per_side, "vit_max_num_patch_per_side")
+                entries.append(_image_entry(VIT, content, False, record, self.vit_transform, sharing, grid))
+            elif kind == VAE and options.visual_gen:
+                assert self.vae_transform is not None
+                grid = (options.latent_stride, options.max_latent_size, "max_latent_size")
+                entries.append(_image_entry(VAE, content, loss, record, self.vae_transform, sharing, grid))
+        if not any(entry.loss for entry in entries):
+            raise BadRow("no text or image with a loss")
+        if options.text_cond_dropout_prob >= 1 and self._only_droppable_losses(entries):
+            raise BadRow("text_cond_dropout_prob drops every text with a loss")
+        return entries
+
+    def _only_droppable_losses(self, entries: list[Entry]) -> bool:
+        return self.source.conditions_drop and not any(entry.loss and entry.kind == VAE for entry in entries)
+
+    def _with_dropout(self, entries: list[Entry], epoch: int, row: int) -> tuple[Entry, ...]:
+        """Each condition dropped with its probability; drawn again where that leaves no loss at all.
+
+        A noised image is never dropped; a text is, even with a loss, as in the original.
+        """
+        options = self.options
+        chances = {
+            TEXT: options.text_cond_dropout_prob,
+            VIT: options.vit_cond_dropout_prob,
+            VAE: options.vae_cond_dropout_prob,
+        }
+        if not self.source.conditions_drop or not any(chances.values()):
+            return tuple(entries)
+        for attempt in count():
+            draws = Draws("dropout", options.seed, self.name, epoch, row, attempt)
+            dropped = [
+                draws.uniform() < chances[entry.kind] and not (entry.loss and entry.kind == VAE) for entry in entries
+            ]
+            if any(entry.loss and not drop for entry, drop in zip(entries, dropped, strict=True)):
+                return tuple(
+                    entry._replace(dropped=True) if drop else entry
+                    for entry, drop in zip(entries, dropped, strict=True)
+                )
+        raise AssertionError("unreachable")
+
+    def _indexed_bad_rows(self) -> list[UnusableRow]:
+        """Bad rows of the index; a file used several times is listed once."""
+        bad = []
+        for use, start in {use.index.path: (use, start) for use, start in zip(self.uses, self._starts)}.values():
+            for row, reason in use.index.bad:
+                place = self.place(start + row) if row >= 0 else RowPlace(use.dataset, use.index.path, -1, -1)
+                bad.append(UnusableRow(place.dataset, place.file, place.group, place.row, reason))
+        return bad
+
+    def _note_bad(self, row: int, reason: str) -> None:
+        if row in self._found_bad:
+            return
+        self._found_bad.add(row)
+        place = self.place(row)
+        self.bad_rows.append(UnusableRow(place.dataset, place.file, place.group, place.row, reason))
+        self._named[place.dataset] = self._named.get(place.dataset, 0) + 1
+        if self._named[place.dataset] <= _NAMED_ROWS:
+            logger.warning("%s is skipped: %s", place, reason)
+
+
+def _image_entry(
+    kind: str,
+    content: int,
+    loss: bool,
+    record: Record,
+    transform: ImageTransform,
+    sharing: int,
+    grid: tuple[int, int, str],
+) -> Entry:
+    stride, most, limit = grid
+    width, height = transform.size(*record.image_sizes[content], sharing)
+    rows, columns = height // stride, width // stride
+    if max(rows, columns) > most:
+        raise BadRow(f"an image of {width} x {height} pixels after the resize exceeds {limit} {most}")
+    return Entry(kind, content, rows * columns, loss, False, -1, height, width)
