@@ -52,8 +52,8 @@ holds as it stands.
 - The original's FSDP options act only where given on the command line and left open in the file; otherwise one line in
   the log says what holds. `cpu_offload True` moves optimizer states (and, with ZeRO-3, parameters) to the CPU.
   `num_shard` below the number of GPUs makes groups that keep a second copy of the parameters
-  (`zero_hpz_partition_size` of ZeRO++); as many as there are GPUs, or more, means all of them. `sharding_strategy` fills
-  an open `stage`: FULL_SHARD and HYBRID_SHARD are 3, SHARD_GRAD_OP is 2, NO_SHARD is 0.
+  (`zero_hpz_partition_size` of ZeRO++); as many as there are GPUs, or more, means all of them. `sharding_strategy`
+  fills an open `stage`: FULL_SHARD and HYBRID_SHARD are 3, SHARD_GRAD_OP is 2, NO_SHARD is 0.
 """
 
 

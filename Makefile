@@ -1,0 +1,86 @@
+# Everything is made in .venv and .cache of this folder; nothing is installed elsewhere.
+#   make demo        a tiny BAGEL, trained for 60 steps with ZeRO-3 on two GPUs or two CPU processes
+#   make test        the tests that every change must pass (under 15 minutes on 2 cores)
+#   make test-full   the slow ones
+#   make test-gpu    those that need a CUDA device
+#   make lint        style, types, and whether docs/arguments.md is current
+# PYTHON chooses the interpreter (3.11 or newer), PIP_ARGS is passed to every pip install, PYTEST_ARGS to pytest.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+
+VENV := $(CURDIR)/.venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install $(PIP_ARGS) -c constraints.txt
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+# DeepSpeed's launcher and ninja are found by PATH; its C++ parts are compiled once (1 to 3 minutes) and kept.
+export PATH := $(BIN):$(PATH)
+export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/.cache/torch_extensions
+export VIRTUAL_ENV := $(VENV)
+unexport PYTHONHOME
+
+.DEFAULT_GOAL := help
+.PHONY: help demo install test test-full test-gpu lint format check-machine
+
+help:
+	@sed -n '2,7s/^# *//p' Makefile
+
+install: $(VENV)/.installed
+
+demo: install
+	bash launch/demo.sh
+
+test: install
+	$(call pytest,not slow and not gpu)
+
+# Status 5 is pytest's "no test selected".
+test-full: install
+	$(call pytest,slow and not gpu) || [ $$? -eq 5 ]
+
+test-gpu: install
+	$(call pytest,gpu)
+
+# One thread per process: the tests start several processes, and on few cores threads only wait for one another.
+pytest = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -m "$(1)" $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed-dev
+	ruff check
+	ruff format --check
+	mypy
+	@bagel-ds arguments | diff -u docs/arguments.md - || \
+	  { echo "docs/arguments.md is not current: run bagel-ds arguments > docs/arguments.md"; exit 1; }
+
+format: $(VENV)/.installed-dev
+	ruff check --fix
+	ruff format
+
+# ---------------------------------------------------------------------------------------------------- installation
+# torch goes first: what builds against it must find it there.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) '$(TORCH)'
+	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(BIN)/python: | check-machine
+	@$(PYTHON) -m venv $(VENV)
+
+# DeepSpeed compiles its CPU optimizer at first use, which takes a C++ compiler and Python's headers; ninja comes with pip.
+check-machine:
+	@command -v $(PYTHON) > /dev/null || \
+	  { echo "There is no $(PYTHON): run apt-get install python3 python3-venv python3-dev g++"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$$($(PYTHON) --version) is too old: 3.11 or newer is needed; name one as in make demo PYTHON=python3.12"; \
+	    exit 1; }
+	@missing=""; \
+	$(PYTHON) -c 'import venv, ensurepip' 2> /dev/null || missing="$$missing python3-venv"; \
+	command -v $${CXX:-g++} > /dev/null || missing="$$missing g++"; \
+	$(PYTHON) -c 'import os, sys, sysconfig; h = os.path.join(sysconfig.get_paths()["include"], "Python.h"); \
+	  sys.exit(not os.path.exists(h))' || missing="$$missing python3-dev"; \
+	[ -z "$$missing" ] || { echo "This machine lacks$$missing: run apt-get install$$missing (as root) and try again"; exit 1; }
