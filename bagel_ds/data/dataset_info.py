@@ -19,8 +19,10 @@ from bagel_ds.errors import UserError
 
 _NAMES = ("dataset_info.yaml", "dataset_info.json", "dataset_info.py")
 # How the originals' dataset classes are called -> our kind.
-_CLASSES = (("T2I", "t2i_pretrain"), ("Edit", "unified_edit"), ("SftJSONL", "vlm_sft"), ("VLM", "vlm_sft"))
-_CLASSES += (("Interleave", "interleave_reasoning"), ("Reason", "interleave_reasoning"))
+_CLASSES = (
+    *(("T2I", "t2i_pretrain"), ("Edit", "unified_edit"), ("SftJSONL", "vlm_sft"), ("VLM", "vlm_sft")),
+    *(("Interleave", "interleave_reasoning"), ("Reason", "interleave_reasoning")),
+)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def _read_python(text: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]
     info: dict[str, Any] | None = None
     kinds: dict[str, str] = {}
     for statement in ast.parse(text, str(path)).body:
+        targets: list[ast.expr]
         if isinstance(statement, ast.AnnAssign) and statement.value is not None:
             targets, value = [statement.target], statement.value
         elif isinstance(statement, ast.Assign):

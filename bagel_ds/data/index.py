@@ -1,8 +1,8 @@
 """The index: what each row will cost, from one pass over the files that decodes nothing.
 
 Guarantees: for every row the token length of each text that could be used and the size of each image (headers only),
-or the reason why the row cannot be used; nothing about a row is fatal. Files are indexed once and again when they change
-(`index_cache.py`), in parallel when there is enough to do.
+or the reason why the row cannot be used; nothing about a row is fatal. Files are indexed once, and again when they
+change (`index_cache.py`), in parallel when there is enough to do.
 """
 
 from __future__ import annotations

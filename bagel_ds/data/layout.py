@@ -3,7 +3,7 @@
 Guarantees: text ids, indexes, positions, splits, attention modes, labels, loss positions and weights, latent and ViT
 position ids equal the recordings; no file, random number or decoder is involved. Samples of zero length leave no trace.
 
-Shape legend: T tokens of the pack, N text tokens, P ViT patches, G latent tokens, K labelled positions, M noised latents.
+Shape legend: T tokens of the pack, N text tokens, P ViT patches, G latent tokens, F features of a latent token.
 """
 
 from __future__ import annotations
@@ -170,14 +170,11 @@ class _Pack:
     def _vit_image(self, entry: Loaded) -> None:
         assert entry.image is not None
         options = self.options
-        patch = options.vit_patch_size
+        patch, side = options.vit_patch_size, options.vit_max_num_patch_per_side
+        height, width = entry.image.shape[1:]
         patches = patchify(entry.image, patch)
         self.vit_patches.append(patches)
-        self.vit_position_ids.append(
-            position_grid(
-                *entry.image.shape[1:], patch, options.vit_max_num_patch_per_side, interpolate=options.interpolate_pos
-            )
-        )
+        self.vit_position_ids.append(position_grid(height, width, patch, side, options.interpolate_pos))
         self.attn_modes.append(FULL)
         self.vit_indexes.append(self._framed(entry, len(patches)))
         self._advance(len(patches) + 2, 1)
@@ -191,9 +188,7 @@ class _Pack:
         self.images.append(entry.image)
         self.latent_shapes.append(shape)
         self.latent_position_ids.append(
-            position_grid(
-                height, width, options.latent_stride, options.max_latent_size, interpolate=options.interpolate_pos
-            )
+            position_grid(height, width, options.latent_stride, options.max_latent_size, options.interpolate_pos)
         )
         if not self.split:
             self.attn_modes.append(NOISE if entry.loss and entry.frame_delta is None else FULL)

@@ -94,8 +94,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     else:
         found = ", ".join(sorted(path.name for path in folder.glob("*"))[:12]) if folder.is_dir() else "no such folder"
         raise UserError(
-            f"No tokenizer in {folder}: expected tokenizer.json, or vocab.json and merges.txt; found: {found or 'nothing'}."
-            " Copy the tokenizer files of BAGEL-7B-MoT into the model folder."
+            f"No tokenizer in {folder}: expected tokenizer.json, or vocab.json and merges.txt; found:"
+            f" {found or 'nothing'}. Copy the tokenizer files of BAGEL-7B-MoT into the model folder."
         )
     return Tokenizer(fast, str(folder))
 
@@ -159,19 +159,14 @@ def _add_listed(fast: FastTokenizer, tokens: dict[int, AddedToken], folder: Path
 
 
 def _special_tokens(fast: FastTokenizer, folder: str) -> SpecialTokens:
-    missing = [text for text in _NEEDED if fast.token_to_id(text) is None]
+    ids = {text: number for text in _NEEDED if (number := fast.token_to_id(text)) is not None}
+    missing = [text for text in _NEEDED if text not in ids]
     if missing:
         raise UserError(
             f"The tokenizer in {folder} lacks {', '.join(missing)}; BAGEL needs {', '.join(_NEEDED)}."
             " Use the tokenizer files of BAGEL-7B-MoT (or of any Qwen2.5 model)."
         )
-    return SpecialTokens(
-        bos=fast.token_to_id(BOS),
-        eos=fast.token_to_id(EOS),
-        start_of_image=fast.token_to_id(START_OF_IMAGE),
-        end_of_image=fast.token_to_id(END_OF_IMAGE),
-        end_of_text=fast.token_to_id(END_OF_TEXT),
-    )
+    return SpecialTokens(ids[BOS], ids[EOS], ids[START_OF_IMAGE], ids[END_OF_IMAGE], ids[END_OF_TEXT])
 
 
 def _read_json(path: Path) -> dict[str, Any]:
