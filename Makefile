@@ -68,8 +68,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) -e '.[dev]'
 	@touch $@
 
-$(BIN)/python: | check-machine
-	@$(PYTHON) -m venv $(VENV)
+$(BIN)/python:
+	@$(MAKE) --no-print-directory check-machine
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # DeepSpeed compiles its CPU optimizer at first use, which takes a C++ compiler and Python's headers; ninja comes with pip.
 check-machine:
