@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Writes the demo model and data, trains on them for 60 steps with ZeRO-3 and shows what came out.
-# Run by `make demo`, inside the virtual environment; works from any folder. Uses up to two GPUs, else two CPU processes.
+# Run by `make demo`, inside the virtual environment; works from any folder. Uses up to two GPUs, else two CPU processes
+# (DS_ACCELERATOR=cpu asks for those); MASTER_PORT names another port than 29500.
 # usage: launch/demo.sh [OUT_DIR] [more arguments of launch/train.py]
 set -euo pipefail
 
@@ -8,23 +9,25 @@ repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 out=${1:-demo}
 shift || true
 
+gpus=$(python -m bagel_ds.demo.devices)  # ends here, with the reason, where there is a GPU that torch can't use
 bagel-ds demo --out "$out"
 rm -rf "$out/results"  # of an earlier demo: its checkpoints and curves would mix with the new ones
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
 if [ "$gpus" -gt 0 ]; then
+    kind=GPU
     ranks=$((gpus < 2 ? gpus : 2))
 else
+    kind=CPU
     ranks=2
     export DS_ACCELERATOR=cpu
-    # Two processes share the cores; without this each would start one thread per core.
+    # The processes share the cores; without this each would start one thread per core.
     cores=$(getconf _NPROCESSORS_ONLN)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores < 2 * ranks ? 1 : cores / ranks))}
 fi
 export BAGEL_DS_PROGRESS=${BAGEL_DS_PROGRESS:-1}  # a bar also where the output is not a terminal
 
-echo "Training on $ranks $([ "$gpus" -gt 0 ] && echo GPU || echo CPU) process(es)"
-deepspeed --num_gpus "$ranks" "$repo/launch/train.py" \
+echo "Training with $ranks $kind process(es); DeepSpeed may take a minute or two to compile its parts the first time."
+deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29500}" "$repo/launch/train.py" \
     --ds_config zero3.json \
     --dataset_config_file "$out/example.yaml" \
     --model_path "$out/model" \

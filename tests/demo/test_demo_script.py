@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from bagel_ds.config import parse_arguments
+from bagel_ds.demo.devices import usable_gpus
+from bagel_ds.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
 FAKE_DEEPSPEED = """#!{python}
@@ -55,8 +57,8 @@ def test_it_launches_two_ranks_with_zero3_and_arguments_that_the_trainer_knows(
 ) -> None:
     _, arguments, folder = run
     assert arguments[:2] == ["--num_gpus", "2"]
-    assert Path(arguments[2]) == REPO / "launch" / "train.py"
-    config = parse_arguments(arguments[3:])
+    assert Path(arguments[4]) == REPO / "launch" / "train.py"
+    config = parse_arguments(arguments[5:])
     assert (config.training.ds_config, config.training.total_steps) == ("zero3.json", 60)
     for path in (config.data.dataset_config_file, config.model.model_path):
         assert (folder / path).exists()
@@ -66,7 +68,7 @@ def test_further_arguments_reach_the_trainer_and_win(
     run: tuple[subprocess.CompletedProcess[str], list[str], Path],
 ) -> None:
     _, arguments, _ = run
-    assert parse_arguments(arguments[3:]).training.lr == 1e-3
+    assert parse_arguments(arguments[5:]).training.lr == 1e-3
 
 
 def test_it_ends_with_where_everything_is_and_how_the_losses_fell(
@@ -76,3 +78,17 @@ def test_it_ends_with_where_everything_is_and_how_the_losses_fell(
     tail = done.stdout.split("The demo run is done.")[1]
     for part in ("MSE", "CE", "tensorboard", "my demo/results/checkpoints/step_60"):
         assert part in tail
+
+
+def test_asking_for_the_cpu_wins_over_any_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert usable_gpus() == 0
+
+
+def test_a_gpu_that_torch_cannot_use_is_an_error_not_a_cpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("bagel_ds.preflight.gpu_is_present", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="torch can't use it"):
+        usable_gpus()
