@@ -12,22 +12,29 @@ import struct
 
 import numpy as np
 
+_WORDS = struct.Struct("<8Q").unpack
+
+
+def draw_key(*names: int | str) -> bytes:
+    """What a family of draws is for: purpose, seed, group."""
+    return hashlib.blake2b("\x1f".join(map(str, names)).encode(), digest_size=16).digest()
+
 
 class Draws:
-    """A stream of draws for one purpose: `Draws("captions", seed, group, epoch, row)`."""
+    """The draws of one counter: `Draws(draw_key("choice", seed, group), epoch, row)`."""
 
-    __slots__ = ("_key", "_block", "_left")
+    __slots__ = ("_counter", "_block", "_left")
 
-    def __init__(self, *key: int | str) -> None:
-        self._key = "\x1f".join(map(str, key)).encode()
+    def __init__(self, key: bytes, *counter: int) -> None:
+        self._counter = b"%b%b" % (key, b",".join([b"%d" % number for number in counter]))
         self._block = 0
         self._left: list[int] = []
 
     def uniform(self) -> float:
         """The next number in [0, 1), from 53 random bits."""
         if not self._left:
-            digest = hashlib.blake2b(b"%d\x1f%b" % (self._block, self._key), digest_size=64).digest()
-            self._left = list(struct.unpack("<8Q", digest))
+            digest = hashlib.blake2b(b"%b;%d" % (self._counter, self._block), digest_size=64).digest()
+            self._left = list(_WORDS(digest))
             self._block += 1
         return (self._left.pop() >> 11) * 2.0**-53
 
@@ -38,6 +45,5 @@ class Draws:
 
 def normals(shape: tuple[int, ...], *key: int | str) -> np.ndarray:
     """float32 standard normals of `shape`, a function of `key` alone."""
-    digest = hashlib.blake2b("\x1f".join(map(str, key)).encode(), digest_size=16).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(draw_key(*key), "little")))
     return generator.standard_normal(shape, dtype=np.float32)

@@ -1,6 +1,6 @@
 """Samples and packs against the recordings of packing/, exactly.
 
-Outside, because REFERENCE 0 replaces what they record: expected/order, sharding, resume and packer_iter; the sample that
+Outside, because REFERENCE 0 replaces what they record: order, sharding, resume and packer_iter; the sample that
 upstream cannot pack (vlm line "4"); pixels of LA images in the upstream sets.
 """
 

@@ -16,7 +16,7 @@ from itertools import count
 from typing import NamedTuple
 
 from bagel_ds.data import files
-from bagel_ds.data.draws import Draws
+from bagel_ds.data.draws import Draws, draw_key
 from bagel_ds.data.images import ImageTransform
 from bagel_ds.data.index_cache import FileIndex
 from bagel_ds.data.records import ParsedRow, Record, decode_record, reason_of
@@ -27,6 +27,7 @@ from bagel_ds.data.tokenizer import SpecialTokens
 
 logger = logging.getLogger("bagel_ds")
 
+_KNOWN_SIZES = 100_000
 _NAMED_ROWS = 5  # bad rows of a dataset that the log names; all are in `bad_rows`
 
 
@@ -126,6 +127,15 @@ class GroupStream:
         self.bad_rows = self._indexed_bad_rows()
         self.too_long: set[int] = set()  # rows with a sample longer than max_num_tokens_per_sample, as met so far
         self._found_bad: set[int] = set()
+        self._sizes: dict[tuple[str, int, int, int], tuple[int, int, int]] = {}
+        self._choice_key = draw_key("choice", options.seed, name)
+        self._dropout_key = draw_key("dropout", options.seed, name)
+        chances = {
+            TEXT: options.text_cond_dropout_prob,
+            VIT: options.vit_cond_dropout_prob,
+            VAE: options.vae_cond_dropout_prob,
+        }
+        self._chances = chances if self.source.conditions_drop and any(chances.values()) else {}
         self._named: dict[str, int] = {}
 
     @property
@@ -146,13 +156,13 @@ class GroupStream:
         if start == stop:
             return None
         record = decode_record(index.numbers[start:stop].tolist())
-        pieces = self.source.arrange(record, Draws("choice", self.options.seed, self.name, epoch, row))
+        pieces = self.source.arrange(record, Draws(self._choice_key, epoch, row))
         try:
             entries = self._entries(pieces, record)
         except BadRow as error:
             self._note_bad(row, str(error))
             return None
-        if sum(entry.length for entry in entries) > self.options.max_num_tokens_per_sample:
+        if sum([entry.tokens + 2 for entry in entries]) > self.options.max_num_tokens_per_sample:
             self.too_long.add(row)
             return None
         return SamplePlan(self.number, epoch, row, self._with_dropout(entries, epoch, row))
@@ -203,52 +213,52 @@ class GroupStream:
                 loss = loss and options.visual_und
                 label = getattr(self.special, special) if special and loss else -1
                 entries.append(Entry(TEXT, content, record.text_lengths[content], loss, False, label))
-            elif kind == VIT and options.visual_und:
-                assert self.vit_transform is not None
-                grid = (options.vit_patch_size, options.vit_max_num_patch_per_side, "vit_max_num_patch_per_side")
-                entries.append(_image_entry(VIT, content, False, record, self.vit_transform, sharing, grid))
-            elif kind == VAE and options.visual_gen:
-                assert self.vae_transform is not None
-                grid = (options.latent_stride, options.max_latent_size, "max_latent_size")
-                entries.append(_image_entry(VAE, content, loss, record, self.vae_transform, sharing, grid))
-        if not any(entry.loss for entry in entries):
+            elif options.visual_und if kind == VIT else options.visual_gen:
+                tokens, height, width = self._image_tokens(kind, *record.image_sizes[content], sharing)
+                entries.append(Entry(kind, content, tokens, loss, False, -1, height, width))
+        losses = {entry.kind for entry in entries if entry.loss}
+        if not losses:
             raise BadRow("no text or image with a loss")
-        if options.text_cond_dropout_prob >= 1 and self._only_droppable_losses(entries):
+        if losses == {TEXT} and self.source.conditions_drop and options.text_cond_dropout_prob >= 1:
             raise BadRow("text_cond_dropout_prob drops every text with a loss")
         return entries
 
-    def _only_droppable_losses(self, entries: list[Entry]) -> bool:
-        return self.source.conditions_drop and not any(entry.loss and entry.kind == VAE for entry in entries)
+    def _image_tokens(self, kind: str, width: int, height: int, sharing: int) -> tuple[int, int, int]:
+        """(tokens, height, width after the resize) of an image; data sets hold few sizes, so they are remembered."""
+        key = (kind, width, height, sharing)
+        known = self._sizes.get(key)
+        if known is None:
+            known = _image_tokens(self, kind, width, height, sharing)
+            if len(self._sizes) >= _KNOWN_SIZES:
+                self._sizes.clear()
+            self._sizes[key] = known
+        return known
 
     def _with_dropout(self, entries: list[Entry], epoch: int, row: int) -> tuple[Entry, ...]:
         """Each condition dropped with its probability; drawn again where that leaves no loss at all.
 
         A noised image is never dropped; a text is, even with a loss, as in the original.
         """
-        options = self.options
-        chances = {
-            TEXT: options.text_cond_dropout_prob,
-            VIT: options.vit_cond_dropout_prob,
-            VAE: options.vae_cond_dropout_prob,
-        }
-        if not self.source.conditions_drop or not any(chances.values()):
+        chances = self._chances
+        if not chances:
             return tuple(entries)
         for attempt in count():
-            draws = Draws("dropout", options.seed, self.name, epoch, row, attempt)
-            dropped = [
-                draws.uniform() < chances[entry.kind] and not (entry.loss and entry.kind == VAE) for entry in entries
-            ]
-            if any(entry.loss and not drop for entry, drop in zip(entries, dropped, strict=True)):
-                return tuple(
-                    entry._replace(dropped=True) if drop else entry
-                    for entry, drop in zip(entries, dropped, strict=True)
-                )
+            uniform = Draws(self._dropout_key, epoch, row, attempt).uniform
+            drawn = tuple(
+                entry._replace(dropped=True)
+                if uniform() < chances[entry.kind] and not (entry.loss and entry.kind == VAE)
+                else entry
+                for entry in entries
+            )
+            if any(entry.loss and not entry.dropped for entry in drawn):
+                return drawn
         raise AssertionError("unreachable")
 
     def _indexed_bad_rows(self) -> list[UnusableRow]:
         """Bad rows of the index; a file used several times is listed once."""
         bad = []
-        for use, start in {use.index.path: (use, start) for use, start in zip(self.uses, self._starts)}.values():
+        once = {(use.dataset, use.index.path): (use, start) for use, start in zip(self.uses, self._starts)}
+        for use, start in once.values():
             for row, reason in use.index.bad:
                 place = self.place(start + row) if row >= 0 else RowPlace(use.dataset, use.index.path, -1, -1)
                 bad.append(UnusableRow(place.dataset, place.file, place.group, place.row, reason))
@@ -265,18 +275,16 @@ class GroupStream:
             logger.warning("%s is skipped: %s", place, reason)
 
 
-def _image_entry(
-    kind: str,
-    content: int,
-    loss: bool,
-    record: Record,
-    transform: ImageTransform,
-    sharing: int,
-    grid: tuple[int, int, str],
-) -> Entry:
-    stride, most, limit = grid
-    width, height = transform.size(*record.image_sizes[content], sharing)
+def _image_tokens(stream: GroupStream, kind: str, width: int, height: int, sharing: int) -> tuple[int, int, int]:
+    options = stream.options
+    if kind == VIT:
+        transform, stride, most = stream.vit_transform, options.vit_patch_size, options.vit_max_num_patch_per_side
+    else:
+        transform, stride, most = stream.vae_transform, options.latent_stride, options.max_latent_size
+    assert transform is not None, "a kind's transforms cover what its source arranges"
+    width, height = transform.size(width, height, sharing)
     rows, columns = height // stride, width // stride
     if max(rows, columns) > most:
+        limit = "vit_max_num_patch_per_side" if kind == VIT else "max_latent_size"
         raise BadRow(f"an image of {width} x {height} pixels after the resize exceeds {limit} {most}")
-    return Entry(kind, content, rows * columns, loss, False, -1, height, width)
+    return rows * columns, height, width
