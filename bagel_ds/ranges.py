@@ -7,7 +7,7 @@ read by any other number.
 from __future__ import annotations
 
 from math import prod
-from typing import Iterable, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,14 +35,13 @@ class TensorInfo(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """What one rank holds of the tensor `name`: possibly nothing. Values are 1-D, of any dtype, on any device."""
+    """What one rank holds of the tensor `name`: possibly nothing. Values are 1-D, of any dtype, on any device.
+
+    Who hands out pieces hands out the same names in the same order on every rank; tensors are valid until the next name.
+    """
 
     name: str
     ranges: list[tuple[Range, Tensor]]
-
-
-# The same names in the same order on every rank, each with that rank's pieces. Tensors are valid until the next name.
-PiecesByName = Iterable[Pieces]
 
 
 class WeightSource(Protocol):

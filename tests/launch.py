@@ -26,7 +26,14 @@ def cpu_environment(**extra: str) -> dict[str, str]:
     python_path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     binaries = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     base = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": cache}
-    return {**os.environ, **base, "PYTHONPATH": python_path, "PATH": binaries, "TOKENIZERS_PARALLELISM": "false", **extra}
+    return {
+        **os.environ,
+        **base,
+        "PYTHONPATH": python_path,
+        "PATH": binaries,
+        "TOKENIZERS_PARALLELISM": "false",
+        **extra,
+    }
 
 
 def deepspeed_command(script: Path, arguments: Sequence[object], ranks: int, port: int) -> list[str]:

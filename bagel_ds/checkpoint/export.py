@@ -1,8 +1,8 @@
 """Weights that are spread over ranks -> one safetensors file, a chunk at a time.
 
-Guarantees: no rank ever holds more than `CHUNK_BYTES` of it besides its own share; the file's bits are those of the pieces
-cast to the file's dtype (chunks are combined as bytes, so not even a negative zero changes); every rank makes the same
-collective calls.
+Guarantees: no rank ever holds more than `CHUNK_BYTES` of it besides its own share; the file's bits are those of the
+pieces cast to the file's dtype (chunks are combined as bytes, so not even a negative zero changes); every rank makes
+the same collective calls.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A model folder in the layout of BAGEL-7B-MoT: its configuration, its weights, its autoencoder.
 
-Guarantees: everything wrong with a folder is found before the first weight is read and reported in one message; a weight
-that is asked for and absent is an error, never random numbers; position tables are computed, not loaded.
+Guarantees: everything wrong with a folder is found before the first weight is read and reported in one message; a
+weight that is asked for and absent is an error, never random numbers; position tables are computed, not loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ from bagel_ds.model.vae import AutoEncoder
 from bagel_ds.ranges import TensorInfo
 
 MODEL, EMA, VAE = "model.safetensors", "ema.safetensors", "ae.safetensors"
-CONFIG_FILES = ("llm_config.json", "vit_config.json", "config.json", "generation_config.json", "preprocessor_config.json")
+CONFIG_FILES = (
+    "llm_config.json",
+    "vit_config.json",
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -52,7 +58,14 @@ class ModelFolder:
     def vit_config(self, select_layer: int = -2, max_patches_per_side: int = 70) -> ViTConfig:
         """`select_layer` as vit_select_layer: layers beyond it are not built."""
         found = self._json("vit_config.json")
-        names = ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size", "num_channels", "layer_norm_eps")
+        names = (
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "patch_size",
+            "num_channels",
+            "layer_norm_eps",
+        )
         fields = {name: found[name] for name in names if name in found}
         layers = found["num_hidden_layers"] + 1 + select_layer
         return ViTConfig(**fields, num_layers=layers, max_patches_per_side=max_patches_per_side)
@@ -68,7 +81,7 @@ class ModelFolder:
         return []
 
     def open_weights(self, prefer_ema: bool) -> TensorFiles:
-        """ema.safetensors when preferred, else model.safetensors, else the other one; an error when there is neither."""
+        """ema.safetensors when preferred, else model.safetensors, else the other; an error when there is neither."""
         for stem in ("ema", "model") if prefer_ema else ("model", "ema"):
             files = self.weight_files(stem)
             if files:
@@ -112,7 +125,7 @@ def vae_config(files: TensorFiles, path: Path) -> VAEConfig:
     if "encoder.conv_in.weight" not in files or "decoder.conv_in.weight" not in files:
         raise UserError(f"{path} is not the FLUX autoencoder: tensor encoder.conv_in.weight is missing.")
     channels = files.info("encoder.conv_in.weight").shape[0]
-    multipliers = []
+    multipliers: list[int] = []
     while (name := f"encoder.down.{len(multipliers)}.block.0.conv1.weight") in files:
         multipliers.append(files.info(name).shape[0] // channels)
     blocks = 0
@@ -133,7 +146,9 @@ def check_tensors(found: TensorFiles, expected: Mapping[str, tuple[int, ...]], w
         if name not in found:
             faults.append(f"tensor {name} is missing")
         elif found.info(name).shape != shape:
-            faults.append(f"tensor {name} has shape {list(found.info(name).shape)}, the configuration needs {list(shape)}")
+            faults.append(
+                f"tensor {name} has shape {list(found.info(name).shape)}, the configuration needs {list(shape)}"
+            )
     if len(faults) > 8:
         faults = faults[:8] + [f"... and {len(faults) - 8} more"]
     all_faults(
@@ -156,9 +171,11 @@ class BagelWeights:
         self.copied: dict[str, str] = {}
         for name in shapes:
             twin = generation_twin(name)
-            if name not in files and copy_init_moe and twin in files:
-                self.copied[name] = twin  # type: ignore[assignment]
-        loaded = {name: shape for name, shape in shapes.items() if name not in POSITION_TABLES and name not in self.copied}
+            if copy_init_moe and twin is not None and name not in files and twin in files:
+                self.copied[name] = twin
+        loaded = {
+            name: shape for name, shape in shapes.items() if name not in POSITION_TABLES and name not in self.copied
+        }
         check_tensors(files, loaded, where)
         self.loaded = list(loaded)
         self.unexpected = sorted(set(files.names) - set(shapes))

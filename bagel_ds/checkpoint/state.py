@@ -1,7 +1,7 @@
 """Training state as ranges in safetensors files, one per rank.
 
-Guarantees: any number of ranks can read what any other number wrote, whatever the ZeRO stage or offload, because files hold
-named ranges of unpadded parameters; reading maps the files and copies only what is asked for; nothing is pickled.
+Guarantees: any number of ranks can read what any other number wrote, whatever the ZeRO stage or offload, because files
+hold named ranges of unpadded parameters; reading maps the files and copies only what is asked for; nothing is pickled.
 
 A file holds 1-D tensors named "<kind>/<parameter>" with kind master, exp_avg, exp_avg_sq, ema (fp32) or weight (frozen
 parameters, their own dtype); the header's metadata gives the start of each range.
@@ -77,7 +77,8 @@ class StateFiles:
         if position < start + numel:
             raise UserError(
                 f"{self._folder}: elements {position} to {start + numel} of {kind}/{name} are in none of its "
-                f"{len(self._files)} rank files. A file is missing or belongs to another run; resume from another checkpoint."
+                f"{len(self._files)} rank files. A file is missing or belongs to another run; "
+                "resume from another checkpoint."
             )
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
 

@@ -1,7 +1,7 @@
 """safetensors files read and written by flat range.
 
-Guarantees: reading maps the file and copies only the range asked for; writing puts each range straight at its place in the
-file, so neither side ever holds a whole tensor. The header is checked when a file is opened; the files are ordinary
+Guarantees: reading maps the file and copies only the range asked for; writing puts each range straight at its place in
+the file, so neither side ever holds a whole tensor. The header is checked when a file is opened; the files are ordinary
 safetensors that any reader loads.
 """
 

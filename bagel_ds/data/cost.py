@@ -40,6 +40,11 @@ class Work(NamedTuple):
     vit_patches: tuple[int, ...]  # per ViT image
     vae_pixels: tuple[int, ...]  # per VAE image
 
+    @property
+    def tokens(self) -> int:
+        """The sample's length."""
+        return self.und_tokens + self.gen_tokens
+
 
 def work_of(plan: SamplePlan) -> Work:
     """Counts over the sample's splits; a query sees its own (text: up to itself) and all earlier ones but noise."""
@@ -163,7 +168,3 @@ class CostModel:
             cells = pixels // self.vae_cell_pixels
             vision += cells * self.vae_cell + cells * cells * self.vae_pair
         return Cost(llm // UNIT, vision // UNIT)
-
-    def of_sample(self, plan: SamplePlan) -> Cost:
-        """MFLOP of a planned sample."""
-        return self.price(work_of(plan))

@@ -15,22 +15,20 @@ import warnings
 from collections import deque
 from dataclasses import asdict
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Iterable, Iterator, NamedTuple, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bagel_ds.data.cost import CostModel
+from bagel_ds.data.materialize import LayoutOptions, materialize
 from bagel_ds.data.plan import ALGORITHM, PackingOptions, Planner, Step
 from bagel_ds.data.sample import SamplePlan
+from bagel_ds.data.sources import GroupStream
+from bagel_ds.data.tokenizer import Tokenizer
 from bagel_ds.errors import UserError
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.config import BagelConfig
-
-if TYPE_CHECKING:
-    from bagel_ds.data.materialize import LayoutOptions
-    from bagel_ds.data.sources import GroupStream
-    from bagel_ds.data.tokenizer import Tokenizer
 
 __all__ = ["MicroBatch", "PackingOptions", "PlannedData"]
 
@@ -54,8 +52,6 @@ class _Packs(Dataset[PackedBatch]):
         self._arguments = (streams, tokenizer, options, noise_seed)
 
     def __getitem__(self, plans: tuple[SamplePlan, ...]) -> PackedBatch:
-        from bagel_ds.data.materialize import materialize
-
         return materialize(plans, *self._arguments)
 
 
@@ -91,6 +87,24 @@ class PlannedData:
         self._plan = _digest([ALGORITHM, groups, budgets, asdict(cost)])
         self.fingerprint = _digest([self._plan, noise_seed, repr(layout_options)])
 
+    def describe(self) -> list[str]:
+        """Lines for the run's plan: each group's rows, length and share, then how they are packed."""
+        total = sum(stream.weight for stream in self.planner.streams)
+        lines = []
+        for stream, tokens in zip(self.planner.streams, self.planner.mean_lengths, strict=True):
+            share = f"{stream.weight / total:.0%} of the draws by weight {stream.weight:g}" if total else "weight 0"
+            lines.append(
+                f"data {stream.name} ({', '.join(stream.datasets)}): {sum(map(len, stream.units)):,} rows, "
+                f"{len(stream.bad_rows):,} unusable, about {tokens:,.0f} tokens per sample, {share}"
+                + (", and one draw per pack (mandatory)" if stream.is_mandatory else "")
+            )
+        options = self.planner.options
+        lines.append(
+            f"packs of at most {options.max_num_tokens:,} tokens chosen from {self.planner.window_size} samples, in blocks "
+            f"of {self.planner.block_size}, data_seed {options.data_seed}, plan {self._plan}"
+        )
+        return lines
+
     def micro_batches(
         self,
         rank: int,
@@ -99,7 +113,7 @@ class PlannedData:
         prefetch_factor: int = 2,
         pin_memory: bool = False,
         start: dict[str, Any] | None = None,
-    ) -> Iterator[MicroBatch]:
+    ) -> Generator[MicroBatch, None, None]:
         """Batches of `rank`, without end, from the beginning or from the `state` of an earlier `MicroBatch`.
 
         Raises `UserError` at once where `start` belongs to other data or other options.
@@ -116,7 +130,7 @@ class PlannedData:
 
     def _iterate(
         self, steps: Iterator[Step], rank: int, num_workers: int, prefetch_factor: int, pin_memory: bool
-    ) -> Iterator[MicroBatch]:
+    ) -> Generator[MicroBatch, None, None]:
         under_way: deque[Step] = deque()
 
         def planned() -> Iterator[tuple[SamplePlan, ...]]:

@@ -25,7 +25,7 @@ from bagel_ds.data.sample import SamplePlan
 LLM_TOLERANCE, VISION_TOLERANCE = 0.01, 0.10
 SLACK_DIVISOR = 400  # a pack counts as full from 1 - 1/400 of the limit on: that room buys equal cost
 GAP_DIVISOR = 1000  # beyond it, 1/1000 of the limit left empty weighs like one tolerance of cost
-_CANDIDATES = 1024  # pairs weighed per choice, about
+_CANDIDATES = 512  # pairs weighed per choice, about
 _KEY_SHIFT = 40  # sort key: length << 40 | arrival
 _EMPTY = -1
 
@@ -86,6 +86,16 @@ class _View(NamedTuple):
     vision: NDArray[np.int64]
 
 
+class _Goal(NamedTuple):
+    """What the last samples of a pack should add: tokens at most, and MFLOP about."""
+
+    room: int
+    llm: int
+    vision: int
+    llm_tolerance: float
+    vision_tolerance: float
+
+
 class Window:
     """Samples waiting to be packed. What it does next depends only on them, their order and `packs_taken`."""
 
@@ -96,11 +106,13 @@ class Window:
         self._key = np.full(slots, _EMPTY, np.int64)
         self._length, self._group = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
         self._llm, self._vision = np.zeros(slots, np.int64), np.zeros(slots, np.int64)
+        self._places = np.arange(max(slots, _CANDIDATES))
         self._free = list(range(slots))
         self._arrivals = 0
         self._waiting: OrderedDict[int, tuple[Candidate, int]] = OrderedDict()  # slot: sample, packs taken at arrival
         self._group_count, self._group_length = [0] * groups, [0] * groups
         self._total_llm = self._total_vision = 0
+        self._shortest = 0  # no waiting sample is shorter
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -117,6 +129,7 @@ class Window:
         slot = self._free.pop()
         self._key[slot] = candidate.length << _KEY_SHIFT | self._arrivals
         self._arrivals += 1
+        self._shortest = min(self._shortest, candidate.length)
         self._length[slot], self._group[slot] = candidate.length, candidate.group
         self._llm[slot], self._vision[slot] = candidate.llm, candidate.vision
         self._waiting[slot] = (candidate, self.packs_taken - waited)
@@ -129,7 +142,7 @@ class Window:
         oldest_first = self.packs_taken % 2 == 0
         self._move(next(iter(self._waiting)) if oldest_first else int(self._key.argmax()), pack)
         missing = 0
-        while self._waiting and pack.rest > 0:
+        while self._waiting and pack.rest >= self._shortest:
             early = self._early(pack)
             slots = [early] if early is not None else self._last(pack, target_llm, target_vision)
             if not slots and not pack.missing:
@@ -180,61 +193,61 @@ class Window:
 
     def _last(self, pack: _Open, target_llm: int, target_vision: int) -> list[int]:
         """The one or two samples that fill the pack best, of the missing mandatory groups as far as these fit."""
-        order = np.argsort(self._key)[len(self._key) - len(self._waiting) :]
-        order = order[: int(np.searchsorted(self._length[order], pack.rest, side="right"))]
-        if not len(order):
+        order = self._key.argsort()[len(self._key) - len(self._waiting) :]
+        length = self._length[order]
+        self._shortest = int(length[0])
+        fitting = int(length.searchsorted(pack.rest, side="right"))
+        if not fitting:
             return []
-        view = _View(order, self._length[order], self._group[order], self._llm[order], self._vision[order])
-        needs = (pack.rest, target_llm - pack.llm, target_vision - pack.vision)
-        tolerances = (target_llm * LLM_TOLERANCE + 1.0, target_vision * VISION_TOLERANCE + 1.0)
+        order = order[:fitting]
+        columns = (self._group, self._llm, self._vision)
+        view = _View(order, length[:fitting], *(column.take(order) for column in columns))
+        goal = _Goal(
+            pack.rest,
+            target_llm - pack.llm,
+            target_vision - pack.vision,
+            target_llm * LLM_TOLERANCE + 1.0,
+            target_vision * VISION_TOLERANCE + 1.0,
+        )
         wanted = [group for group in pack.missing if self._group_count[group]]
         if len(wanted) > 2:  # shortest first until a pair remains, so that all fit if they can
-            return [int(slot) for slot in view.slot[view.group == wanted[0]][:1]]
-        choices: list[list[int]] = [wanted[:2]] + ([[group] for group in wanted] if len(wanted) > 1 else [])
+            return order[view.group == wanted[0]][:1].tolist()
+        choices: list[list[int]] = [wanted] + ([[group] for group in wanted] if len(wanted) > 1 else [])
         for required in choices:
-            found = self._best(view, required, needs, tolerances)
+            found = self._best(view, required, goal)
             if found:
                 return found
         return []
 
-    def _best(
-        self, view: _View, required: list[int], needs: tuple[int, int, int], tolerances: tuple[float, float]
-    ) -> list[int]:
-        everything = np.arange(len(view.slot))
-        first = np.flatnonzero(view.group == required[0]) if required else everything
-        second = np.flatnonzero(view.group == required[1]) if len(required) > 1 else everything
+    def _best(self, view: _View, required: list[int], goal: _Goal) -> list[int]:
+        """Slots of the best pair or single sample that holds all of `required` (at most two groups)."""
+        first, second = (
+            (view.group == required[i]).nonzero()[0] if i < len(required) else self._places[: len(view.slot)]
+            for i in range(2)
+        )
         if not len(first) or not len(second):
             return []
-        depth = max(1, _CANDIDATES // len(first))
-        steps = np.arange(depth)[:, None]
-        partner = np.searchsorted(view.length[second], needs[0] - view.length[first], side="right") - 1 - steps
-        other = second[np.maximum(partner, 0)]
-        one = np.broadcast_to(first, other.shape)
-        valid = (partner >= 0) & (other != one)
-        score = self._score(view, needs, tolerances, one, other)
-        score[~valid] = np.inf
+        room = goal.room - view.length.take(first)
+        llm, vision = goal.llm - view.llm.take(first), goal.vision - view.vision.take(first)
+        steps = self._places[: max(1, _CANDIDATES // len(first)), None]
+        partner = view.length[second].searchsorted(room, side="right") - 1 - steps
+        other = second.take(np.maximum(partner, 0))
+        gap = room - view.length.take(other)
+        score = self._score(gap, llm - view.llm.take(other), vision - view.vision.take(other), goal)
+        score[(partner < 0) | (other == first)] = np.inf
         best = int(score.argmin())
-        pair = [int(view.slot[one.flat[best]]), int(view.slot[other.flat[best]])] if valid.flat[best] else []
-        if len(required) > 1:
-            return pair
-        alone = first[-_CANDIDATES:]
-        single_score = self._score(view, needs, tolerances, alone, None)
-        best_single = int(single_score.argmin())
-        if pair and score.flat[best] <= single_score[best_single]:
-            return pair
-        return [int(view.slot[alone[best_single]])]
+        column = best % len(first)
+        pair = [first[column], other.flat[best]] if score.flat[best] < np.inf else []
+        if len(required) < 2 and (not pair or gap.flat[best] > self.limit // SLACK_DIVISOR):
+            alone = self._score(room, llm, vision, goal)
+            single = int(alone.argmin())
+            if not pair or alone[single] < score.flat[best]:
+                pair = [first[single]]
+        return view.slot[pair].tolist()
 
     def _score(
-        self,
-        view: _View,
-        needs: tuple[int, int, int],
-        tolerances: tuple[float, float],
-        one: NDArray[np.int64],
-        other: NDArray[np.int64] | None,
+        self, gap: NDArray[np.int64], llm: NDArray[np.int64], vision: NDArray[np.int64], goal: _Goal
     ) -> NDArray[np.float64]:
-        """Lower is better: room left beyond the slack, and distance from the average cost, in tolerances."""
-        gap, llm, vision = needs[0] - view.length[one], needs[1] - view.llm[one], needs[2] - view.vision[one]
-        if other is not None:
-            gap, llm, vision = gap - view.length[other], llm - view.llm[other], vision - view.vision[other]
+        """Lower is better: room left beyond the slack, and distance from the average cost, all in tolerances."""
         empty = np.maximum(gap - self.limit // SLACK_DIVISOR, 0) * (GAP_DIVISOR / self.limit)
-        return empty + np.abs(llm) / tolerances[0] + np.abs(vision) / tolerances[1]
+        return empty + np.abs(llm) / goal.llm_tolerance + np.abs(vision) / goal.vision_tolerance

@@ -19,14 +19,14 @@ from typing import Any, Iterator, NamedTuple, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bagel_ds.data.cost import CostModel
+from bagel_ds.data.cost import CostModel, work_of
 from bagel_ds.data.packing import LLM_TOLERANCE, VISION_TOLERANCE, Candidate, Pack, Window
 from bagel_ds.data.sample import Stream
 from bagel_ds.data.shuffle import RowOrder, permutation, stable_key
 from bagel_ds.errors import UserError, all_faults
 
 ALGORITHM = 1  # part of the plan's fingerprint: raise it when the same input would give other packs
-SMALLEST_BLOCK, LARGEST_BLOCK = 32, 1024  # packs; powers of two
+SMALLEST_BLOCK, LARGEST_BLOCK = 32, 512  # packs; powers of two
 SMALLEST_WINDOW = 32  # samples
 _PROBED_ROWS = 64  # rows per group whose mean length decides the block's size
 
@@ -67,10 +67,12 @@ class _Intake:
     def candidate(self, epoch: int, row: int) -> Candidate | None:
         """The sample of a row with its length and cost; None where the row is unusable."""
         plan = self._stream.plan_sample(row, epoch)
-        length = plan.length if plan else 0
-        if plan is None or not 0 < length <= self._limit:
+        if plan is None:
             return None
-        return Candidate(self._group, epoch, row, plan, length, *self._cost.of_sample(plan))
+        work = work_of(plan)
+        if not 0 < work.tokens <= self._limit:
+            return None
+        return Candidate(self._group, epoch, row, plan, work.tokens, *self._cost.price(work))
 
     def next(self) -> Candidate:
         """The next usable sample."""
@@ -101,8 +103,8 @@ def like_cost_order(llm: NDArray[np.int64], vision: NDArray[np.int64], key: int)
     coins = iter((permutation(2 * len(llm), key) & 1).tolist())
 
     def arrange(ids: NDArray[np.int64]) -> list[int]:
-        if len(ids) < 2:
-            return [int(i) for i in ids]
+        if len(ids) <= 2:
+            return ids.tolist()[:: -1 if next(coins) else 1]
         values = max((axis[ids] for axis in scaled), key=lambda value: float(value.max() - value.min()))
         ids = ids[np.argsort(values, kind="stable")]
         low, high = arrange(ids[: len(ids) // 2]), arrange(ids[len(ids) // 2 :])
@@ -118,6 +120,7 @@ class Planner:
         self.streams, self.options, self.cost = list(streams), options, cost or CostModel.of()
         self._check()
         self.mandatory = [i for i, stream in enumerate(self.streams) if stream.is_mandatory]
+        self.mean_lengths = self._mean_lengths()
         self.window_size, self.block_size = self._sizes()
 
     def steps(self, world_size: int, start: dict[str, Any] | None = None) -> Iterator[Step]:
@@ -157,14 +160,20 @@ class Planner:
             faults.append("no data group has a positive weight or is mandatory; give at least one group a weight")
         all_faults(faults, "The data can't be planned:")
 
+    def _mean_lengths(self) -> list[float]:
+        """Tokens per sample of each group (0 where it is never drawn), over the first usable rows in its order."""
+        means = dict.fromkeys(range(len(self.streams)), 0.0)
+        for group, intake in self._intakes().items():
+            means[group] = sum(intake.next().length for _ in range(_PROBED_ROWS)) / _PROBED_ROWS
+        return list(means.values())
+
     def _sizes(self) -> tuple[int, int]:
         """Samples of the window and packs of a block; where rows are few, at most a quarter and a half of them."""
-        intakes = self._intakes()
-        rows = sum(intake.order.rows_per_epoch for intake in intakes.values())
-        lengths = [intake.next().length for intake in intakes.values() for _ in range(_PROBED_ROWS)]
-        samples_per_pack = max(1, self.options.max_num_tokens * len(lengths) // sum(lengths))
+        rows = sum(intake.order.rows_per_epoch for intake in self._intakes().values())
+        drawn = [mean for mean in self.mean_lengths if mean]
+        samples_per_pack = self.options.max_num_tokens * len(drawn) / sum(drawn)
         block = LARGEST_BLOCK
-        while block > SMALLEST_BLOCK and block * samples_per_pack > rows // 2:
+        while block > SMALLEST_BLOCK and block * samples_per_pack > rows / 2:
             block //= 2
         return min(self.options.lookahead, max(SMALLEST_WINDOW, rows // 4)), block
 

@@ -1,8 +1,8 @@
 """Attention over packed samples: one interface, one function per kernel.
 
-Guarantees: query i sees key j iff both are of one sample and (j <= i or both in the same full/noise split) and j is not in
-a noise split other than i's own (REFERENCE 7). No [T, T] mask exists: the rule is exact per split, because every split
-sees whole earlier splits and itself. Zero tokens are fine and stay connected to q, k and v.
+Guarantees: query i sees key j iff both are of one sample and (j <= i or both in the same full/noise split) and j is not
+in a noise split other than i's own (REFERENCE 7). No [T, T] mask exists: the rule is exact per split, because every
+split sees whole earlier splits and itself. Zero tokens are fine and stay connected to q, k and v.
 
 Shape legend: T tokens of a pack, H heads, K key/value heads, D head dim, S segments.
 """

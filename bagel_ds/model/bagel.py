@@ -1,10 +1,10 @@
 """BAGEL: one packed sequence of text, images to read and images to draw -> cross entropy and velocity error.
 
-Guarantees: parameter names and shapes of the original's `ema.safetensors`; the forward pass of REFERENCE 3 to 5, drawing no
-random numbers; every module is called once per batch in one order, whatever the batch holds.
+Guarantees: parameter names and shapes of the original's `ema.safetensors`; the forward pass of REFERENCE 3 to 5,
+drawing no random numbers; every module is called once per batch in one order, whatever the batch holds.
 
-Shape legend: T tokens of the pack, U understanding tokens (text, then ViT patches), G generation tokens, K positions with
-a label, M positions with a velocity target, P ViT patches, C hidden, F features of a latent token (64).
+Shape legend: T tokens of the pack, U understanding tokens (text, then ViT patches), G generation tokens, K positions
+with a label, M positions with a velocity target, P ViT patches, C hidden, F features of a latent token (64).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Bagel(nn.Module):
         return BagelOutput(ce, (velocity.float() - target[mse_rows]) ** 2)
 
     def flow(self, batch: PackedBatch, latents_GF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x_t = (1-t) x0 + t noise and its velocity noise - x0, both [G, F] fp32, and t [G]; t = 0 for clean latents."""
+        """x_t = (1-t) x0 + t noise, its velocity noise - x0 (both [G, F] fp32) and t [G]; clean latents have t = 0."""
         shift = self.config.timestep_shift
         sigma = torch.sigmoid(batch.timesteps)
         t_G = shift * sigma / (1 + (shift - 1) * sigma)

@@ -1,9 +1,10 @@
 """PackedBatch: the one type that flows from data to model.
 
-It is the complete input of one micro-batch: a step draws no random number of its own, so equal batches give equal steps.
-A modality that is absent is a tensor of zero rows or an empty tuple, never None.
+It is the complete input of one micro-batch: a step draws no random number of its own, so equal batches give equal
+steps. A modality that is absent is a tensor of zero rows or an empty tuple, never None.
 
-Shape legend: T tokens of the pack, N text tokens, P ViT patches, G generation (VAE latent) tokens, K positions with a cross-entropy label, M positions with a velocity target, F features of a latent token (64).
+Shape legend: T tokens of the pack, N text tokens, P ViT patches, G generation (VAE latent) tokens, K positions with a
+cross-entropy label, M positions with a velocity target, F features of a latent token (64).
 """
 
 from __future__ import annotations

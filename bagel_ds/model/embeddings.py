@@ -1,7 +1,7 @@
 """Position tables and the timestep embedding.
 
-Guarantees: the sin-cos tables are functions of width and side alone, so they are computed, never loaded, and equal those
-in a checkpoint of the same side. Computed in float64, rounded once.
+Guarantees: the sin-cos tables are functions of width and side alone, so they are computed, never loaded, and equal
+those in a checkpoint of the same side. Computed in float64, rounded once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class TimestepEmbedder(nn.Module):
         frequencies = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angles = t[:, None] * frequencies
         sinusoid = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.mlp(sinusoid.to(self.mlp[0].weight.dtype))
+        first: Linear = self.mlp[0]  # type: ignore[assignment]
+        return self.mlp(sinusoid.to(first.weight.dtype))
 
 
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,11 @@
 """The mixture of transformers: Qwen2 layers with an understanding and a generation expert.
 
-Guarantees: parameter names and shapes of `language_model.model.*` in a BAGEL checkpoint. Tokens travel as two contiguous
-tensors, one per expert, through norms, projections and MLPs; only attention sees them in sequence order. Every module is
-called on every batch, on zero rows if need be, unless the whole run generates nothing (visual_gen off).
+Guarantees: parameter names and shapes of `language_model.model.*` in a BAGEL checkpoint. Tokens travel as two
+contiguous tensors, one per expert, through norms, projections and MLPs; only attention sees them in sequence order.
+Every module is called on every batch, on zero rows if need be, unless the whole run generates nothing (visual_gen off).
 
-Shape legend: T tokens of the pack, U understanding tokens, G generation tokens (T = U + G), C hidden, H heads, K key/value
-heads, D head dim.
+Shape legend: T tokens of the pack, U understanding tokens, G generation tokens (T = U + G), C hidden, H heads, K
+key/value heads, D head dim.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class MoTAttention(TwoExperts):
             self.add_module("q_proj" + suffix, Linear(llm.hidden_size, llm.num_attention_heads * llm.head_dim))
             self.add_module("k_proj" + suffix, Linear(llm.hidden_size, llm.num_key_value_heads * llm.head_dim))
             self.add_module("v_proj" + suffix, Linear(llm.hidden_size, llm.num_key_value_heads * llm.head_dim))
-            self.add_module("o_proj" + suffix, Linear(llm.num_attention_heads * llm.head_dim, llm.hidden_size, bias=False))
+            self.add_module(
+                "o_proj" + suffix, Linear(llm.num_attention_heads * llm.head_dim, llm.hidden_size, bias=False)
+            )
             if llm.qk_norm:
                 self.add_module("q_norm" + suffix, RMSNorm(llm.head_dim, llm.rms_norm_eps))
                 self.add_module("k_norm" + suffix, RMSNorm(llm.head_dim, llm.rms_norm_eps))

@@ -1,8 +1,8 @@
 """The FLUX autoencoder: images <-> 16-channel latents, frozen.
 
-Guarantees: parameter names and shapes of `ae.safetensors`; each image is encoded by itself, so its latent does not depend
-on the images packed beside it (the original pads them to one canvas; REFERENCE 0). Works in fp32 weights; run it under
-autocast for bf16 arithmetic.
+Guarantees: parameter names and shapes of `ae.safetensors`; each image is encoded by itself, so its latent does not
+depend on the images packed beside it (the original pads them to one canvas; REFERENCE 0). Works in fp32 weights; run it
+under autocast for bf16 arithmetic.
 
 Shape legend: B images, c channels, h w latent cells (height/8, width/8).
 """
@@ -178,8 +178,8 @@ def encode_images(
 ) -> Tensor:
     """Latent tokens [G, F] fp32 of images (uint8 or normalised [3, H, W]), one image at a time.
 
-    `posterior_eps_GF` is the posterior's draw in token layout; image i fills rows*columns tokens of it, in order. Only the
-    top-left rows*patch x columns*patch cells of a latent become tokens.
+    `posterior_eps_GF` is the posterior's draw in token layout; image i fills rows*columns tokens of it, in order. Only
+    the top-left rows*patch x columns*patch cells of a latent become tokens.
     """
     tokens = []
     eps_per_image = posterior_eps_GF.split([rows * columns for rows, columns in latent_shapes])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bagel_ds.model.attention import AttentionLayout, attend
 from bagel_ds.model.config import ViTConfig
-from bagel_ds.model.layers import Embedding, GELUMLP, Linear
+from bagel_ds.model.layers import GELUMLP, Embedding, Linear
 from bagel_ds.model.recompute import Recompute
 
 

@@ -1,8 +1,8 @@
 """Loss of an optimizer step, normalised over everything that is in it.
 
 Guarantees: every labelled token of a step weighs the same, and so does every noised latent token, whichever rank or
-micro-batch holds it: two micro-batches on one rank, or one on each of two, give the same gradient. A step without labels
-(or without noised images) has a zero loss of that kind, with zero gradients.
+micro-batch holds it: two micro-batches on one rank, or one on each of two, give the same gradient. A step without
+labels (or without noised images) has a zero loss of that kind, with zero gradients.
 
     loss = ce_weight * sum(ce) / N_ce + mse_weight * sum(mean over features of mse) / N_mse
 

@@ -1,7 +1,7 @@
 """One optimizer step: a window of micro-batches in, updated weights and the step's losses out.
 
-Guarantees: every rank makes the same calls in the same order, whatever its batches hold; losses are means over the whole
-step and all ranks.
+Guarantees: every rank makes the same calls in the same order, whatever its batches hold; losses are means over the
+whole step and all ranks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Exponential moving average of the weights, sharded beside the optimizer's masters.
 
-Guarantees: ema = decay * ema + (1 - decay) * master after every optimizer step, from the first, in fp32, for this rank's
-owned ranges only; it lives where the masters live (GPU or CPU) and is never a second model.
+Guarantees: ema = decay * ema + (1 - decay) * master after every optimizer step, from the first, in fp32, for this
+rank's owned ranges only; it lives where the masters live (GPU or CPU) and is never a second model.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Guarantees, for every ZeRO stage and offload: the ranges of `Partitions.groups` over all ranks cover each trainable
 parameter exactly once (stage 0 keeps whole copies on every rank: then each parameter has one owner); what is written
-through them is what the next step computes with; padding that DeepSpeed adds stays zero and is never part of a range. All
-knowledge of DeepSpeed's internals (0.19.8, pinned) lives here; `check_internals` fails loudly when they move.
+through them is what the next step computes with; padding that DeepSpeed adds stays zero and is never part of a range.
+All knowledge of DeepSpeed's internals (0.19.8, pinned) lives here; `check_internals` fails loudly when they move.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, Iterable, Iterator, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bagel_ds.ranges import Pieces, PiecesByName, Range, WeightSource
+from bagel_ds.ranges import Pieces, Range, WeightSource
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 MOMENTS = (EXP_AVG, EXP_AVG_SQ)
@@ -41,8 +41,8 @@ class Group:
 class Partitions:
     """Masters and moments of a DeepSpeed engine's optimizer, group by group.
 
-    Use `with partitions.open(group) as flats:`; `flats[key]` is the group's flat 1-D tensor for "master", "exp_avg" and
-    "exp_avg_sq" (a placed range is `flats[key].narrow(0, offset, numel)`). Changes are kept when opened with write=True.
+    Use `with partitions.open(group) as flats:`; `flats[key]` is the group's flat 1-D tensor for "master", "exp_avg" or
+    "exp_avg_sq", a placed range is `flats[key].narrow(0, offset, numel)`. Changes last when opened with write=True.
     """
 
     def __init__(self, engine: Any):
@@ -96,7 +96,7 @@ class Partitions:
     def _named(self, parameters: Iterable[nn.Parameter]) -> tuple[str, ...]:
         return tuple(self._names[id(parameter)] for parameter in parameters)
 
-    def _stage3_ranges(self, parameters: Iterable[nn.Parameter]) -> Iterator[PlacedRange]:
+    def _stage3_ranges(self, parameters: Iterable[Any]) -> Iterator[PlacedRange]:
         offset = 0
         for parameter in parameters:
             held = stage3_range(parameter, self._names[id(parameter)])

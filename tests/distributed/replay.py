@@ -59,9 +59,7 @@ def replay(case: dict, results: Path) -> None:
         folder, timestep_shift=arguments.get("shift", 1.0), freeze_und=arguments.get("freeze_und", False)
     )
     trains = trainable_parts(config, Freezing())
-    engine = ZeroEngine(
-        lambda: Bagel(config, recompute_mode("full")), lambda name: part_of(name) in trains, ds_config
-    )
+    engine = ZeroEngine(lambda: Bagel(config, recompute_mode("full")), lambda name: part_of(name) in trains, ds_config)
     weights = weights_of(folder, config)
     engine.start(weights, AdamOptions(tuple(optimizer["betas"]), optimizer["eps"]))
     ema = engine.start_ema(optimizer["ema_decay"], weights)

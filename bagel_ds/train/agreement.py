@@ -1,0 +1,100 @@
+"""Ranks that check the same things and stop together.
+
+Guarantees: a fault that one rank meets reaches all of them before any waits in a collective call of the engine; ranks
+that would train different runs (other data, other packages, other folders) never start; the host is named.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from pathlib import Path
+from typing import Any, Callable, TypeVar
+
+import torch.distributed as dist
+
+from bagel_ds.errors import UserError
+
+Result = TypeVar("Result")
+
+
+def is_main() -> bool:
+    return dist.get_rank() == 0
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def together(function: Callable[[], Result]) -> Result:
+    """`function()` on every rank; if it raises `UserError` on any, every rank raises the first one's message."""
+    fault, result = None, None
+    try:
+        result = function()
+    except UserError as error:
+        fault = str(error)
+    faults = everyone([fault, socket.gethostname()])
+    for found, host in faults:
+        if found is not None:
+            elsewhere = f"on host {host}: " if host != faults[0][1] else ""
+            raise UserError(elsewhere + found)
+    return result  # type: ignore[return-value]
+
+
+def one_per_host_first(function: Callable[[], Result]) -> Result:
+    """`function()` on one rank of each host, then on the others, which find its caches filled."""
+    if local_rank() == 0:
+        result = together(function)
+        together(lambda: None)
+        return result
+    together(lambda: None)
+    return together(function)
+
+
+def everyone(value: Any) -> list[Any]:
+    """`value` of every rank, by rank."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def check_equal(what: dict[str, Any]) -> None:
+    """Raise `UserError` naming the first entry in which a rank differs from rank 0, and the rank's host."""
+    found = everyone((what, socket.gethostname()))
+    for rank, (theirs, host) in enumerate(found):
+        for name, value in found[0][0].items():
+            if theirs.get(name) != value:
+                raise UserError(
+                    f"{name} differs between ranks: rank 0 on {found[0][1]} has {value}, rank {rank} on {host} has "
+                    f"{theirs.get(name)}. Every host needs the same files, packages and arguments."
+                )
+
+
+def check_shared_folder(folder: Path, argument: str) -> None:
+    """Raise `UserError` unless every rank sees in `folder` what rank 0 just wrote there."""
+    name = everyone(f".shared-{uuid.uuid4().hex}")[0]
+
+    def write() -> None:
+        if is_main():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / name).touch()
+            except OSError as error:
+                raise UserError(
+                    f"--{argument} {folder} can't be written: {error.strerror}. Pass a folder you may write."
+                ) from None
+
+    def look() -> None:
+        if not (folder / name).exists():
+            raise UserError(
+                f"--{argument} {folder} is not the folder that rank 0 writes to: it must be on a file system that all "
+                "hosts share, under the same path."
+            )
+
+    together(write)
+    try:
+        together(look)
+    finally:
+        if is_main():
+            (folder / name).unlink(missing_ok=True)

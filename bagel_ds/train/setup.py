@@ -1,0 +1,160 @@
+"""From arguments to the parts of a run, in the order in which faults should be found.
+
+Guarantees: everything that can be wrong with files is found before a rank builds the engine, on all ranks together;
+afterwards every rank holds the same plan.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+
+import bagel_ds
+from bagel_ds.checkpoint.folder import ModelFolder, latent_side
+from bagel_ds.config import RunConfig
+from bagel_ds.data.config import load_dataset_config
+from bagel_ds.data.layout import LayoutOptions
+from bagel_ds.data.loader import PackingOptions, PlannedData
+from bagel_ds.data.sources import SampleOptions, open_streams
+from bagel_ds.data.tokenizer import load_tokenizer
+from bagel_ds.errors import UserError
+from bagel_ds.model.bagel import Bagel
+from bagel_ds.model.config import BagelConfig
+from bagel_ds.model.parts import Freezing, part_of, trainable_parts
+from bagel_ds.model.vae import AutoEncoder
+from bagel_ds.preflight import check_inputs, installed_version, resolve_model_path
+from bagel_ds.train.agreement import check_equal, check_shared_folder, is_main, one_per_host_first, together
+from bagel_ds.train.start import StartPoint, find_start
+
+logger = logging.getLogger("bagel_ds")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before any weight is loaded."""
+
+    model_folder: Path
+    model: BagelConfig
+    vae: AutoEncoder
+    data: PlannedData
+    start: StartPoint
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Check and open everything on all ranks; raises the same `UserError` on each."""
+    check_shared_folder(Path(config.training.checkpoint_dir), "checkpoint_dir")
+    check_equal({"the version of " + name: installed_version(name) for name in ("torch", "deepspeed", "transformers")})
+    check_equal({"the version of bagel_ds": bagel_ds.__version__, "the arguments": config.to_yaml()})
+    together(lambda: check_inputs(config))
+    model_folder, model, vae, start = one_per_host_first(lambda: _open_model(config))
+    data = one_per_host_first(lambda: _open_data(config, model_folder, model, vae))
+    check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
+    return Prepared(model_folder, model, vae, data, start)
+
+
+def _open_model(config: RunConfig) -> tuple[Path, BagelConfig, AutoEncoder, StartPoint]:
+    path = resolve_model_path(config)
+    folder = ModelFolder(path)
+    start = find_start(config.training, path)
+    vae = folder.load_vae()
+    model = _bagel_config(config, folder, start, vae)
+    return path, model, vae, start
+
+
+def _bagel_config(config: RunConfig, folder: ModelFolder, start: StartPoint, vae: AutoEncoder) -> BagelConfig:
+    arguments, training = config.model, config.training
+    llm = folder.llm_config()
+    vit = folder.vit_config(arguments.vit_select_layer, arguments.vit_max_num_patch_per_side)
+    if vit.patch_size != arguments.vit_patch_size:
+        raise UserError(
+            f"--vit_patch_size {arguments.vit_patch_size} but {folder.path / 'vit_config.json'} says {vit.patch_size}; "
+            f"pass --vit_patch_size {vit.patch_size}"
+        )
+    side = arguments.max_latent_size
+    if side is None:
+        held = latent_side(ModelFolder(start.folder).open_weights(training.finetune_from_ema))
+        side = held or BagelConfig().max_latent_size
+    return BagelConfig(
+        llm=llm,
+        vit=vit,
+        z_channels=vae.config.z_channels,
+        latent_patch_size=arguments.latent_patch_size,
+        max_latent_size=side,
+        visual_gen=training.visual_gen,
+        visual_und=training.visual_und,
+        timestep_shift=training.timestep_shift,
+        freeze_und=training.freeze_und,
+    )
+
+
+def _open_data(config: RunConfig, folder: Path, model: BagelConfig, vae: AutoEncoder) -> PlannedData:
+    arguments = config.data
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.size > model.llm.vocab_size:
+        raise UserError(
+            f"the tokenizer of {folder} has {tokenizer.size} tokens, its llm_config.json only vocab_size="
+            f"{model.llm.vocab_size}; they do not belong together. Download or copy the folder again."
+        )
+    geometry: dict[str, Any] = {
+        "vit_patch_size": model.vit.patch_size,
+        "latent_patch_size": model.latent_patch_size,
+        "vae_downsample": vae.config.downsample,
+        "max_latent_size": model.max_latent_size,
+        "vit_max_num_patch_per_side": model.vit.max_patches_per_side,
+    }
+    sample_options = SampleOptions(
+        max_num_tokens_per_sample=arguments.max_num_tokens_per_sample,
+        text_cond_dropout_prob=config.model.text_cond_dropout_prob,
+        vit_cond_dropout_prob=config.model.vit_cond_dropout_prob,
+        vae_cond_dropout_prob=config.model.vae_cond_dropout_prob,
+        seed=arguments.data_seed,
+        visual_und=model.visual_und,
+        visual_gen=model.visual_gen,
+        **geometry,
+    )
+    dataset_config = load_dataset_config(arguments.dataset_config_file, arguments.dataset_info)
+    streams = open_streams(dataset_config, tokenizer, sample_options, progress=is_main())
+    layout = LayoutOptions(interpolate_pos=config.model.interpolate_pos, latent_channels=model.z_channels, **geometry)
+    packing = PackingOptions(
+        max_num_tokens=arguments.max_num_tokens,
+        expected_num_tokens=arguments.expected_num_tokens,
+        data_seed=arguments.data_seed,
+    )
+    return PlannedData(streams, tokenizer, layout, packing, config.training.global_seed, model)
+
+
+def trainable(config: RunConfig, model: BagelConfig) -> set[str]:
+    """Names of the parts that train."""
+    return trainable_parts(model, Freezing(config.training.freeze_llm, config.training.freeze_vit))
+
+
+def describe_parameters(model: BagelConfig, trains: set[str]) -> list[str]:
+    """A table of the network's parts, their sizes and whether they train, without building it."""
+    with torch.device("meta"):
+        counts: dict[str, int] = {}
+        for name, parameter in Bagel(model).named_parameters():
+            counts[part_of(name)] = counts.get(part_of(name), 0) + parameter.numel()
+    total, training = sum(counts.values()), sum(count for part, count in counts.items() if part in trains)
+    lines = [f"parameters: {total:,}, of which {training:,} train"]
+    return lines + [
+        f"  {part:<16} {count:>16,}  {'trains' if part in trains else 'frozen'}" for part, count in counts.items()
+    ]
+
+
+def init_distributed() -> None:
+    """Join the ranks that the launcher started."""
+    if torch.cuda.is_available() and deepspeed.get_accelerator().device_name() == "cuda":
+        from bagel_ds.train.agreement import local_rank
+
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"this host has {torch.cuda.device_count()} usable GPU(s), but the launcher started a rank for GPU "
+                f"number {local_rank()}; pass a smaller --num_gpus"
+            )
+        torch.cuda.set_device(local_rank())
+    deepspeed.init_distributed(verbose=False)

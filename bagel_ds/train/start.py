@@ -1,0 +1,102 @@
+"""Where a run starts from: which folder, which file in it, full training state or weights alone.
+
+Guarantees: the order of ARGUMENTS (auto_resume, resume_from, finetune_from_hf); asked to fine-tune and nothing to load
+is an error, never random weights; the choice can be logged in one line.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Mapping
+
+from bagel_ds.arguments import TrainingArguments
+from bagel_ds.checkpoint.folder import BagelWeights, ModelFolder
+from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
+from bagel_ds.errors import UserError
+from bagel_ds.ranges import WeightSource
+from bagel_ds.train.checkpoints import STATE, holds_state, manifest_fault, newest_state
+from bagel_ds.zero.partitions import MASTER
+
+
+@dataclass(frozen=True)
+class StartPoint:
+    """`folder` to start from; with `full` its optimizer, schedule and data plan go on, else only weights are taken."""
+
+    folder: Path
+    full: bool
+    reason: str
+
+
+def find_start(training: TrainingArguments, model_folder: Path) -> StartPoint:
+    """Decide where to start. Raises `UserError` where nothing is named or the named folder is damaged."""
+    if training.auto_resume:
+        newest = newest_state(Path(training.checkpoint_dir))
+        if newest is not None:
+            return StartPoint(newest, True, "auto_resume: the newest complete checkpoint")
+    if training.resume_from is not None:
+        folder = Path(training.resume_from)
+        if not folder.is_dir():
+            raise UserError(f"--resume_from {folder} does not exist; pass a checkpoint folder such as .../step_1000.")
+        full = holds_state(folder) and not training.resume_model_only
+        if full and (fault := manifest_fault(folder)) is not None:
+            raise UserError(f"--resume_from {folder} is damaged: {fault}. Resume from another checkpoint.")
+        kept = "full training state" if full else "weights alone"
+        return StartPoint(folder, full, f"resume_from: {kept}")
+    if training.finetune_from_hf:
+        return StartPoint(model_folder, False, "finetune_from_hf: the weights of model_path")
+    raise UserError(
+        "nothing to start from: pass --finetune_from_hf True to fine-tune model_path, --resume_from with a checkpoint, "
+        "or --auto_resume True with a checkpoint_dir that holds one. Starting from separate llm_path, vit_path and "
+        "vae_path is not available yet."
+    )
+
+
+@dataclass(frozen=True)
+class StartWeights:
+    """Sources of the start weights and of the moving average (None: the average starts at the weights)."""
+
+    weights: WeightSource
+    averages: WeightSource | None
+    state: StateFiles | None
+    description: list[str]  # lines for the run's plan
+
+
+def open_start(start: StartPoint, training: TrainingArguments, shapes: Mapping[str, tuple[int, ...]]) -> StartWeights:
+    """Open what `start` names and check every tensor's shape. Raises `UserError`."""
+    if start.full:
+        state = StateFiles(start.folder / STATE)
+        averages = state.source(shapes, EMA, WEIGHT)
+        had_ema = any(state.has(EMA, name) for name in shapes)
+        lines = [f"loading training state of {start.folder} ({start.reason})"]
+        if training.ema > 0 and not had_ema:
+            lines.append("the checkpoint holds no moving average: it starts at the weights")
+        return StartWeights(state.source(shapes, MASTER, WEIGHT), averages if had_ema else None, state, lines)
+    folder = ModelFolder(start.folder)
+    files = folder.open_weights(training.finetune_from_ema)
+    weights = BagelWeights(files, shapes, training.copy_init_moe, str(files.paths[0]))
+    ema_files = folder.weight_files("ema")
+    averages_source = None
+    if ema_files and [path.resolve() for path in ema_files] != [path.resolve() for path in files.paths]:
+        averages_source = BagelWeights(
+            folder.open_weights(prefer_ema=True), shapes, training.copy_init_moe, str(ema_files[0])
+        )
+    return StartWeights(weights, averages_source, None, [f"loading {start.folder} ({start.reason})", *_loaded(weights)])
+
+
+def _loaded(weights: BagelWeights) -> list[str]:
+    files = ", ".join(path.name for path in weights.files.paths)
+    gib = sum(weights.files.info(name).nbytes for name in weights.loaded) / 2**30
+    lines = [
+        f"  {files}: {len(weights.loaded)} tensors, {gib:.2f} GiB; 0 missing; "
+        f"{len(weights.unexpected)} unexpected{_few(weights.unexpected)}; position tables are computed"
+    ]
+    if weights.copied:
+        lines.append(
+            f"  {len(weights.copied)} generation-expert tensors are not in the file: copied from understanding"
+        )
+    return lines
+
+
+def _few(names: list[str]) -> str:
+    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""

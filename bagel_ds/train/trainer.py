@@ -1,0 +1,209 @@
+"""The training run, top to bottom.
+
+Guarantees: exactly `total_steps` optimizer steps, counted across resumes; every logged number is a mean over all ranks;
+the last step is always saved. What the steps are made of is in step.py, what they read in data/, what they leave behind
+in checkpoints.py and metrics.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any, Generator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import bagel_ds
+from bagel_ds.config import RunConfig, wandb_wanted
+from bagel_ds.data.loader import MicroBatch
+from bagel_ds.model.bagel import Bagel
+from bagel_ds.model.batch import PackedBatch
+from bagel_ds.model.parts import part_of
+from bagel_ds.model.recompute import recompute_mode
+from bagel_ds.model.vae import encode_images
+from bagel_ds.train.agreement import is_main, together
+from bagel_ds.train.checkpoints import CheckpointWriter, read_trainer, restore_moments, sweep_unfinished
+from bagel_ds.train.loss import LossOptions
+from bagel_ds.train.metrics import MetricsLog, SilentMetricsLog, WandbOptions
+from bagel_ds.train.report import StepMeter
+from bagel_ds.train.schedule import learning_rate
+from bagel_ds.train.setup import describe_parameters, prepare, trainable
+from bagel_ds.train.start import open_start
+from bagel_ds.train.step import optimizer_step
+from bagel_ds.zero.config import resolve_ds_config
+from bagel_ds.zero.engine import AdamOptions, ZeroEngine
+
+logger = logging.getLogger("bagel_ds")
+
+
+class Trainer:
+    """Build with the process group initialised; `run` trains to `total_steps` and returns."""
+
+    def __init__(self, config: RunConfig):
+        self.config, self.args = config, config.training
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.ds_config, notes = together(lambda: resolve_ds_config(self.args.ds_config, config, self.world_size))
+        self.prepared = prepare(config)
+        self._say_plan([*config.notes, *notes])
+        self.engine = self._build_engine()
+        self.vae = self.prepared.vae.to(self.engine.device)
+        self.steps_done: int = 0
+        self.plan_state: dict[str, Any] | None = None
+        self.loss_options = LossOptions(self.args.ce_weight, self.args.mse_weight, self.args.ce_loss_reweighting)
+        self._load()
+        self.checkpoints = CheckpointWriter(
+            Path(self.args.checkpoint_dir),
+            self.prepared.model_folder,
+            {"bf16": torch.bfloat16, "fp32": torch.float32}[config.exported_dtype],
+            self.args.del_previous_state,
+        )
+
+    def run(self) -> None:
+        with closing(self._open_metrics()) as metrics, closing(self._micro_batches()) as batches:
+            meter = StepMeter(self.prepared.model, self.args.peak_device_tflops)
+            for step in range(self.steps_done, self.args.total_steps):
+                window = list(islice(batches, self.args.gradient_accumulation_steps))
+                rate = self._learning_rate(step)
+                result = optimizer_step(
+                    self.engine, self._encode, [micro.batch for micro in window], rate, self.loss_options
+                )
+                self._update_average()
+                self.steps_done, self.plan_state = step + 1, window[-1].state
+                meter.add(window, result)
+                if step % self.args.log_every == 0 or self._is_last():
+                    metrics.log(step, meter.read(rate, result))
+                metrics.advance()
+                if self.steps_done % self.args.save_every == 0 or self._is_last():
+                    self._save(metrics)
+        logger.info("done: %d steps", self.steps_done)
+
+    # ------------------------------------------------------------------------------------------------- the verbs
+    def _learning_rate(self, step: int) -> float:
+        args = self.args
+        return learning_rate(
+            step,
+            lr=args.lr,
+            min_lr=args.min_lr,
+            warmup_steps=args.warmup_steps,
+            total_steps=args.total_steps,
+            schedule=args.lr_scheduler,
+        )
+
+    def _encode(self, batch: PackedBatch) -> Tensor:
+        """The pack's images as clean latent tokens; the autoencoder runs in the run's precision."""
+        bf16 = self.args.precision == "bf16"
+        with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
+            patch = self.prepared.model.latent_patch_size
+            return encode_images(self.vae, batch.images, batch.latent_shapes, batch.posterior_eps, patch)
+
+    def _update_average(self) -> None:
+        if self.ema is not None:
+            self.ema.update()
+
+    def _is_last(self) -> bool:
+        return self.steps_done == self.args.total_steps
+
+    def _save(self, metrics: MetricsLog | SilentMetricsLog) -> None:
+        began = time.monotonic()
+        folder = self.checkpoints.save(
+            self.steps_done, self.engine, self.ema, self._trainer_state(), last=self._is_last()
+        )
+        metrics.note(f"saved {folder} in {time.monotonic() - began:.1f} s")
+
+    def _trainer_state(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "steps_done": self.steps_done,
+            "plan_state": self.plan_state,
+            "world_size": self.world_size,
+            "arguments": self.config.values(),
+            "versions": {"bagel_ds": bagel_ds.__version__, "torch": torch.__version__},
+        }
+
+    # ------------------------------------------------------------------------------------------------- the set-up
+    def _build_engine(self) -> ZeroEngine:
+        model = self.prepared.model
+        trains = trainable(self.config, model)
+        recompute = recompute_mode(self.args.activation_checkpointing)
+        return ZeroEngine(lambda: Bagel(model, recompute), lambda name: part_of(name) in trains, self.ds_config)
+
+    def _load(self) -> None:
+        """Weights, average, moments and position in the data, from wherever this run starts."""
+        start = self.prepared.start
+        opened = together(lambda: open_start(start, self.args, self.engine.shapes))
+        for line in opened.description:
+            logger.info(line)
+        adam = AdamOptions((self.args.beta1, self.args.beta2), self.args.eps)
+        self.engine.start(opened.weights, adam)
+        self.ema = self.engine.start_ema(self.args.ema, opened.averages) if self.args.ema > 0 else None
+        if opened.state is not None:
+            trainer = together(lambda: read_trainer(start.folder))
+            self.steps_done, self.plan_state = trainer["steps_done"], trainer["plan_state"]
+            restore_moments(self.engine, opened.state, self.steps_done)
+            logger.info(
+                "resumed after step %d (saved on %d ranks, now %d)",
+                self.steps_done,
+                trainer["world_size"],
+                self.world_size,
+            )
+        elif is_main():
+            sweep_unfinished(Path(self.args.checkpoint_dir))
+
+    def _micro_batches(self) -> Generator[MicroBatch, None, None]:
+        return together(
+            lambda: self.prepared.data.micro_batches(
+                self.rank,
+                self.world_size,
+                self.config.data.num_workers,
+                self.config.data.prefetch_factor,
+                pin_memory=torch.cuda.is_available(),
+                start=self.plan_state,
+            )
+        )
+
+    def _open_metrics(self) -> MetricsLog | SilentMetricsLog:
+        def open_log() -> MetricsLog | SilentMetricsLog:
+            if not is_main():
+                return SilentMetricsLog()
+            wandb = self._wandb_options() if wandb_wanted(self.config) else None
+            return MetricsLog(self.args.results_dir, self.steps_done, wandb, total_steps=self.args.total_steps)
+
+        return together(open_log)
+
+    def _wandb_options(self) -> WandbOptions:
+        args = self.args
+        return WandbOptions(
+            project=args.wandb_project,
+            name=args.wandb_name,
+            run_id=args.wandb_runid,
+            resume=args.wandb_resume,
+            offline=args.wandb_offline,
+            config=self.config.values(),
+        )
+
+    def _say_plan(self, notes: list[str]) -> None:
+        """What this run is, before it starts; the effective arguments beside its results."""
+        if not is_main():
+            return
+        for note in notes:
+            logger.info(note)
+        model = self.prepared.model
+        for line in describe_parameters(model, trainable(self.config, model)):
+            logger.info(line)
+        zero = self.ds_config["zero_optimization"]
+        logger.info("%d rank(s), ZeRO stage %d, %s", self.world_size, zero["stage"], self.args.precision)
+        if self.args.ema > 0 and (half_life := math.log(0.5) / math.log(self.args.ema)) > self.args.total_steps:
+            logger.warning(
+                "ema=%g halves the weight of a step only after %.0f steps, this run has %d: ema.safetensors will stay "
+                "close to the start weights. Use model.safetensors, or a smaller --ema.",
+                self.args.ema,
+                half_life,
+                self.args.total_steps,
+            )
+        Path(self.args.results_dir, "config.yaml").write_text(self.config.to_yaml())
