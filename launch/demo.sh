@@ -43,9 +43,9 @@ deepspeed --num_gpus "$ranks" --master_port "${MASTER_PORT:-29500}" "$repo/launc
     --lr 2e-3 \
     --ema 0.95 \
     --num_workers 1 \
-    --expected_num_tokens 1024 \
-    --max_num_tokens 1280 \
-    --max_num_tokens_per_sample 1024 \
+    --expected_num_tokens 896 \
+    --max_num_tokens 1024 \
+    --max_num_tokens_per_sample 896 \
     "$@"
 
 echo
