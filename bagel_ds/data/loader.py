@@ -15,7 +15,7 @@ import warnings
 from collections import deque
 from dataclasses import asdict
 from hashlib import blake2b
-from typing import Any, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Generator, Iterable, Iterator, NamedTuple, Sequence
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -81,6 +81,7 @@ class PlannedData:
     ) -> None:
         cost = CostModel.of(model_config)
         self.planner = Planner(streams, packing, cost)
+        self._streams = list(streams)
         self._packs = _Packs(streams, tokenizer, layout_options, noise_seed)
         groups = [(s.name, s.weight, s.is_mandatory, s.fingerprint) for s in streams]
         budgets = (packing.max_num_tokens, packing.lookahead, packing.data_seed)
@@ -89,19 +90,19 @@ class PlannedData:
 
     def describe(self) -> list[str]:
         """Lines for the run's plan: each group's rows, length and share, then how they are packed."""
-        total = sum(stream.weight for stream in self.planner.streams)
+        total = sum(stream.weight for stream in self._streams)
         lines = []
-        for stream, tokens in zip(self.planner.streams, self.planner.mean_lengths, strict=True):
+        for stream, tokens in zip(self._streams, self.planner.mean_lengths, strict=True):
             share = f"{stream.weight / total:.0%} of the draws by weight {stream.weight:g}" if total else "weight 0"
             lines.append(
                 f"data {stream.name} ({', '.join(stream.datasets)}): {sum(map(len, stream.units)):,} rows, "
                 f"{len(stream.bad_rows):,} unusable, about {tokens:,.0f} tokens per sample, {share}"
                 + (", and one draw per pack (mandatory)" if stream.is_mandatory else "")
             )
-        options = self.planner.options
+        planner, options = self.planner, self.planner.options
         lines.append(
-            f"packs of at most {options.max_num_tokens:,} tokens chosen from {self.planner.window_size} samples, in blocks "
-            f"of {self.planner.block_size}, data_seed {options.data_seed}, plan {self._plan}"
+            f"packs of at most {options.max_num_tokens:,} tokens chosen from {planner.window_size} samples, in blocks of "
+            f"{planner.block_size}, data_seed {options.data_seed}, plan {self._plan}"
         )
         return lines
 

@@ -26,7 +26,7 @@ from bagel_ds.data.shuffle import RowOrder, permutation, stable_key
 from bagel_ds.errors import UserError, all_faults
 
 ALGORITHM = 1  # part of the plan's fingerprint: raise it when the same input would give other packs
-SMALLEST_BLOCK, LARGEST_BLOCK = 32, 512  # packs; powers of two
+SMALLEST_BLOCK, LARGEST_BLOCK = 32, 256  # packs; powers of two
 SMALLEST_WINDOW = 32  # samples
 _PROBED_ROWS = 64  # rows per group whose mean length decides the block's size
 
@@ -37,7 +37,7 @@ class PackingOptions:
 
     max_num_tokens: int
     expected_num_tokens: int
-    lookahead: int = 512  # samples the packer chooses from
+    lookahead: int = 256  # samples the packer chooses from
     data_seed: int = 42
 
 

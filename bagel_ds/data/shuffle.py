@@ -14,7 +14,7 @@ from typing import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-WINDOW_ROWS = 2048  # rows that are shuffled among each other, at least
+WINDOW_ROWS = 1024  # rows that are shuffled among each other, at least
 WINDOW_UNITS = 2  # and at least so many units, however large they are
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

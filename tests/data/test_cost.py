@@ -40,6 +40,7 @@ def test_attention_pairs_equal_the_dense_mask(seed: int) -> None:
     plan = random_plan(seed)
     if plan.length:
         assert work_of(plan).attention_pairs == visible_pairs(plan)
+        assert work_of(plan).tokens == plan.length
 
 
 def test_work_counts_tokens_by_expert_and_labels() -> None:
@@ -81,7 +82,8 @@ def test_vae_work_equals_a_convolution_by_convolution_count() -> None:
 def test_a_pack_costs_the_sum_of_its_samples_and_frozen_understanding_costs_less() -> None:
     entries = (Entry(VIT, 0, 1024, height=448, width=448), Entry(TEXT, 0, 100, loss=True))
     plan = SamplePlan(0, 0, 0, entries)
-    trained, frozen = CostModel.of().of_sample(plan), CostModel.of(BagelConfig(freeze_und=True)).of_sample(plan)
+    work = work_of(plan)
+    trained, frozen = CostModel.of().price(work), CostModel.of(BagelConfig(freeze_und=True)).price(work)
     assert all(isinstance(number, int) for number in trained)
     assert frozen.llm < trained.llm
     assert frozen.vision < trained.vision

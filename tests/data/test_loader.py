@@ -7,14 +7,13 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
-import types
 from dataclasses import dataclass
 from typing import Any, Iterator, Sequence
 
 import pytest
 import torch
 
+from bagel_ds.data import loader
 from bagel_ds.data.loader import MicroBatch, PackingOptions, PlannedData
 from bagel_ds.data.sample import TEXT, Entry, SamplePlan
 from bagel_ds.errors import UserError
@@ -31,6 +30,8 @@ class Rows:
     is_mandatory: bool = True
     fingerprint: str = "a"
     rows: int = 200
+    datasets: tuple[str, ...] = ("one", "two")
+    bad_rows: tuple[str, ...] = ("unreadable",)
 
     @property
     def units(self) -> Sequence[range]:
@@ -77,9 +78,7 @@ def batch_of_rows(
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = types.ModuleType("materialize")
-    module.materialize = batch_of_rows  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "bagel_ds.data.materialize", module)
+    monkeypatch.setattr(loader, "materialize", batch_of_rows)
 
 
 def data(options: Any = "", **changes: Any) -> PlannedData:
@@ -184,3 +183,12 @@ def test_the_global_generator_is_left_alone() -> None:
     torch.manual_seed(0)
     first(data().micro_batches(0, 1, 1), 2)
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_describe_says_rows_lengths_shares_and_budgets() -> None:
+    lines = data().describe()
+    assert len(lines) == 3
+    for words in ("texts", "one, two", "200 rows", "1 unusable", "tokens per sample", "67%", "weight 1", "mandatory"):
+        assert words in lines[0]
+    assert "33%" in lines[1] and "mandatory" not in lines[1]
+    assert "at most 300 tokens" in lines[2]

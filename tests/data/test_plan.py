@@ -205,7 +205,7 @@ def test_rows_of_a_unit_stay_within_one_window() -> None:
     where: dict[int, list[int]] = {}
     for position in range(10_000):
         where.setdefault(order.next()[1] // 100, []).append(position)
-    assert all(max(positions) - min(positions) < 2200 for positions in where.values())
+    assert all(max(positions) - min(positions) < 1200 for positions in where.values())
     assert list(where) != sorted(where)
 
 

@@ -1,0 +1,274 @@
+"""How full packs are, how equal ranks are, how long planning takes: ours beside the original's greedy rules.
+
+One command: `python bench/data_plan.py [--json]`. The data are synthetic indexes (image sizes and text lengths,
+nothing to decode) of a mix like bagel_example: t2i of 512-1344 px, edit pairs and chains, vlm with 1-4 turns; samples
+of about 1,000 to 11,000 tokens, t2i and vlm mandatory, equal weights. The original's rules (REFERENCE 7) live here
+only, for comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import random
+import resource
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Iterator, NamedTuple, Sequence
+
+import numpy as np
+
+from bagel_ds.data.cost import CostModel, work_of
+from bagel_ds.data.packing import Pack
+from bagel_ds.data.plan import PackingOptions, Planner
+from bagel_ds.data.sample import TEXT, VAE, VIT, Entry, SamplePlan
+
+BUDGETS = ((10240, 11520, 10240), (32768, 36864, 16384))  # expected, max, per sample
+UNIT_ROWS = 100  # rows per row group
+
+
+def resized(sides: np.ndarray, stride: int, longest: int, shortest: int) -> np.ndarray:
+    """Image sides [n, 2] in pixels after the original's resize rule, without its limit on the area."""
+    scale = np.minimum(longest / sides.max(1), 1.0)
+    scale = np.maximum(scale, shortest / sides.min(1))
+    return np.maximum(stride, np.rint(np.rint(sides * scale[:, None]) / stride).astype(np.int64) * stride)
+
+
+@dataclass
+class SyntheticGroup:
+    """A stream over arrays; what the planner sees of an indexed data set."""
+
+    name: str
+    weight: float
+    is_mandatory: bool
+    limit: int  # tokens per sample
+    sizes: np.ndarray  # [rows, 2] image sides in pixels before any resize
+    texts: np.ndarray  # [rows, pieces] token counts, 0 where there is none
+    frames: np.ndarray  # [rows] images of an edit chain
+
+    def __post_init__(self) -> None:
+        rows = len(self.sizes)
+        self._units = [range(start, min(start + UNIT_ROWS, rows)) for start in range(0, rows, UNIT_ROWS)]
+        self._vae = resized(self.sizes, 16, 1024, 512)
+        vit = (14, 980, 378) if self.name == "vlm_sft" else (14, 518, 224)
+        self._vit = resized(self._vae if self.name == "unified_edit" else self.sizes, *vit)
+
+    @property
+    def units(self) -> Sequence[range]:
+        return self._units
+
+    def plan_sample(self, row: int, epoch: int) -> SamplePlan | None:
+        height, width = self._vae[row].tolist()
+        texts = self.texts[row].tolist()
+        noised = Entry(VAE, 1, height * width // 256, loss=True, height=height, width=width)
+        if self.name == "t2i_pretrain":
+            entries = [Entry(TEXT, 0, texts[0], dropped=stable_draw(row, epoch) < 0.1), noised]
+        else:
+            rows, columns = self._vit[row].tolist()
+            vit = Entry(VIT, 0, rows * columns // 196, height=rows, width=columns)
+            if self.name == "vlm_sft":
+                entries = [vit] + [Entry(TEXT, i, n, loss=i % 2 == 1) for i, n in enumerate(texts) if n]
+            else:
+                clean = noised._replace(loss=False)
+                entries = [clean, vit]
+                for step in range(int(self.frames[row]) - 1):
+                    entries += [clean, vit] if step else []
+                    entries += [Entry(TEXT, step, texts[step]), noised]
+        plan = SamplePlan(0, epoch, row, tuple(entries))
+        return plan if plan.length <= self.limit else None
+
+
+def stable_draw(row: int, epoch: int) -> float:
+    """A number in [0, 1)."""
+    return ((row * 2654435761 + epoch * 40503 + 12345) % 4294967296) / 4294967296
+
+
+def mix(samples: int, limit: int, seed: int = 0) -> list[SyntheticGroup]:
+    """Three groups of equal size, `samples` rows together."""
+    draw = np.random.default_rng(seed)
+    rows = samples // 3
+
+    def sizes() -> np.ndarray:
+        return draw.integers(512, 1345, (rows, 2), np.int32)
+
+    turns = draw.integers(1, 5, rows)
+    vlm_texts = draw.integers(20, 400, (rows, 8), np.int32) * (np.arange(8) < 2 * turns[:, None])
+    frames = draw.choice([2, 2, 2, 3, 4], rows)
+    captions, instructions = draw.integers(20, 200, (rows, 1), np.int32), draw.integers(8, 60, (rows, 3), np.int32)
+    none = np.zeros(rows, np.int32)
+    vlm_sizes = draw.integers(280, 1345, (rows, 2), np.int32)
+    return [
+        SyntheticGroup("t2i_pretrain", 1.0, True, limit, sizes(), captions, none),
+        SyntheticGroup("unified_edit", 1.0, False, limit, sizes(), instructions, frames),
+        SyntheticGroup("vlm_sft", 1.0, True, limit, vlm_sizes, vlm_texts, none),
+    ]
+
+
+class Greedy:
+    """One rank of the original's online packer (REFERENCE 7), over its own share of the rows."""
+
+    def __init__(self, groups: list[SyntheticGroup], budgets: tuple[int, int, int], rank: int, world: int) -> None:
+        self.expected, self.limit, self.per_sample = budgets
+        self.groups, self.lost = groups, 0
+        self._random = random.Random(rank)
+        self._rows = [self._samples(group, rank, world) for group in groups]
+
+    @staticmethod
+    def _samples(group: SyntheticGroup, rank: int, world: int) -> Iterator[SamplePlan]:
+        units = group.units[rank * len(group.units) // world : (rank + 1) * len(group.units) // world]
+        for epoch in itertools.count():
+            for row in itertools.chain.from_iterable(units):
+                plan = group.plan_sample(row, epoch)
+                if plan:
+                    yield plan
+
+    def _mandatory(self) -> list[SamplePlan]:
+        return [next(rows) for rows, group in zip(self._rows, self.groups) if group.is_mandatory]
+
+    def packs(self, buffer_size: int = 50, prefer_buffer_before: int = 16384) -> Iterator[list[SamplePlan]]:
+        """Batches as the original emits them: at `expected`, or when a sample neither fits nor finds room to wait."""
+        buffer: deque[SamplePlan] = deque()
+        pack = self._mandatory()
+        while True:
+            length = sum(plan.length for plan in pack)
+            buffered = bool(buffer) and length < prefer_buffer_before
+            plan = buffer.popleft() if buffered else next(self._random.choice(self._rows))
+            if length + plan.length <= self.limit:
+                pack.append(plan)
+                if length + plan.length < self.expected:
+                    continue
+            elif len(buffer) < buffer_size and not buffered:
+                buffer.append(plan)
+                continue
+            else:
+                self.lost += 1
+            yield pack
+            pack = self._mandatory()
+
+
+class Line(NamedTuple):
+    """One row of the result. Costs are over steps of `world` packs: mean of max / mean - 1."""
+
+    rules: str
+    limit: int
+    world: int
+    fill: float
+    imbalance_llm: float
+    imbalance_vision: float
+    short: float  # share of packs below expected_num_tokens
+    without_mandatory: float  # share of packs that lack a mandatory group, for want of room
+    lost_samples: int
+    max_wait: int  # packs
+
+
+def summary(rules: str, budgets: tuple[int, int, int], world: int, steps: list[Sequence[Pack]], lost: int) -> Line:
+    """Numbers over global steps of one pack per rank."""
+    expected, limit, _ = budgets
+    lengths = np.array([[pack.length for pack in step] for step in steps])
+    uneven = [
+        float((cost.max(1) / cost.mean(1) - 1).mean())
+        for cost in (np.array([[getattr(pack, what) for pack in step] for step in steps]) for what in ("llm", "vision"))
+    ]
+    packs = [pack for step in steps for pack in step]
+    return Line(
+        rules,
+        limit,
+        world,
+        float(lengths.mean() / limit),
+        *uneven,
+        short=float((lengths < expected).mean()),
+        without_mandatory=sum(pack.missing > 0 for pack in packs) / len(packs),
+        lost_samples=lost,
+        max_wait=max(pack.waited for pack in packs),
+    )
+
+
+def priced(plans: list[SamplePlan], cost: CostModel) -> Pack:
+    """A greedy pack with its costs."""
+    costs = [cost.price(work_of(plan)) for plan in plans]
+    length = sum(plan.length for plan in plans)
+    return Pack(tuple(plans), length, sum(c.llm for c in costs), sum(c.vision for c in costs), 0, 0)
+
+
+def compare(samples: int, packs: int, worlds: Sequence[int]) -> list[Line]:
+    """Both rules at both budgets on the same rows."""
+    lines, cost = [], CostModel.of()
+    for budgets in BUDGETS:
+        groups = mix(samples, budgets[2])
+        for world in worlds:
+            ranks = [Greedy(groups, budgets, rank, world) for rank in range(world)]
+            streams = [rank.packs() for rank in ranks]
+            greedy = [[priced(next(stream), cost) for stream in streams] for _ in range(packs // world)]
+            lines.append(summary("original", budgets, world, greedy, sum(rank.lost for rank in ranks)))
+            planner = Planner(groups, PackingOptions(budgets[1], budgets[0]))
+            ours = [step.packs for step in itertools.islice(planner.steps(world), packs // world)]
+            lines.append(summary("ours", budgets, world, ours, 0))
+    return lines
+
+
+def speed(samples: int, budgets: tuple[int, int, int]) -> dict[str, float]:
+    """Seconds and peak memory to plan one epoch of `samples`; run in a process of its own."""
+    groups = mix(samples, budgets[2])
+    index_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    begin, cpu = time.perf_counter(), time.process_time()
+    planned = packs = 0
+    for step in Planner(groups, PackingOptions(budgets[1], budgets[0])).steps(8):
+        packs += len(step.packs)
+        planned += sum(len(pack.samples) for pack in step.packs)
+        if planned >= samples:
+            break
+    return {
+        "samples": planned,
+        "packs": packs,
+        "limit": budgets[1],
+        "seconds": time.perf_counter() - begin,
+        "cpu_seconds": time.process_time() - cpu,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "of_it_index_mib": index_mib,
+    }
+
+
+def show(lines: list[Line], speeds: list[dict[str, float]]) -> None:
+    """The results as two tables."""
+    columns = ("limit", 6), ("ranks", 5), ("fill", 8), ("llm", 8), ("vision", 8), ("short", 7), ("lost", 6), ("wait", 5)
+    print(" ".join([f"{'rules':9}", *(f"{name:>{width}}" for name, width in columns)]))
+    for line in lines:
+        print(
+            f"{line.rules:9} {line.limit:6} {line.world:5} {line.fill:8.2%} {line.imbalance_llm:8.2%} "
+            f"{line.imbalance_vision:8.2%} {line.short:7.2%} {line.lost_samples:6} {line.max_wait:5}"
+        )
+    print("fill: tokens / max_num_tokens; llm, vision: mean over steps of the slowest rank's cost / the mean cost - 1;")
+    print("short: packs below expected_num_tokens; wait: packs the longest-waiting sample saw leave\n")
+    print(f"{'samples':>9} {'limit':>6} {'seconds':>8} {'us/sample':>9} {'peak MiB':>9} {'index MiB':>9}")
+    for run in speeds:
+        print(
+            f"{run['samples']:9,} {run['limit']:6} {run['seconds']:8.1f} {run['seconds'] / run['samples'] * 1e6:9.1f} "
+            f"{run['peak_mib']:9.0f} {run['of_it_index_mib']:9.0f}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--packs", type=int, default=8192, help="packs per comparison")
+    parser.add_argument("--worlds", type=int, nargs="+", default=[4, 8], help="numbers of ranks")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[60_000, 600_000], help="samples to time, e.g. 6000000")
+    arguments = parser.parse_args()
+    lines = compare(60_000, arguments.packs, arguments.worlds)
+    # A fresh process each, so that peak memory is that run's own.
+    context = multiprocessing.get_context("spawn")
+    speeds = []
+    for size, budgets in itertools.product(arguments.sizes, BUDGETS):
+        with context.Pool(1) as pool:
+            speeds.append(pool.apply(speed, (size, budgets)))
+    if arguments.json:
+        print(json.dumps({"packing": [line._asdict() for line in lines], "speed": speeds}))
+    else:
+        show(lines, speeds)
+
+
+if __name__ == "__main__":
+    main()
