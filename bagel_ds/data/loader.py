@@ -101,7 +101,7 @@ class PlannedData:
             )
         planner, options = self.planner, self.planner.options
         lines.append(
-            f"packs of at most {options.max_num_tokens:,} tokens chosen from {planner.window_size} samples, in blocks of "
+            f"packs of at most {options.max_num_tokens:,} tokens chosen among {planner.window_size} samples, blocks of "
             f"{planner.block_size}, data_seed {options.data_seed}, plan {self._plan}"
         )
         return lines
