@@ -1,7 +1,7 @@
 """Flat ranges of named tensors: the language in which ZeRO partitions and files speak to each other.
 
-Guarantees: a `Range` always refers to the flattened, unpadded parameter, so ranges written by any number of ranks can be
-read by any other number.
+Guarantees: a `Range` always refers to the flattened, unpadded parameter, so ranges written by any number of ranks can
+be read by any other number.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class TensorInfo(NamedTuple):
 class Pieces(NamedTuple):
     """What one rank holds of the tensor `name`: possibly nothing. Values are 1-D, of any dtype, on any device.
 
-    Who hands out pieces hands out the same names in the same order on every rank; tensors are valid until the next name.
+    Who hands out pieces hands out the same names in the same order on every rank; tensors are valid until the next
+    name.
     """
 
     name: str

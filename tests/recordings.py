@@ -1,7 +1,7 @@
 """Reads the recordings of the original: finds the folder, turns what it holds into our types.
 
-Tests that need it take `reference()`, which skips with a reason where BAGEL_REFERENCE_DIR is unset. Nothing here knows how
-many cases there are or how large: everything is read from the folder.
+Tests that need it take `reference()`, which skips with a reason where BAGEL_REFERENCE_DIR is unset. Nothing here knows
+how many cases there are or how large: everything is read from the folder.
 """
 
 from __future__ import annotations
