@@ -22,8 +22,9 @@ from bagel_ds.data.sample import BadRow
 # As the original: a cut-off file gives the part that is there, and a PNG may carry up to 1 GiB of text.
 ImageFile.LOAD_TRUNCATED_IMAGES = True
 PngImagePlugin.MAX_TEXT_CHUNK = 1024 * 2**20
-
 MAX_PIXELS = 200_000_000
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # where Pillow warns; here it is the end
+
 # Pillow's conversion to RGB clips these at 255 (an almost white picture), so they are refused rather than trained on.
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
