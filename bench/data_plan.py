@@ -17,7 +17,7 @@ import resource
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Iterator, NamedTuple, Sequence
+from typing import Any, Iterator, NamedTuple, Protocol, Sequence
 
 import numpy as np
 
@@ -107,46 +107,71 @@ def mix(samples: int, limit: int, seed: int = 0) -> list[SyntheticGroup]:
     ]
 
 
+class Sized(Protocol):
+    """All that the greedy rules look at."""
+
+    @property
+    def length(self) -> int: ...
+
+
 class Greedy:
-    """One rank of the original's online packer (REFERENCE 7), over its own share of the rows."""
+    """One rank of the original's online packer (REFERENCE 7): batches of endless `rows`, one iterator per group."""
 
-    def __init__(self, groups: list[SyntheticGroup], budgets: tuple[int, int, int], rank: int, world: int) -> None:
+    def __init__(
+        self,
+        rows: Sequence[Iterator[Any]],
+        weights: Sequence[float],
+        mandatory: Sequence[bool],
+        budgets: tuple[int, int, int],
+        seed: int,
+        buffer_size: int = 50,
+        prefer_buffer_before: int = 16384,
+    ) -> None:
+        self.rows, self.mandatory, self.lost = rows, mandatory, 0
+        self.shares = [sum(weights[: i + 1]) / sum(weights) for i in range(len(weights))]
         self.expected, self.limit, self.per_sample = budgets
-        self.groups, self.lost = groups, 0
-        self._random = random.Random(rank)
-        self._rows = [self._samples(group, rank, world) for group in groups]
+        self.buffer_size, self.prefer_buffer_before = buffer_size, prefer_buffer_before
+        self.random = random.Random(seed)
 
-    @staticmethod
-    def _samples(group: SyntheticGroup, rank: int, world: int) -> Iterator[SamplePlan]:
-        units = group.units[rank * len(group.units) // world : (rank + 1) * len(group.units) // world]
-        for epoch in itertools.count():
-            for row in itertools.chain.from_iterable(units):
-                plan = group.plan_sample(row, epoch)
-                if plan:
-                    yield plan
-
-    def _mandatory(self) -> list[SamplePlan]:
-        return [next(rows) for rows, group in zip(self._rows, self.groups) if group.is_mandatory]
-
-    def packs(self, buffer_size: int = 50, prefer_buffer_before: int = 16384) -> Iterator[list[SamplePlan]]:
-        """Batches as the original emits them: at `expected`, or when a sample neither fits nor finds room to wait."""
-        buffer: deque[SamplePlan] = deque()
+    def packs(self) -> Iterator[list[Any]]:
+        """A batch leaves at `expected` tokens, or when a sample neither fits nor finds room to wait (it is lost)."""
+        buffer: deque[Sized] = deque()
         pack = self._mandatory()
         while True:
-            length = sum(plan.length for plan in pack)
-            buffered = bool(buffer) and length < prefer_buffer_before
-            plan = buffer.popleft() if buffered else next(self._random.choice(self._rows))
-            if length + plan.length <= self.limit:
-                pack.append(plan)
-                if length + plan.length < self.expected:
+            length = sum(sample.length for sample in pack)
+            buffered = bool(buffer) and length < self.prefer_buffer_before
+            sample = buffer.popleft() if buffered else self._weighted()
+            if sample.length > self.per_sample:
+                continue
+            if length + sample.length <= self.limit:
+                pack.append(sample)
+                if length + sample.length < self.expected:
                     continue
-            elif len(buffer) < buffer_size and not buffered:
-                buffer.append(plan)
+            elif len(buffer) < self.buffer_size and not buffered:
+                buffer.append(sample)
                 continue
             else:
                 self.lost += 1
             yield pack
             pack = self._mandatory()
+
+    def _mandatory(self) -> list[Sized]:
+        groups = [rows for rows, mandatory in zip(self.rows, self.mandatory) if mandatory]
+        return [next(sample for sample in rows if sample.length < self.per_sample) for rows in groups]
+
+    def _weighted(self) -> Sized:
+        draw = self.random.random()
+        return next(next(rows for rows, share in zip(self.rows, self.shares) if draw < share))
+
+
+def share_of_rows(group: SyntheticGroup, rank: int, world: int) -> Iterator[SamplePlan]:
+    """The rows of one rank, for ever."""
+    units = group.units[rank * len(group.units) // world : (rank + 1) * len(group.units) // world]
+    for epoch in itertools.count():
+        for row in itertools.chain.from_iterable(units):
+            plan = group.plan_sample(row, epoch)
+            if plan:
+                yield plan
 
 
 class Line(NamedTuple):
@@ -198,8 +223,12 @@ def compare(samples: int, packs: int, worlds: Sequence[int]) -> list[Line]:
     lines, cost = [], CostModel.of()
     for budgets in BUDGETS:
         groups = mix(samples, budgets[2])
+        settings = [group.weight for group in groups], [group.is_mandatory for group in groups]
         for world in worlds:
-            ranks = [Greedy(groups, budgets, rank, world) for rank in range(world)]
+            ranks = [
+                Greedy([share_of_rows(group, rank, world) for group in groups], *settings, budgets, seed=rank)
+                for rank in range(world)
+            ]
             streams = [rank.packs() for rank in ranks]
             greedy = [[priced(next(stream), cost) for stream in streams] for _ in range(packs // world)]
             lines.append(summary("original", budgets, world, greedy, sum(rank.lost for rank in ranks)))

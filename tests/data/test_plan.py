@@ -23,6 +23,7 @@ from bagel_ds.data.plan import PackingOptions, Planner, like_cost_order
 from bagel_ds.data.sample import TEXT, VAE, VIT, Entry, SamplePlan
 from bagel_ds.data.shuffle import RowOrder, permutation
 from bagel_ds.errors import UserError
+from bench.data_plan import BUDGETS, mix, summary
 
 LIMIT = 1000
 
@@ -168,6 +169,18 @@ def test_packs_are_full_and_equal_ranks_are_dealt_equal_work() -> None:
     assert sum(pack.length for pack in packs) / len(packs) > 0.99 * 10_000
     imbalance = [max(p.llm for p in s.packs) * 8 / sum(p.llm for p in s.packs) - 1 for s in steps]
     assert sum(imbalance) / len(imbalance) < 0.01
+
+
+@pytest.mark.parametrize(("budgets", "fill"), zip(BUDGETS, (0.99, 0.995)), ids=str)
+@pytest.mark.parametrize("world", [4, 8])
+def test_the_bench_mix_meets_its_goals(budgets: tuple[int, int, int], fill: float, world: int) -> None:
+    planner = Planner(mix(30_000, budgets[2]), PackingOptions(budgets[1], budgets[0]))
+    steps = [step.packs for step in itertools.islice(planner.steps(world), 512 // world)]
+    line = summary("ours", budgets, world, steps, lost=0)
+    assert line.fill >= fill
+    assert line.imbalance_llm <= 0.01
+    assert line.imbalance_vision <= 0.10
+    assert line.max_wait <= 2 * (planner.window_size + len(planner.mandatory))
 
 
 @given(st.integers(2, 200), st.integers(0, 10**9))
