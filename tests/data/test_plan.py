@@ -171,7 +171,7 @@ def test_packs_are_full_and_equal_ranks_are_dealt_equal_work() -> None:
     assert sum(imbalance) / len(imbalance) < 0.01
 
 
-@pytest.mark.parametrize(("budgets", "fill"), zip(BUDGETS, (0.99, 0.995)), ids=str)
+@pytest.mark.parametrize(("budgets", "fill"), list(zip(BUDGETS, (0.99, 0.995))), ids=str)
 @pytest.mark.parametrize("world", [4, 8])
 def test_the_bench_mix_meets_its_goals(budgets: tuple[int, int, int], fill: float, world: int) -> None:
     planner = Planner(mix(30_000, budgets[2]), PackingOptions(budgets[1], budgets[0]))
