@@ -22,9 +22,10 @@ CACHED_BYTES = 256 * 2**20
 _BATCH_ROWS = 64  # small batches also avoid Arrow's 2 GiB limit on a nested column of one batch
 _OPEN_FILES = 16
 
-_groups: OrderedDict[tuple[str, int, tuple[str, ...]], pa.Table] = OrderedDict()
-_parquet: OrderedDict[str, pq.ParquetFile] = OrderedDict()
-_descriptors: OrderedDict[str, int] = OrderedDict()
+_Version = tuple[str, int, int]  # path, size, modification time: a file that was replaced is another file
+_groups: OrderedDict[tuple[_Version, int, tuple[str, ...]], pa.Table] = OrderedDict()
+_parquet: OrderedDict[_Version, pq.ParquetFile] = OrderedDict()
+_descriptors: OrderedDict[_Version, int] = OrderedDict()
 
 
 def forget_open_files() -> None:
@@ -79,7 +80,7 @@ def jsonl_row(path: str, offset: int, length: int) -> dict[str, Any]:
 
 
 def _row_group(path: str, group: int, columns: tuple[str, ...]) -> pa.Table:
-    key = (path, group, columns)
+    key = (_version(path), group, columns)
     if key in _groups:
         _groups.move_to_end(key)
         return _groups[key]
@@ -93,18 +94,25 @@ def _row_group(path: str, group: int, columns: tuple[str, ...]) -> pa.Table:
 
 
 def _open_parquet(path: str) -> pq.ParquetFile:
-    if path not in _parquet:
-        _parquet[path] = pq.ParquetFile(path)
+    key = _version(path)
+    if key not in _parquet:
+        _parquet[key] = pq.ParquetFile(path)
         if len(_parquet) > _OPEN_FILES:
             _parquet.popitem(last=False)
-    _parquet.move_to_end(path)
-    return _parquet[path]
+    _parquet.move_to_end(key)
+    return _parquet[key]
 
 
 def _descriptor(path: str) -> int:
-    if path not in _descriptors:
-        _descriptors[path] = os.open(path, os.O_RDONLY)
+    key = _version(path)
+    if key not in _descriptors:
+        _descriptors[key] = os.open(path, os.O_RDONLY)
         if len(_descriptors) > _OPEN_FILES:
             os.close(_descriptors.popitem(last=False)[1])
-    _descriptors.move_to_end(path)
-    return _descriptors[path]
+    _descriptors.move_to_end(key)
+    return _descriptors[key]
+
+
+def _version(path: str) -> _Version:
+    status = os.stat(path)
+    return path, status.st_size, status.st_mtime_ns

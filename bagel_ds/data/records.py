@@ -37,7 +37,10 @@ class Record(NamedTuple):
 def encode_record(parsed: ParsedRow, tokenizer: Tokenizer) -> list[int]:
     """[items of structure, images, structure..., (width, height)..., text lengths...]. Raises `BadRow`."""
     sizes = [side for image in parsed.images for side in image_size(image)]
-    lengths = [len(ids) for ids in tokenizer.encode_batch(parsed.texts)]
+    try:
+        lengths = [len(ids) for ids in tokenizer.encode_batch(parsed.texts)]
+    except TypeError as error:  # how the tokenizer refuses a string that has no UTF-8 form
+        raise BadRow("a text is not valid Unicode (it holds half of a surrogate pair)") from error
     return [len(parsed.structure), len(parsed.images), *parsed.structure, *sizes, *lengths]
 
 
