@@ -1,10 +1,10 @@
 """Look-ahead packing: which samples of a window share a sequence.
 
 Guarantees: a pack never exceeds the limit; a sample that enters the window leaves it in exactly one pack, at the
-latest `2 * window size` packs later (every second pack begins with the oldest sample, the others with the longest,
-which is the hardest to place); each pack holds a sample of every mandatory group unless its first sample leaves no
-room for one that is there. Choices are made with integers, or with element-wise IEEE arithmetic on them: equal
-windows, filled in the same order, give equal packs on every machine.
+latest 2 * (window size + mandatory groups) packs later (every second pack begins with the oldest sample, the others
+with the longest, which is the hardest to place); each pack holds a sample of every mandatory group unless its first
+sample leaves no room for one that is there. Choices are made with integers, or with element-wise IEEE arithmetic on
+them: equal windows, filled in the same order, give equal packs on every machine.
 
 Why pairs: after the first samples of a pack the last two are chosen together, from all pairs of the window. There are
 so many that nearly every remainder can be filled to a few tokens, and among those that fill it the pair is taken that

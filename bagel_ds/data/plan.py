@@ -5,7 +5,7 @@ machine. Each epoch of a group uses every usable row exactly once; no sample is 
 restarts; a `state` is a small JSON-ready dict from which exactly the next packs follow at any world size. Packs come
 in blocks whose size depends on the data alone. Inside a block they are ordered so that neighbours cost the same: at
 any level, aligned runs of 2, 4, 8, ... packs are alike in language-model and vision cost, while runs of different
-cost follow each other at random.
+cost follow each other at random. A drawn sample is used at most 2 * (window + mandatory groups) + block packs later.
 
 What is drawn: every pack brings one draw from each mandatory group (the original visits them whenever a pack is
 empty); the rest are drawn from all groups in proportion to their weights, evenly spread instead of at random.
@@ -96,9 +96,9 @@ def like_cost_order(llm: NDArray[np.int64], vision: NDArray[np.int64], key: int)
     The packs are halved again and again, each time across the cost whose spread, in units of its tolerance, is larger;
     which half comes first is a coin drawn from `key`.
     """
-    scaled = [
-        llm / (llm.mean() * LLM_TOLERANCE + 1.0),
-        vision / (vision.mean() * VISION_TOLERANCE + 1.0),
+    scaled = [  # sums of integers: exact on every machine, as numpy's mean is not
+        cost / (int(cost.sum()) / len(cost) * tolerance + 1.0)
+        for cost, tolerance in ((llm, LLM_TOLERANCE), (vision, VISION_TOLERANCE))
     ]
     coins = iter((permutation(2 * len(llm), key) & 1).tolist())
 
@@ -169,8 +169,8 @@ class Planner:
 
     def _sizes(self) -> tuple[int, int]:
         """Samples of the window and packs of a block; where rows are few, at most a quarter and a half of them."""
-        rows = sum(intake.order.rows_per_epoch for intake in self._intakes().values())
         drawn = [mean for mean in self.mean_lengths if mean]
+        rows = sum(len(unit) for i, mean in enumerate(self.mean_lengths) if mean for unit in self.streams[i].units)
         samples_per_pack = self.options.max_num_tokens * len(drawn) / sum(drawn)
         block = LARGEST_BLOCK
         while block > SMALLEST_BLOCK and block * samples_per_pack > rows / 2:
