@@ -48,9 +48,16 @@ def write_model(folder: Path, tokenizer: Tokenizer, seed: int) -> None:
     _write_configs(folder, config, tokenizer)
     generator = torch.Generator().manual_seed(seed)
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in network_weights(config, generator).items()}
+    _write_tensors(folder / "ema.safetensors", weights)
+    _write_tensors(folder / "ae.safetensors", haar_autoencoder(generator).state_dict())
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A new file in place of `path`: checkpoints may hold the old one by hard link, running processes by mapping."""
+    written = path.with_suffix(".new")
     # Not save_file: it makes files that only their owner can read, whatever the umask.
-    (folder / "ema.safetensors").write_bytes(save(weights, {"format": "pt"}))
-    (folder / "ae.safetensors").write_bytes(save(haar_autoencoder(generator).state_dict(), {"format": "pt"}))
+    written.write_bytes(save(tensors, {"format": "pt"}))
+    written.replace(path)
 
 
 def network_weights(config: BagelConfig, generator: torch.Generator) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import math
 import netrc
 import os
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -245,10 +246,47 @@ class _Wandb:
         self.run.finish()
 
 
-def _wants_bar() -> bool:
-    """A bar belongs on a terminal; BAGEL_DS_PROGRESS=1 / 0 overrides what is found there."""
+class _Bar(Protocol):
+    """What of a progress bar the log uses."""
+
+    def update(self, n: float = 1) -> Any: ...
+
+    def close(self) -> None: ...
+
+
+class _BarInLines:
+    """A progress bar where nothing can be redrawn (a file, a pipe): whole lines, at most one per EVERY seconds."""
+
+    EVERY = 5.0
+
+    def __init__(self, total: int, initial: int) -> None:
+        self.total, self.initial, self.done = total, initial, initial
+        self.began = time.monotonic()
+        self.shown = self.began
+
+    def update(self, n: float = 1) -> None:
+        self.done += int(n)
+        now = time.monotonic()
+        if self.done >= self.total or now - self.shown >= self.EVERY:
+            self.shown = now
+            elapsed = now - self.began
+            text = tqdm.format_meter(
+                self.done, self.total, elapsed, initial=self.initial, ncols=80, prefix="train", unit="step"
+            )
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Nothing is left on the screen."""
+
+
+def _progress_bar(total: int | None, initial: int) -> _Bar:
+    """A bar belongs on a terminal; BAGEL_DS_PROGRESS=1 shows one elsewhere too, in lines, and 0 shows none."""
     wish = os.environ.get("BAGEL_DS_PROGRESS")
-    return sys.stderr.isatty() if wish is None else wish != "0"
+    terminal = sys.stderr.isatty()
+    if total is not None and wish == "1" and not terminal:
+        return _BarInLines(total, initial)
+    hidden = total is None or wish == "0" or not terminal
+    return tqdm(total=total, initial=initial, unit="step", desc="train", disable=hidden, dynamic_ncols=True)
 
 
 class MetricsLog:
@@ -270,16 +308,7 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._sinks: list[_Sink] = [] if wandb is None else [_Wandb(folder, wandb)]
         self._sinks += [_JsonLines(folder / "metrics.jsonl"), _TensorBoard(folder / "tensorboard", first_step)]
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(
-            total=total_steps,
-            initial=first_step,
-            unit="step",
-            desc="train",
-            disable=total_steps is None or not _wants_bar(),
-            dynamic_ncols=terminal,
-            mininterval=0.1 if terminal else 5.0,  # seconds; a file is not redrawn, it grows
-        )
+        self._bar = _progress_bar(total_steps, first_step)
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """Write one step's numbers everywhere. None means "not measured in this step" and is left out.

@@ -185,6 +185,15 @@ def test_an_earlier_demo_is_overwritten_and_results_beside_it_stay(tmp_path: Pat
     assert digests(out) == {**first, "results/log.txt": hashlib.sha256(b"kept").hexdigest()}
 
 
+def test_a_checkpoint_that_shares_a_file_with_the_earlier_demo_keeps_it(tmp_path: Path) -> None:
+    out, kept = tmp_path / "demo", tmp_path / "ae.safetensors"
+    write_demo(out)
+    kept.hardlink_to(out / "model" / "ae.safetensors")
+    before = kept.read_bytes()
+    write_demo(out, seed=1)
+    assert kept.read_bytes() == before != (out / "model" / "ae.safetensors").read_bytes()
+
+
 def test_a_folder_with_other_files_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "llm_config.json").write_text("mine")

@@ -171,10 +171,23 @@ def test_no_progress_bar_without_a_terminal(tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().err == ""
 
 
-def test_the_progress_bar_counts_from_the_resumed_step_and_keeps_log_lines_whole(
+def test_a_progress_bar_wanted_without_a_terminal_comes_in_whole_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BAGEL_DS_PROGRESS", "1")
+    monkeypatch.setattr("bagel_ds.train.metrics._BarInLines.EVERY", 0.0)
+    with MetricsLog(tmp_path, 30, total_steps=33) as metrics:
+        for _ in range(3):
+            metrics.advance()
+    shown = capsys.readouterr().err
+    assert "\r" not in shown
+    assert [re.search(r"^train: .* (\d+)/33 ", line)[1] for line in shown.splitlines()] == ["31", "32", "33"]  # type: ignore[index]
+
+
+def test_the_progress_bar_counts_from_the_resumed_step_and_keeps_log_lines_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     setup_logging(tmp_path, rank=0)
     with MetricsLog(tmp_path, 30, total_steps=60) as metrics:
         for step in range(30, 60):
