@@ -132,4 +132,4 @@ def recorded_batch(
 def relative(found: Tensor, recorded: Tensor) -> float:
     """max |found - recorded| / max |recorded|."""
     assert found.shape == recorded.shape, (found.shape, recorded.shape)
-    return float((found - recorded).abs().max() / recorded.abs().max().clamp_min(1e-30))
+    return float((found.detach() - recorded).abs().max() / recorded.abs().max().clamp_min(1e-30))

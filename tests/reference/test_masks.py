@@ -1,0 +1,72 @@
+"""The attention layout against the recorded masks, and the kernels against a dense mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bagel_ds.model.attention import BACKENDS, AttentionLayout, attend
+from tests.recordings import UNSET, cases, read_json, reference_folder, tensors
+
+
+def structures() -> list:
+    if reference_folder() is None:
+        return [pytest.param(None, marks=pytest.mark.skip(reason=UNSET))]
+    return [case["case"] for case in read_json("masks/masks")["cases"]]
+
+
+def case_of(number: int) -> dict:
+    return next(case for case in read_json("masks/masks")["cases"] if case["case"] == number)
+
+
+def layout_of(case: dict) -> AttentionLayout:
+    splits = [split for sample in case["samples"] for split in sample["split_lens"]]
+    modes = [mode for sample in case["samples"] for mode in sample["attn_modes"]]
+    return AttentionLayout.from_splits(case["sample_lens"], splits, modes)
+
+
+def recorded_mask(number: int, case: dict) -> torch.Tensor:
+    recorded = tensors("masks/masks")
+    blocks = [recorded[f"case.{number}.sample.{i}"].bool() for i in range(len(case["samples"]))]
+    return torch.block_diag(*blocks).bool()
+
+
+@pytest.mark.parametrize("number", structures())
+def test_layout_equals_the_recorded_mask(number: int) -> None:
+    case = case_of(number)
+    assert torch.equal(layout_of(case).dense_mask(), recorded_mask(number, case))
+
+
+@pytest.mark.parametrize("stem", cases("forward/*.safetensors") + cases("packing/expected/pack_*.safetensors"))
+def test_layout_of_a_pack_equals_its_recorded_mask(stem: str) -> None:
+    info, recorded = read_json(stem), tensors(stem)
+    names = [name for name in recorded if "attention_mask." in name]
+    assert len(names) == len(info["sample_lens"])
+    blocks = [recorded[name].bool() for name in sorted(names, key=lambda name: int(name.rsplit(".", 1)[1]))]
+    layout = AttentionLayout.from_splits(info["sample_lens"], info["split_lens"], info["attn_modes"])
+    assert torch.equal(layout.dense_mask(), torch.block_diag(*blocks).bool())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("number", structures())
+def test_kernel_equals_attention_under_the_recorded_mask(number: int, backend: str) -> None:
+    case = case_of(number)
+    layout, mask = layout_of(case), recorded_mask(number, case)
+    generator = torch.Generator().manual_seed(number)
+    total, heads, kv_heads, dim = len(mask), 4, 2, 8
+    q = torch.randn(total, heads, dim, generator=generator, requires_grad=True)
+    k, v = (torch.randn(total, kv_heads, dim, generator=generator, requires_grad=True) for _ in range(2))
+    found = attend(q, k, v, layout, backend)
+    dense = F.scaled_dot_product_attention(
+        q.transpose(0, 1),
+        k.repeat_interleave(heads // kv_heads, 1).transpose(0, 1),
+        v.repeat_interleave(heads // kv_heads, 1).transpose(0, 1),
+        attn_mask=mask,
+    ).transpose(0, 1)
+    torch.testing.assert_close(found, dense, rtol=1e-5, atol=1e-5)
+    weight = torch.randn(found.shape, generator=generator)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weight).sum(), (q, k, v)), torch.autograd.grad((dense * weight).sum(), (q, k, v))
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
