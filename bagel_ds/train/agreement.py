@@ -19,6 +19,10 @@ from bagel_ds.errors import UserError
 Result = TypeVar("Result")
 
 
+class SharedFault(UserError):
+    """A `UserError` that every rank has raised with the same message: one of them is enough to tell it."""
+
+
 def is_main() -> bool:
     return dist.get_rank() == 0
 
@@ -28,7 +32,7 @@ def local_rank() -> int:
 
 
 def together(function: Callable[[], Result]) -> Result:
-    """`function()` on every rank; if it raises `UserError` on any, every rank raises the first one's message."""
+    """`function()` on every rank; if it raises `UserError` on any, every rank raises `SharedFault` with the first's."""
     fault, result = None, None
     try:
         result = function()
@@ -38,7 +42,7 @@ def together(function: Callable[[], Result]) -> Result:
     for found, host in faults:
         if found is not None:
             elsewhere = f"on host {host}: " if host != faults[0][1] else ""
-            raise UserError(elsewhere + found)
+            raise SharedFault(elsewhere + found)
     return result  # type: ignore[return-value]
 
 
@@ -60,19 +64,19 @@ def everyone(value: Any) -> list[Any]:
 
 
 def check_equal(what: dict[str, Any]) -> None:
-    """Raise `UserError` naming the first entry in which a rank differs from rank 0, and the rank's host."""
+    """Raise `SharedFault` naming the first entry in which a rank differs from rank 0, and the rank's host."""
     found = everyone((what, socket.gethostname()))
     for rank, (theirs, host) in enumerate(found):
         for name, value in found[0][0].items():
             if theirs.get(name) != value:
-                raise UserError(
+                raise SharedFault(
                     f"{name} differs between ranks: rank 0 on {found[0][1]} has {value}, rank {rank} on {host} has "
                     f"{theirs.get(name)}. Every host needs the same files, packages and arguments."
                 )
 
 
 def check_shared_folder(folder: Path, argument: str) -> None:
-    """Raise `UserError` unless every rank sees in `folder` what rank 0 just wrote there."""
+    """Raise `SharedFault` unless every rank sees in `folder` what rank 0 just wrote there."""
     name = everyone(f".shared-{uuid.uuid4().hex}")[0]
 
     def write() -> None:

@@ -1,7 +1,8 @@
 """What the `deepspeed` launcher starts on every rank: parse, check, train, and end with an exit code.
 
 Guarantees: a person's mistake is one message and exit code 2; anything else keeps its traceback. A fault that every
-rank finds is told by rank 0 alone, one that only a host can have (its packages, its driver) by that host.
+rank knows is told by rank 0 alone, one that only a host can have (its packages, its driver) by that host, one that a
+rank has met alone by that rank.
 """
 
 from __future__ import annotations
@@ -9,11 +10,17 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from typing import Sequence
 
 from bagel_ds.config import RunConfig, parse_arguments
 from bagel_ds.errors import UserError
 from bagel_ds.preflight import check_environment
+from bagel_ds.train.quiet import quiet_warnings
+
+# The launcher ends all ranks once it sees that one has ended; it looks every second. Ranks that leave the telling to
+# another wait, so that its message gets out.
+_GRACE_SECONDS = 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,32 +34,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_environment()
     except UserError as fault:
         return _tell(fault, local_rank == 0, f"host {socket.gethostname()}: " if rank else "")
-    try:
-        _train(config)
-    except UserError as fault:
-        return _tell(fault, rank == 0)
-    return 0
+    return _train(config, rank)
 
 
-def _train(config: RunConfig) -> None:
+def _train(config: RunConfig, rank: int) -> int:
     # Imported here: torch and DeepSpeed take seconds, and what is above must work without them.
+    import deepspeed
     import torch.distributed as dist
 
-    from bagel_ds.train.agreement import together
+    from bagel_ds.train.agreement import SharedFault, together
     from bagel_ds.train.metrics import setup_logging
     from bagel_ds.train.setup import init_distributed
     from bagel_ds.train.trainer import Trainer
 
-    init_distributed()
+    quiet_warnings()
     try:
+        init_distributed()
         together(lambda: setup_logging(config.training.results_dir, dist.get_rank()))
         Trainer(config).run()
-    finally:
-        if sys.exc_info()[0] is None or issubclass(sys.exc_info()[0], UserError):  # type: ignore[arg-type]
-            dist.destroy_process_group()
+    except UserError as fault:
+        code = _tell(fault, rank == 0 or not isinstance(fault, SharedFault))
+    else:
+        code = 0
+    # Not after another exception: its rank must end at once, while the others may wait in a collective call.
+    if dist.is_initialized():
+        deepspeed.comm.destroy_process_group()
+    return code
 
 
 def _tell(fault: UserError, speaks: bool, prefix: str = "") -> int:
     if speaks:
         print(f"ERROR: {prefix}{fault}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_GRACE_SECONDS)
     return 2

@@ -7,12 +7,15 @@ afterwards every rank holds the same plan.
 from __future__ import annotations
 
 import logging
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 
 import bagel_ds
 from bagel_ds.checkpoint.folder import ModelFolder, latent_side
@@ -28,33 +31,57 @@ from bagel_ds.model.config import BagelConfig
 from bagel_ds.model.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.vae import AutoEncoder
 from bagel_ds.preflight import check_inputs, installed_version, resolve_model_path
-from bagel_ds.train.agreement import check_equal, check_shared_folder, is_main, one_per_host_first, together
-from bagel_ds.train.start import StartPoint, find_start
+from bagel_ds.train.agreement import (
+    SharedFault,
+    check_equal,
+    check_shared_folder,
+    is_main,
+    local_rank,
+    one_per_host_first,
+    together,
+)
+from bagel_ds.train.quiet import quiet_start
+from bagel_ds.train.start import StartPoint, StartWeights, find_start, open_start
+from bagel_ds.zero.config import check_with_deepspeed, resolve_ds_config
 
 logger = logging.getLogger("bagel_ds")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known before any weight is loaded."""
+    """What is known before any weight is loaded; `weights` are open, and of the network's names and shapes."""
 
+    ds_config: dict[str, Any]
+    ds_notes: list[str]  # lines about it for the run's plan
     model_folder: Path
     model: BagelConfig
     vae: AutoEncoder
     data: PlannedData
     start: StartPoint
+    weights: StartWeights
 
 
 def prepare(config: RunConfig) -> Prepared:
     """Check and open everything on all ranks; raises the same `UserError` on each."""
-    check_shared_folder(Path(config.training.checkpoint_dir), "checkpoint_dir")
-    check_equal({"the version of " + name: installed_version(name) for name in ("torch", "deepspeed", "transformers")})
-    check_equal({"the version of bagel_ds": bagel_ds.__version__, "the arguments": config.to_yaml()})
+    packages = ("torch", "deepspeed", "transformers", "numpy", "pillow", "tokenizers")
+    versions = {"bagel_ds": bagel_ds.__version__, **{name: installed_version(name) for name in packages}}
+    check_equal({f"the version of {name}": version for name, version in versions.items()})
+    check_equal({f"--{name}": value for name, value in config.values().items()})
     together(lambda: check_inputs(config))
+    check_shared_folder(Path(config.training.checkpoint_dir), "checkpoint_dir")
+    ds_config, ds_notes = together(lambda: _ds_config(config))
     model_folder, model, vae, start = one_per_host_first(lambda: _open_model(config))
+    # Before the data, whose indexing may take long.
+    weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
     data = one_per_host_first(lambda: _open_data(config, model_folder, model, vae))
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
-    return Prepared(model_folder, model, vae, data, start)
+    return Prepared(ds_config, ds_notes, model_folder, model, vae, data, start, weights)
+
+
+def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+    ds_config, notes = resolve_ds_config(config.training.ds_config, config, dist.get_world_size())
+    check_with_deepspeed(ds_config)
+    return ds_config, notes
 
 
 def _open_model(config: RunConfig) -> tuple[Path, BagelConfig, AutoEncoder, StartPoint]:
@@ -133,12 +160,17 @@ def trainable(config: RunConfig, model: BagelConfig) -> set[str]:
     return trainable_parts(model, Freezing(config.training.freeze_llm, config.training.freeze_vit))
 
 
+def parameter_shapes(model: BagelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the network, without building it."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in Bagel(model).named_parameters()}
+
+
 def describe_parameters(model: BagelConfig, trains: set[str]) -> list[str]:
     """A table of the network's parts, their sizes and whether they train, without building it."""
-    with torch.device("meta"):
-        counts: dict[str, int] = {}
-        for name, parameter in Bagel(model).named_parameters():
-            counts[part_of(name)] = counts.get(part_of(name), 0) + parameter.numel()
+    counts: dict[str, int] = {}
+    for name, shape in parameter_shapes(model).items():
+        counts[part_of(name)] = counts.get(part_of(name), 0) + math.prod(shape)
     total, training = sum(counts.values()), sum(count for part, count in counts.items() if part in trains)
     lines = [f"parameters: {total:,}, of which {training:,} train"]
     return lines + [
@@ -147,14 +179,14 @@ def describe_parameters(model: BagelConfig, trains: set[str]) -> list[str]:
 
 
 def init_distributed() -> None:
-    """Join the ranks that the launcher started."""
+    """Join the ranks that the launcher started. Raises `UserError` on every rank of a host with too few GPUs."""
     if torch.cuda.is_available() and deepspeed.get_accelerator().device_name() == "cuda":
-        from bagel_ds.train.agreement import local_rank
-
-        if local_rank() >= torch.cuda.device_count():
-            raise UserError(
-                f"this host has {torch.cuda.device_count()} usable GPU(s), but the launcher started a rank for GPU "
-                f"number {local_rank()}; pass a smaller --num_gpus"
+        gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_SIZE", local_rank() + 1))
+        if ranks > gpus:
+            fault = (
+                f"this host has {gpus} usable GPU(s), but {ranks} ranks were started on it; pass a smaller --num_gpus"
             )
+            raise SharedFault(fault) if local_rank() else UserError(fault)
         torch.cuda.set_device(local_rank())
-    deepspeed.init_distributed(verbose=False)
+    with quiet_start():
+        deepspeed.init_distributed(verbose=False)

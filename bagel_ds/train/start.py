@@ -86,9 +86,10 @@ def open_start(start: StartPoint, training: TrainingArguments, shapes: Mapping[s
 
 def _loaded(weights: BagelWeights) -> list[str]:
     files = ", ".join(path.name for path in weights.files.paths)
-    gib = sum(weights.files.info(name).nbytes for name in weights.loaded) / 2**30
+    size = sum(weights.files.info(name).nbytes for name in weights.loaded)
+    shown = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
     lines = [
-        f"  {files}: {len(weights.loaded)} tensors, {gib:.2f} GiB; 0 missing; "
+        f"  {files}: {len(weights.loaded)} tensors, {shown}; 0 missing; "
         f"{len(weights.unexpected)} unexpected{_few(weights.unexpected)}; position tables are computed"
     ]
     if weights.copied:

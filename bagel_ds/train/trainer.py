@@ -8,7 +8,6 @@ in checkpoints.py and metrics.py.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from contextlib import closing
 from itertools import islice
@@ -34,9 +33,7 @@ from bagel_ds.train.metrics import MetricsLog, SilentMetricsLog, WandbOptions
 from bagel_ds.train.report import StepMeter
 from bagel_ds.train.schedule import learning_rate
 from bagel_ds.train.setup import describe_parameters, prepare, trainable
-from bagel_ds.train.start import open_start
 from bagel_ds.train.step import optimizer_step
-from bagel_ds.zero.config import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 
 logger = logging.getLogger("bagel_ds")
@@ -48,9 +45,8 @@ class Trainer:
     def __init__(self, config: RunConfig):
         self.config, self.args = config, config.training
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.ds_config, notes = together(lambda: resolve_ds_config(self.args.ds_config, config, self.world_size))
         self.prepared = prepare(config)
-        self._say_plan([*config.notes, *notes])
+        self._say_plan([*config.notes, *self.prepared.ds_notes])
         self.engine = self._build_engine()
         self.vae = self.prepared.vae.to(self.engine.device)
         self.steps_done: int = 0
@@ -65,7 +61,7 @@ class Trainer:
         )
 
     def run(self) -> None:
-        with closing(self._open_metrics()) as metrics, closing(self._micro_batches()) as batches:
+        with closing(self.engine), closing(self._open_metrics()) as metrics, closing(self._micro_batches()) as batches:
             meter = StepMeter(self.prepared.model, self.args.peak_device_tflops)
             for step in range(self.steps_done, self.args.total_steps):
                 window = list(islice(batches, self.args.gradient_accumulation_steps))
@@ -131,12 +127,13 @@ class Trainer:
         model = self.prepared.model
         trains = trainable(self.config, model)
         recompute = recompute_mode(self.args.activation_checkpointing)
-        return ZeroEngine(lambda: Bagel(model, recompute), lambda name: part_of(name) in trains, self.ds_config)
+        return ZeroEngine(
+            lambda: Bagel(model, recompute), lambda name: part_of(name) in trains, self.prepared.ds_config
+        )
 
     def _load(self) -> None:
         """Weights, average, moments and position in the data, from wherever this run starts."""
-        start = self.prepared.start
-        opened = together(lambda: open_start(start, self.args, self.engine.shapes))
+        start, opened = self.prepared.start, self.prepared.weights
         for line in opened.description:
             logger.info(line)
         adam = AdamOptions((self.args.beta1, self.args.beta2), self.args.eps)
@@ -196,14 +193,6 @@ class Trainer:
         model = self.prepared.model
         for line in describe_parameters(model, trainable(self.config, model)):
             logger.info(line)
-        zero = self.ds_config["zero_optimization"]
+        zero = self.prepared.ds_config["zero_optimization"]
         logger.info("%d rank(s), ZeRO stage %d, %s", self.world_size, zero["stage"], self.args.precision)
-        if self.args.ema > 0 and (half_life := math.log(0.5) / math.log(self.args.ema)) > self.args.total_steps:
-            logger.warning(
-                "ema=%g halves the weight of a step only after %.0f steps, this run has %d: ema.safetensors will stay "
-                "close to the start weights. Use model.safetensors, or a smaller --ema.",
-                self.args.ema,
-                half_life,
-                self.args.total_steps,
-            )
         Path(self.args.results_dir, "config.yaml").write_text(self.config.to_yaml())

@@ -1,0 +1,36 @@
+"""Keeps what other packages print at every start from drowning what a run has to say.
+
+Guarantees: only the lines named here are held back, each with its reason; errors and every other warning stay.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+import warnings
+from contextlib import contextmanager, redirect_stdout
+from typing import Iterator
+
+# DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed; they do what they did.
+_RENAMED = r"`torch\.distributed\.\w+` is deprecated"
+# DeepSpeed prints this on every rank of a CPU run.
+_BUILT = re.compile(r"DeepSpeed \S+ built successfully")
+
+
+def quiet_warnings() -> None:
+    """Hold back, for the rest of the process, warnings of other packages that a user can do nothing about."""
+    warnings.filterwarnings("ignore", _RENAMED, FutureWarning)
+
+
+@contextmanager
+def quiet_start() -> Iterator[None]:
+    """While the process group starts: drop DeepSpeed's "built successfully", pass everything else on at the end."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            if not _BUILT.fullmatch(line.strip()):
+                print(line, file=sys.stdout, flush=True)
