@@ -65,8 +65,8 @@ def open_streams(
             group.weight,
             group.is_mandatory,
         )
-        faults += _unusable_datasets(stream)
         _report(stream)
+        faults += _unusable_datasets(stream)
         streams.append(stream)
     all_faults(faults, f"{config.path} names data that cannot be used:")
     return streams
