@@ -23,7 +23,7 @@ import numpy as np
 
 from bagel_ds.data.cost import CostModel, work_of
 from bagel_ds.data.packing import Pack
-from bagel_ds.data.plan import PackingOptions, Planner
+from bagel_ds.data.plan import PackingOptions, Planner, imbalance
 from bagel_ds.data.sample import TEXT, VAE, VIT, Entry, SamplePlan
 
 BUDGETS = ((10240, 11520, 10240), (32768, 36864, 16384))  # expected, max, per sample
@@ -193,17 +193,18 @@ def summary(rules: str, budgets: tuple[int, int, int], world: int, steps: list[S
     """Numbers over global steps of one pack per rank."""
     expected, limit, _ = budgets
     lengths = np.array([[pack.length for pack in step] for step in steps])
-    uneven = [
-        float((cost.max(1) / cost.mean(1) - 1).mean())
-        for cost in (np.array([[getattr(pack, what) for pack in step] for step in steps]) for what in ("llm", "vision"))
-    ]
+    llm, vision = (
+        sum(imbalance([getattr(pack, what) for pack in step]) for step in steps) / len(steps)
+        for what in ("llm", "vision")
+    )
     packs = [pack for step in steps for pack in step]
     return Line(
         rules,
         limit,
         world,
         float(lengths.mean() / limit),
-        *uneven,
+        llm,
+        vision,
         short=float((lengths < expected).mean()),
         without_mandatory=sum(pack.missing > 0 for pack in packs) / len(packs),
         lost_samples=lost,
@@ -262,15 +263,28 @@ def speed(samples: int, budgets: tuple[int, int, int]) -> dict[str, float]:
 
 def show(lines: list[Line], speeds: list[dict[str, float]]) -> None:
     """The results as two tables."""
-    columns = ("limit", 6), ("ranks", 5), ("fill", 8), ("llm", 8), ("vision", 8), ("short", 7), ("lost", 6), ("wait", 5)
+    columns = (
+        ("limit", 6),
+        ("ranks", 5),
+        ("fill", 8),
+        ("llm", 8),
+        ("vision", 8),
+        ("short", 7),
+        ("lacking", 7),
+        ("lost", 6),
+        ("wait", 5),
+    )
     print(" ".join([f"{'rules':9}", *(f"{name:>{width}}" for name, width in columns)]))
     for line in lines:
         print(
             f"{line.rules:9} {line.limit:6} {line.world:5} {line.fill:8.2%} {line.imbalance_llm:8.2%} "
-            f"{line.imbalance_vision:8.2%} {line.short:7.2%} {line.lost_samples:6} {line.max_wait:5}"
+            f"{line.imbalance_vision:8.2%} {line.short:7.2%} {line.without_mandatory:7.2%} {line.lost_samples:6} {line.max_wait:5}"
         )
     print("fill: tokens / max_num_tokens; llm, vision: mean over steps of the slowest rank's cost / the mean cost - 1;")
-    print("short: packs below expected_num_tokens; wait: packs the longest-waiting sample saw leave\n")
+    print(
+        "short: packs below expected_num_tokens; lacking: packs with a sample so long that a mandatory group has no room;"
+    )
+    print("lost: samples dropped for good; wait: packs the longest-waiting sample saw leave\n")
     print(f"{'samples':>9} {'limit':>6} {'seconds':>8} {'us/sample':>9} {'peak MiB':>9} {'index MiB':>9}")
     for run in speeds:
         print(

@@ -162,13 +162,12 @@ class PlannedData:
             _end_workers(batches)
 
     def _micro_batch(self, batch: PackedBatch, step: Step) -> MicroBatch:
-        costs = [pack.llm for pack in step.packs]
         tokens = sum(pack.length for pack in step.packs)
         return MicroBatch(
             batch,
             {"plan": self._plan, **step.state},
             efficiency=tokens / (len(step.packs) * self.planner.options.max_num_tokens),
-            imbalance=max(costs) * len(costs) / max(1, sum(costs)) - 1,
+            imbalance=step.imbalance_llm,
             epochs=step.epochs,
         )
 

@@ -41,12 +41,27 @@ class PackingOptions:
     data_seed: int = 42
 
 
+def imbalance(costs: Sequence[int]) -> float:
+    """max / mean - 1; 0 where nothing costs anything."""
+    return max(costs) * len(costs) / sum(costs) - 1 if any(costs) else 0.0
+
+
 class Step(NamedTuple):
     """The packs of all ranks in one global micro-step, and the state after it."""
 
     packs: tuple[Pack, ...]
     state: dict[str, Any]
     epochs: dict[str, float]  # by group: epochs planned, as a float
+
+    @property
+    def imbalance_llm(self) -> float:
+        """By how much the costliest pack's language-model work exceeds the mean, as a fraction of it."""
+        return imbalance([pack.llm for pack in self.packs])
+
+    @property
+    def imbalance_vision(self) -> float:
+        """The same for the work of ViT and VAE."""
+        return imbalance([pack.vision for pack in self.packs])
 
 
 class _Block(NamedTuple):
@@ -199,9 +214,10 @@ class _Packer:
     def __init__(self, planner: Planner, start: dict[str, Any] | None) -> None:
         self._planner = planner
         self._intakes = planner._intakes()
-        self._shares = {i: intake.weight for i, intake in self._intakes.items() if intake.weight > 0}
-        total = sum(self._shares.values())
-        self._shares = {i: weight / total for i, weight in self._shares.items()}
+        weights = {i: intake.weight for i, intake in self._intakes.items() if intake.weight > 0}
+        if not weights:  # mandatory groups only: they share the rest, too
+            weights = dict.fromkeys(self._intakes, 1.0)
+        self._shares = {i: weight / sum(weights.values()) for i, weight in weights.items()}
         options = planner.options
         first = start["first"] if start else 0
         self._window = Window(
@@ -238,7 +254,7 @@ class _Packer:
         for group in self._planner.mandatory:
             if len(window) < window.size or not window.holds_group(group):
                 window.add(self._intakes[group].next())
-        while len(window) < window.size and self._shares:
+        while len(window) < window.size:
             intake = self._intakes[self._weighted_group()]
             intake.draws += 1
             window.add(intake.next())

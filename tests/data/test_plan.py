@@ -167,8 +167,13 @@ def test_packs_are_full_and_equal_ranks_are_dealt_equal_work() -> None:
     steps = list(itertools.islice(planner.steps(8), 40))
     packs = [pack for step in steps for pack in step.packs]
     assert sum(pack.length for pack in packs) / len(packs) > 0.99 * 10_000
-    imbalance = [max(p.llm for p in s.packs) * 8 / sum(p.llm for p in s.packs) - 1 for s in steps]
-    assert sum(imbalance) / len(imbalance) < 0.01
+    assert sum(step.imbalance_llm for step in steps) / len(steps) < 0.01
+
+
+def test_groups_that_are_only_mandatory_still_fill_the_packs() -> None:
+    planner = planner_of([Rows(weight=0.0, is_mandatory=True, longest=100), Rows(weight=0.0, is_mandatory=True)])
+    packs = packs_of(planner, 200)
+    assert sum(pack.length for pack in packs) > 0.98 * LIMIT * len(packs)
 
 
 @pytest.mark.parametrize(("budgets", "fill"), list(zip(BUDGETS, (0.99, 0.995))), ids=str)
