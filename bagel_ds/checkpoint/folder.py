@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping
+from typing import Any, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,23 +52,20 @@ class ModelFolder:
 
     def llm_config(self) -> LLMConfig:
         found = self._json("llm_config.json")
-        fields = {name: found[name] for name in LLMConfig.__dataclass_fields__ if name in found}
-        return LLMConfig(**fields)
+        defaults = {name: field.default for name, field in LLMConfig.__dataclass_fields__.items()}
+        needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+        return LLMConfig(**self._numbers("llm_config.json", found, defaults, needed))
 
     def vit_config(self, select_layer: int = -2, max_patches_per_side: int = 70) -> ViTConfig:
         """`select_layer` as vit_select_layer: layers beyond it are not built."""
         found = self._json("vit_config.json")
-        names = (
-            "hidden_size",
-            "intermediate_size",
-            "num_attention_heads",
-            "patch_size",
-            "num_channels",
-            "layer_norm_eps",
-        )
-        fields = {name: found[name] for name in names if name in found}
-        layers = found["num_hidden_layers"] + 1 + select_layer
-        return ViTConfig(**fields, num_layers=layers, max_patches_per_side=max_patches_per_side)
+        names = ("hidden_size", "intermediate_size", "num_attention_heads", "patch_size")
+        fields = (*names, "num_channels", "layer_norm_eps")
+        defaults = {name: ViTConfig.__dataclass_fields__[name].default for name in fields}
+        defaults["num_hidden_layers"] = ViTConfig.num_layers
+        values = self._numbers("vit_config.json", found, defaults, (*names, "num_hidden_layers"))
+        layers = values.pop("num_hidden_layers") + 1 + select_layer
+        return ViTConfig(**values, num_layers=layers, max_patches_per_side=max_patches_per_side)
 
     def weight_files(self, stem: str) -> list[Path]:
         """The files of "model" or "ema": one file, the shards of an index, or nothing."""
@@ -95,14 +92,36 @@ class ModelFolder:
             raise UserError(f"{path} does not exist: the image autoencoder is needed for training. {DOWNLOAD}")
         return load_vae(path)
 
-    def _json(self, name: str) -> dict:
+    def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name
         try:
-            return json.loads(path.read_text())
+            found = json.loads(path.read_text())
         except OSError:
             raise UserError(f"{path} does not exist: {self.path} is not a BAGEL model folder. {DOWNLOAD}") from None
         except ValueError as error:
             raise UserError(f"{path} is not valid JSON ({error}). Download or copy it again.") from None
+        if not isinstance(found, dict):
+            raise UserError(f"{path}: expected a JSON object, found {found!r:.60}. Download or copy it again.")
+        return found
+
+    def _numbers(
+        self, file: str, found: dict[str, Any], defaults: Mapping[str, Any], needed: Sequence[str]
+    ) -> dict[str, Any]:
+        """The values of `found` under the names of `defaults`, of the types that these have."""
+        faults = [f"{name} is missing" for name in needed if name not in found]
+        values = {name: found[name] for name in defaults if name in found}
+        for name, value in values.items():
+            kind = type(defaults[name])
+            good = isinstance(value, bool) if kind is bool else type(value) in (int, kind)
+            if not good or (kind is int and value < 1):
+                expected = {bool: "true or false", int: "a whole number above 0", float: "a number"}[kind]
+                faults.append(f"{name} is {value!r:.60}, expected {expected}")
+        path = self.path / file
+        all_faults(
+            [f"{path}: {fault}. Download or copy the file again." for fault in faults] if len(faults) == 1 else faults,
+            f"{path} does not describe a network; download or copy it again:",
+        )
+        return values
 
 
 DOWNLOAD = (
