@@ -1,0 +1,127 @@
+"""Many runs of the trainer in one launch, and small model folders to run them on.
+
+A launch costs far more than what most tests look at; `run_cases` shares one between many. What only a launch of its own
+can show (exit codes of the launcher, ranks that end) is tested with tests/launch.py directly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Sequence
+
+from tests.launch import REPOSITORY, cpu_environment, deepspeed, free_port, remove_shared_memory
+
+MANY_RUNS = Path(__file__).with_name("many_runs.py")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run: `arguments` of launch/train.py, and what rank 1 sees differently."""
+
+    name: str
+    arguments: list[str]
+    directory: str = str(REPOSITORY)
+    on_rank_1: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one rank of one case returned and printed."""
+
+    code: int
+    output: str
+
+
+def run_cases(folder: Path, cases: Sequence[Case], ranks: int = 1, timeout: float = 900) -> dict[str, list[Outcome]]:
+    """Outcomes by case and rank. One rank is started without the launcher, which would only take longer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cases_file = folder / "cases.json"
+    cases_file.write_text(json.dumps([asdict(case) for case in cases]))
+    if ranks == 1:
+        log = _alone([str(MANY_RUNS), str(cases_file), str(folder)], timeout)
+    else:
+        log = deepspeed(MANY_RUNS, [cases_file, folder], ranks, timeout=timeout).output
+    outcomes: dict[str, list[Outcome]] = {}
+    for case in cases:
+        files = [folder / f"{case.name}.rank{rank}.json" for rank in range(ranks)]
+        missing = [file.name for file in files if not file.exists()]
+        assert not missing, f"{missing}: not reached; the end of the output:\n{log[-6000:]}"
+        outcomes[case.name] = [Outcome(**json.loads(file.read_text())) for file in files]
+    return outcomes
+
+
+def _alone(words: list[str], timeout: float) -> str:
+    port = free_port()
+    environment = cpu_environment(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    process = subprocess.Popen(
+        [sys.executable, *words],
+        cwd=REPOSITORY,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        return process.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"no end after {timeout} s:\n{process.communicate()[0][-4000:]}") from None
+    finally:
+        remove_shared_memory(port)
+
+
+def arguments(demo: Path, results: Path, **changed: object) -> list[str]:
+    """A short run on the demo's mixed data; `changed` replaces or adds options, None leaves one out."""
+    options: dict[str, object] = {
+        "ds_config": "zero3.json",
+        "dataset_config_file": demo / "example.yaml",
+        "model_path": demo / "model",
+        "finetune_from_hf": True,
+        "max_num_tokens": 640,
+        "expected_num_tokens": 512,
+        "max_num_tokens_per_sample": 640,
+        "num_workers": 0,
+        "log_every": 1,
+        "total_steps": 1,
+        "warmup_steps": 0,
+        "lr": 1e-3,
+        "ema": 0.9,
+        "results_dir": results,
+        "checkpoint_dir": results / "checkpoints",
+        **changed,
+    }
+    return [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
+
+
+def linked_model(model: Path, folder: Path, without: Sequence[str] = ()) -> Path:
+    """A model folder of links to another's files, some left out; a file to be changed is first `own`ed."""
+    folder.mkdir(parents=True)
+    for file in model.iterdir():
+        if file.name not in without:
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
+def own(path: Path) -> Path:
+    """Turn a link into a copy that can be changed."""
+    target = path.resolve()
+    path.unlink()
+    shutil.copyfile(target, path)
+    return path
+
+
+def losses(results: Path) -> dict[int, tuple[float, float, float]]:
+    """(mse, ce, gradient norm) by step from metrics.jsonl; later lines supersede earlier ones."""
+    lines = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: (line["loss/mse"], line["loss/ce"], line["optim/grad_norm"]) for line in lines}

@@ -1,0 +1,56 @@
+"""Runs `bagel_ds.train.main` once per case in the same processes; started by cases.py.
+
+Arguments: a JSON file with a list of cases {name, arguments, directory?, on_rank_1?} and a folder for the results
+(<name>.rank<r>.json with code and output). `on_rank_1` may hold arguments, directory and versions {package: version}
+that only rank 1 sees. What a case leaves unset is as it is for a launch of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from unittest import mock
+
+import deepspeed
+
+from bagel_ds.train import main as train
+from bagel_ds.train import setup
+
+
+def main(cases_file: str, results: str) -> None:
+    rank = int(os.environ["RANK"])
+    # Here no launcher waits for the first rank to end.
+    with mock.patch.object(train, "_GRACE_SECONDS", 0.0):
+        for case in json.loads(Path(cases_file).read_text()):
+            mine = {**case, **(case.get("on_rank_1", {}) if rank == 1 else {})}
+            code, output = run(mine)
+            path = Path(results) / f"{case['name']}.rank{rank}.json"
+            path.write_text(json.dumps({"code": code, "output": output}))
+            if code not in (0, 2):
+                if int(os.environ["WORLD_SIZE"]) > 1:  # the others may wait for this rank in a collective call
+                    sys.exit(1)
+                deepspeed.comm.destroy_process_group()
+
+
+def run(case: dict) -> tuple[int, str]:
+    printed = io.StringIO()
+    versions = case.get("versions", {})
+    real = setup.installed_version
+    os.chdir(case.get("directory", os.getcwd()))
+    with redirect_stdout(printed), redirect_stderr(printed):
+        with mock.patch.object(setup, "installed_version", lambda name: versions.get(name) or real(name)):
+            try:
+                code = train.main(case["arguments"])
+            except BaseException:
+                traceback.print_exc()
+                code = 1
+    return code, printed.getvalue()
+
+
+if __name__ == "__main__":
+    main(*[argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])
