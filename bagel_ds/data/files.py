@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -62,13 +63,12 @@ def parquet_row(path: str, group: int, row: int, columns: Sequence[str]) -> dict
 
 def jsonl_lines(path: str) -> np.ndarray:
     """int64 [lines, 2]: offset and length in bytes of every line, without its line break."""
-    starts, lengths, offset = [], [], 0
+    places, offset = array("q"), 0  # 16 bytes a line, where a list would take 100
     with open(path, "rb") as file:
         for line in file:
-            starts.append(offset)
-            lengths.append(len(line.rstrip(b"\r\n")))
+            places.extend((offset, len(line.rstrip(b"\r\n"))))
             offset += len(line)
-    return np.array([starts, lengths], dtype=np.int64).T.reshape(-1, 2)
+    return np.array(places, dtype=np.int64).reshape(-1, 2)
 
 
 def jsonl_row(path: str, offset: int, length: int) -> dict[str, Any]:

@@ -73,7 +73,9 @@ def decode_rgb(source: bytes | Path) -> Image.Image:
     """The first frame as RGB; anything with an alpha channel or a transparent colour is laid on white."""
     with _opened(source) as image:
         try:
-            return _to_rgb(image)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return _to_rgb(image)
         except Exception as error:  # what Pillow's decoders raise on damaged files is an open set
             raise BadImage(f"the image cannot be decoded ({_words(error)})") from error
 
@@ -95,14 +97,22 @@ def _opened(source: bytes | Path) -> Image.Image:
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
     except Exception as error:
         raise BadImage(f"not a readable image ({_words(error)})") from error
+    refusal = _refusal(image)
+    if refusal:
+        image.close()
+        raise BadImage(refusal)
+    return image
+
+
+def _refusal(image: Image.Image) -> str:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise BadImage(f"the image has {width} x {height} pixels, more than {MAX_PIXELS:,}")
+        return f"the image has {width} x {height} pixels, more than {MAX_PIXELS:,}"
     if min(width, height) < 1:
-        raise BadImage(f"the image has {width} x {height} pixels")
+        return f"the image has {width} x {height} pixels"
     if image.mode in _DEEP_MODES:
-        raise BadImage(f"the image has more than 8 bits per pixel (Pillow mode {image.mode}); convert it to 8 bits")
-    return image
+        return f"the image has more than 8 bits per pixel (Pillow mode {image.mode}); convert it to 8 bits"
+    return ""
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -79,8 +79,8 @@ class _Task(NamedTuple):
 class _Chunk(NamedTuple):
     """Result of one task: records of consecutive rows end to end, their lengths, and (row in chunk, reason)."""
 
-    numbers: list[int]
-    lengths: list[int]
+    numbers: np.ndarray  # int32
+    lengths: np.ndarray  # int32 [rows]
     bad: list[tuple[int, str]]
 
 
@@ -198,7 +198,9 @@ def _tasks(file: DataFile, layout: _Layout) -> Iterator[_Task]:
 
 def _index_chunk(task: _Task, tokenizer: Tokenizer) -> _Chunk:
     source = task.file.source
-    chunk = _Chunk([], [], [])
+    numbers: list[int] = []
+    lengths: list[int] = []
+    bad: list[tuple[int, str]] = []
     for parsed in _parsed_lines(task, source) if source.jsonl else _parsed_groups(task, source):
         record: list[int] | str
         try:
@@ -206,11 +208,11 @@ def _index_chunk(task: _Task, tokenizer: Tokenizer) -> _Chunk:
         except Exception as error:  # what damaged text or images raise is an open set
             record = reason_of(error)
         if isinstance(record, str):
-            chunk.bad.append((len(chunk.lengths), record))
+            bad.append((len(lengths), record))
             record = []
-        chunk.numbers.extend(record)
-        chunk.lengths.append(len(record))
-    return chunk
+        numbers.extend(record)
+        lengths.append(len(record))
+    return _Chunk(np.array(numbers, dtype=np.int32), np.array(lengths, dtype=np.int32), bad)
 
 
 def _parsed_lines(task: _Task, source: Source) -> Iterator[ParsedRow | str]:
@@ -243,16 +245,16 @@ def _parsed_groups(task: _Task, source: Source) -> Iterator[ParsedRow | str]:
 def _finish(
     file: DataFile, layout: _Layout, parts: list[_Chunk], entry: Path | None, identity_before: str
 ) -> FileIndex:
-    lengths = [length for part in parts for length in part.lengths]
+    none = np.empty(0, dtype=np.int32)
+    lengths = np.concatenate([none, *(part.lengths for part in parts)])
     bad = [(-1, layout.error)] if layout.error else []
     first = 0
     for part in parts:
         bad += [(first + row, reason) for row, reason in part.bad]
         first += len(part.lengths)
-    numbers = [np.array(part.numbers, dtype=np.int32) for part in parts]
     index = FileIndex(
         path=file.path,
-        numbers=np.concatenate(numbers) if numbers else np.empty(0, dtype=np.int32),
+        numbers=np.concatenate([none, *(part.numbers for part in parts)]),
         offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64),
         unit_rows=np.array(layout.unit_rows, dtype=np.int64),
         places=layout.places,

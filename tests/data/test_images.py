@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -80,6 +82,16 @@ def test_what_cannot_be_used_has_a_reason(content: bytes, reason: str) -> None:
         image_size(content)
     with pytest.raises(BadImage, match=reason):
         decode_rgb(content)
+
+
+def test_a_refused_file_is_closed(tmp_path: Path) -> None:
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.full((4, 4), 40_000, dtype=np.uint16)).save(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ResourceWarning)
+        with pytest.raises(BadImage, match="more than 8 bits"):
+            image_size(path)
+        gc.collect()
 
 
 def test_a_missing_file_has_a_reason(tmp_path: Path) -> None:

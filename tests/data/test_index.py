@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,7 @@ from small_data import (
 
 from bagel_ds.data import index as index_module
 from bagel_ds.data.index import DataFile, index_files
-from bagel_ds.data.index_cache import BESIDE_DATA, FileIndex
+from bagel_ds.data.index_cache import BESIDE_DATA, FileIndex, locked
 from bagel_ds.data.records import Record, decode_record
 from bagel_ds.data.sources import SOURCES
 from bagel_ds.data.tokenizer import Tokenizer
@@ -314,3 +317,19 @@ def test_unusable_interleaved_rows(tmp_path: Path, tokenizer: Tokenizer, row: di
     path = write_parquet(tmp_path / "a.parquet", [row, interleave_row(["q"], ["s"])], schema=INTERLEAVE_SCHEMA)
     (index,) = index_files([DataFile(str(path), SOURCES["interleave"])], tokenizer, str(tmp_path / "cache"))
     assert [(bad, reason in text) for bad, text in index.bad] == [(0, True)]
+
+
+def test_of_two_at_a_time_one_indexes_and_the_other_waits(
+    tmp_path: Path, tokenizer: Tokenizer, reads: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_parquet(tmp_path / "a.parquet", t2i_rows(2))
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    with caplog.at_level(logging.INFO, "bagel_ds"), ThreadPoolExecutor(2) as pool:
+        with locked([cache]):
+            waiting = [pool.submit(index_files, [_t2i(path)], tokenizer, str(cache)) for _ in range(2)]
+            while sum("waiting for it" in record.getMessage() for record in caplog.records) < 2:
+                assert not any(future.done() for future in waiting)
+                time.sleep(0.01)
+        assert [future.result()[0].rows for future in waiting] == [2, 2]
+    assert reads == ["a.parquet"]
