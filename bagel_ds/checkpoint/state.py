@@ -58,6 +58,11 @@ class StateFiles:
         self._folder = folder
         self._parts: dict[str, list[tuple[int, int, TensorFiles]]] = {}  # name -> (start, stop, file), by start
         for files in self._files:
+            if "starts" not in files.metadata:
+                raise UserError(
+                    f"{files.paths[0]} is not a training state of bagel_ds (its header names no ranges); resume from "
+                    "another checkpoint."
+                )
             starts = json.loads(files.metadata["starts"])
             for name in files.names:
                 start = starts[name]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Iterable, Mapping
+from typing import Any, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -44,8 +44,7 @@ class TensorFiles:
             self.metadata.update(header.pop("__metadata__", {}))
             mapped = np.memmap(path, dtype=np.uint8, mode="r")
             for name, entry in header.items():
-                info = TensorInfo(_TORCH[entry["dtype"]], tuple(entry["shape"]))
-                start, stop = (data_start + offset for offset in entry["data_offsets"])
+                info, start, stop = _placed(path, name, entry, data_start)
                 if stop > len(mapped) or stop - start != info.nbytes:
                     raise UserError(
                         f"{path}: the file is cut short or damaged at tensor {name!r} (it needs {stop:,} bytes, the "
@@ -72,6 +71,8 @@ class TensorFiles:
         mapped, info, offset = self._where[name]
         numel = info.numel - start if numel is None else numel
         assert 0 <= start and start + numel <= info.numel, (name, start, numel, info)
+        if numel == 0:
+            return torch.empty(0, dtype=info.dtype)
         size = info.dtype.itemsize
         raw = np.array(mapped[offset + start * size : offset + (start + numel) * size])
         return torch.from_numpy(raw).view(info.dtype)
@@ -133,6 +134,23 @@ def read_header(path: Path) -> tuple[dict, int]:
             if not 0 < length <= os.fstat(file.fileno()).st_size - 8:
                 raise ValueError("header length out of range")
             header = json.loads(file.read(length))
+            if not isinstance(header, dict):
+                raise ValueError("the header is no JSON object")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}). Download or copy it again.") from None
     return header, 8 + length
+
+
+def _placed(path: Path, name: str, entry: Any, data_start: int) -> tuple[TensorInfo, int, int]:
+    """A header's entry as the tensor's type and shape and its place in the file."""
+    try:
+        info = TensorInfo(_TORCH[entry["dtype"]], tuple(map(int, entry["shape"])))
+        start, stop = (int(offset) + data_start for offset in entry["data_offsets"])
+        if start < data_start or min(info.shape, default=0) < 0:
+            raise ValueError("negative numbers")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path}: the header is damaged at tensor {name!r} or of a kind that is not known here "
+            f"({type(error).__name__}: {error}). Download or copy it again."
+        ) from None
+    return info, start, stop
