@@ -73,8 +73,10 @@ class ModelFolder:
         if single.exists():
             return [single]
         if index.exists():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            return [self.path / shard for shard in shards]
+            weight_map = self._json(index.name).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+                raise UserError(f"{index}: weight_map names no files. Download or copy it again.")
+            return [self.path / shard for shard in sorted(set(weight_map.values()))]
         return []
 
     def open_weights(self, prefer_ema: bool) -> TensorFiles:
