@@ -28,6 +28,13 @@ from bagel_ds.data.sample import TEXT, VAE, VIT, Entry, SamplePlan
 
 BUDGETS = ((10240, 11520, 10240), (32768, 36864, 16384))  # expected, max, per sample
 UNIT_ROWS = 100  # rows per row group
+LEGEND = """fill: tokens / max_num_tokens
+llm, vision: the slowest rank's cost / the mean cost - 1, mean over steps
+short: packs below expected_num_tokens
+lacking: packs with a sample so long that a mandatory group has no room
+lost: samples dropped for good
+wait: packs that the longest-waiting sample saw leave before it
+"""
 
 
 def resized(sides: np.ndarray, stride: int, longest: int, shortest: int) -> np.ndarray:
@@ -263,32 +270,15 @@ def speed(samples: int, budgets: tuple[int, int, int]) -> dict[str, float]:
 
 def show(lines: list[Line], speeds: list[dict[str, float]]) -> None:
     """The results as two tables."""
-    columns = (
-        ("limit", 6),
-        ("ranks", 5),
-        ("fill", 8),
-        ("llm", 8),
-        ("vision", 8),
-        ("short", 7),
-        ("lacking", 7),
-        ("lost", 6),
-        ("wait", 5),
-    )
-    print(" ".join([f"{'rules':9}", *(f"{name:>{width}}" for name, width in columns)]))
+    titles = ("rules", "limit", "ranks", "fill", "llm", "vision", "short", "lacking", "lost", "wait")
+    print("{:9}{:>6}{:>6}{:>9}{:>9}{:>9}{:>8}{:>8}{:>6}{:>6}".format(*titles))
     for line in lines:
-        print(
-            f"{line.rules:9} {line.limit:6} {line.world:5} {line.fill:8.2%} {line.imbalance_llm:8.2%} "
-            f"{line.imbalance_vision:8.2%} {line.short:7.2%} {line.without_mandatory:7.2%} {line.lost_samples:6} {line.max_wait:5}"
-        )
-    print("fill: tokens / max_num_tokens; llm, vision: mean over steps of the slowest rank's cost / the mean cost - 1;")
-    print(
-        "short: packs below expected_num_tokens; lacking: packs with a sample so long that a mandatory group has no room;"
-    )
-    print("lost: samples dropped for good; wait: packs the longest-waiting sample saw leave\n")
-    print(f"{'samples':>9} {'limit':>6} {'seconds':>8} {'us/sample':>9} {'peak MiB':>9} {'index MiB':>9}")
+        print("{:9}{:6}{:6}{:9.2%}{:9.2%}{:9.2%}{:8.2%}{:8.2%}{:6}{:6}".format(*line))
+    print(LEGEND)
+    print(f"{'samples':>9} {'limit':>6} {'seconds':>8} {'cpu s':>8} {'us/sample':>9} {'peak MiB':>9} {'index MiB':>9}")
     for run in speeds:
         print(
-            f"{run['samples']:9,} {run['limit']:6} {run['seconds']:8.1f} {run['seconds'] / run['samples'] * 1e6:9.1f} "
+            f"{run['samples']:9,} {run['limit']:6} {run['seconds']:8.1f} {run['cpu_seconds']:8.1f} {run['seconds'] / run['samples'] * 1e6:9.1f} "
             f"{run['peak_mib']:9.0f} {run['of_it_index_mib']:9.0f}"
         )
 
