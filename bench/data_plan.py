@@ -28,6 +28,7 @@ from bagel_ds.data.sample import TEXT, VAE, VIT, Entry, SamplePlan
 
 BUDGETS = ((10240, 11520, 10240), (32768, 36864, 16384))  # expected, max, per sample
 UNIT_ROWS = 100  # rows per row group
+SPEED_TITLES = ("samples", "limit", "seconds", "cpu s", "us/sample", "peak MiB", "index MiB")
 LEGEND = """fill: tokens / max_num_tokens
 llm, vision: the slowest rank's cost / the mean cost - 1, mean over steps
 short: packs below expected_num_tokens
@@ -275,12 +276,11 @@ def show(lines: list[Line], speeds: list[dict[str, float]]) -> None:
     for line in lines:
         print("{:9}{:6}{:6}{:9.2%}{:9.2%}{:9.2%}{:8.2%}{:8.2%}{:6}{:6}".format(*line))
     print(LEGEND)
-    print(f"{'samples':>9} {'limit':>6} {'seconds':>8} {'cpu s':>8} {'us/sample':>9} {'peak MiB':>9} {'index MiB':>9}")
+    print("{:>9}{:>7}{:>9}{:>9}{:>10}{:>10}{:>10}".format(*SPEED_TITLES))
     for run in speeds:
-        print(
-            f"{run['samples']:9,} {run['limit']:6} {run['seconds']:8.1f} {run['cpu_seconds']:8.1f} {run['seconds'] / run['samples'] * 1e6:9.1f} "
-            f"{run['peak_mib']:9.0f} {run['of_it_index_mib']:9.0f}"
-        )
+        numbers = (run["seconds"], run["cpu_seconds"], run["seconds"] / run["samples"] * 1e6)
+        print("{:9,}{:7}".format(run["samples"], run["limit"]), *(f"{number:8.1f}" for number in numbers), end="")
+        print("{:11.0f}{:10.0f}".format(run["peak_mib"], run["of_it_index_mib"]))
 
 
 def main() -> None:
