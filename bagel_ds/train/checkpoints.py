@@ -65,7 +65,10 @@ def holds_state(folder: Path) -> bool:
 
 def manifest_fault(folder: Path) -> str | None:
     """What of a checkpoint's manifest is not there as written; None where all is."""
-    sizes = json.loads((folder / MANIFEST).read_text())["files"]
+    try:
+        sizes = dict(json.loads((folder / MANIFEST).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} can't be read ({type(error).__name__}: {error})"
     for name, size in sizes.items():
         path = folder / name
         if name.startswith(STATE + "/") and not (folder / STATE).is_dir():
@@ -151,9 +154,12 @@ class CheckpointWriter:
 def read_trainer(folder: Path) -> dict[str, Any]:
     """trainer.json of a checkpoint."""
     try:
-        return json.loads((folder / TRAINER).read_text())
+        found = json.loads((folder / TRAINER).read_text())
+        if not isinstance(found, dict) or not isinstance(found.get("steps_done"), int):
+            raise ValueError("it names no steps_done")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / TRAINER} can't be read ({error}); resume from another checkpoint.") from None
+    return found
 
 
 def restore_moments(engine: ZeroEngine, state: StateFiles, steps_done: int) -> None:
