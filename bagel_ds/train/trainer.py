@@ -149,7 +149,7 @@ class Trainer:
                 trainer["world_size"],
                 self.world_size,
             )
-        elif is_main():
+        if is_main():
             sweep_unfinished(Path(self.args.checkpoint_dir))
 
     def _micro_batches(self) -> Generator[MicroBatch, None, None]:
