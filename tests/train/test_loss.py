@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from bagel_ds.data.layout import LayoutOptions, Loaded, layout
@@ -16,17 +15,11 @@ from bagel_ds.model.bagel import BagelOutput
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.train.loss import LossOptions, LossSums, WindowTotals, partial_means, weighted, window_totals
 
+pytestmark = pytest.mark.usefixtures("one_rank")
+
 SPECIAL = SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4, end_of_text=0)
 CPU = torch.device("cpu")
 FEATURES = LayoutOptions().latent_features
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("store") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def text(length: int) -> list[Loaded]:

@@ -1,0 +1,88 @@
+"""Ranks stop together, with one message that names the host, and never start when they differ."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bagel_ds.errors import UserError
+from bagel_ds.train import agreement
+from bagel_ds.train.agreement import SharedFault, check_equal, check_shared_folder, one_per_host_first, together
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def gathers(monkeypatch: pytest.MonkeyPatch, *values: Any) -> None:
+    """Let every exchange between ranks return these values."""
+    monkeypatch.setattr(agreement, "everyone", lambda _: list(values))
+
+
+def test_together_returns_the_result() -> None:
+    assert together(lambda: 3) == 3
+
+
+def _raise(error: BaseException) -> None:
+    raise error
+
+
+def test_a_fault_of_this_rank_is_known_to_all() -> None:
+    with pytest.raises(SharedFault, match="^no such file$"):
+        together(lambda: _raise(UserError("no such file")))
+
+
+def test_a_fault_of_another_host_stops_this_rank_and_names_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathers(monkeypatch, [None, "here"], ["no such file", "there"])
+    with pytest.raises(SharedFault, match="^on host there: no such file$"):
+        together(lambda: 3)
+
+
+def test_what_is_no_fault_of_a_person_is_not_caught() -> None:
+    with pytest.raises(ZeroDivisionError):
+        together(lambda: 1 // 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("local_rank", ["0", "1"])
+def test_one_per_host_first_runs_once_on_each_rank(local_rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    calls: list[int] = []
+    assert one_per_host_first(lambda: calls.append(1) or len(calls)) == 1
+
+
+def test_equal_ranks_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_equal({"--lr": 1e-4})
+    gathers(monkeypatch, ({"--lr": 1e-4}, "a"), ({"--lr": 1e-4}, "b"))
+    check_equal({"--lr": 1e-4})
+
+
+@pytest.mark.parametrize("theirs", [{"--lr": 2e-4}, {}])
+def test_what_differs_is_named_with_rank_and_host(theirs: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    gathers(monkeypatch, ({"--lr": 1e-4}, "node-a"), ({"--lr": 1e-4}, "node-a"), (theirs, "node-b"))
+    expected = f"--lr differs between ranks: rank 0 on node-a has 0.0001, rank 2 on node-b has {theirs.get('--lr')}"
+    with pytest.raises(SharedFault, match=expected):
+        check_equal({"--lr": 1e-4})
+
+
+def test_a_shared_folder_is_made_and_left_clean(tmp_path: Path) -> None:
+    check_shared_folder(tmp_path / "a" / "b", "checkpoint_dir")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_folder_that_is_not_the_same_on_all_hosts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agreement, "is_main", lambda: False)  # rank 0 writes elsewhere
+    with pytest.raises(SharedFault, match="--checkpoint_dir .* not the folder that rank 0 writes to.* share"):
+        check_shared_folder(tmp_path, "checkpoint_dir")
+
+
+def test_a_folder_that_can_not_be_made_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SharedFault, match=r"--checkpoint_dir .*file/below can't be written: .*Pass a folder"):
+        check_shared_folder(tmp_path / "file" / "below", "checkpoint_dir")
+
+
+def test_a_local_host_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathers(monkeypatch, [None, socket.gethostname()], ["bad", socket.gethostname()])
+    with pytest.raises(SharedFault, match="^bad$"):
+        together(lambda: 3)

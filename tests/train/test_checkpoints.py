@@ -1,0 +1,261 @@
+"""Checkpoints are complete or absent, found by number, and give up their state only when asked to."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
+from bagel_ds.errors import UserError
+from bagel_ds.ranges import Pieces, Range
+from bagel_ds.train import checkpoints
+from bagel_ds.train.checkpoints import (
+    CheckpointWriter,
+    holds_state,
+    manifest_fault,
+    newest_state,
+    read_trainer,
+    step_folders,
+    sweep_unfinished,
+)
+from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ, MASTER, Group, PlacedRange, group_pieces
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trains = nn.Parameter(torch.arange(6.0).reshape(2, 3))
+        self.table = nn.Parameter(torch.ones(4), requires_grad=False)
+
+
+class OneGroup:
+    """Partitions of one rank that holds everything."""
+
+    def __init__(self, network: Network) -> None:
+        count = network.trains.numel()
+        self.groups = (Group(0, ("trains",), (PlacedRange(Range("trains", 0, count), 0),)),)
+        flat = network.trains.detach().flatten()
+        self.flats = {MASTER: flat + 0.5, EXP_AVG: flat * 10, EXP_AVG_SQ: flat * 100}
+
+    def pieces(self, key: str) -> Iterator[Pieces]:
+        yield from group_pieces(self.groups[0], self.flats[key])
+
+
+class Engine:
+    """What `CheckpointWriter` asks of a ZeroEngine."""
+
+    def __init__(self) -> None:
+        self.module = Network()
+        self.partitions = OneGroup(self.module)
+        self.shapes = {"trains": (2, 3), "table": (4,)}
+        self.device = torch.device("cpu")
+
+
+class Average:
+    """What `CheckpointWriter` asks of a ShardedEMA."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.values: Tensor = torch.full((6,), 7.0)
+
+    def pieces(self) -> Iterator[Pieces]:
+        yield from group_pieces(self.engine.partitions.groups[0], self.values)
+
+
+@pytest.fixture
+def model_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("llm_config.json", "vit_config.json", "tokenizer.json", "ae.safetensors"):
+        (folder / name).write_text(name)
+    return folder
+
+
+@pytest.fixture
+def writer(tmp_path: Path, model_folder: Path) -> CheckpointWriter:
+    (tmp_path / "checkpoints").mkdir()
+    return CheckpointWriter(tmp_path / "checkpoints", model_folder, torch.float32, delete_previous_state=False)
+
+
+def save(writer: CheckpointWriter, step: int, last: bool = False) -> Path:
+    engine: Any = Engine()
+    average: Any = Average(engine)
+    return writer.save(step, engine, average, {"steps_done": step}, last=last)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------ what is saved
+def test_a_checkpoint_holds_weights_average_state_and_the_model_folder(writer: CheckpointWriter) -> None:
+    folder = save(writer, 3)
+    assert names(folder) == [
+        "ae.safetensors",
+        "ema.safetensors",
+        "llm_config.json",
+        "manifest.json",
+        "model.safetensors",
+        "state",
+        "tokenizer.json",
+        "trainer.json",
+        "vit_config.json",
+    ]
+    weights = load_file(folder / "model.safetensors")
+    assert torch.equal(weights["trains"], Network().trains.detach() + 0.5), "the masters, not the 16-bit weights"
+    assert torch.equal(weights["table"], torch.ones(4))
+    assert torch.equal(load_file(folder / "ema.safetensors")["trains"], torch.full((2, 3), 7.0))
+    state = StateFiles(folder / "state")
+    for kind, factor in ((EXP_AVG, 10), (EXP_AVG_SQ, 100)):
+        assert torch.equal(state.read(kind, "trains", 0, 6), torch.arange(6.0) * factor)
+    assert state.has(EMA, "trains") and state.has(WEIGHT, "table")
+    assert read_trainer(folder) == {"steps_done": 3}
+    assert manifest_fault(folder) is None and holds_state(folder)
+
+
+def test_the_autoencoder_is_not_copied_again(writer: CheckpointWriter, model_folder: Path) -> None:
+    assert (save(writer, 1) / "ae.safetensors").samefile(model_folder / "ae.safetensors")
+
+
+def test_the_last_one_is_linked_relatively(writer: CheckpointWriter, tmp_path: Path) -> None:
+    save(writer, 1)
+    assert names(writer.checkpoint_dir) == ["latest", "step_1"]
+    save(writer, 2, last=True)
+    assert os.readlink(writer.checkpoint_dir / "step_final") == "step_2"
+    writer.checkpoint_dir.rename(tmp_path / "moved")
+    assert (tmp_path / "moved" / "step_final" / "model.safetensors").is_file()
+    assert (tmp_path / "moved" / "latest").read_text() == "step_2\n"
+
+
+def test_a_step_saved_again_replaces_the_first(writer: CheckpointWriter) -> None:
+    folder = save(writer, 1)
+    (folder / "trainer.json").write_text("{}")
+    save(writer, 1)
+    assert read_trainer(folder) == {"steps_done": 1}
+    assert names(writer.checkpoint_dir) == ["latest", "step_1"]
+
+
+def test_older_states_are_given_up_when_asked_and_weights_stay(writer: CheckpointWriter) -> None:
+    first = save(writer, 1)
+    kept = CheckpointWriter(writer.checkpoint_dir, writer.model_folder, torch.float32, delete_previous_state=True)
+    second = save(kept, 2)
+    assert not holds_state(first) and (first / "ema.safetensors").is_file()
+    assert manifest_fault(first) is None, "given up on purpose, so not damaged"
+    assert holds_state(second) and newest_state(writer.checkpoint_dir) == second
+
+
+# ------------------------------------------------------------------------------------------------ complete or absent
+_MOMENTS = [
+    ("export_tensors", 1),
+    ("export_tensors", 2),
+    ("_write_json", 1),
+    ("_write_json", 2),
+    ("manifest_fault", 1),
+    ("_flush", 1),
+    ("_flush", 8),
+]
+
+
+@pytest.mark.parametrize(("moment", "call"), _MOMENTS)
+def test_a_save_that_is_interrupted_leaves_the_older_one_the_newest(
+    moment: str, call: int, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = save(writer, 1)
+    real, calls = getattr(checkpoints, moment), []
+
+    def killed(*arguments: Any, **named: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return real(*arguments, **named)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoints, moment, killed)
+        save(writer, 2)
+    assert newest_state(writer.checkpoint_dir) == first
+    assert (writer.checkpoint_dir / "latest").read_text() == "step_1\n"
+    assert [step for step, _ in step_folders(writer.checkpoint_dir)] == [1]
+
+    sweep_unfinished(writer.checkpoint_dir)
+    assert names(writer.checkpoint_dir) == ["latest", "step_1"]
+    second = save(writer, 2)
+    assert newest_state(writer.checkpoint_dir) == second
+
+
+def test_files_that_did_not_reach_the_disk_whole_are_an_error(
+    writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpoints._write_json
+
+    def truncating(path: Path, content: dict[str, Any]) -> None:
+        real(path, content)
+        if path.name == "manifest.json":
+            os.truncate(path.parent / "model.safetensors", 10)
+
+    monkeypatch.setattr(checkpoints, "_write_json", truncating)
+    with pytest.raises(RuntimeError, match="model.safetensors has 10 bytes"):
+        save(writer, 1)
+    assert step_folders(writer.checkpoint_dir) == []
+
+
+# ------------------------------------------------------------------------------------------------------ found again
+def test_folders_are_sorted_by_number_and_only_complete_ones_count(writer: CheckpointWriter) -> None:
+    for step in (1000, 900, 20):
+        save(writer, step)
+    save(writer, 100, last=True)
+    (writer.checkpoint_dir / "step_5000").mkdir()  # no manifest
+    (writer.checkpoint_dir / "step_x").mkdir()
+    (writer.checkpoint_dir / "step_9999").symlink_to("step_20")
+    (writer.checkpoint_dir / ".unfinished-step_7000").mkdir()
+    assert [step for step, _ in step_folders(writer.checkpoint_dir)] == [20, 100, 900, 1000]
+    newest = newest_state(writer.checkpoint_dir)
+    assert newest is not None and newest.name == "step_1000"
+
+
+def test_no_folder_holds_no_checkpoint(tmp_path: Path) -> None:
+    assert newest_state(tmp_path / "nowhere") is None and newest_state(tmp_path) is None
+
+
+def _lose_a_file(folder: Path) -> None:
+    (folder / "ema.safetensors").unlink()
+
+
+def _truncate_state(folder: Path) -> None:
+    os.truncate(folder / "state" / "rank_00000.safetensors", 100)
+
+
+def _break_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"files": {"model.saf')
+
+
+def _empty_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("{}")
+
+
+@pytest.mark.parametrize("damage", [_lose_a_file, _truncate_state, _break_manifest, _empty_manifest])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    damage: Any, writer: CheckpointWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = save(writer, 1), save(writer, 2)
+    damage(second)
+    caplog.set_level(logging.WARNING, "bagel_ds")
+    logging.getLogger("bagel_ds").propagate = True
+    assert newest_state(writer.checkpoint_dir) == first
+    assert "step_2 is passed over" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}"])
+def test_a_broken_trainer_json_is_a_message(text: str, tmp_path: Path) -> None:
+    (tmp_path / "trainer.json").write_text(text)
+    with pytest.raises(UserError, match=r"trainer\.json.* resume from another"):
+        read_trainer(tmp_path)
