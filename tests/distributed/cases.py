@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Sequence
 
-from tests.launch import REPOSITORY, cpu_environment, deepspeed, free_port, remove_shared_memory
+from tests.launch import REPOSITORY, Finished, cpu_environment, deepspeed, free_port, remove_shared_memory
 
 MANY_RUNS = Path(__file__).with_name("many_runs.py")
 
@@ -44,10 +44,7 @@ def run_cases(folder: Path, cases: Sequence[Case], ranks: int = 1, timeout: floa
     folder.mkdir(parents=True, exist_ok=True)
     cases_file = folder / "cases.json"
     cases_file.write_text(json.dumps([asdict(case) for case in cases]))
-    if ranks == 1:
-        log = _alone([str(MANY_RUNS), str(cases_file), str(folder)], timeout)
-    else:
-        log = deepspeed(MANY_RUNS, [cases_file, folder], ranks, timeout=timeout).output
+    log = launch(MANY_RUNS, [cases_file, folder], ranks, timeout).output
     outcomes: dict[str, list[Outcome]] = {}
     for case in cases:
         files = [folder / f"{case.name}.rank{rank}.json" for rank in range(ranks)]
@@ -57,13 +54,16 @@ def run_cases(folder: Path, cases: Sequence[Case], ranks: int = 1, timeout: floa
     return outcomes
 
 
-def _alone(words: list[str], timeout: float) -> str:
+def launch(script: Path, words: Sequence[object], ranks: int, timeout: float = 900) -> Finished:
+    """Run `script` on so many ranks: by the deepspeed launcher, or as one process with a rank's environment."""
+    if ranks > 1:
+        return deepspeed(script, words, ranks, timeout=timeout)
     port = free_port()
     environment = cpu_environment(
         RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     process = subprocess.Popen(
-        [sys.executable, *words],
+        [sys.executable, str(script), *map(str, words)],
         cwd=REPOSITORY,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -73,12 +73,13 @@ def _alone(words: list[str], timeout: float) -> str:
         start_new_session=True,
     )
     try:
-        return process.communicate(timeout=timeout)[0]
+        output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise AssertionError(f"no end after {timeout} s:\n{process.communicate()[0][-4000:]}") from None
     finally:
         remove_shared_memory(port)
+    return Finished(process.returncode, output)
 
 
 def arguments(demo: Path, results: Path, **changed: object) -> list[str]:

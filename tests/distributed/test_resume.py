@@ -1,0 +1,156 @@
+"""A run that was stopped goes on as if it had not been: same steps, same data, same numbers.
+
+In fp32 on equal ranks the resumed losses equal the uninterrupted run's to the last bit, because state is saved in fp32
+and sums run in the same order. On another number of ranks or under another stage only the order of sums differs:
+measured 1e-7 after two steps, so 1e-5 is asked.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.cases import Case, Outcome, arguments, losses, run_cases
+from tests.launch import (
+    REPOSITORY,
+    TRAIN,
+    cpu_environment,
+    deepspeed,
+    deepspeed_command,
+    free_port,
+    remove_shared_memory,
+)
+
+pytestmark = pytest.mark.distributed
+
+LAUNCH_SECONDS = 600
+
+
+def test_a_killed_run_started_again_finishes_at_exactly_total_steps(demo: Path, tmp_path: Path) -> None:
+    words = arguments(
+        demo, tmp_path, total_steps=36, save_every=15, max_num_tokens=448, auto_resume=True, num_workers=1
+    )
+    _run_until(words, tmp_path, step=31)
+    before = losses(tmp_path)
+    assert max(before) >= 31 and not (tmp_path / "checkpoints" / "step_36").exists()
+
+    finished = deepspeed(TRAIN, words, ranks=2, timeout=LAUNCH_SECONDS)
+    assert finished.code == 0, finished.output[-4000:]
+    assert "resumed after step 30" in finished.output and "done: 36 steps" in finished.output
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [*range(max(before) + 1), *range(30, 36)]
+    checkpoints = tmp_path / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [
+        "latest",
+        "step_15",
+        "step_30",
+        "step_36",
+        "step_final",
+    ]
+    assert (checkpoints / "latest").read_text().strip() == "step_36"
+    assert os.readlink(checkpoints / "step_final") == "step_36"
+    assert json.loads((checkpoints / "step_36" / "trainer.json").read_text())["steps_done"] == 36
+
+
+def _run_until(words: list[str], results: Path, step: int) -> None:
+    """Start a 2-rank launch and kill all of it, without warning, once `step` is logged."""
+    port = free_port()
+    process = subprocess.Popen(
+        deepspeed_command(TRAIN, words, 2, port),
+        cwd=REPOSITORY,
+        env=cpu_environment(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + LAUNCH_SECONDS
+        while not _has_logged(results, step):
+            assert process.poll() is None, "the run ended before it could be killed"
+            assert time.monotonic() < deadline, "the run did not get far enough"
+            time.sleep(0.05)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        remove_shared_memory(port)
+
+
+def _has_logged(results: Path, step: int) -> bool:
+    file = results / "metrics.jsonl"
+    return file.exists() and f'"step": {step},' in file.read_text()
+
+
+# ------------------------------------------------------------------------------------ the same numbers, every way on
+@pytest.fixture(scope="module")
+def resumed(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Outcome]]]:
+    """Six steps in one go, and again from its second in many ways. Each run's results lie in a folder of its name."""
+    folder = tmp_path_factory.mktemp("resumed")
+
+    def case(name: str, come_from: str | None, total: int, **changed: object) -> Case:
+        options = {"precision": "fp32", "save_every": 2, "total_steps": total, **changed}
+        if come_from is not None:
+            options["resume_from"] = folder / come_from
+        return Case(name, arguments(demo, folder / name, **options))
+
+    start = "whole/checkpoints/step_2"
+    outcomes = run_cases(
+        folder / "two",
+        [
+            case("whole", None, 6),
+            case("again", start, 6),
+            case("worker", start, 6, num_workers=1),
+            case("zero2", start, 4, ds_config="zero2"),
+            case("zero3_cpu", "zero2/checkpoints/step_4", 6, ds_config="zero3_cpu"),
+            case("other_budget", start, 6, max_num_tokens=700),
+            case("weights_only", start, 1, resume_model_only=True),
+        ],
+        ranks=2,
+    )
+    outcomes |= run_cases(folder / "one", [case("one_rank", start, 4, gradient_accumulation_steps=2)])
+    outcomes |= run_cases(folder / "back", [case("two_ranks", "one_rank/checkpoints/step_4", 6)], ranks=2)
+    return folder, outcomes
+
+
+@pytest.mark.parametrize("name", ["again", "worker"])
+def test_losses_after_a_resume_equal_the_uninterrupted_run_exactly(
+    name: str, resumed: tuple[Path, dict[str, list[Outcome]]]
+) -> None:
+    folder, outcomes = resumed
+    assert outcomes[name][0].code == 0, outcomes[name][0].output
+    whole = losses(folder / "whole")
+    assert losses(folder / name) == {step: whole[step] for step in range(2, 6)}
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("zero2", range(2, 4)), ("zero3_cpu", range(4, 6)), ("one_rank", range(2, 4)), ("two_ranks", range(4, 6))],
+)
+def test_another_stage_or_number_of_ranks_goes_on_with_the_same_losses(
+    name: str, steps: range, resumed: tuple[Path, dict[str, list[Outcome]]]
+) -> None:
+    folder, outcomes = resumed
+    assert outcomes[name][0].code == 0, outcomes[name][0].output
+    whole, found = losses(folder / "whole"), losses(folder / name)
+    assert list(found) == list(steps)
+    for step in steps:
+        assert found[step] == pytest.approx(whole[step], rel=1e-5), step
+
+
+def test_a_state_of_another_data_plan_is_refused(resumed: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    main, other = resumed[1]["other_budget"]
+    assert (main.code, other.code) == (2, 2)
+    assert "another data plan" in main.output and "--resume_model_only True" in main.output
+
+
+def test_resume_model_only_starts_at_step_0_with_the_weights(resumed: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    folder, outcomes = resumed
+    assert outcomes["weights_only"][0].code == 0, outcomes["weights_only"][0].output
+    assert "weights alone" in outcomes["weights_only"][0].output
+    assert list(losses(folder / "weights_only")) == [0]

@@ -1,0 +1,100 @@
+"""The numbers of a logged step: names, means since the last one, totals over ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from bagel_ds.data.loader import MicroBatch
+from bagel_ds.model.config import BagelConfig
+from bagel_ds.train import report
+from bagel_ds.train.metrics import METRIC_NAMES, METRIC_PREFIXES
+from bagel_ds.train.report import StepMeter
+from bagel_ds.train.step import StepResult
+from tests.train.test_throughput import pack, text
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+RESULT = StepResult(ce=2.0, mse=None, total=2.0, grad_norm=0.5, tokens=100)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 50.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(report, "time", clock)
+    return clock
+
+
+def micro(efficiency: float = 0.9, imbalance: float = 0.1, skipped: tuple = ()) -> MicroBatch:
+    from dataclasses import replace
+
+    batch = replace(pack([text(20)]), skipped=skipped)
+    return MicroBatch(batch, {}, efficiency, imbalance, {"t2i": 0.25, "vlm": 1.5})
+
+
+def test_every_number_has_a_public_name(clock: Clock) -> None:
+    meter = StepMeter(BagelConfig(), peak_device_tflops=100.0)
+    meter.add([micro()], RESULT)
+    clock.now += 2
+    values = meter.read(1e-4, RESULT)
+    assert all(name in METRIC_NAMES or name.startswith(METRIC_PREFIXES) for name in values)
+    assert set(METRIC_NAMES) <= set(values)
+    assert values["loss/mse"] is None and values["loss/ce"] == 2.0 and values["optim/lr"] == 1e-4
+    assert values["data/epoch/vlm"] == 1.5 and values["data/skipped/vlm"] == 0
+
+
+def test_speeds_are_means_since_the_last_logged_step(clock: Clock) -> None:
+    meter = StepMeter(BagelConfig(), peak_device_tflops=0.0)
+    for _ in range(4):
+        meter.add([micro()], RESULT)
+        clock.now += 0.5
+    first = meter.read(1e-4, RESULT)
+    assert first["perf/tokens_per_sec"] == 200 and first["perf/step_seconds"] == 0.5
+    meter.add([micro()], RESULT)
+    clock.now += 4
+    second = meter.read(1e-4, RESULT)
+    assert second["perf/tokens_per_sec"] == 25 and second["perf/step_seconds"] == 4
+
+
+def test_packing_is_that_of_the_step_over_its_micro_batches(clock: Clock) -> None:
+    meter = StepMeter(BagelConfig(), peak_device_tflops=0.0)
+    meter.add([micro(0.5, 0.0), micro(1.0, 0.2)], RESULT)
+    clock.now += 1
+    values = meter.read(1e-4, RESULT)
+    assert values["data/packing_efficiency"] == 0.75 and values["data/imbalance"] == pytest.approx(0.1)
+
+
+def test_skipped_rows_are_totals_of_the_run_by_dataset(clock: Clock) -> None:
+    meter = StepMeter(BagelConfig(), peak_device_tflops=0.0)
+    for expected in (2, 4):
+        meter.add([micro(skipped=(("t2i", "broken"), ("t2i", "broken"), ("other", "broken")))], RESULT)
+        clock.now += 1
+        values = meter.read(1e-4, RESULT)
+        assert values["data/skipped/t2i"] == expected and values["data/skipped/other"] == expected / 2
+
+
+def test_utilisation_is_over_all_ranks(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def two_ranks(mine: Any) -> list[Any]:
+        flops, device, host, _, skipped = mine
+        return [(flops, device, 2.0, "a", skipped), (3 * flops, device, 3.0, "a", {"t2i": 5})]
+
+    meter = StepMeter(BagelConfig(), peak_device_tflops=100.0)
+    meter.add([micro()], RESULT)
+    clock.now += 1
+    alone = meter.read(1e-4, RESULT)
+    monkeypatch.setattr(report, "everyone", two_ranks)
+    meter.add([micro()], RESULT)
+    clock.now += 1
+    both = meter.read(1e-4, RESULT)
+    assert both["perf/mfu"] == pytest.approx(2 * alone["perf/mfu"])  # type: ignore[operator]
+    assert both["memory/host_gib"] == 5.0, "ranks of one host share its memory"
+    assert both["data/skipped/t2i"] == 5
