@@ -1,0 +1,77 @@
+"""Bytes of activations by moment of a step, for one pack on one rank.
+
+Guarantees: the coefficients are counted from the network's own operations in bf16 (what autograd saves, plus what a
+backward step holds besides); a test runs the real modules, adds up live tensors and compares. They bound any mixture of
+tokens from above: the worst is a pack whose tokens all go to one expert.
+
+Legend: T tokens, C hidden, I intermediate, k = key/value heads / heads, W and J the ViT's widths, K labels, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bagel_ds.model.config import BagelConfig, VAEConfig
+
+CHUNK_ELEMENTS = 2**25  # as in model/head.py, which this file must not import: it needs torch
+CHUNK_COLUMNS = 1024  # the least a chunk of logits has
+
+
+class PackShape(NamedTuple):
+    """The largest pack to plan for. `labels` and `vit_tokens` are parts of `tokens`."""
+
+    tokens: int
+    labels: int
+    vit_tokens: int
+
+
+class Activations(NamedTuple):
+    """Bytes. `held` live from the forward to the backward pass of their part; the rest only at their moment."""
+
+    checkpoints: int  # inputs of recomputed layers, or with "none" all that their backward needs
+    inputs: int  # embeddings, flow and pixels of the pack
+    layer: int  # one decoder layer's own while its backward runs
+    vit_layer: int
+    vit_checkpoints: int
+    head: int  # hidden states of labels, their gradient, one chunk of logits
+
+
+def activations(config: BagelConfig, pack: PackShape, mode: str, dtype_bytes: int) -> Activations:
+    """`mode` as the argument activation_checkpointing: "full", "none" or "offload" (sizes as "full")."""
+    llm, vit = config.llm, config.vit
+    tokens, patches = pack.tokens, pack.vit_tokens if config.visual_und else 0
+    share = dtype_bytes / 2  # the counts below are those of bf16; fp32 copies in norms weigh the same in both
+    width, inner = llm.hidden_size, llm.intermediate_size
+    keys = width * llm.num_key_value_heads / llm.num_attention_heads
+    saved = share * (19 * width + 2 * keys + 8 * inner) + 14 * width + 3 * keys  # of one layer
+    transient = share * (2 * width + keys + 4 * inner)
+    vit_saved = share * (15 * vit.hidden_size + 4 * vit.intermediate_size) + 3 * vit.hidden_size
+    vit_transient = share * 2 * vit.intermediate_size
+    checkpoint, vit_checkpoint = 2 * share * width, 2 * share * vit.hidden_size
+    layers = (checkpoint, vit_checkpoint) if mode != "none" else (saved + checkpoint, vit_saved + vit_checkpoint)
+    patch_features = vit.num_channels * vit.patch_size**2
+    return Activations(
+        checkpoints=int(tokens * llm.num_hidden_layers * layers[0]),
+        inputs=int(
+            tokens * (share * 4 * width + 12 * config.latent_features) + patches * patch_features * (1 + 2 * share)
+        ),
+        layer=int(tokens * (transient if mode == "none" else saved + transient)),
+        vit_layer=int(patches * (vit_transient if mode == "none" else vit_saved + vit_transient)),
+        vit_checkpoints=int(patches * vit.num_layers * layers[1]),
+        head=head_bytes(pack.labels, llm.vocab_size, width, dtype_bytes),
+    )
+
+
+def head_bytes(labels: int, vocabulary: int, width: int, dtype_bytes: int) -> int:
+    """Cross entropy in chunks: logits in the run's dtype and fp32, their gradient in both, and the labels' rows."""
+    columns = min(vocabulary, max(CHUNK_COLUMNS, CHUNK_ELEMENTS // max(labels, 1)))
+    return int(labels * columns * (8 + 2 * dtype_bytes) + labels * width * (2 * dtype_bytes + 4))
+
+
+def vae_bytes(vae: VAEConfig, pixels: int, on_cpu: bool) -> int:
+    """Encoding one image: about 21 bytes per pixel and channel of the first level, in bf16 and in fp32.
+
+    On CPU the middle block's attention also keeps its matrix over all cells.
+    """
+    cells = pixels // vae.downsample**2
+    return 21 * vae.channels * pixels + (6 * cells**2 if on_cpu else 0)

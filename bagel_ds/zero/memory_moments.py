@@ -1,0 +1,141 @@
+"""What comes and goes within a step, by moment: the largest moment decides the peak.
+
+Guarantees: sizes in bytes of one rank, following the trainer's own step and DeepSpeed 0.19.8's handling of gradients;
+nothing here is counted in the states (memory_states.py) as well.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bagel_ds.model.config import BagelConfig, VAEConfig
+from bagel_ds.model.parts import Freezing
+from bagel_ds.zero.memory_activations import Activations, PackShape, activations, vae_bytes
+from bagel_ds.zero.memory_gather import Gathered, GatherOptions, gathered
+from bagel_ds.zero.memory_states import DEVICE, HOST, MIB, NVME, Sharding, State
+
+NORM_ELEMENTS = 250_000_000  # DeepSpeed sums gradients' squares in float64, this many at a time
+EXPORT_CHUNK = 64 * MIB  # checkpoint/export.py
+
+
+class Moment(NamedTuple):
+    name: str
+    parts: list[State]
+
+
+class StepShape(NamedTuple):
+    """What the moments depend on besides the sharding."""
+
+    config: BagelConfig
+    freezing: Freezing
+    vae: VAEConfig
+    pack: PackShape
+    image_pixels: int
+    checkpointing: str  # the argument activation_checkpointing
+
+
+def moments(sharding: Sharding, shape: StepShape) -> list[Moment]:
+    """All that can be the peak."""
+    needs = activations(shape.config, shape.pack, shape.checkpointing, sharding.weight_bytes)
+    found = [
+        _vae(sharding, shape),
+        *_backward(sharding, shape, needs),
+        _optimizer(sharding),
+        Moment(
+            "export", [State("export chunks", DEVICE, 2 * EXPORT_CHUNK), State("export chunks", HOST, EXPORT_CHUNK)]
+        ),
+    ]
+    load = _load(sharding)
+    return [*found, load] if load.parts else found
+
+
+def gathering(sharding: Sharding, shape: StepShape) -> Gathered | None:
+    """What ZeRO-3 gathers; None in other stages and on a single rank, where a partition is the whole."""
+    if sharding.stage != 3:
+        return None
+    recompute = shape.checkpointing != "none"
+    return gathered(shape.config, shape.freezing, recompute, GatherOptions.of(sharding.ds))
+
+
+def _vae(s: Sharding, shape: StepShape) -> Moment:
+    pixels = shape.image_pixels if shape.config.visual_gen else 0
+    return Moment("autoencoder", [State("autoencoder, one image", DEVICE, vae_bytes(shape.vae, pixels, s.on_cpu))])
+
+
+def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Moment]:
+    """The moments of the backward pass, which hold more than those of the forward pass."""
+    live = gathering(s, shape)
+    offloaded = shape.checkpointing == "offload"
+    kept = State("activation checkpoints", HOST if offloaded else DEVICE, needs.checkpoints + needs.vit_checkpoints)
+    inputs = State("pack and embeddings", DEVICE, needs.inputs)
+    head = shape.config.llm.vocab_size * shape.config.llm.hidden_size
+    own = {
+        "layer": [State("activations of a decoder layer", DEVICE, needs.layer), *_reduction(s, 0)],
+        "head": [
+            State("logits chunk and labels", DEVICE, needs.head),
+            *(_reduction(s, head) if _trains(s, "lm_head") else []),
+        ],
+        "embedding": _reduction(s, head) if _trains(s, "embed_tokens") else [],
+        "vit": [State("activations of a ViT layer", DEVICE, needs.vit_layer), *_reduction(s, 0)],
+    }
+    names = {"layer": "decoder layer", "head": "head", "embedding": "embedding", "vit": "ViT layer"}
+    found = []
+    for moment, parts in own.items():
+        parts = [inputs, kept, *parts] if moment in ("layer", "head") else [inputs, *parts]
+        if live is not None:
+            parts.append(State("gathered parameters", DEVICE, s.weight_bytes * live.peak[moment]))
+        found.append(Moment(names[moment] + " backward", parts))
+    return found
+
+
+def _trains(s: Sharding, part: str) -> bool:
+    return any(p.trains and part in p.name for p in s.parameters)
+
+
+def _reduction(s: Sharding, large: int) -> list[State]:
+    """Gradients on their way to the partitions: a full bucket, or one parameter of `large` elements that exceeds it."""
+    trainable = s.elements(True)
+    if s.stage == 0 or not trainable:
+        return []
+    size = s.communication_bytes
+    is_beyond = large > s.bucket
+    whole = min(s.bucket, trainable)
+    waiting = large if is_beyond else whole
+    # The bucket's own memory is a state; a gradient beyond it has its own, and both are reordered by rank in a copy.
+    parts = [State("gradients being reduced", DEVICE, size * waiting * (2 if is_beyond else 1))]
+    if s.stage == 3 and s.place("optimizer") != DEVICE:
+        share = -(-waiting // s.world)
+        parts.append(State("gradient norm in float64", DEVICE, 8 * min(NORM_ELEMENTS, share)))
+        if s.place("optimizer") == NVME:
+            parts.append(State("fp32 gradients on their way to NVMe", HOST, 4 * share))
+    return parts
+
+
+def _optimizer(s: Sharding) -> Moment:
+    """The update itself. The CPU's AdamW of torch needs two more vectors; fused and DeepSpeed's own need none."""
+    if s.place("optimizer") != DEVICE:
+        return Moment("optimizer step", [])
+    own = 8 if s.on_cpu else 0
+    largest = max((p.numel for p in s.parameters if p.trains), default=0)
+    if s.stage == 3:
+        numel = max(s.sub_groups())
+        largest = -(-largest // s.world)
+    elif s.stage == 0:
+        numel = largest
+    else:
+        numel = -(-s.elements(True) // s.world)
+    parts = [State("optimizer step", DEVICE, (4 + own) * numel)]
+    if s.stage == 0 and s.bf16:
+        parts.append(State("gradients in fp32", DEVICE, 4 * s.elements(True)))
+    return Moment("optimizer step", max(parts, [State("gradient norm in float64", DEVICE, 8 * largest)], key=_total))
+
+
+def _load(s: Sharding) -> Moment:
+    """Without parameter offload DeepSpeed takes all partitions through host memory once, to lay them side by side."""
+    through_host = s.stage == 3 and s.place("param") == DEVICE and not s.on_cpu
+    parts = [State("weights on their way to the GPU", HOST, s.weight_bytes * s.share(True))] if through_host else []
+    return Moment("load", parts)
+
+
+def _total(parts: list[State]) -> int:
+    return sum(part.size for part in parts)

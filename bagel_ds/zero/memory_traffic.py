@@ -1,0 +1,47 @@
+"""Bytes that one host moves in one optimizer step: between GPUs, between GPU and host memory, to and from NVMe.
+
+Guarantees: counts what ZeRO must move (each way counted once); what is hidden behind computation is not judged.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bagel_ds.zero.memory_gather import Gathered
+from bagel_ds.zero.memory_states import DEVICE, NVME, Sharding
+
+
+class Traffic(NamedTuple):
+    """Bytes of one host and optimizer step."""
+
+    network: int  # received by its ranks from other ranks
+    pcie: int  # between host memory and GPUs
+    nvme: int  # read and written
+
+    @property
+    def total(self) -> int:
+        return self.network + self.pcie + self.nvme
+
+
+def step_traffic(s: Sharding, live: Gathered | None, ranks: int, accumulation: int) -> Traffic:
+    """Of `ranks` ranks with `accumulation` micro-batches; `live` is None unless parameters are gathered (ZeRO-3)."""
+    others = (s.world - 1) / s.world
+    trainable, share = s.elements(True), s.share(True)
+    gathers = (live.total if live is not None else 0) * accumulation
+    reductions = trainable * (1 if s.stage == 0 else accumulation if s.stage > 1 else 1)
+    network = others * (s.weight_bytes * gathers + s.communication_bytes * reductions)
+    if s.stage in (0, 1, 2):
+        network += others * s.weight_bytes * trainable  # updated weights (stage 0: the other half of the all-reduce)
+    pcie, nvme = 0, 0
+    if s.place("param") != DEVICE:
+        pcie += s.weight_bytes * gathers // s.world
+    if s.place("optimizer") != DEVICE:
+        pcie += s.gradient_bytes * share * accumulation
+        if s.place("param") == DEVICE:
+            pcie += s.weight_bytes * share
+    if s.place("optimizer") == NVME:
+        states = (s.master_bytes + 2 * s.moment_bytes) * share
+        nvme += 2 * states + 2 * s.master_bytes * share  # masters and moments, and gradients in fp32, in and out
+    if s.place("param") == NVME:
+        nvme += s.weight_bytes * (gathers // s.world + share)
+    return Traffic(int(network * ranks), int(pcie * ranks), int(nvme * ranks))

@@ -1,0 +1,66 @@
+"""launch/train.py that says on stdout where it is and what the engine holds; started by bench/host_memory.py.
+
+Guarantees: the run itself is the trainer's; only lines "MARK <phase>" (rank 0) and "HELD <rank> <bytes>" (live tensor
+storage of a rank after loading, before the first step) are added, each after a barrier.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also where the package is not installed
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+import bagel_ds.train.trainer as trainer_module  # noqa: E402
+from bagel_ds.train.main import main  # noqa: E402
+
+
+def mark(phase: str) -> None:
+    dist.barrier()
+    if dist.get_rank() == 0:
+        print(f"MARK {phase}", flush=True)
+    dist.barrier()
+
+
+def live_tensor_bytes() -> int:
+    """Storage of all tensors that Python can reach, each storage once."""
+    storages = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # looking at every object wakes up some deprecated ones
+        for thing in gc.get_objects():
+            if isinstance(thing, torch.Tensor) and thing.device.type != "meta":
+                for tensor in (thing, thing.grad if thing.is_leaf else None):
+                    if tensor is not None:
+                        storage = tensor.untyped_storage()
+                        storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+class MarkedTrainer(trainer_module.Trainer):
+    def _load(self) -> None:
+        mark("load")
+        super()._load()
+        mark("loaded")
+        gc.collect()
+        held = [None] * dist.get_world_size()
+        dist.all_gather_object(held, live_tensor_bytes())
+        if dist.get_rank() == 0:
+            for rank, size in enumerate(held):
+                print(f"HELD {rank} {size}", flush=True)
+        mark("step")
+
+    def _save(self, *args: Any) -> None:
+        mark("export")
+        super()._save(*args)
+        mark("end")
+
+
+if __name__ == "__main__":
+    trainer_module.Trainer = MarkedTrainer  # type: ignore[misc]
+    sys.exit(main())
