@@ -1,0 +1,37 @@
+"""Exports what a run holds before and after its first step; started by test_weights.py.
+
+Arguments: a JSON file with a list of cases {name, arguments}. Each case's checkpoint_dir gets a step_0, saved right
+after the engine was made, and a step_1.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch.distributed as dist
+
+from bagel_ds.config import parse_arguments
+from bagel_ds.train.metrics import setup_logging
+from bagel_ds.train.quiet import quiet_warnings
+from bagel_ds.train.setup import init_distributed
+from bagel_ds.train.trainer import Trainer
+
+
+def main(cases_file: str) -> None:
+    quiet_warnings()
+    init_distributed()
+    for case in json.loads(Path(cases_file).read_text()):
+        config = parse_arguments(case["arguments"])
+        setup_logging(config.training.results_dir, dist.get_rank())
+        trainer = Trainer(config)
+        folder = Path(config.training.checkpoint_dir, "step_0")
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not a whole checkpoint: before its first step Adam has no moments to save.
+        trainer.checkpoints._export(folder, trainer.engine, trainer.ema)
+        trainer.run()
+
+
+if __name__ == "__main__":
+    main(*[argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])

@@ -1,0 +1,102 @@
+"""Trains on hand-made batches that hold one modality each; started by test_modalities.py.
+
+Arguments: a model folder, a JSON file with {steps, cases: [{name, ds_config, reads_ahead}]} and a folder for the
+results (<name>.json with losses and gradient norms, <name>.safetensors with the final weights). On two ranks one has
+only text and the other only images to generate, swapped halfway; one rank takes both as two micro-batches.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import chain
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bagel_ds.checkpoint.export import export_tensors
+from bagel_ds.config import make_config
+from bagel_ds.data.layout import LayoutOptions, Loaded, layout
+from bagel_ds.data.sample import TEXT, VAE
+from bagel_ds.data.tokenizer import load_tokenizer
+from bagel_ds.model.bagel import Bagel
+from bagel_ds.model.batch import PackedBatch
+from bagel_ds.model.config import BagelConfig
+from bagel_ds.model.parts import Freezing, part_of, trainable_parts
+from bagel_ds.model.recompute import recompute_mode
+from bagel_ds.ranges import TensorInfo
+from bagel_ds.train.loss import LossOptions
+from bagel_ds.train.step import optimizer_step
+from bagel_ds.zero.config import resolve_ds_config
+from bagel_ds.zero.engine import AdamOptions, ZeroEngine
+from bagel_ds.zero.partitions import MASTER
+from bagel_ds.zero.weights import frozen_pieces
+from tests.recordings import bagel_config, weights_of
+
+SIDES = ((4, 6), (5, 3))  # latent tokens of a batch's images: rows, columns
+
+
+def batch_of(kind: str, step: int, folder: Path, config: BagelConfig) -> tuple[PackedBatch, Tensor]:
+    """The step's batch of one kind, and its clean latent tokens; equal wherever it is made."""
+    special, options = load_tokenizer(folder).special, LayoutOptions(max_latent_size=config.max_latent_size)
+    generator = torch.Generator().manual_seed(1000 * step + len(kind))
+    if kind == TEXT:
+        lengths = [40 + step % 7, 25]
+        ids = [torch.randint(0, 500, (length,), generator=generator).tolist() for length in lengths]
+        return layout([[Loaded(TEXT, ids=text, loss=True)] for text in ids], special, options), torch.zeros(
+            0, config.latent_features
+        )
+    samples = []
+    for rows, columns in SIDES:
+        noise = torch.randn(rows * columns, config.latent_features, generator=generator)
+        image = torch.zeros(3, rows * options.latent_stride, columns * options.latent_stride, dtype=torch.uint8)
+        timestep = float(torch.randn((), generator=generator))
+        samples.append([Loaded(VAE, image=image, loss=True, timestep=timestep, noise=noise)])
+    tokens = sum(rows * columns for rows, columns in SIDES)
+    return layout(samples, special, options), torch.randn(tokens, config.latent_features, generator=generator)
+
+
+def kinds(step: int, steps: int) -> tuple[str, str]:
+    """What rank 0 and rank 1 hold in this step."""
+    return (TEXT, VAE) if step < steps // 2 else (VAE, TEXT)
+
+
+def train(case: dict, steps: int, folder: Path, results: Path) -> None:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    accumulation = 2 // world
+    run = make_config({"precision": "fp32", "gradient_accumulation_steps": accumulation})
+    ds_config, _ = resolve_ds_config(case["ds_config"], run, world)
+    config = bagel_config(folder)
+    trains = trainable_parts(config, Freezing())
+    engine = ZeroEngine(lambda: Bagel(config, recompute_mode("full")), lambda name: part_of(name) in trains, ds_config)
+    # An epsilon above rounding: what is compared is the gradient, not Adam's magnification of its last bits.
+    engine.start(weights_of(folder, config), AdamOptions(eps=1e-8))
+    values = []
+    for step in range(steps):
+        mine = kinds(step, steps) if world == 1 else (kinds(step, steps)[rank],)
+        made = [batch_of(kind, step, folder, config) for kind in mine]
+        latents = iter([tokens for _, tokens in made])
+        window = [batch for batch, _ in made]
+        result = optimizer_step(engine, lambda _, latents=latents: next(latents), window, 1e-4, LossOptions())
+        values.append([result.ce, result.mse, result.grad_norm])
+    infos = {name: TensorInfo(torch.float32, shape) for name, shape in engine.shapes.items()}
+    weights = chain(engine.partitions.pieces(MASTER), frozen_pieces(engine.module))
+    export_tensors(results / f"{case['name']}.safetensors", infos, weights, engine.device)
+    if rank == 0:
+        (results / f"{case['name']}.json").write_text(json.dumps(values))
+    engine.close()
+
+
+def main(model: str, cases_file: str, results: str) -> None:
+    deepspeed.init_distributed()
+    asked = json.loads(Path(cases_file).read_text())
+    for case in asked["cases"]:
+        train(case, asked["steps"], Path(model), Path(results))
+        dist.barrier()
+
+
+if __name__ == "__main__":
+    main(*[argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])
