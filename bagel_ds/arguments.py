@@ -136,6 +136,10 @@ class TrainingArguments:
     cpu_offload: bool = option(False, "optimizer states and parameters in CPU memory, where ds_config leaves it open")
 
     ds_config: str = option("zero3.json", "(ours) DeepSpeed configuration: a path, or a name in ds_configs/")
+    nvme_path: str | None = option(
+        None, "(ours) folder on a local SSD for ds_configs that swap to NVMe; its files are removed at the end"
+    )
+    ema_every: int = option(1, "(ours) update the moving average at every k-th step, with its decay to the power k")
     attn: str = option(
         "auto", "(ours) attention backend; the result is the same", choices=("auto", "flash", "flex", "sdpa")
     )

@@ -33,14 +33,18 @@ or nothing, the arguments decide; a file that says something else than `--lr`, `
 error that names both. So is what this trainer would not do as written, such as another optimizer. All else in the file
 holds as it stands.
 
-| preset | what is sharded over the GPUs | in CPU memory |
-|---|---|---|
-| zero0 | nothing | |
-| zero1 | optimizer states | |
-| zero2 | and gradients | |
-| zero2_cpu | and gradients | optimizer states |
-| zero3 | and parameters | |
-| zero3_cpu | and parameters | optimizer states and parameters |
+| preset | what is sharded over the GPUs | in CPU memory | on NVMe (`--nvme_path`) |
+|---|---|---|---|
+| zero0 | nothing | | |
+| zero1 | optimizer states | | |
+| zero2 | and gradients | | |
+| zero2_cpu | and gradients | optimizer states | |
+| zero3 | and parameters | | |
+| zero3_hpz | the same, with a second copy of the parameters per host (ZeRO++; the original's HYBRID_SHARD) | | |
+| zero3_cpu | and parameters | optimizer states and parameters | |
+| zero3_cpu_bf16 | the same | the same, masters and moments in bf16: 12 instead of 20 bytes per parameter | |
+| zero3_nvme | and parameters | parameters | optimizer states, moving average |
+| zero3_nvme_all | and parameters | | all of them |
 
 - `communication_data_type`, where open, is the run's precision: gradients travel in bf16, as the original's do.
 - `data_types.grad_accum_dtype`, where open, is fp32 for ZeRO 2 and 3 with more than one micro-batch per step, because

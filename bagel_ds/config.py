@@ -99,7 +99,7 @@ def _wanted_attention(config: RunConfig) -> str:
 # ------------------------------------------------------------------------------------------------ what is refused
 _AT_LEAST_ONE = """max_num_tokens_per_sample expected_num_tokens max_num_tokens prefetch_factor total_steps log_every
     save_every gradient_accumulation_steps latent_patch_size vit_patch_size vit_max_num_patch_per_side max_latent_size
-    num_replicate num_shard""".split()
+    num_replicate num_shard ema_every""".split()
 _NOT_NEGATIVE = """num_workers prefer_buffer_before max_buffer_size data_seed global_seed debug_batches warmup_steps lr
     min_lr eps max_grad_norm mse_weight ce_weight peak_device_tflops""".split()
 _PROBABILITIES = ["text_cond_dropout_prob", "vae_cond_dropout_prob", "vit_cond_dropout_prob"]

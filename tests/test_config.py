@@ -25,7 +25,7 @@ wandb_offline global_seed auto_resume resume_from resume_model_only finetune_fro
 save_every total_steps del_previous_state debug_batches warmup_steps lr_scheduler lr min_lr beta1 beta2 eps ema
 max_grad_norm timestep_shift mse_weight ce_weight ce_loss_reweighting gradient_accumulation_steps peak_device_tflops
 freeze_llm freeze_vit freeze_vae freeze_und copy_init_moe use_flex num_replicate num_shard sharding_strategy
-backward_prefetch cpu_offload ds_config attn precision activation_checkpointing save_dtype
+backward_prefetch cpu_offload ds_config nvme_path ema_every attn precision activation_checkpointing save_dtype
 """.split()
 
 

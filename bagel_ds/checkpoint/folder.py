@@ -216,6 +216,10 @@ class BagelWeights:
                 f"pass --max_latent_size {found} (or leave it out: the checkpoint's own size is the default)."
             )
 
+    @property
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
 

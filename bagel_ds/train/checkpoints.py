@@ -29,7 +29,8 @@ from bagel_ds.ranges import Pieces, TensorInfo
 from bagel_ds.train.agreement import everyone, is_main, together
 from bagel_ds.zero.ema import ShardedEMA
 from bagel_ds.zero.engine import ZeroEngine
-from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ, MASTER, frozen_pieces
+from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ, MASTER
+from bagel_ds.zero.weights import frozen_pieces
 
 logger = logging.getLogger("bagel_ds")
 
@@ -167,7 +168,7 @@ def restore_moments(engine: ZeroEngine, state: StateFiles, steps_done: int) -> N
 
     def read() -> None:
         for group in engine.partitions.groups:
-            with engine.partitions.open(group, write=True) as flats:
+            with engine.partitions.open(group, write=True, moments=True) as flats:
                 for held, offset in group.ranges:
                     for kind in (EXP_AVG, EXP_AVG_SQ):
                         flats[kind].narrow(0, offset, held.numel).copy_(state.read(kind, *held))

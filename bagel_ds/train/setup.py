@@ -42,7 +42,9 @@ from bagel_ds.train.agreement import (
 )
 from bagel_ds.train.quiet import quiet_start
 from bagel_ds.train.start import StartPoint, StartWeights, find_start, open_start
+from bagel_ds.zero.builds import remove_stale_locks
 from bagel_ds.zero.config import check_with_deepspeed, resolve_ds_config
+from bagel_ds.zero.nvme import check_nvme, clean_nvme, fit_buffers, nvme_bytes
 
 logger = logging.getLogger("bagel_ds")
 
@@ -71,6 +73,7 @@ def prepare(config: RunConfig) -> Prepared:
     check_shared_folder(Path(config.training.checkpoint_dir), "checkpoint_dir")
     ds_config, ds_notes = together(lambda: _ds_config(config))
     model_folder, model, vae, start = one_per_host_first(lambda: _open_model(config))
+    ds_notes = ds_notes + one_per_host_first(lambda: _ready_nvme(config, ds_config, model))
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
     data = one_per_host_first(lambda: _open_data(config, model_folder, model, vae))
@@ -82,6 +85,21 @@ def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
     ds_config, notes = resolve_ds_config(config.training.ds_config, config, dist.get_world_size())
     check_with_deepspeed(ds_config)
     return ds_config, notes
+
+
+def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig) -> list[str]:
+    """Size the swap buffers for this network, see that the disk will do, and remove what a crashed run left there."""
+    shapes = parameter_shapes(model)
+    trains = trainable(config, model)
+    numels = {name: math.prod(shape) for name, shape in shapes.items()}
+    fit_buffers(ds_config, max(numels.values()), dist.get_world_size())
+    trained = sum(numel for name, numel in numels.items() if part_of(name) in trains)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = ranks_here / dist.get_world_size()
+    needed = nvme_bytes(ds_config, sum(numels.values()), trained, config.training.ema > 0) * share
+    if local_rank() == 0:
+        clean_nvme(ds_config)
+    return check_nvme(ds_config, int(needed))
 
 
 def _open_model(config: RunConfig) -> tuple[Path, BagelConfig, AutoEncoder, StartPoint]:
@@ -188,5 +206,6 @@ def init_distributed() -> None:
             )
             raise SharedFault(fault) if local_rank() else UserError(fault)
         torch.cuda.set_device(local_rank())
+    remove_stale_locks()
     with quiet_start():
         deepspeed.init_distributed(verbose=False)

@@ -26,7 +26,7 @@ from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.parts import part_of
 from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.vae import encode_images
-from bagel_ds.train.agreement import is_main, together
+from bagel_ds.train.agreement import is_main, local_rank, together
 from bagel_ds.train.checkpoints import CheckpointWriter, read_trainer, restore_moments, sweep_unfinished
 from bagel_ds.train.loss import LossOptions
 from bagel_ds.train.metrics import MetricsLog, SilentMetricsLog, WandbOptions
@@ -34,7 +34,9 @@ from bagel_ds.train.report import StepMeter
 from bagel_ds.train.schedule import learning_rate
 from bagel_ds.train.setup import describe_parameters, prepare, trainable
 from bagel_ds.train.step import optimizer_step
+from bagel_ds.zero.ema import ShardedEMA
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
+from bagel_ds.zero.nvme import average_folder, clean_nvme
 
 logger = logging.getLogger("bagel_ds")
 
@@ -69,7 +71,6 @@ class Trainer:
                 result = optimizer_step(
                     self.engine, self._encode, [micro.batch for micro in window], rate, self.loss_options
                 )
-                self._update_average()
                 self.steps_done, self.plan_state = step + 1, window[-1].state
                 meter.add(window, result)
                 if step % self.args.log_every == 0 or self._is_last():
@@ -77,6 +78,7 @@ class Trainer:
                 metrics.advance()
                 if self.steps_done % self.args.save_every == 0 or self._is_last():
                     self._save(metrics)
+        self._tidy()
         logger.info("done: %d steps", self.steps_done)
 
     # ------------------------------------------------------------------------------------------------- the verbs
@@ -98,10 +100,6 @@ class Trainer:
             patch = self.prepared.model.latent_patch_size
             return encode_images(self.vae, batch.images, batch.latent_shapes, batch.posterior_eps, patch)
 
-    def _update_average(self) -> None:
-        if self.ema is not None:
-            self.ema.update()
-
     def _is_last(self) -> bool:
         return self.steps_done == self.args.total_steps
 
@@ -111,6 +109,12 @@ class Trainer:
             self.steps_done, self.engine, self.ema, self._trainer_state(), last=self._is_last()
         )
         metrics.note(f"saved {folder} in {time.monotonic() - began:.1f} s")
+
+    def _tidy(self) -> None:
+        """Remove the swap files, once no rank of this host uses them."""
+        dist.barrier()
+        if local_rank() == 0:
+            clean_nvme(self.prepared.ds_config)
 
     def _trainer_state(self) -> dict[str, Any]:
         return {
@@ -137,11 +141,12 @@ class Trainer:
         for line in opened.description:
             logger.info(line)
         adam = AdamOptions((self.args.beta1, self.args.beta2), self.args.eps)
-        self.engine.start(opened.weights, adam)
-        self.ema = self.engine.start_ema(self.args.ema, opened.averages) if self.args.ema > 0 else None
         if opened.state is not None:
             trainer = together(lambda: read_trainer(start.folder))
             self.steps_done, self.plan_state = trainer["steps_done"], trainer["plan_state"]
+        self.engine.start(opened.weights, adam)
+        self.ema = self._start_average()
+        if opened.state is not None:
             restore_moments(self.engine, opened.state, self.steps_done)
             logger.info(
                 "resumed after step %d (saved on %d ranks, now %d)",
@@ -151,6 +156,13 @@ class Trainer:
             )
         if is_main():
             sweep_unfinished(Path(self.args.checkpoint_dir))
+
+    def _start_average(self) -> ShardedEMA | None:
+        if self.args.ema == 0:
+            return None
+        folder = average_folder(self.prepared.ds_config, self.rank)
+        averages = self.prepared.weights.averages
+        return self.engine.start_ema(self.args.ema, averages, self.args.ema_every, folder, self.steps_done)
 
     def _micro_batches(self) -> Generator[MicroBatch, None, None]:
         return together(

@@ -98,10 +98,22 @@ def _settle_precision(draft: Draft) -> None:
         if key in draft.ds and draft.section(key).get("enabled", AUTO) not in (AUTO, False):
             draft.fault(f"{key} is enabled, but --precision is {precision}; remove the section")
         draft.ds.pop(key, None)
-    for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
-        if draft.section("bf16").get(key, AUTO) not in (AUTO, False):
-            draft.fault(f"bf16.{key} is not supported by this version: master weights and moments are fp32; remove it")
+    _check_bf16_masters(draft)
     _settle_gradient_types(draft)
+
+
+def _check_bf16_masters(draft: Draft) -> None:
+    """Masters and moments in bf16 exist for the CPU optimizer alone: 12 instead of 20 bytes per parameter."""
+    on_cpu = offload_device(draft.ds, "optimizer") == "cpu"
+    keys = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+    wanted = [key for key in keys if draft.section("bf16").get(key, AUTO) not in (AUTO, False)]
+    for key in wanted:
+        if draft.config.training.precision != "bf16":
+            draft.fault(f"bf16.{key} needs --precision bf16, found {draft.config.training.precision}; remove the key")
+        elif not on_cpu:
+            draft.fault(f"bf16.{key} needs offload_optimizer on the CPU; remove the key, or take preset zero3_cpu_bf16")
+    if wanted:
+        draft.notes.append("bf16 masters: updates much smaller than a weight are rounded away (docs/low_memory.md)")
 
 
 def _settle_gradient_types(draft: Draft) -> None:

@@ -8,6 +8,7 @@ clips, updates and clears exactly once.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import deepspeed
@@ -18,7 +19,8 @@ from bagel_ds.errors import UserError
 from bagel_ds.ranges import WeightSource
 from bagel_ds.zero.config import offload_device, zero_stage
 from bagel_ds.zero.ema import ShardedEMA
-from bagel_ds.zero.partitions import Partitions, full_shape, load_masters, load_weights
+from bagel_ds.zero.partitions import Partitions, load_masters
+from bagel_ds.zero.weights import full_shape, load_weights
 
 logger = logging.getLogger("bagel_ds")
 
@@ -63,12 +65,12 @@ class ZeroEngine:
         load_masters(self.partitions, weights)
         return read
 
-    def start_ema(self, decay: float, source: WeightSource | None) -> ShardedEMA:
-        """The moving average, from `source` or, where None, from the masters as they are."""
-        ema = ShardedEMA(self.partitions, decay)
-        if source is None:
-            ema.start_from_masters()
-        else:
+    def start_ema(
+        self, decay: float, source: WeightSource | None, every: int = 1, folder: Path | None = None, steps_done: int = 0
+    ) -> ShardedEMA:
+        """The moving average, from `source` or, where None, from the masters as they are; steps update it."""
+        ema = ShardedEMA(self.partitions, decay, every, folder, steps_done)
+        if source is not None:
             ema.load(source)
         return ema
 
@@ -88,6 +90,7 @@ class ZeroEngine:
         self._engine.step()
         if not boundary:
             return None
+        self.partitions.updated()
         return float(norm if norm is not None else self._engine.get_global_grad_norm())
 
     def close(self) -> None:

@@ -7,7 +7,10 @@ After `settle_sharding` the draft says its ZeRO stage, and no offload section ha
 
 from __future__ import annotations
 
+import os
+
 from bagel_ds.zero.draft import AUTO, Draft, offload_device, same
+from bagel_ds.zero.nvme import settle_nvme
 
 _STAGE_OF_STRATEGY = {
     "FULL_SHARD": 3,
@@ -81,10 +84,12 @@ def _settle_offload(draft: Draft) -> None:
 
 def _check_offload(draft: Draft, key: str, device: str, least_stage: int) -> None:
     stage = draft.section("zero_optimization")["stage"]
-    if device == "nvme":
-        draft.fault(f"{key}.device nvme is not supported by this version; use cpu (presets zero2_cpu, zero3_cpu)")
+    if device == "nvme" and stage == 3:
+        settle_nvme(draft, key.removeprefix("offload_"))
+    elif device == "nvme":
+        draft.fault(f"{key}.device nvme needs ZeRO stage 3, found stage {stage}; use cpu, or raise the stage")
     elif device not in ("none", "cpu"):
-        draft.fault(f"{key}.device must be none or cpu, found {device!r}")
+        draft.fault(f"{key}.device must be none, cpu or nvme, found {device!r}")
     elif device == "cpu" and stage < least_stage:
         draft.fault(
             f"{key} needs ZeRO stage {least_stage} or more, found stage {stage}; raise zero_optimization.stage or "
@@ -110,6 +115,9 @@ def _settle_sharding_group(draft: Draft) -> None:
         draft.notes.append("num_replicate has no effect: the groups follow from the GPUs and num_shard")
     is_hybrid = training.sharding_strategy == "HYBRID_SHARD"
     asked = "num_shard" in given or ("sharding_strategy" in given and is_hybrid)
+    if not asked and zero.get("zero_hpz_partition_size") == AUTO:
+        group = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # one copy of the parameters per host
+        asked = 1 < group < world
     if not asked or group == world or same(zero.get("zero_hpz_partition_size"), group):
         return
     reason = _why_no_group(draft, group) if is_hybrid else f"sharding_strategy is {training.sharding_strategy}"

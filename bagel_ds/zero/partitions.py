@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from bagel_ds.ranges import Pieces, Range, WeightSource
+from bagel_ds.zero.weights import stage3_range
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 MOMENTS = (EXP_AVG, EXP_AVG_SQ)
@@ -39,11 +40,7 @@ class Group:
 
 
 class Partitions:
-    """Masters and moments of a DeepSpeed engine's optimizer, group by group.
-
-    Use `with partitions.open(group) as flats:`; `flats[key]` is the group's flat 1-D tensor for "master", "exp_avg" or
-    "exp_avg_sq", a placed range is `flats[key].narrow(0, offset, numel)`. Changes last when opened with write=True.
-    """
+    """Masters and moments of a DeepSpeed engine's optimizer, group by group."""
 
     def __init__(self, engine: Any):
         self._optimizer = engine.optimizer
@@ -51,14 +48,20 @@ class Partitions:
         self._names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
         check_internals(self._optimizer, self._stage)
         self.groups: tuple[Group, ...] = tuple(self._find_groups())
+        self._after_update: Callable[[Group, Tensor], None] | None = None
 
     @contextmanager
-    def open(self, group: Group, write: bool = False) -> Iterator[dict[str, Tensor]]:
-        swapped = self._stage == 3 and self._optimizer._swappable_optimizer_subgroup(group.index)
+    def open(self, group: Group, write: bool = False, moments: bool = False) -> Iterator[dict[str, Tensor]]:
+        """The group's flat 1-D tensors by "master" and, once Adam has stepped, "exp_avg" and "exp_avg_sq".
+
+        A placed range is `flats[key].narrow(0, offset, numel)`. Changes last when opened with write=True; `moments`
+        makes Adam's state where it does not exist yet.
+        """
+        swapped = self._is_swapped(group)
         if swapped:
             self._optimizer._optimizer_states_and_gradient_swap_in(group.index)
         try:
-            yield self._flats(group)
+            yield self._flats(group, moments)
         finally:
             if swapped and write:
                 self._optimizer._optimizer_states_and_gradient_swap_out(group.index)
@@ -66,9 +69,9 @@ class Partitions:
                 self._optimizer._release_swap_buffers(group.index)
 
     def set_step(self, step: int) -> None:
-        """Tell Adam that `step` steps have been taken (bias correction)."""
+        """Tell Adam that `step` steps have been taken (bias correction); its state must exist."""
         for group in self.groups:
-            state = self._adam_state(group)
+            state = self._state(group)
             if torch.is_tensor(state["step"]):
                 state["step"].fill_(float(step))
             else:
@@ -79,6 +82,31 @@ class Partitions:
         for group in self.groups:
             with self.open(group) as flats:
                 yield from group_pieces(group, flats[key])
+
+    def on_update(self, callback: Callable[[Group, Tensor], None]) -> None:
+        """Call `callback(group, master)` for every group right after each of its updates.
+
+        With ZeRO-3 that is while the group is at hand, so that a group on NVMe is not read a second time.
+        """
+        self._after_update = callback
+        if self._stage != 3:
+            return
+        release = self._optimizer._release_sub_group
+
+        def call_and_release(index: int, timer_names: Any) -> None:
+            callback(self.groups[index], self._masters()[index].data.view(-1))
+            release(index, timer_names)
+
+        self._optimizer._release_sub_group = call_and_release
+
+    def updated(self) -> None:
+        """To be called once after every step; runs the callback where no hook did."""
+        if self._stage != 3 and self._after_update is not None:
+            for group in self.groups:
+                self._after_update(group, self._masters()[group.index].data.view(-1))
+
+    def _is_swapped(self, group: Group) -> bool:
+        return self._stage == 3 and bool(self._optimizer._swappable_optimizer_subgroup(group.index))
 
     def _find_groups(self) -> Iterator[Group]:
         if self._stage == 3:
@@ -135,24 +163,29 @@ class Partitions:
             return optimizer.single_partition_of_fp32_groups
         return [master for _, master in self._whole_parameters()]
 
-    def _adam_state(self, group: Group) -> dict[str, Any]:
-        """Adam's state of a group, created as its first step would create it where it does not exist yet."""
+    def _state(self, group: Group) -> dict[str, Any]:
         inner = getattr(self._optimizer, "optimizer", self._optimizer)
-        master = self._masters()[group.index]
-        state = inner.state[master]
-        if EXP_AVG not in state:
-            on_device = getattr(inner, "defaults", {}).get("fused") and master.is_cuda
-            is_torch = isinstance(inner, torch.optim.AdamW)
-            step: Any = torch.zeros((), device=master.device if on_device else "cpu") if is_torch else 0
-            dtype = torch.float32 if getattr(inner, "fp32_optimizer_states", True) else master.dtype
-            state["step"] = step
-            for key in MOMENTS:
-                state[key] = torch.zeros_like(master, dtype=dtype, requires_grad=False)
-        return state
+        return inner.state[self._masters()[group.index]]
 
-    def _flats(self, group: Group) -> dict[str, Tensor]:
-        state = self._adam_state(group)
-        flats = {MASTER: self._masters()[group.index], **{key: state[key] for key in MOMENTS}}
+    def _make_moments(self, group: Group) -> None:
+        """Adam's state as its own first step would make it."""
+        inner = getattr(self._optimizer, "optimizer", self._optimizer)
+        master, state = self._masters()[group.index], self._state(group)
+        if isinstance(inner, torch.optim.AdamW):
+            fused_on_gpu = inner.defaults.get("fused") and master.is_cuda
+            state["step"] = torch.zeros((), device=master.device if fused_on_gpu else "cpu")
+        else:
+            state["step"] = 0
+        dtype = torch.float32 if getattr(inner, "fp32_optimizer_states", True) else master.dtype
+        for key in MOMENTS:
+            state[key] = torch.zeros_like(master, dtype=dtype, requires_grad=False)
+
+    def _flats(self, group: Group, moments: bool) -> dict[str, Tensor]:
+        state = self._state(group)
+        if moments and EXP_AVG not in state:
+            self._make_moments(group)
+        flats = {MASTER: self._masters()[group.index]}
+        flats.update({key: state[key] for key in MOMENTS if key in state})
         return {key: tensor.data.view(-1) for key, tensor in flats.items()}
 
 
@@ -164,58 +197,6 @@ def group_pieces(group: Group, flat: Tensor) -> Iterator[Pieces]:
             held[placed.range.name].append((placed.range, flat.narrow(0, placed.offset, placed.range.numel)))
     for name, ranges in held.items():
         yield Pieces(name, ranges)
-
-
-def stage3_range(parameter: Any, name: str) -> Range:
-    """What this rank holds of a ZeRO-3 parameter: ceil(numel / world) elements, the last rank's tail being padding."""
-    per_rank = parameter.partition_numel()
-    start = min(torch.distributed.get_rank(group=parameter.ds_process_group) * per_rank, parameter.ds_numel)
-    return Range(name, start, min(per_rank, parameter.ds_numel - start))
-
-
-def is_partitioned(parameter: nn.Parameter) -> bool:
-    """Whether a parameter was created under `zero.Init`."""
-    return hasattr(parameter, "ds_tensor")
-
-
-def full_shape(parameter: Any) -> tuple[int, ...]:
-    return tuple(parameter.ds_shape if is_partitioned(parameter) else parameter.shape)
-
-
-def held_weight(name: str, parameter: Any) -> tuple[Range, Tensor]:
-    """The share of a parameter that this rank keeps, as its range and the 1-D tensor (a view) that holds it.
-
-    Without ZeRO-3 the range is the whole parameter, on every rank.
-    """
-    if is_partitioned(parameter):
-        held = stage3_range(parameter, name)
-        return held, parameter.ds_tensor.data.view(-1)[: held.numel]
-    return Range(name, 0, parameter.numel()), parameter.data.view(-1)
-
-
-def frozen_pieces(module: nn.Module) -> Iterator[Pieces]:
-    """This rank's share of the parameters that do not train; whole copies are handed out by rank 0 alone."""
-    first = torch.distributed.get_rank() == 0
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            continue
-        held, values = held_weight(name, parameter)
-        mine = held.numel > 0 and (first or is_partitioned(parameter))
-        yield Pieces(name, [(held, values)] if mine else [])
-
-
-def load_weights(module: nn.Module, source: WeightSource) -> int:
-    """Fill this rank's share of every parameter from `source`; returns the bytes read. Nothing is gathered."""
-    read = 0
-    for name, parameter in module.named_parameters():
-        held, tensor = held_weight(name, parameter)
-        if held.numel:
-            values = source.read(*held)
-            tensor.copy_(values)
-            read += values.nbytes
-        if is_partitioned(parameter):
-            parameter.ds_tensor.data.view(-1)[held.numel :].zero_()  # type: ignore[attr-defined]
-    return read
 
 
 def load_masters(partitions: Partitions, source: WeightSource) -> None:
@@ -235,6 +216,7 @@ _INTERNALS = {
         "_optimizer_states_and_gradient_swap_in",
         "_optimizer_states_and_gradient_swap_out",
         "_release_swap_buffers",
+        "_release_sub_group",
     ),
     2: (
         "bit16_groups",

@@ -26,7 +26,9 @@ from bagel_ds.train.schedule import learning_rate
 from bagel_ds.train.step import optimizer_step
 from bagel_ds.zero.config import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
-from bagel_ds.zero.partitions import MASTER, frozen_pieces
+from bagel_ds.zero.nvme import clean_nvme, fit_buffers
+from bagel_ds.zero.partitions import MASTER
+from bagel_ds.zero.weights import frozen_pieces
 from tests.recordings import bagel_config, read_json, recorded_batch, reference, tensors, weights_of
 
 
@@ -51,6 +53,7 @@ def replay(case: dict, results: Path) -> None:
             "eps": optimizer["eps"],
             "max_grad_norm": optimizer["max_grad_norm"],
             "gradient_accumulation_steps": accumulation,
+            "nvme_path": str(results / "nvme"),
         }
     )
     ds_config, _ = resolve_ds_config(case["ds_config"], run, world)
@@ -58,9 +61,10 @@ def replay(case: dict, results: Path) -> None:
     config = bagel_config(
         folder, timestep_shift=arguments.get("shift", 1.0), freeze_und=arguments.get("freeze_und", False)
     )
+    weights = weights_of(folder, config)
+    fit_buffers(ds_config, max(weights.info(name).numel for name in weights.names), world)
     trains = trainable_parts(config, Freezing())
     engine = ZeroEngine(lambda: Bagel(config, recompute_mode("full")), lambda name: part_of(name) in trains, ds_config)
-    weights = weights_of(folder, config)
     engine.start(weights, AdamOptions(tuple(optimizer["betas"]), optimizer["eps"]))
     ema = engine.start_ema(optimizer["ema_decay"], weights)
     options = LossOptions(optimizer["ce_weight"], optimizer["mse_weight"], arguments.get("reweight", False))
@@ -88,7 +92,6 @@ def replay(case: dict, results: Path) -> None:
             schedule="constant",
         )
         result = optimizer_step(engine, lambda _, encode=encode: next(encode), window, rate, options)
-        ema.update()
         steps.append({"ce": result.ce, "mse": result.mse, "grad_norm": result.grad_norm, "lr": rate})
 
     infos = {name: TensorInfo(torch.float32, shape) for name, shape in engine.shapes.items()}
@@ -98,6 +101,7 @@ def replay(case: dict, results: Path) -> None:
     if rank == 0:
         (results / f"{case['name']}.json").write_text(json.dumps(steps))
     engine.close()
+    clean_nvme(ds_config)
 
 
 if __name__ == "__main__":

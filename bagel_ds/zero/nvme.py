@@ -1,0 +1,162 @@
+"""Parameters and optimizer states on NVMe: where the files lie, what must hold before training, how they go away.
+
+Guarantees: a path that can't work is said before training, with the remedy: too little space, a disk that is memory, a
+missing libaio, settings under which DeepSpeed silently keeps everything in memory. Files are below one folder per run,
+which is removed at the end and, after a crash, at the next start. Needs no deepspeed but to look for libaio.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bagel_ds.errors import UserError, all_faults
+from bagel_ds.zero.draft import Draft, offload_device
+
+GIB = 2**30
+MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs", "overlay-tmpfs")
+LARGEST_7B = 152064 * 3584  # embedding of BAGEL-7B-MoT, its largest parameter
+
+
+def settle_nvme(draft: Draft, part: str) -> None:
+    """Fill path and buffers of one offload section ("optimizer" or "param") whose device is nvme."""
+    section = draft.section("zero_optimization", f"offload_{part}")
+    path = draft.config.training.nvme_path
+    if section.get("nvme_path", "auto") == "auto":
+        if path is None:
+            draft.fault(f"offload_{part} goes to NVMe: pass --nvme_path with a folder on a local SSD")
+        else:
+            section["nvme_path"] = str(run_folder(Path(path), draft.config.training.checkpoint_dir))
+    if part == "param" and section.get("max_in_cpu", "auto") == "auto":
+        section["max_in_cpu"] = 0  # DeepSpeed's default keeps the first 1e9 elements in memory and says nothing
+
+
+def fit_buffers(ds: dict[str, Any], largest_parameter: int, world_size: int) -> None:
+    """Size the parameter buffers for the network's largest parameter, where the file leaves that open."""
+    if offload_device(ds, "param") != "nvme":
+        return
+    section = ds["zero_optimization"]["offload_param"]
+    needed = -(-largest_parameter // world_size)
+    given = section.get("buffer_size", "auto")
+    if given == "auto":
+        section["buffer_size"] = needed
+    elif int(given) < needed:
+        raise UserError(
+            f"ds_config: offload_param.buffer_size is {int(given):,} elements, but the largest parameter has "
+            f'{largest_parameter:,}, {needed:,} per rank on {world_size}; write "auto" or at least {needed:,}'
+        )
+
+
+def run_folder(nvme_path: Path, checkpoint_dir: str) -> Path:
+    """This run's folder below --nvme_path: the same at every start of the same run, apart from other runs'."""
+    name = hashlib.sha256(str(Path(checkpoint_dir).resolve()).encode()).hexdigest()[:12]
+    return nvme_path.expanduser() / f"bagel_ds_{name}"
+
+
+def nvme_folders(ds: dict[str, Any]) -> list[Path]:
+    """Folders that a resolved configuration swaps to."""
+    zero = ds.get("zero_optimization", {})
+    parts = [part for part in ("optimizer", "param") if offload_device(ds, part) == "nvme"]
+    return sorted({Path(zero[f"offload_{part}"]["nvme_path"]) for part in parts})
+
+
+def nvme_bytes(ds: dict[str, Any], parameters: int, trained: int, has_average: bool) -> int:
+    """Bytes that all ranks together keep on NVMe: 16 per trained parameter for the optimizer, the weights, the EMA."""
+    total = 0
+    if offload_device(ds, "optimizer") == "nvme":
+        total += (16 + (4 if has_average else 0)) * trained  # master, two moments, gradient; average
+    if offload_device(ds, "param") == "nvme":
+        total += (2 if ds.get("bf16", {}).get("enabled") else 4) * parameters
+    return total
+
+
+def average_folder(ds: dict[str, Any], rank: int) -> Path | None:
+    """Where the moving average lies: beside an optimizer on NVMe, else in memory (None)."""
+    if offload_device(ds, "optimizer") != "nvme":
+        return None
+    return Path(ds["zero_optimization"]["offload_optimizer"]["nvme_path"]) / "ema" / f"rank{rank}"
+
+
+def check_nvme(ds: dict[str, Any], bytes_needed: int) -> list[str]:
+    """Raise `UserError` unless the folder can hold `bytes_needed` (this host's ranks); remarks for the log."""
+    notes: list[str] = []
+    faults: list[str] = []
+    for folder in nvme_folders(ds):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".writable"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            faults.append(f"--nvme_path: {folder} can't be written ({error.strerror}); pass a folder on a local SSD")
+            continue
+        kind = file_system(folder)
+        if kind in MEMORY_FILE_SYSTEMS:
+            faults.append(f"--nvme_path: {folder} lies on {kind}, which is memory; pass a folder on a local SSD")
+        free = shutil.disk_usage(folder).free
+        if free < bytes_needed:
+            faults.append(
+                f"--nvme_path: {folder} has {free / GIB:.0f} GiB free, this run needs {bytes_needed / GIB:.0f} GiB; "
+                "free some there, take another disk, or a preset that keeps more in memory (zero3_cpu)"
+            )
+        notes.append(f"NVMe: {folder} ({kind}), {free / GIB:.0f} GiB free, {bytes_needed / GIB:.1f} GiB needed")
+    if nvme_folders(ds):
+        faults += _library_faults()
+    faults += _silent_faults(ds)
+    all_faults(faults, "Offload to NVMe can't work as configured:")
+    return notes
+
+
+def clean_nvme(ds: dict[str, Any]) -> None:
+    """Remove the swap files of this run; only folders that `run_folder` named are touched."""
+    for folder in nvme_folders(ds):
+        if folder.name.startswith("bagel_ds_"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def file_system(path: Path) -> str:
+    """Type of the file system that `path` lies on, as the kernel names it."""
+    best, kind = "", "unknown"
+    resolved = str(path.resolve())
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, mount, name = line.split()[:3]
+        mount = mount.replace("\\040", " ")
+        inside = resolved == mount or resolved.startswith(mount.rstrip("/") + "/")
+        if inside and len(mount) >= len(best):
+            best, kind = mount, name
+    return kind
+
+
+def _library_faults() -> list[str]:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if os.environ.get("DS_BUILD_AIO") == "1" or AsyncIOBuilder().is_compatible(verbose=False):
+        return []
+    return ["libaio is missing, which DeepSpeed swaps with: apt-get install libaio-dev (as root), then start again"]
+
+
+def _silent_faults(ds: dict[str, Any]) -> list[str]:
+    """Settings under which DeepSpeed keeps in memory what it was told to swap (DEEPSPEED.md)."""
+    faults = []
+    block = int(ds.get("aio", {}).get("block_size", 2**20))
+    if nvme_folders(ds) and block > 2**20:
+        faults.append(
+            f"aio.block_size {block:,}: shards below it silently stay in memory; use 1048576 or less in the ds_config"
+        )
+    if offload_device(ds, "param") == "nvme":
+        kept = int(ds["zero_optimization"]["offload_param"].get("max_in_cpu", 0))
+        if kept > 0:
+            faults.append(
+                f"offload_param.max_in_cpu {kept:,}: that many elements silently stay in memory; use 0 in the ds_config"
+            )
+    if offload_device(ds, "optimizer") == "nvme":
+        optimizer = ds["zero_optimization"]["offload_optimizer"]
+        if int(optimizer.get("buffer_count", 4)) < 4:
+            faults.append("offload_optimizer.buffer_count: at least 4 (gradient, master and two moments)")
+        for key in ("pipeline_read", "pipeline_write"):
+            if optimizer.get(key):
+                faults.append(f"offload_optimizer.{key} crashes in DeepSpeed 0.19; set it to false")
+    return faults
