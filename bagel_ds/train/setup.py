@@ -54,7 +54,7 @@ class Prepared:
     """What is known before any weight is loaded; `weights` are open, and of the network's names and shapes."""
 
     ds_config: dict[str, Any]
-    ds_notes: list[str]  # lines about it for the run's plan
+    notes: list[str]  # lines about it and about this host, for the run's plan
     model_folder: Path
     model: BagelConfig
     vae: AutoEncoder
@@ -78,7 +78,7 @@ def prepare(config: RunConfig) -> Prepared:
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
     data = one_per_host_first(lambda: _open_data(config, model_folder, model, vae))
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
-    return Prepared(ds_config, ds_notes, model_folder, model, vae, data, start, weights)
+    return Prepared(ds_config, [*ds_notes, *_crowding(config)], model_folder, model, vae, data, start, weights)
 
 
 def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
@@ -100,6 +100,18 @@ def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig
     if local_rank() == 0:
         clean_nvme(ds_config)
     return check_nvme(ds_config, int(needed))
+
+
+def _crowding(config: RunConfig) -> list[str]:
+    """A line where this host starts more DataLoader workers than it has cores (instead of torch's, from every rank)."""
+    workers, ranks = config.data.num_workers, int(os.environ.get("LOCAL_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0))
+    if workers * ranks <= cores:
+        return []
+    return [
+        f"{ranks} rank(s) with --num_workers {workers} start {workers * ranks} processes on {cores} cores; "
+        "fewer may load faster"
+    ]
 
 
 def _open_model(config: RunConfig) -> tuple[Path, BagelConfig, AutoEncoder, StartPoint]:
