@@ -48,7 +48,7 @@ class Trainer:
         self.config, self.args = config, config.training
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.prepared = prepare(config)
-        self._say_plan([*config.notes, *self.prepared.ds_notes])
+        self._say_plan([*config.notes, *self.prepared.notes])
         self.engine = self._build_engine()
         self.vae = self.prepared.vae.to(self.engine.device)
         self.steps_done: int = 0
