@@ -132,6 +132,11 @@ def check_inputs(config: RunConfig) -> None:
     all_faults(faults, "This run can't start; what is missing:")
 
 
+def check_data_inputs(config: RunConfig) -> None:
+    """The same for commands that look at data only: they start from nothing and read no weights."""
+    all_faults(_folder_faults(config, weights=False) + _data_faults(config), "What is missing:")
+
+
 def resolve_model_path(config: RunConfig) -> Path:
     """The model folder: model_path itself, or where the hub's files lie after a download. Raises UserError."""
     path = Path(config.model.model_path).expanduser()
@@ -173,8 +178,6 @@ def missing_model_files(path: Path, weights: bool = True) -> list[str]:
 
 
 def _model_faults(config: RunConfig) -> list[str]:
-    from bagel_ds.checkpoint.folder import DOWNLOAD
-
     training, faults = config.training, []
     resumes = training.resume_from is not None or (training.auto_resume and _holds_checkpoints(training.checkpoint_dir))
     if training.resume_from is not None and not Path(training.resume_from).expanduser().is_dir():
@@ -184,15 +187,19 @@ def _model_faults(config: RunConfig) -> list[str]:
             "nothing to start from: pass --finetune_from_hf True (the weights of --model_path) or --resume_from; "
             "starting from separate parts (--llm_path, --vit_path, --vae_path) is not supported by this version"
         )
+    return faults + _folder_faults(config, weights=training.finetune_from_hf and not resumes)
+
+
+def _folder_faults(config: RunConfig, weights: bool) -> list[str]:
+    """What is wrong with model_path; `weights`: they are needed to start."""
+    from bagel_ds.checkpoint.folder import DOWNLOAD
+
     name = config.model.model_path
     path = Path(name).expanduser()
     if path.is_dir():
-        missing = missing_model_files(path, weights=training.finetune_from_hf and not resumes)
-        if missing:
-            faults.append(f"--model_path {name}: the folder lacks {', '.join(missing)}. {DOWNLOAD}")
-    elif not is_hub_id(name):
-        faults.append(f"--model_path {name}: no such folder. {DOWNLOAD}")
-    return faults
+        missing = missing_model_files(path, weights)
+        return [f"--model_path {name}: the folder lacks {', '.join(missing)}. {DOWNLOAD}"] if missing else []
+    return [] if is_hub_id(name) else [f"--model_path {name}: no such folder. {DOWNLOAD}"]
 
 
 def _holds_checkpoints(folder: str) -> bool:

@@ -18,13 +18,9 @@ import torch
 import torch.distributed as dist
 
 import bagel_ds
-from bagel_ds.checkpoint.folder import ModelFolder, latent_side
+from bagel_ds.checkpoint.folder import ModelFolder
 from bagel_ds.config import RunConfig
-from bagel_ds.data.config import load_dataset_config
-from bagel_ds.data.layout import LayoutOptions
-from bagel_ds.data.loader import PackingOptions, PlannedData
-from bagel_ds.data.sources import SampleOptions, open_streams
-from bagel_ds.data.tokenizer import load_tokenizer
+from bagel_ds.data.loader import PlannedData
 from bagel_ds.errors import UserError
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.config import BagelConfig
@@ -40,6 +36,7 @@ from bagel_ds.train.agreement import (
     one_per_host_first,
     together,
 )
+from bagel_ds.train.inputs import bagel_config, open_data
 from bagel_ds.train.quiet import quiet_start
 from bagel_ds.train.start import StartPoint, StartWeights, find_start, open_start
 from bagel_ds.zero.builds import remove_stale_locks
@@ -76,7 +73,7 @@ def prepare(config: RunConfig) -> Prepared:
     ds_notes = ds_notes + one_per_host_first(lambda: _ready_nvme(config, ds_config, model))
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
-    data = one_per_host_first(lambda: _open_data(config, model_folder, model, vae))
+    data = one_per_host_first(lambda: open_data(config, model_folder, model, vae.config, progress=is_main()))
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
     return Prepared(ds_config, [*ds_notes, *_crowding(config)], model_folder, model, vae, data, start, weights)
 
@@ -119,70 +116,8 @@ def _open_model(config: RunConfig) -> tuple[Path, BagelConfig, AutoEncoder, Star
     folder = ModelFolder(path)
     start = find_start(config.training, path)
     vae = folder.load_vae()
-    model = _bagel_config(config, folder, start, vae)
+    model = bagel_config(config, folder, start.folder, vae.config)
     return path, model, vae, start
-
-
-def _bagel_config(config: RunConfig, folder: ModelFolder, start: StartPoint, vae: AutoEncoder) -> BagelConfig:
-    arguments, training = config.model, config.training
-    llm = folder.llm_config()
-    vit = folder.vit_config(arguments.vit_select_layer, arguments.vit_max_num_patch_per_side)
-    if vit.patch_size != arguments.vit_patch_size:
-        raise UserError(
-            f"--vit_patch_size {arguments.vit_patch_size} but {folder.path / 'vit_config.json'} says {vit.patch_size}; "
-            f"pass --vit_patch_size {vit.patch_size}"
-        )
-    side = arguments.max_latent_size
-    if side is None:
-        held = latent_side(ModelFolder(start.folder).open_weights(training.finetune_from_ema))
-        side = held or BagelConfig().max_latent_size
-    return BagelConfig(
-        llm=llm,
-        vit=vit,
-        z_channels=vae.config.z_channels,
-        latent_patch_size=arguments.latent_patch_size,
-        max_latent_size=side,
-        visual_gen=training.visual_gen,
-        visual_und=training.visual_und,
-        timestep_shift=training.timestep_shift,
-        freeze_und=training.freeze_und,
-    )
-
-
-def _open_data(config: RunConfig, folder: Path, model: BagelConfig, vae: AutoEncoder) -> PlannedData:
-    arguments = config.data
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.size > model.llm.vocab_size:
-        raise UserError(
-            f"the tokenizer of {folder} has {tokenizer.size} tokens, its llm_config.json only vocab_size="
-            f"{model.llm.vocab_size}; they do not belong together. Download or copy the folder again."
-        )
-    geometry: dict[str, Any] = {
-        "vit_patch_size": model.vit.patch_size,
-        "latent_patch_size": model.latent_patch_size,
-        "vae_downsample": vae.config.downsample,
-        "max_latent_size": model.max_latent_size,
-        "vit_max_num_patch_per_side": model.vit.max_patches_per_side,
-    }
-    sample_options = SampleOptions(
-        max_num_tokens_per_sample=arguments.max_num_tokens_per_sample,
-        text_cond_dropout_prob=config.model.text_cond_dropout_prob,
-        vit_cond_dropout_prob=config.model.vit_cond_dropout_prob,
-        vae_cond_dropout_prob=config.model.vae_cond_dropout_prob,
-        seed=arguments.data_seed,
-        visual_und=model.visual_und,
-        visual_gen=model.visual_gen,
-        **geometry,
-    )
-    dataset_config = load_dataset_config(arguments.dataset_config_file, arguments.dataset_info)
-    streams = open_streams(dataset_config, tokenizer, sample_options, progress=is_main())
-    layout = LayoutOptions(interpolate_pos=config.model.interpolate_pos, latent_channels=model.z_channels, **geometry)
-    packing = PackingOptions(
-        max_num_tokens=arguments.max_num_tokens,
-        expected_num_tokens=arguments.expected_num_tokens,
-        data_seed=arguments.data_seed,
-    )
-    return PlannedData(streams, tokenizer, layout, packing, config.training.global_seed, model)
 
 
 def trainable(config: RunConfig, model: BagelConfig) -> set[str]:
