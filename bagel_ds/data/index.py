@@ -12,6 +12,7 @@ import logging
 import multiprocessing
 import os
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -20,10 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from bagel_ds.data import files, index_cache
 from bagel_ds.data.index_cache import FileIndex
+from bagel_ds.data.progress import RowProgress
 from bagel_ds.data.records import VERSION, ParsedRow, encode_record, reason_of
 from bagel_ds.data.tokenizer import Tokenizer
 
@@ -67,8 +68,8 @@ class _Layout(NamedTuple):
         return sum(self.unit_rows)
 
 
-class _Task(NamedTuple):
-    """Consecutive units of one file; `places` are those of its lines alone."""
+class ReadTask(NamedTuple):
+    """Consecutive units of one file, to be read in one go; `places` are those of its lines alone."""
 
     file: DataFile
     columns: tuple[str, ...]
@@ -90,8 +91,13 @@ def index_files(
     cache_dir: str | None = None,
     progress: bool = False,
     workers: int | None = None,
+    lock: str = "",
 ) -> list[FileIndex]:
-    """The index of each file, kept ones reused. `workers` defaults to the CPUs this process may use."""
+    """The index of each file, kept ones reused. `workers` defaults to the CPUs this process may use.
+
+    Processes that index into the same folder wait for each other, unless they give different names as their `lock`,
+    because they have different files.
+    """
     wanted = list(dict.fromkeys(data_files))
     folders = {file: index_cache.cache_folder(file.path, cache_dir) for file in wanted}
     entries = {
@@ -102,12 +108,22 @@ def index_files(
     done = {file: index for file in entries if (index := index_cache.load(entries[file], file.path))}
     missing = [file for file in wanted if file not in done]
     if missing:
-        with index_cache.locked(folder for file in missing if (folder := folders[file]) is not None):
+        with index_cache.locked((folder for file in missing if (folder := folders[file]) is not None), lock):
             kept = [file for file in missing if file in entries]
             done |= {file: index for file in kept if (index := index_cache.load(entries[file], file.path))}
             missing = [file for file in missing if file not in done]
             done |= _index_missing(missing, entries, tokenizer, progress, workers)
     return [done[file] for file in data_files]
+
+
+def read_tasks(file: DataFile, index: FileIndex) -> list[ReadTask]:
+    """All rows of an indexed file, in tasks of about `_CHUNK_ROWS` rows."""
+    return list(_tasks(file, _Layout(index.unit_rows.tolist(), index.places, index.columns)))
+
+
+def parsed_rows(task: ReadTask) -> Iterator[ParsedRow | str]:
+    """Every row of `task` in order, or the reason why it cannot be read."""
+    return _parsed_lines(task) if task.file.source.jsonl else _parsed_groups(task)
 
 
 def _index_missing(
@@ -117,6 +133,7 @@ def _index_missing(
     progress: bool,
     workers: int | None,
 ) -> dict[DataFile, FileIndex]:
+    began = time.monotonic()
     identities = {file: index_cache.identity(file.path) for file in missing}
     layouts = {file: _layout(file) for file in missing}
     tasks = [task for file in missing for task in _tasks(file, layouts[file])]
@@ -124,7 +141,7 @@ def _index_missing(
     parts: dict[DataFile, list[_Chunk]] = {file: [] for file in missing}
     done = {}
     total = sum(layout.rows for layout in layouts.values())
-    with tqdm(total=total, unit="row", desc="indexing", disable=not progress, leave=False) as bar:
+    with RowProgress(total, "indexing", progress) as bar:
         for file in (file for file in missing if not left[file]):
             done[file] = _finish(file, layouts[file], [], entries.get(file), identities[file])
         for task, part in zip(tasks, _run(tasks, total, tokenizer, workers), strict=True):
@@ -133,10 +150,21 @@ def _index_missing(
             bar.update(len(part.lengths))
             if len(parts[file]) == left[file]:
                 done[file] = _finish(file, layouts[file], parts.pop(file), entries.get(file), identities[file])
+    if progress:
+        _tell_speed(missing, total, time.monotonic() - began)
     return done
 
 
-def _run(tasks: list[_Task], rows: int, tokenizer: Tokenizer, workers: int | None) -> Iterator[_Chunk]:
+def _tell_speed(indexed: list[DataFile], rows: int, seconds: float) -> None:
+    megabytes = sum(index_cache.size_of(path) for path in {file.path for file in indexed}) / 1e6
+    logger.info(
+        "indexed %d rows of %d files (%.0f MB) in %.1f s: %.0f rows/s, %.1f MB/s",
+        *(rows, len(indexed), megabytes, seconds),
+        *(rows / seconds, megabytes / seconds),
+    )
+
+
+def _run(tasks: list[ReadTask], rows: int, tokenizer: Tokenizer, workers: int | None) -> Iterator[_Chunk]:
     """Results in the order of `tasks`."""
     workers = workers or len(os.sched_getaffinity(0))
     if rows < _POOL_ROWS or workers < 2 or len(tasks) < 2:
@@ -156,7 +184,7 @@ def _start_worker(tokenizer: Tokenizer) -> None:
     _worker_tokenizer = tokenizer
 
 
-def _index_in_worker(task: _Task) -> _Chunk:
+def _index_in_worker(task: ReadTask) -> _Chunk:
     assert _worker_tokenizer is not None
     return _index_chunk(task, _worker_tokenizer)
 
@@ -184,7 +212,7 @@ def _chosen_lines(file: DataFile) -> np.ndarray:
     return np.concatenate([lines[chosen], np.array(chosen, dtype=np.int64)[:, None] + 1], axis=1)
 
 
-def _tasks(file: DataFile, layout: _Layout) -> Iterator[_Task]:
+def _tasks(file: DataFile, layout: _Layout) -> Iterator[ReadTask]:
     """Runs of units with about `_CHUNK_ROWS` rows each."""
     units: list[tuple[int, int]] = []
     first = rows = 0
@@ -192,16 +220,15 @@ def _tasks(file: DataFile, layout: _Layout) -> Iterator[_Task]:
         units.append((unit, count))
         rows += count
         if rows >= _CHUNK_ROWS or unit + 1 == len(layout.unit_rows):
-            yield _Task(file, layout.columns, units, layout.places[first : first + rows])
+            yield ReadTask(file, layout.columns, units, layout.places[first : first + rows])
             units, first, rows = [], first + rows, 0
 
 
-def _index_chunk(task: _Task, tokenizer: Tokenizer) -> _Chunk:
-    source = task.file.source
+def _index_chunk(task: ReadTask, tokenizer: Tokenizer) -> _Chunk:
     numbers: list[int] = []
     lengths: list[int] = []
     bad: list[tuple[int, str]] = []
-    for parsed in _parsed_lines(task, source) if source.jsonl else _parsed_groups(task, source):
+    for parsed in parsed_rows(task):
         record: list[int] | str
         try:
             record = encode_record(parsed, tokenizer) if isinstance(parsed, ParsedRow) else parsed
@@ -215,7 +242,8 @@ def _index_chunk(task: _Task, tokenizer: Tokenizer) -> _Chunk:
     return _Chunk(np.array(numbers, dtype=np.int32), np.array(lengths, dtype=np.int32), bad)
 
 
-def _parsed_lines(task: _Task, source: Source) -> Iterator[ParsedRow | str]:
+def _parsed_lines(task: ReadTask) -> Iterator[ParsedRow | str]:
+    source = task.file.source
     for offset, length, _ in task.places.tolist():
         try:
             yield source.parse(files.jsonl_row(task.file.path, offset, length), task.file.folder)
@@ -223,8 +251,9 @@ def _parsed_lines(task: _Task, source: Source) -> Iterator[ParsedRow | str]:
             yield reason_of(error)
 
 
-def _parsed_groups(task: _Task, source: Source) -> Iterator[ParsedRow | str]:
+def _parsed_groups(task: ReadTask) -> Iterator[ParsedRow | str]:
     """Rows of row groups; what follows a point that cannot be read is bad to the end of its row group."""
+    source = task.file.source
     for unit, count in task.units:
         seen = 0
         rows = files.parquet_rows(task.file.path, unit, task.columns)

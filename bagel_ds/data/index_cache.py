@@ -75,6 +75,11 @@ def identity(path: str) -> str:
     return f"{status.st_size}:{status.st_mtime_ns}"
 
 
+def size_of(path: str) -> int:
+    """Bytes of a data file."""
+    return os.stat(path).st_size
+
+
 def load(entry: Path, path: str) -> FileIndex | None:
     """The kept index of `path`, or None when there is none or the file has changed since."""
     if not entry.is_file():
@@ -105,12 +110,12 @@ def save(entry: Path, index: FileIndex, identity_before: str) -> None:
 
 
 @contextmanager
-def locked(folders: Iterable[Path]) -> Iterator[None]:
-    """Hold every folder's lock; locks end with the process, so a killed run leaves none behind."""
+def locked(folders: Iterable[Path], name: str = "") -> Iterator[None]:
+    """Hold every folder's lock of that name; locks end with the process, so a killed run leaves none behind."""
     with ExitStack() as stack:
         for folder in sorted(set(folders)):
             try:
-                file = stack.enter_context(open(folder / ".lock", "w"))
+                file = stack.enter_context(open(folder / f".lock{name}", "w"))
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:

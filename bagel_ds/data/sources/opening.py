@@ -40,13 +40,36 @@ def open_streams(
 
     `cache_dir` keeps the index (default: beside the data, else ~/.cache/bagel_ds). Raises `UserError`.
     """
+    streams = index_streams(config, tokenizer, options, cache_dir, progress)
+    for stream in streams:
+        _report(stream)
+    faults = [fault for stream in streams for fault in unusable_datasets(stream)]
+    all_faults(faults, f"{config.path} names data that cannot be used:")
+    return streams
+
+
+def files_to_index(config: DatasetConfig) -> list[DataFile]:
+    """The files of all groups, each once, whatever the modality switches."""
+    return list(
+        dict.fromkeys(file for group in config.groups for entry in group.datasets for file in _data_files(group, entry))
+    )
+
+
+def index_streams(
+    config: DatasetConfig,
+    tokenizer: Tokenizer,
+    options: SampleOptions,
+    cache_dir: str | None = None,
+    progress: bool = False,
+    workers: int | None = None,
+) -> list[GroupStream]:
+    """`open_streams` for those who report on rows themselves: datasets without a usable row are no error."""
     groups = _groups_with_loss(config, options)
     all_faults([fault for group in groups for fault in _stride_faults(group, options)], f"{config.path}:")
     entries = [(group, entry) for group in groups for entry in group.datasets]
     data_files = [file for group, entry in entries for file in _data_files(group, entry)]
-    indexes = dict(zip(data_files, index_files(data_files, tokenizer, cache_dir, progress), strict=True))
+    indexes = dict(zip(data_files, index_files(data_files, tokenizer, cache_dir, progress, workers), strict=True))
     streams = []
-    faults: list[str] = []
     for number, group in enumerate(groups):
         uses = []
         for entry in group.datasets:
@@ -65,10 +88,7 @@ def open_streams(
             group.weight,
             group.is_mandatory,
         )
-        _report(stream)
-        faults += _unusable_datasets(stream)
         streams.append(stream)
-    all_faults(faults, f"{config.path} names data that cannot be used:")
     return streams
 
 
@@ -159,7 +179,8 @@ def _stated_groups(info: Any, path: str, alone: bool) -> int | None:
     return groups if isinstance(groups, int) else None
 
 
-def _unusable_datasets(stream: GroupStream) -> list[str]:
+def unusable_datasets(stream: GroupStream) -> list[str]:
+    """A message for each dataset of the stream that has no usable row."""
     faults = []
     for dataset in stream.datasets:
         rows = stream.rows_of(dataset)
