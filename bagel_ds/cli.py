@@ -12,12 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bagel_ds
+from bagel_ds import memory_command
 from bagel_ds.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    options = make_parser().parse_args(argv)
+    parser = make_parser()
+    options, training = parser.parse_known_args(argv)
+    if training and not hasattr(options, "training"):
+        parser.error(f"unrecognized arguments: {' '.join(training)}")
+    options.training = training
     try:
         options.run(options)
     except UserError as fault:
@@ -41,6 +46,15 @@ def make_parser() -> argparse.ArgumentParser:
 
     arguments = commands.add_parser("arguments", help="print the page of all training arguments (docs/arguments.md)")
     arguments.set_defaults(run=_arguments)
+
+    memory = commands.add_parser(
+        "memory",
+        help="predict GPU, host and NVMe memory of a training command, and what would make it fit",
+        epilog="All arguments of the trainer are understood besides: give the training command's own.",
+        allow_abbrev=False,
+    )
+    memory.set_defaults(run=_memory, training=[])
+    memory_command.add_options(memory)
     return parser
 
 
@@ -54,6 +68,10 @@ def _arguments(options: argparse.Namespace) -> None:
     from bagel_ds.arguments_page import arguments_page
 
     print(arguments_page(), end="")
+
+
+def _memory(options: argparse.Namespace) -> None:
+    memory_command.run(options)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import torch.distributed as dist  # noqa: E402
 
 import bagel_ds.train.trainer as trainer_module  # noqa: E402
 from bagel_ds.train.main import main  # noqa: E402
+from bagel_ds.zero.memory_allocator import return_freed_memory  # noqa: E402
 
 
 def mark(phase: str) -> None:
@@ -62,5 +63,6 @@ class MarkedTrainer(trainer_module.Trainer):
 
 
 if __name__ == "__main__":
+    return_freed_memory()
     trainer_module.Trainer = MarkedTrainer  # type: ignore[misc]
     sys.exit(main())

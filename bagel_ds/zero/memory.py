@@ -24,15 +24,18 @@ from bagel_ds.zero.memory_traffic import Traffic, step_traffic
 
 GIB = 2**30
 
-# Measured on CPU (torch 2.13, deepspeed 0.19.8): the launcher's two processes, a rank after its imports and with its
-# data plan, a DataLoader worker beside its packs.
+# Measured on CPU (torch 2.13, deepspeed 0.19.8): the launcher's two processes, a rank's libraries and data plan, a
+# DataLoader worker beside its packs, and what oneDNN keeps of compiled kernels for packs of ever new lengths.
 LAUNCHER = 322 * MIB
-RANK = 230 * MIB
+RANK = 270 * MIB
 WORKER = 90 * MIB
+CPU_KERNELS = 330 * MIB
 # Allowances on a GPU: what the driver and CUDA's libraries take on the device and in the process, NCCL's buffers, and
 # what the caching allocator can't use of what comes and goes.
 CUDA_HOST, CUDA_CONTEXT, NCCL = 1200 * MIB, 550 * MIB, 400 * MIB
 FRAGMENTATION = 0.05
+# Not for the run: what a card holds back of its nominal size (ECC, display), the operating system, the file system.
+GPU_RESERVED, RESERVED = 0.04, {DEVICE: 0, HOST: 4096 * MIB, NVME: 5120 * MIB}
 PACK_BYTES_PER_TOKEN = 2100  # pixels as uint8, noise and positions of one token in a prepared pack
 
 
@@ -118,9 +121,14 @@ class MemoryPlan:
             HOST: (self.host_peak, self.host_memory),
             NVME: (self.nvme, self.nvme_space),
         }
+        usable = {
+            place: budget * (1 - (GPU_RESERVED if place == DEVICE else 0)) - RESERVED[place] / GIB
+            for place, (need, budget) in needs.items()
+            if budget is not None and need
+        }
         return {
-            place: need / GIB - budget for place, (need, budget) in needs.items() if budget and need / GIB > budget
-        } | ({NVME: self.nvme / GIB} if self.nvme_space == 0 and self.nvme else {})
+            place: needs[place][0] / GIB - budget for place, budget in usable.items() if needs[place][0] > budget * GIB
+        }
 
     @property
     def fits(self) -> bool:
@@ -203,7 +211,7 @@ def _rank_states(sharding: Sharding, shape: StepShape, run: MemoryOptions) -> li
 def _process_states(run: MemoryOptions, on_cpu: bool) -> list[State]:
     packs = run.num_workers * run.prefetch_factor if run.num_workers else 1
     found = [
-        State("processes of the ranks", HOST, RANK + (0 if on_cpu else CUDA_HOST)),
+        State("processes of the ranks", HOST, RANK + (CPU_KERNELS if on_cpu else CUDA_HOST)),
         State("DataLoader workers", HOST, run.num_workers * WORKER),
         State("prepared packs", HOST, packs * run.max_num_tokens * PACK_BYTES_PER_TOKEN),
     ]

@@ -3,8 +3,6 @@
 Guarantees: the coefficients are counted from the network's own operations in bf16 (what autograd saves, plus what a
 backward step holds besides); a test runs the real modules, adds up live tensors and compares. They bound any mixture of
 tokens from above: the worst is a pack whose tokens all go to one expert.
-
-Legend: T tokens, C hidden, I intermediate, k = key/value heads / heads, W and J the ViT's widths, K labels, V vocabulary.
 """
 
 from __future__ import annotations

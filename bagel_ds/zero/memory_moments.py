@@ -99,16 +99,19 @@ def _reduction(s: Sharding, large: int) -> list[State]:
         return []
     size = s.communication_bytes
     is_beyond = large > s.bucket
-    whole = min(s.bucket, trainable)
-    waiting = large if is_beyond else whole
+    waiting = large if is_beyond else min(s.bucket, trainable)
     # The bucket's own memory is a state; a gradient beyond it has its own, and both are reordered by rank in a copy.
     parts = [State("gradients being reduced", DEVICE, size * waiting * (2 if is_beyond else 1))]
     if s.stage == 3 and s.place("optimizer") != DEVICE:
-        share = -(-waiting // s.world)
-        parts.append(State("gradient norm in float64", DEVICE, 8 * min(NORM_ELEMENTS, share)))
+        single = -(-(large or _largest_in_layers(s)) // s.world)
+        parts.append(State("gradient norm in float64", DEVICE, 8 * min(NORM_ELEMENTS, single)))
         if s.place("optimizer") == NVME:
-            parts.append(State("fp32 gradients on their way to NVMe", HOST, 4 * share))
+            parts.append(State("fp32 gradients on their way to NVMe", HOST, 4 * -(-waiting // s.world)))
     return parts
+
+
+def _largest_in_layers(s: Sharding) -> int:
+    return max((p.numel for p in s.parameters if p.trains and ".layers." in p.name), default=0)
 
 
 def _optimizer(s: Sharding) -> Moment:

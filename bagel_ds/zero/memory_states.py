@@ -143,6 +143,8 @@ def _stage12(s: Sharding) -> Iterator[State]:
     yield State("Adam moments", place, 8 * share)
     if place == HOST:
         yield State("gradients in fp32", HOST, 4 * share, s.pinned("optimizer"))
+        if int(s.ds.get("gradient_accumulation_steps", 1)) > 1:
+            yield State("gradients", HOST, s.gradient_bytes * share, s.pinned("optimizer"))
     if s.stage == 2:
         buffers = 2 if s.zero.get("overlap_comm") else 1
         yield State("communication buckets", DEVICE, buffers * s.bucket * s.communication_bytes)
@@ -172,7 +174,8 @@ def _stage3(s: Sharding) -> Iterator[State]:
         yield State("optimizer swap buffers", HOST, count * max(groups) * s.master_bytes)
     if param == NVME:
         section = s.zero["offload_param"]
-        count, size = int(section.get("buffer_count", 5)), int(float(section.get("buffer_size", 1e8)))
+        count, size = int(section.get("buffer_count", 5)), section.get("buffer_size", "auto")
+        size = -(-max(p.numel for p in s.parameters) // s.world) if size == "auto" else int(float(size))
         yield State("parameter swap buffers", HOST, count * size * s.weight_bytes)
         yield State("parameter write-back buffer", HOST, s.whole_sub_group() * s.weight_bytes)
     if s.zero.get("contiguous_gradients", True):

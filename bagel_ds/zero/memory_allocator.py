@@ -1,0 +1,45 @@
+"""Two allocators told to give memory back: the C library's, and torch's for page-locked host memory.
+
+Guarantees: only where memory lies changes, never a result; what can't be set is left as it is and answered with False.
+glibc by itself keeps freed blocks of up to 32 MiB in the heap, where loading leaves holes of up to four bytes per
+parameter of a rank; torch rounds page-locked blocks up to powers of two and keeps those that are freed, which for a 7B
+offloaded to host memory is tens of GiB. Call both before tensors are made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+LARGE, KEPT, ARENAS = 2**20, 4 * 2**20, 2
+LARGEST_CACHED_MIB = 32  # page-locked blocks above it are exact and are freed at once; a pack's tensors are below
+
+
+def return_freed_memory() -> bool:
+    """Blocks of 1 MiB or more go back to the system when they are freed. Linux with glibc; False elsewhere."""
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        settings = ((_M_MMAP_THRESHOLD, LARGE), (_M_TRIM_THRESHOLD, KEPT), (_M_ARENA_MAX, ARENAS))
+        answers = [library.mallopt(name, value) for name, value in settings]
+    except (OSError, AttributeError):
+        return False
+    return answers == [1] * len(answers)
+
+
+def exact_pinned_memory() -> bool:
+    """Large page-locked blocks are neither rounded up nor kept; False where this torch has no such setting.
+
+    What PYTORCH_ALLOC_CONF (or PYTORCH_CUDA_ALLOC_CONF) says otherwise stays in force.
+    """
+    given = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
+    if "pinned_max_cached_size_mb" in given:
+        return True
+    try:
+        set_allocator = torch._C._accelerator_setAllocatorSettings
+        set_allocator(",".join(filter(None, [given, f"pinned_max_cached_size_mb:{LARGEST_CACHED_MIB}"])))
+    except (AttributeError, RuntimeError, ValueError):
+        return False
+    return True

@@ -1,0 +1,66 @@
+"""A memory plan as people read it: what goes where, whether it fits, and what else would.
+
+Guarantees: every number is the plan's own; the largest items come first and the small ones are added up.
+"""
+
+from __future__ import annotations
+
+from typing import Iterator, Sequence
+
+from bagel_ds.zero.memory import GIB, MemoryItem, MemoryPlan
+from bagel_ds.zero.memory_states import DEVICE, HOST, NVME
+from bagel_ds.zero.memory_suggest import Suggestion
+
+_TITLES = {DEVICE: "GPU memory, per rank", HOST: "host memory, per host", NVME: "NVMe, per host"}
+_SMALL = 0.02  # of the place's total: items below it are added up
+
+
+def report_lines(plan: MemoryPlan) -> list[str]:
+    """The plan in a few dozen lines."""
+    peaks = {DEVICE: plan.gpu_peak, HOST: plan.host_peak, NVME: plan.nvme}
+    budgets = {DEVICE: plan.gpu_memory, HOST: plan.host_memory, NVME: plan.nvme_space}
+    lines: list[str] = []
+    for place, title in _TITLES.items():
+        if peaks[place]:
+            budget = f" of {budgets[place]:g}" if budgets[place] is not None else ""
+            lines.append(f"{title}: {peaks[place] / GIB:.1f}{budget} GiB")
+            lines += _item_lines([item for item in plan.items if item.place == place], peaks[place])
+    moved = [f"{name} {size / GIB:.0f} GiB" for name, size in plan.traffic._asdict().items() if size]
+    lines.append("moved per host and step: " + (", ".join(moved) or "nothing"))
+    return lines + [verdict(plan)]
+
+
+def verdict(plan: MemoryPlan) -> str:
+    """One line: fits, or what lacks how much."""
+    if plan.fits:
+        known = any(budget is not None for budget in (plan.gpu_memory, plan.host_memory, plan.nvme_space))
+        return "it fits" if known else "no sizes given to compare with (--gpu_memory, --host_memory, --nvme, in GiB)"
+    lacking = (f"{_TITLES[place].split(',')[0]} lacks {size:.1f} GiB" for place, size in plan.shortfalls.items())
+    return "it does not fit: " + "; ".join(lacking)
+
+
+def suggestion_lines(found: Sequence[Suggestion]) -> list[str]:
+    """What would fit instead, best first."""
+    if not found:
+        return ["nothing this command can change would make it fit: it needs more memory, or more GPUs and hosts"]
+    lines = ["what would fit, best first:"]
+    for suggestion in found:
+        plan = suggestion.plan
+        nvme = f", NVMe {plan.nvme / GIB:.0f}" if plan.nvme else ""
+        lines.append(
+            f"  {' '.join(suggestion.settings)}  (GPU {plan.gpu_peak / GIB:.1f}, host {plan.host_peak / GIB:.0f}{nvme} "
+            f"GiB; {plan.traffic.total / GIB:.0f} GiB moved per step)"
+        )
+    return lines
+
+
+def _item_lines(items: Sequence[MemoryItem], total: int) -> Iterator[str]:
+    small = 0
+    for item in items:
+        if item.bytes < _SMALL * total:
+            small += item.bytes
+            continue
+        when = f"  (at its peak: {item.moment})" if item.moment else ""
+        yield f"  {item.bytes / GIB:8.2f}  {item.name}{when}"
+    if small:
+        yield f"  {small / GIB:8.2f}  the rest"
