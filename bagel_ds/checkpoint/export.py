@@ -7,6 +7,7 @@ the same collective calls.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Iterable, Mapping
 
@@ -27,19 +28,17 @@ def export_tensors(
 
     `device` is where the ranks' process group communicates from.
     """
-    writer = TensorFileWriter(path, tensors) if dist.get_rank() == 0 else None
     missing = set(tensors)
-    for name, ranges in pieces:
-        info = tensors[name]
-        missing.remove(name)
-        step = CHUNK_BYTES // info.dtype.itemsize
-        for start in range(0, info.numel, step):
-            chunk = _gather(ranges, start, min(step, info.numel - start), info.dtype, device)
-            if writer is not None:
-                writer.write(name, start, chunk.cpu())
-    assert not missing, f"no rank offered {sorted(missing)[:3]}"
-    if writer is not None:
-        writer.close()
+    with TensorFileWriter(path, tensors) if dist.get_rank() == 0 else nullcontext() as writer:
+        for name, ranges in pieces:
+            info = tensors[name]
+            missing.remove(name)
+            step = CHUNK_BYTES // info.dtype.itemsize
+            for start in range(0, info.numel, step):
+                chunk = _gather(ranges, start, min(step, info.numel - start), info.dtype, device)
+                if writer is not None:
+                    writer.write(name, start, chunk.cpu())
+        assert not missing, f"no rank offered {sorted(missing)[:3]}"
 
 
 def _gather(
