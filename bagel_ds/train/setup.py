@@ -45,6 +45,9 @@ from bagel_ds.zero.nvme import check_nvme, clean_nvme, fit_buffers, nvme_bytes
 
 logger = logging.getLogger("bagel_ds")
 
+# By which DeepSpeed's own, OpenMPI's, MPICH's, MVAPICH's or Slurm's launcher tells a process its rank.
+_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -144,7 +147,15 @@ def describe_parameters(model: BagelConfig, trains: set[str]) -> list[str]:
 
 
 def init_distributed() -> None:
-    """Join the ranks that the launcher started. Raises `UserError` on every rank of a host with too few GPUs."""
+    """Join the ranks that the launcher started.
+
+    Raises `UserError` where no launcher did, and on every rank of a host with fewer GPUs than ranks.
+    """
+    if not any(name in os.environ for name in _RANK_VARIABLES):
+        raise UserError(
+            "this process is no rank of a launch: start it with the launcher, also on one GPU, as in "
+            "`deepspeed --num_gpus 1 launch/train.py --ds_config zero3.json ...`"
+        )
     if torch.cuda.is_available() and deepspeed.get_accelerator().device_name() == "cuda":
         gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_SIZE", local_rank() + 1))
         if ranks > gpus:
