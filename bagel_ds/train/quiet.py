@@ -10,7 +10,7 @@ import re
 import sys
 import warnings
 from contextlib import contextmanager, redirect_stdout
-from typing import Iterator
+from typing import Iterator, TextIO
 
 # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed; they do what they did.
 _RENAMED = r"`torch\.distributed\.\w+` is deprecated"
@@ -28,12 +28,30 @@ def quiet_warnings() -> None:
 
 @contextmanager
 def quiet_start() -> Iterator[None]:
-    """While the process group starts: drop DeepSpeed's "built successfully", pass everything else on at the end."""
-    printed = io.StringIO()
+    """While the process group starts: drop DeepSpeed's "built successfully", pass every other line on as it comes."""
+    lines = _Lines(sys.stdout)
     try:
-        with redirect_stdout(printed):
+        with redirect_stdout(lines):
             yield
     finally:
-        for line in printed.getvalue().splitlines():
+        lines.end()
+
+
+class _Lines(io.TextIOBase):
+    """Hands whole lines to `target`, but for those that are not wanted."""
+
+    def __init__(self, target: TextIO) -> None:
+        self._target, self._begun = target, ""
+
+    def write(self, text: str) -> int:
+        *whole, self._begun = (self._begun + text).split("\n")
+        for line in whole:
             if not _BUILT.fullmatch(line.strip()):
-                print(line, file=sys.stdout, flush=True)
+                self._target.write(line + "\n")
+        self._target.flush()
+        return len(text)
+
+    def end(self) -> None:
+        """Hand on what no line feed has ended."""
+        self._target.write(self._begun)
+        self._target.flush()
