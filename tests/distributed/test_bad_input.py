@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, Callable
 
@@ -17,7 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.distributed.cases import Case, Outcome, arguments, linked_model, own, run_cases
-from tests.launch import TRAIN, deepspeed
+from tests.launch import TRAIN, cpu_environment, deepspeed
 
 pytestmark = pytest.mark.distributed
 
@@ -397,6 +399,19 @@ def test_ranks_that_differ_end_together_with_one_message(name: str, differing: d
 
 
 # ------------------------------------------------------------------------------------------- the launcher's own part
+def test_without_a_launcher_the_message_shows_the_command(demo: Path, tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, str(TRAIN), *arguments(demo, tmp_path)],
+        env={name: value for name, value in cpu_environment().items() if name not in ("RANK", "SLURM_PROCID")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    _assert_one_message(ran.stderr, ["no rank of a launch", "deepspeed --num_gpus 1 launch/train.py"])
+    assert ran.returncode == 2
+
+
 def test_the_launcher_returns_2_for_an_unknown_argument(demo: Path, tmp_path: Path) -> None:
     finished = deepspeed(TRAIN, [*arguments(demo, tmp_path), "--total_stepz", "4"], ranks=2)
     _assert_one_message(finished.output, ["total_stepz", "--total_steps"])
