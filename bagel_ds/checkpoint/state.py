@@ -45,7 +45,8 @@ def write_rank(path: Path, held: Iterable[Held], pieces: Iterable[tuple[str, Pie
         for kind, (name, ranges) in pieces:
             for piece, values in ranges:
                 assert piece.start == starts[f"{kind}/{name}"], "one contiguous range per parameter and rank"
-                writer.write(f"{kind}/{name}", 0, values.detach().cpu())
+                key = f"{kind}/{name}"
+                writer.write(key, 0, values.detach().to("cpu", tensors[key].dtype))
 
 
 class StateFiles:

@@ -53,7 +53,7 @@ class ShardedEMA:
         self._updates[group.index] += 1
         if group.owned and self._updates[group.index] % self._every == 0:
             decay = self.decay**self._every
-            self._values[group.index].lerp_(master, 1 - decay)  # exact where the two are equal
+            self._values[group.index].lerp_(master.float(), 1 - decay)  # exact where the two are equal
 
     def _allocate(self, group: Group, like: Tensor) -> Tensor:
         if self._folder is None:

@@ -115,7 +115,8 @@ class ZeroEngine:
         if offload_device(self.ds_config, "optimizer") != "none":
             from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles its kernel on first use
 
-            return DeepSpeedCPUAdam(parameters, **options)
+            in_fp32 = not self.ds_config.get("bf16", {}).get("bf16_optimizer_states", False)
+            return DeepSpeedCPUAdam(parameters, **options, fp32_optimizer_states=in_fp32)
         return torch.optim.AdamW(parameters, **options, fused=torch.cuda.is_available())
 
     def _unpartitioned_norm(self) -> Tensor:
