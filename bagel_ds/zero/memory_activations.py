@@ -61,15 +61,18 @@ def activations(config: BagelConfig, pack: PackShape, mode: str, dtype_bytes: in
 
 
 def head_bytes(labels: int, vocabulary: int, width: int, dtype_bytes: int) -> int:
-    """Cross entropy in chunks: logits in the run's dtype and fp32, their gradient in both, and the labels' rows."""
+    """Cross entropy in chunks: logits in the run's dtype and twice in fp32, and the labels' rows with their gradient."""
     columns = min(vocabulary, max(CHUNK_COLUMNS, CHUNK_ELEMENTS // max(labels, 1)))
-    return int(labels * columns * (8 + 2 * dtype_bytes) + labels * width * (2 * dtype_bytes + 4))
+    per_logit = 8 + (dtype_bytes if dtype_bytes < 4 else 0)
+    return int(labels * columns * per_logit + labels * width * (2 * dtype_bytes + 4))
 
 
-def vae_bytes(vae: VAEConfig, pixels: int, on_cpu: bool) -> int:
-    """Encoding one image: about 21 bytes per pixel and channel of the first level, in bf16 and in fp32.
+def vae_bytes(vae: VAEConfig, pixels: int, bf16: bool, on_cpu: bool) -> int:
+    """Encoding one image under autocast, by pixel and channel of the first level.
 
-    On CPU the middle block's attention also keeps its matrix over all cells.
+    CUDA's autocast keeps group norms in fp32, the CPU's does not; the CPU's attention in the middle block makes its
+    matrix over all cells.
     """
+    rate = 20.5 if not bf16 else 10.5 if on_cpu else 16.0
     cells = pixels // vae.downsample**2
-    return 21 * vae.channels * pixels + (6 * cells**2 if on_cpu else 0)
+    return int(max(rate * vae.channels * pixels, 9 * cells**2 if on_cpu else 0))

@@ -59,7 +59,9 @@ def gathering(sharding: Sharding, shape: StepShape) -> Gathered | None:
 
 def _vae(s: Sharding, shape: StepShape) -> Moment:
     pixels = shape.image_pixels if shape.config.visual_gen else 0
-    return Moment("autoencoder", [State("autoencoder, one image", DEVICE, vae_bytes(shape.vae, pixels, s.on_cpu))])
+    return Moment(
+        "autoencoder", [State("autoencoder, one image", DEVICE, vae_bytes(shape.vae, pixels, s.bf16, s.on_cpu))]
+    )
 
 
 def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Moment]:

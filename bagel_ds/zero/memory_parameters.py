@@ -164,7 +164,8 @@ def _forward_calls(config: BagelConfig, freezing: Freezing) -> Iterator[list[Cal
     if config.visual_und:
         yield from ([call] for call in calls("vit_model.vision_model.embeddings", "vit"))
         for layer in range(config.vit.num_layers):
-            yield calls(f"vit_model.vision_model.encoder.layers.{layer}.", "vit")
+            prefix = f"vit_model.vision_model.encoder.layers.{layer}."
+            yield [Call("vit", tuple(modules[prefix + name])) for name in _VIT_ORDER]
         for name in ("vit_model.vision_model.post_layernorm", "connector.fc1", "connector.fc2", "vit_pos_embed"):
             yield calls(name, "vit")
     if config.visual_gen:
@@ -177,6 +178,15 @@ def _forward_calls(config: BagelConfig, freezing: Freezing) -> Iterator[list[Cal
     yield calls("language_model.lm_head", "head")
     if config.visual_gen:
         yield calls("llm2vae", "head")
+
+
+_VIT_ORDER = (
+    "layer_norm1",
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")),
+    "layer_norm2",
+    "mlp.fc1",
+    "mlp.fc2",
+)
 
 
 def _in_layer_order(modules: dict[str, list[int]], prefix: str, use_gen: bool) -> list[Call]:

@@ -26,12 +26,12 @@ PRESETS = (
     ("zero3.json", 0.5),
     ("zero2_cpu.json", 1.5),
     ("zero3_cpu.json", 2.0),
-    ("zero3_nvme.json", 4.0),
-    ("zero3_nvme_all.json", 5.0),
+    ("zero3_nvme.json", 7.0),
+    ("zero3_nvme_all.json", 8.0),
     ("zero3_cpu_bf16.json", 9.0),
 )
-TOKENS = ((1.0, 0.0), (0.75, 3.0), (0.5, 6.0), (0.25, 12.0))
-LEAST_TOKENS = 2048
+TOKENS = ((1.0, 0.0), (0.75, 2.5), (0.5, 6.0), (0.25, 14.0))
+LEAST_TOKENS = ((1.0, 0.0), (0.75, 2.5), (0.5, 6.0), (0.25, 14.0))
 PLACEHOLDER = "nvme"  # stands for --nvme_path while only planning
 
 
@@ -99,7 +99,7 @@ def _candidates(
         (present, 0.0),
         *((name, harm) for name, harm in PRESETS if name.removesuffix(".json") != _stem(present)),
     ]
-    averages = [(run.ema, 0.0)] + ([(False, 5.0)] if run.ema else [])
+    averages = [(run.ema, 0.0)] + ([(False, 4.5)] if run.ema else [])
     frozen = _freezings(model, run)
     for (preset, a), (share, b), (ema, c), (freeze, d) in itertools.product(presets, TOKENS, averages, frozen):
         tokens = max(LEAST_TOKENS, int(run.max_num_tokens * share) // 256 * 256) if share < 1 else run.max_num_tokens
