@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from bagel_ds.data import filesystems
 from bagel_ds.data.dataset_info import DatasetInfo, find_dataset_info, read_dataset_info
 from bagel_ds.data.images import ImageTransform
 from bagel_ds.data.sources.kinds import KINDS
@@ -314,6 +315,9 @@ class _EntryReader:
         for key in values:
             if key not in _ENTRY_KEYS:
                 self.fault(f"unknown key {key!r}; {nearest(key, _ENTRY_KEYS)}")
+        uris = [key for key in ("data_dir", "path", "jsonl_path") if filesystems.is_uri(str(values.get(key)))]
+        if uris:
+            return self._read_remote(name, source, values, num_used, str(values[uris[0]]))
         data_dir = self._path(values, "data_dir") or self._path(values, "path")
         if data_dir is None:
             if not any(values.get(key) for key in ("data_dir", "path")):
@@ -330,6 +334,36 @@ class _EntryReader:
         info = values.get("parquet_info_path") or values.get("parquet_info")
         return DatasetEntry(name, files, "", num_used, self._hint(info, data_dir)) if files else None
 
+    def _read_remote(
+        self, name: str, source: str, values: Mapping[str, Any], num_used: int | None, uri: str
+    ) -> DatasetEntry | None:
+        """A dataset at a URI of `pyarrow.fs`; its parquet_info, if any, is a local file."""
+        if source == "vlm":
+            self.fault(f"{uri}: data_dir and jsonl_path of conversations must be local paths; copy or mount them")
+            return None
+        named = values.get("parquet") or []
+        try:
+            if named:
+                names = [str(file) for file in (named if isinstance(named, list) else [named])]
+                files = [filesystems.joined(uri, file) for file in names]
+                missing = [file for file in files if not filesystems.exists(file)]
+                if missing:
+                    self.fault(f"no such parquet file: {', '.join(missing)}")
+                    return None
+            else:
+                files = filesystems.parquet_files_in(uri)
+        except FileNotFoundError:
+            self.fault(f"data_dir does not exist: {uri}. Put the data there or correct the path.")
+            return None
+        except Exception as error:  # what file systems raise on wrong URIs, hosts and credentials is an open set
+            self.fault(f"data_dir {uri} cannot be opened ({type(error).__name__}: {' '.join(str(error).split())})")
+            return None
+        if not files:
+            self.fault(f"{uri} holds no .parquet file")
+            return None
+        info = values.get("parquet_info_path") or values.get("parquet_info")
+        return DatasetEntry(name, tuple(files), "", num_used, self._hint(info, self.folder))
+
     def _parquet_files(self, data_dir: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
         named = values.get("parquet")
         if named:
@@ -341,7 +375,8 @@ class _EntryReader:
         elif data_dir.is_file():
             files = [data_dir]
         else:
-            files = sorted(file for file in data_dir.iterdir() if file.suffix == ".parquet" and file.name[0] != ".")
+            found = (file for file in data_dir.glob("*.parquet") if file.name[0] != ".")
+            files = sorted(file for file in found if file.is_file())
         if not files:
             self.fault(f"{data_dir} holds no .parquet file")
         return tuple(map(str, files))

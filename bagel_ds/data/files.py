@@ -1,8 +1,9 @@
 """Raw rows of parquet and jsonl files.
 
-Guarantees: nothing is decoded; consecutive rows of a parquet row group cost one read of it (and only of the needed
-columns); a jsonl line is one `pread` at its known offset. The open files and row groups of a process are a small cache
-that a forked process does not inherit. Raises whatever the libraries raise: callers turn it into a bad row.
+Guarantees: nothing is decoded; parquet rows cost as few reads of their row group (and only of the needed columns) as
+`row_cache.py` can do with them; a jsonl line is one `pread` at its known offset. The open files and rows of a process
+are a small cache that a forked process does not inherit. Raises whatever the libraries raise: callers turn it into a
+bad row.
 """
 
 from __future__ import annotations
@@ -11,27 +12,40 @@ import json
 import os
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-# Row groups of one process: at least one, else up to so many bytes. Several stay because a pack mixes datasets.
-CACHED_BYTES = 256 * 2**20
-_BATCH_ROWS = 64  # small batches also avoid Arrow's 2 GiB limit on a nested column of one batch
+from bagel_ds.data.filesystems import open_parquet, version
+from bagel_ds.data.row_cache import GroupKey, Row, RowCache, Version
+
+# Bytes of rows that are read at once: small batches also avoid Arrow's 2 GiB limit on a nested column of one batch.
+_BATCH_BYTES = 16 * 2**20
+_BATCH_ROWS = 64  # at most
 _OPEN_FILES = 16
 
-_Version = tuple[str, int, int]  # path, size, modification time: a file that was replaced is another file
-_groups: OrderedDict[tuple[_Version, int, tuple[str, ...]], pa.Table] = OrderedDict()
-_parquet: OrderedDict[_Version, pq.ParquetFile] = OrderedDict()
-_descriptors: OrderedDict[_Version, int] = OrderedDict()
+_parquet: OrderedDict[Version, pq.ParquetFile] = OrderedDict()
+_descriptors: OrderedDict[Version, int] = OrderedDict()
+
+
+def _stream(key: GroupKey) -> Iterator[tuple[int, Callable[[], Row]]]:
+    first = 0
+    for batch in _batches(key.path, key.group, key.columns):
+        for row in range(batch.num_rows):
+            yield first + row, partial(_values, batch, row, key.columns)
+        first += batch.num_rows
+
+
+rows = RowCache(_stream)
 
 
 def forget_open_files() -> None:
-    """Drop every cached row group and close every file of this process."""
-    _groups.clear()
+    """Drop every kept row and close every file of this process."""
+    rows.clear()
     _parquet.clear()
     while _descriptors:
         os.close(_descriptors.popitem()[1])
@@ -48,17 +62,21 @@ def parquet_layout(path: str) -> tuple[list[int], list[str]]:
     return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], file.schema_arrow.names
 
 
-def parquet_rows(path: str, group: int, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+def parquet_rows(path: str, group: int, columns: Sequence[str]) -> Iterator[Row]:
     """Every row of a row group, read in small batches and not kept."""
-    for batch in _open_parquet(path).iter_batches(_BATCH_ROWS, [group], list(columns), use_threads=False):
+    for batch in _batches(path, group, columns):
         for row in range(batch.num_rows):
-            yield {name: batch.column(name)[row].as_py() for name in columns}
+            yield _values(batch, row, columns)
 
 
-def parquet_row(path: str, group: int, row: int, columns: Sequence[str]) -> dict[str, Any]:
-    """Row `row` of row group `group`; the row group stays in memory for the next ones."""
-    table = _row_group(path, group, tuple(columns))
-    return {name: table.column(name)[row].as_py() for name in columns}
+def parquet_row(path: str, group: int, row: int, columns: Sequence[str]) -> Row:
+    """Row `row` of row group `group`; see `expect_parquet_row`."""
+    return rows.row(GroupKey(path, group, tuple(columns)), row, version(path))
+
+
+def expect_parquet_row(path: str, group: int, row: int, columns: Sequence[str]) -> None:
+    """This process will ask for the row, after all those announced before; it changes how often files are read only."""
+    rows.expect(GroupKey(path, group, tuple(columns)), row)
 
 
 def jsonl_lines(path: str) -> np.ndarray:
@@ -79,24 +97,22 @@ def jsonl_row(path: str, offset: int, length: int) -> dict[str, Any]:
     return content
 
 
-def _row_group(path: str, group: int, columns: tuple[str, ...]) -> pa.Table:
-    key = (_version(path), group, columns)
-    if key in _groups:
-        _groups.move_to_end(key)
-        return _groups[key]
+def _batches(path: str, group: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     file = _open_parquet(path)
-    batches = list(file.iter_batches(_BATCH_ROWS, [group], list(columns), use_threads=False))
-    table = pa.Table.from_batches(batches).select(list(columns))
-    _groups[key] = table
-    while len(_groups) > 1 and sum(kept.nbytes for kept in _groups.values()) > CACHED_BYTES:
-        _groups.popitem(last=False)
-    return table
+    about = file.metadata.row_group(group)
+    rows_at_once = _BATCH_BYTES * about.num_rows // max(about.total_byte_size, 1)
+    rows_at_once = max(1, min(_BATCH_ROWS, rows_at_once))
+    return file.iter_batches(rows_at_once, [group], list(columns), use_threads=False)
+
+
+def _values(batch: pa.RecordBatch, row: int, columns: Sequence[str]) -> Row:
+    return {name: batch.column(name)[row].as_py() for name in columns}
 
 
 def _open_parquet(path: str) -> pq.ParquetFile:
-    key = _version(path)
+    key = version(path)
     if key not in _parquet:
-        _parquet[key] = pq.ParquetFile(path)
+        _parquet[key] = open_parquet(path)
         if len(_parquet) > _OPEN_FILES:
             _parquet.popitem(last=False)
     _parquet.move_to_end(key)
@@ -104,15 +120,10 @@ def _open_parquet(path: str) -> pq.ParquetFile:
 
 
 def _descriptor(path: str) -> int:
-    key = _version(path)
+    key = version(path)
     if key not in _descriptors:
         _descriptors[key] = os.open(path, os.O_RDONLY)
         if len(_descriptors) > _OPEN_FILES:
             os.close(_descriptors.popitem(last=False)[1])
     _descriptors.move_to_end(key)
     return _descriptors[key]
-
-
-def _version(path: str) -> _Version:
-    status = os.stat(path)
-    return path, status.st_size, status.st_mtime_ns

@@ -21,6 +21,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from bagel_ds.data import filesystems
+
 logger = logging.getLogger("bagel_ds")
 
 BESIDE_DATA = ".bagel_ds_index"
@@ -52,7 +54,8 @@ class FileIndex:
 def cache_folder(path: str, cache_dir: str | None) -> Path | None:
     """Where the index of `path` is kept: `cache_dir`, else beside the data, else ~/.cache/bagel_ds, else nowhere."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bagel_ds"
-    for folder in [Path(cache_dir)] if cache_dir else [Path(path).parent / BESIDE_DATA, home]:
+    beside = [] if filesystems.is_uri(path) else [Path(path).parent / BESIDE_DATA]
+    for folder in [Path(cache_dir)] if cache_dir else [*beside, home]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError:
@@ -65,14 +68,15 @@ def cache_folder(path: str, cache_dir: str | None) -> Path | None:
 
 def cache_file(folder: Path, path: str, key: str) -> Path:
     """Name of the entry for `path`; `key` is everything but the file that the index depends on."""
-    name = hashlib.sha256(f"{os.path.abspath(path)}\n{key}".encode()).hexdigest()[:20]
-    return folder / f"{Path(path).stem[:80]}-{name}.safetensors"
+    place = path if filesystems.is_uri(path) else os.path.abspath(path)
+    name = hashlib.sha256(f"{place}\n{key}".encode()).hexdigest()[:20]
+    return folder / f"{Path(path.partition('?')[0]).stem[:80]}-{name}.safetensors"
 
 
 def identity(path: str) -> str:
     """Changes whenever the file does."""
-    status = os.stat(path)
-    return f"{status.st_size}:{status.st_mtime_ns}"
+    _, size, modified = filesystems.version(path, fresh=True)
+    return f"{size}:{modified}"
 
 
 def size_of(path: str) -> int:

@@ -3,7 +3,8 @@
 Guarantees: global micro-step m runs packs [m*W, (m+1)*W), rank r the r-th, whatever the number of workers and the
 prefetch; each batch comes with the state after its step, from which any number of ranks goes on with exactly the next
 packs. Planning happens in the main process, reading and decoding in workers, which hold no state: a worker is a
-function from a pack's plan to its tensors. Closing the iterator ends its workers.
+function from a pack's plan to its tensors. It is told the rows of its next packs, so that it reads a row group once for
+all of them (`row_cache.py`). Closing the iterator ends its workers.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import warnings
 from collections import deque
 from dataclasses import asdict
 from hashlib import blake2b
+from itertools import count
 from typing import Any, Generator, Iterable, Iterator, NamedTuple, Sequence
 
 import torch
@@ -43,16 +45,48 @@ class MicroBatch(NamedTuple):
     epochs: dict[str, float]  # by group: 0.37 = 37 % of the first epoch planned
 
 
+# Packs of all ranks that are planned ahead so that workers know their next rows: about one window of the shuffle
+# (1024 rows of each of several groups). The distance grows from the start, two packs by pack, so that nothing waits.
+HORIZON = 1024
+
+
+class _Task(NamedTuple):
+    """What a worker is sent: a pack, and (group, row) of what it will read later, in that order."""
+
+    plans: tuple[SamplePlan, ...]
+    coming: tuple[tuple[int, int], ...]
+
+
 class _Packs(Dataset[PackedBatch]):
-    """Indexed by the plans of a pack's samples."""
+    """Indexed by tasks."""
 
     def __init__(
         self, streams: Sequence[GroupStream], tokenizer: Tokenizer, options: LayoutOptions, noise_seed: int
     ) -> None:
         self._arguments = (streams, tokenizer, options, noise_seed)
 
-    def __getitem__(self, plans: tuple[SamplePlan, ...]) -> PackedBatch:
-        return materialize(plans, *self._arguments)
+    def __getitem__(self, task: _Task) -> PackedBatch:
+        streams = self._arguments[0]
+        for group, row in task.coming:
+            streams[group].expect(row)
+        return materialize(task.plans, *self._arguments)
+
+
+def _tasks(steps: Iterator[Step], rank: int, workers: int, horizon: int, under_way: deque[Step]) -> Iterator[_Task]:
+    """The tasks of `rank`, which its workers take in turns; a step joins `under_way` as its task is taken.
+
+    Each pack's rows are announced once, to the worker that will run it, at most `horizon` steps before.
+    """
+    ahead: deque[Step] = deque()
+    announced: list[list[tuple[int, int]]] = [[] for _ in range(workers)]
+    for turn in count():
+        while len(ahead) < min(horizon, 2 * turn + workers) or not ahead:
+            step = next(steps)
+            announced[(turn + len(ahead)) % workers] += [(plan.dataset, plan.row) for plan in step.packs[rank].samples]
+            ahead.append(step)
+        coming, announced[turn % workers] = announced[turn % workers], []
+        under_way.append(ahead.popleft())
+        yield _Task(under_way[-1].packs[rank].samples, tuple(coming))
 
 
 def _as_is(batch: Any) -> Any:
@@ -126,23 +160,18 @@ class PlannedData:
                 "place in the data means nothing here. Restore them, or start from its weights only (--resume_from ... "
                 "--resume_model_only True with a new checkpoint_dir)"
             )
+        under_way: deque[Step] = deque()
         steps = self.planner.steps(world_size, start)
-        return self._iterate(steps, rank, num_workers, prefetch_factor, pin_memory)
+        tasks = _tasks(steps, rank, max(num_workers, 1), max(HORIZON // world_size, 1), under_way)
+        return self._iterate(tasks, under_way, num_workers, prefetch_factor, pin_memory)
 
     def _iterate(
-        self, steps: Iterator[Step], rank: int, num_workers: int, prefetch_factor: int, pin_memory: bool
+        self, tasks: Iterator[_Task], under_way: deque[Step], num_workers: int, prefetch_factor: int, pin_memory: bool
     ) -> Generator[MicroBatch, None, None]:
-        under_way: deque[Step] = deque()
-
-        def planned() -> Iterator[tuple[SamplePlan, ...]]:
-            for step in steps:
-                under_way.append(step)
-                yield step.packs[rank].samples
-
         loader = DataLoader(
             self._packs,
             batch_size=None,
-            sampler=_Once(planned()),
+            sampler=_Once(tasks),
             num_workers=num_workers,
             prefetch_factor=prefetch_factor if num_workers else None,
             pin_memory=pin_memory and torch.cuda.is_available(),
@@ -175,11 +204,11 @@ class PlannedData:
 class _Once:
     """A sampler over an iterator; DataLoader asks it for an iterator once."""
 
-    def __init__(self, plans: Iterable[tuple[SamplePlan, ...]]) -> None:
-        self._plans = plans
+    def __init__(self, tasks: Iterable[_Task]) -> None:
+        self._tasks = tasks
 
-    def __iter__(self) -> Iterator[tuple[SamplePlan, ...]]:
-        return iter(self._plans)
+    def __iter__(self) -> Iterator[_Task]:
+        return iter(self._tasks)
 
 
 def _digest(parts: list[Any]) -> str:

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+from collections import deque
 from dataclasses import dataclass
 from typing import Any, Iterator, Sequence
 
@@ -39,6 +40,9 @@ class Rows:
 
     def plan_sample(self, row: int, epoch: int) -> SamplePlan:
         return SamplePlan(0, epoch, row, (Entry(TEXT, 0, 10 + row % 50, loss=True),))
+
+    def expect(self, row: int) -> None:
+        """A stand-in has nothing to read."""
 
 
 def batch_of_rows(
@@ -192,3 +196,19 @@ def test_describe_says_rows_lengths_shares_and_budgets() -> None:
         assert words in lines[0]
     assert "33%" in lines[1] and "mandatory" not in lines[1]
     assert "at most 300 tokens" in lines[2]
+
+
+@pytest.mark.parametrize(("workers", "horizon"), [(1, 1), (1, 64), (3, 64), (2, 1)])
+def test_a_worker_learns_each_of_its_rows_once_before_it_needs_it(workers: int, horizon: int) -> None:
+    under_way: deque[Any] = deque()
+    tasks = loader._tasks(data().planner.steps(2), 1, workers, horizon, under_way)
+    coming: list[deque[tuple[int, int]]] = [deque() for _ in range(workers)]
+    most_ahead = 0
+    for turn in range(200):
+        task = next(tasks)
+        assert task.plans == under_way.popleft().packs[1].samples
+        mine = coming[turn % workers]
+        mine.extend(task.coming)
+        assert [(plan.dataset, plan.row) for plan in task.plans] == [mine.popleft() for _ in task.plans]
+        most_ahead = max(most_ahead, len(mine))
+    assert most_ahead > 0 if horizon > workers else most_ahead == 0

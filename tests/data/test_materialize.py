@@ -185,8 +185,3 @@ def test_a_row_group_is_read_once_for_consecutive_rows(
     for plan in plans:
         materialize([plan], streams, tokenizer, LayoutOptions(), 0)
     assert [group for _, group in opened] == list(range(len(pictures.units)))
-    files.forget_open_files()
-    monkeypatch.setattr(files, "CACHED_BYTES", 0)
-    for plan in plans:
-        materialize([plan], streams, tokenizer, LayoutOptions(), 0)
-    assert len(files._groups) == 1

@@ -190,6 +190,13 @@ class GroupStream:
         """The rows of `plans` as they are in the files, texts and image bytes in the order of the index."""
         return [self._read_row(plan.row) for plan in plans]
 
+    def expect(self, row: int) -> None:
+        """This process will read `row`, after all those announced before: its row group is then read less often."""
+        use = self.uses[bisect.bisect_right(self._starts, row) - 1]
+        if not len(use.index.places):
+            place = self.place(row)
+            files.expect_parquet_row(use.index.path, place.group, place.row, use.index.columns)
+
     def _read_row(self, row: int) -> ParsedRow | BadRow:
         number = bisect.bisect_right(self._starts, row) - 1
         use, index = self.uses[number], self.uses[number].index
