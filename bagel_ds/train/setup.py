@@ -36,6 +36,7 @@ from bagel_ds.train.agreement import (
     one_per_host_first,
     together,
 )
+from bagel_ds.train.checkpoints import read_trainer
 from bagel_ds.train.inputs import bagel_config, open_data
 from bagel_ds.train.quiet import quiet_start
 from bagel_ds.train.start import StartPoint, StartWeights, find_start, open_start
@@ -77,6 +78,7 @@ def prepare(config: RunConfig) -> Prepared:
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
     data = one_per_host_first(lambda: open_data(config, model_folder, model, vae.config, progress=is_main()))
+    together(lambda: _check_place(start, data))
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
     return Prepared(ds_config, [*ds_notes, *_crowding(config)], model_folder, model, vae, data, start, weights)
 
@@ -121,6 +123,13 @@ def _open_model(config: RunConfig) -> tuple[Path, BagelConfig, AutoEncoder, Star
     vae = folder.load_vae()
     model = bagel_config(config, folder, start.folder, vae.config)
     return path, model, vae, start
+
+
+def _check_place(start: StartPoint, data: PlannedData) -> None:
+    """See that a resumed run's place in the data is one in this run's plan, before anything is loaded."""
+    if start.full:
+        place = read_trainer(start.folder)["plan_state"]
+        data.micro_batches(dist.get_rank(), dist.get_world_size(), start=place).close()
 
 
 def trainable(config: RunConfig, model: BagelConfig) -> set[str]:
