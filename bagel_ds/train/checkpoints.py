@@ -156,9 +156,10 @@ def read_trainer(folder: Path) -> dict[str, Any]:
     """trainer.json of a checkpoint."""
     try:
         found = json.loads((folder / TRAINER).read_text())
-        if not isinstance(found, dict) or not isinstance(found.get("steps_done"), int):
-            raise ValueError("it names no steps_done")
-    except (OSError, ValueError) as error:
+        missing = [name for name in ("steps_done", "plan_state", "world_size") if name not in found]
+        if missing:
+            raise ValueError(f"it names no {' and no '.join(missing)}")
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder / TRAINER} can't be read ({error}); resume from another checkpoint.") from None
     return found
 
