@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import warnings
-from collections import deque
+from collections import Counter, deque
 from dataclasses import asdict
 from hashlib import blake2b
 from itertools import count
@@ -23,7 +23,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bagel_ds.data.cost import CostModel
-from bagel_ds.data.materialize import LayoutOptions, materialize
+from bagel_ds.data.materialize import LayoutOptions, dataset_labels, materialize
+from bagel_ds.data.packing import Pack
 from bagel_ds.data.plan import ALGORITHM, PackingOptions, Planner, Step
 from bagel_ds.data.sample import SamplePlan
 from bagel_ds.data.sources import GroupStream
@@ -42,7 +43,7 @@ class MicroBatch(NamedTuple):
     state: dict[str, Any]  # after this step: resuming from it gives exactly the next packs
     efficiency: float  # mean fill of the step's packs, 0..1 of max_num_tokens
     imbalance: float  # max / mean - 1 of the packs' language-model cost
-    epochs: dict[str, float]  # by group: 0.37 = 37 % of the first epoch planned
+    epochs: dict[str, float]  # by dataset, that of its group: 0.37 = 37 % of the first epoch planned
 
 
 # Packs of all ranks that are planned ahead so that workers know their next rows: about one window of the shuffle
@@ -115,8 +116,11 @@ class PlannedData:
     ) -> None:
         cost = CostModel.of(model_config)
         self.planner = Planner(streams, packing, cost)
-        self._streams = list(streams)
-        self._packs = _Packs(streams, tokenizer, layout_options, noise_seed)
+        self.streams = tuple(streams)
+        self.tokenizer = tokenizer
+        self._arguments = (streams, tokenizer, layout_options, noise_seed)
+        self._packs = _Packs(*self._arguments)
+        self._labels = dataset_labels(streams)
         groups = [(s.name, s.weight, s.is_mandatory, s.fingerprint) for s in streams]
         budgets = (packing.max_num_tokens, packing.lookahead, packing.data_seed)
         self._plan = _digest([ALGORITHM, groups, budgets, asdict(cost)])
@@ -124,9 +128,9 @@ class PlannedData:
 
     def describe(self) -> list[str]:
         """Lines for the run's plan: each group's rows, length and share, then how they are packed."""
-        total = sum(stream.weight for stream in self._streams)
+        total = sum(stream.weight for stream in self.streams)
         lines = []
-        for stream, tokens in zip(self._streams, self.planner.mean_lengths, strict=True):
+        for stream, tokens in zip(self.streams, self.planner.mean_lengths, strict=True):
             share = f"{stream.weight / total:.0%} of the draws by weight {stream.weight:g}" if total else "weight 0"
             lines.append(
                 f"data {stream.name} ({', '.join(stream.datasets)}): {sum(map(len, stream.units)):,} rows, "
@@ -139,6 +143,19 @@ class PlannedData:
             f"{planner.block_size}, data_seed {options.data_seed}, plan {self._plan}"
         )
         return lines
+
+    def packs(self, start: dict[str, Any] | None = None) -> Iterator[tuple[Pack, PackedBatch]]:
+        """The global sequence of packs, without end, each made here and now: for looking at, training goes faster."""
+        for step in self.planner.steps(1, start):
+            yield step.packs[0], materialize(step.packs[0].samples, *self._arguments)
+
+    def unusable_rows(self) -> dict[str, int]:
+        """Rows that no sample can be made of, by dataset: those the index names, and those planning has met so far."""
+        found: Counter[tuple[int, str]] = Counter()
+        for number, stream in enumerate(self.streams):
+            found.update((number, row.dataset) for row in stream.bad_rows)
+            found.update((number, place.dataset) for place in {stream.place(row) for row in stream.too_long})
+        return {label: found[key] for key, label in self._labels.items()}
 
     def micro_batches(
         self,
@@ -197,7 +214,7 @@ class PlannedData:
             {"plan": self._plan, **step.state},
             efficiency=tokens / (len(step.packs) * self.planner.options.max_num_tokens),
             imbalance=step.imbalance_llm,
-            epochs=step.epochs,
+            epochs={label: step.epochs[self.streams[number].name] for (number, _), label in self._labels.items()},
         )
 
 

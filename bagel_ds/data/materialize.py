@@ -7,6 +7,7 @@ as they are. With nothing left the batch has zero tokens and no samples.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -23,7 +24,17 @@ from bagel_ds.data.sources.stream import GroupStream
 from bagel_ds.data.tokenizer import Tokenizer
 from bagel_ds.model.batch import PackedBatch
 
-__all__ = ["LayoutOptions", "materialize"]
+__all__ = ["LayoutOptions", "dataset_labels", "materialize"]
+
+
+def dataset_labels(streams: Sequence[GroupStream]) -> dict[tuple[int, str], str]:
+    """How messages and metrics call each (place of its stream, dataset): with its group where two groups share it."""
+    names = Counter(dataset for stream in streams for dataset in stream.datasets)
+    return {
+        (number, dataset): dataset if names[dataset] == 1 else f"{stream.name}.{dataset}"
+        for number, stream in enumerate(streams)
+        for dataset in stream.datasets
+    }
 
 
 def materialize(
@@ -41,7 +52,8 @@ def materialize(
             sample = _Sample(plan, stream, tokenizer, options, noise_seed).load()
         except BadRow as error:
             place = stream.place(plan.row)
-            skipped.append((place.dataset, f"{place}: {reason_of(error)}"))
+            label = dataset_labels(streams)[plan.dataset, place.dataset]
+            skipped.append((label, f"{place}: {reason_of(error)}"))
             continue
         samples.append(sample)
         names.append(stream.describe(plan))

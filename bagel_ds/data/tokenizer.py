@@ -62,6 +62,9 @@ class Tokenizer:
         fast.no_padding()
         self._fast = fast
         self.special = _special_tokens(fast, folder)
+        added = fast.get_added_tokens_decoder().values()
+        # What becomes one special token wherever it stands in a text.
+        self.special_strings: tuple[str, ...] = tuple(token.content for token in added if token.special)
         self.size: int = fast.get_vocab_size(with_added_tokens=True)
         self.fingerprint: str = hashlib.sha256(fast.to_str().encode()).hexdigest()[:16]
 

@@ -136,7 +136,7 @@ def test_numbers_are_over_all_ranks() -> None:
         assert {micro.efficiency for micro in step} == {sum(lengths) / (4 * 300)}
         assert len({micro.imbalance for micro in step}) == 1
         assert 0 <= step[0].imbalance < 1
-        assert set(step[0].epochs) == {"texts", "more"}
+        assert set(step[0].epochs) == {"texts.one", "texts.two", "more.one", "more.two"}, "both groups have both names"
 
 
 def test_a_state_of_other_data_is_refused_at_once() -> None:
