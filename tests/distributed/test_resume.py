@@ -110,6 +110,7 @@ def resumed(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
             case("zero3_cpu", "zero2/checkpoints/step_4", 6, ds_config="zero3_cpu"),
             case("other_budget", start, 6, max_num_tokens=700),
             case("weights_only", start, 1, resume_model_only=True),
+            case("finished", "whole/checkpoints/step_6", 6, num_workers=1),
         ],
         ranks=2,
     )
@@ -154,3 +155,10 @@ def test_resume_model_only_starts_at_step_0_with_the_weights(resumed: tuple[Path
     assert outcomes["weights_only"][0].code == 0, outcomes["weights_only"][0].output
     assert "weights alone" in outcomes["weights_only"][0].output
     assert list(losses(folder / "weights_only")) == [0]
+
+
+def test_a_run_that_is_done_is_left_as_it_is(resumed: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    folder, outcomes = resumed
+    assert outcomes["finished"][0].code == 0, outcomes["finished"][0].output
+    assert "done: 6 steps" in outcomes["finished"][0].output
+    assert losses(folder / "finished") == {} and list((folder / "finished" / "checkpoints").iterdir()) == []

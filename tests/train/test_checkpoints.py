@@ -90,7 +90,11 @@ def writer(tmp_path: Path, model_folder: Path) -> CheckpointWriter:
 def save(writer: CheckpointWriter, step: int, last: bool = False) -> Path:
     engine: Any = Engine()
     average: Any = Average(engine)
-    return writer.save(step, engine, average, {"steps_done": step}, last=last)
+    return writer.save(step, engine, average, trainer_state(step), last=last)
+
+
+def trainer_state(step: int) -> dict[str, Any]:
+    return {"steps_done": step, "plan_state": {"packs": 3}, "world_size": 1}
 
 
 def names(folder: Path) -> list[str]:
@@ -119,7 +123,7 @@ def test_a_checkpoint_holds_weights_average_state_and_the_model_folder(writer: C
     for kind, factor in ((EXP_AVG, 10), (EXP_AVG_SQ, 100)):
         assert torch.equal(state.read(kind, "trains", 0, 6), torch.arange(6.0) * factor)
     assert state.has(EMA, "trains") and state.has(WEIGHT, "table")
-    assert read_trainer(folder) == {"steps_done": 3}
+    assert read_trainer(folder) == trainer_state(3)
     assert manifest_fault(folder) is None and holds_state(folder)
 
 
@@ -141,7 +145,7 @@ def test_a_step_saved_again_replaces_the_first(writer: CheckpointWriter) -> None
     folder = save(writer, 1)
     (folder / "trainer.json").write_text("{}")
     save(writer, 1)
-    assert read_trainer(folder) == {"steps_done": 1}
+    assert read_trainer(folder) == trainer_state(1)
     assert names(writer.checkpoint_dir) == ["latest", "step_1"]
 
 
@@ -254,7 +258,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
     assert "step_2 is passed over" in caplog.text
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]", "{}"])
+@pytest.mark.parametrize("text", ["", "{", "[1]", "3", "{}", '{"steps_done": 3}'])
 def test_a_broken_trainer_json_is_a_message(text: str, tmp_path: Path) -> None:
     (tmp_path / "trainer.json").write_text(text)
     with pytest.raises(UserError, match=r"trainer\.json.* resume from another"):
