@@ -29,7 +29,7 @@ GIB = 2**30
 LAUNCHER = 322 * MIB
 RANK = 270 * MIB
 WORKER = 90 * MIB
-CPU_KERNELS = 330 * MIB
+CPU_KERNELS = {True: 330 * MIB, False: 90 * MIB}  # in bf16, in fp32
 # Allowances on a GPU: what the driver and CUDA's libraries take on the device and in the process, NCCL's buffers, and
 # what the caching allocator can't use of what comes and goes.
 CUDA_HOST, CUDA_CONTEXT, NCCL = 1200 * MIB, 550 * MIB, 400 * MIB
@@ -164,7 +164,7 @@ def plan_memory(model: BagelConfig, ds_config: dict[str, Any], run: MemoryOption
     sharding = Sharding(ds_config, parameters, run.world_size, on_cpu)
     shape = StepShape(model, run.freezing, run.vae, _largest_pack(run), run.image_pixels, run.activation_checkpointing)
     ranks = run.ranks_per_host or run.world_size
-    always = [*_rank_states(sharding, shape, run), *_process_states(run, on_cpu)]
+    always = [*_rank_states(sharding, shape, run), *_process_states(run, on_cpu, sharding.bf16)]
     if not on_cpu and run.rounds_pinned_memory:
         always.append(State("page-locked memory: rounding and cache", HOST, _excess(sharding, always)))
     peaks = moments(sharding, shape)
@@ -208,10 +208,10 @@ def _rank_states(sharding: Sharding, shape: StepShape, run: MemoryOptions) -> li
     return [*found, State("autoencoder weights", DEVICE, 4 * vae_parameters(run.vae))]
 
 
-def _process_states(run: MemoryOptions, on_cpu: bool) -> list[State]:
+def _process_states(run: MemoryOptions, on_cpu: bool, bf16: bool) -> list[State]:
     packs = run.num_workers * run.prefetch_factor if run.num_workers else 1
     found = [
-        State("processes of the ranks", HOST, RANK + (CPU_KERNELS if on_cpu else CUDA_HOST)),
+        State("processes of the ranks", HOST, RANK + (CPU_KERNELS[bf16] if on_cpu else CUDA_HOST)),
         State("DataLoader workers", HOST, run.num_workers * WORKER),
         State("prepared packs", HOST, packs * run.max_num_tokens * PACK_BYTES_PER_TOKEN),
     ]

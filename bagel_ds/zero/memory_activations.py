@@ -61,7 +61,7 @@ def activations(config: BagelConfig, pack: PackShape, mode: str, dtype_bytes: in
 
 
 def head_bytes(labels: int, vocabulary: int, width: int, dtype_bytes: int) -> int:
-    """Cross entropy in chunks: logits in the run's dtype and twice in fp32, and the labels' rows with their gradient."""
+    """Cross entropy in chunks: logits in the run's dtype and twice in fp32, the labels' rows and their gradient."""
     columns = min(vocabulary, max(CHUNK_COLUMNS, CHUNK_ELEMENTS // max(labels, 1)))
     per_logit = 8 + (dtype_bytes if dtype_bytes < 4 else 0)
     return int(labels * columns * per_logit + labels * width * (2 * dtype_bytes + 4))

@@ -31,7 +31,7 @@ PRESETS = (
     ("zero3_cpu_bf16.json", 9.0),
 )
 TOKENS = ((1.0, 0.0), (0.75, 2.5), (0.5, 6.0), (0.25, 14.0))
-LEAST_TOKENS = ((1.0, 0.0), (0.75, 2.5), (0.5, 6.0), (0.25, 14.0))
+LEAST_TOKENS = 2048
 PLACEHOLDER = "nvme"  # stands for --nvme_path while only planning
 
 

@@ -17,9 +17,12 @@ NVME_GIB = (0, 1000)
 TOKENS = 11520  # the guides' budget
 WORKERS = 4
 
+# What moving is taken to run at, GiB/s: one GPU's PCIe 4.0 x16, one good NVMe drive (reads and writes together).
+PCIE, DRIVE = 20, 5
+
 _HEADER = """\
-| GPUs | RAM | NVMe | settings | GPU | host | NVMe used | moved per step |
-|---|---|---|---|---|---|---|---|"""
+| GPUs | RAM | NVMe | settings | GPU | host | NVMe used | moved per step | at least |
+|---|---|---|---|---|---|---|---|---|"""
 
 
 def table() -> str:
@@ -31,7 +34,7 @@ def table() -> str:
                 settings, plan = best_settings(count, gpu, host, nvme)
                 machine = f"| {count} x {gpu} | {host} | {nvme or 'none'} |"
                 lines.append(
-                    f"{machine} {settings} | {_numbers(plan)} |" if plan else f"{machine} {settings} | | | | |"
+                    f"{machine} {settings} | {_numbers(plan, count)} |" if plan else f"{machine} {settings} | | | | |"
                 )
     return "\n".join(lines)
 
@@ -56,7 +59,10 @@ def _config(preset: str) -> RunConfig:
     return make_config({"ds_config": preset, "max_num_tokens": TOKENS, "num_workers": WORKERS})
 
 
-def _numbers(plan: MemoryPlan) -> str:
+def _numbers(plan: MemoryPlan, gpus: int) -> str:
     nvme = f"{plan.nvme / GIB:.0f}" if plan.nvme else ""
-    traffic = ", ".join(f"{name} {size / GIB:.0f}" for name, size in plan.traffic._asdict().items() if size)
-    return f"{plan.gpu_peak / GIB:.0f} | {plan.host_peak / GIB:.0f} | {nvme} | {traffic}"
+    traffic = plan.traffic
+    moved = ", ".join(f"{name} {size / GIB:.0f}" for name, size in traffic._asdict().items() if size)
+    seconds = traffic.pcie / GIB / (PCIE * gpus) + traffic.nvme / GIB / DRIVE
+    least = f"{seconds:.0f} s" if seconds >= 0.5 else ""
+    return f"{plan.gpu_peak / GIB:.0f} | {plan.host_peak / GIB:.0f} | {nvme} | {moved} | {least}"
