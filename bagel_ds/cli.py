@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bagel_ds
-from bagel_ds import memory_command
+from bagel_ds import data_commands, memory_command
 from bagel_ds.errors import UserError
 
 
@@ -55,6 +55,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     memory.set_defaults(run=_memory, training=[])
     memory_command.add_options(memory)
+
+    data_commands.add_commands(commands)
     return parser
 
 

@@ -26,6 +26,7 @@ from bagel_ds.data.records import ParsedRow, decode_record, reason_of
 from bagel_ds.data.sample import TEXT, VIT
 from bagel_ds.data.sources import GroupStream, UnusableRow
 from bagel_ds.data.sources.stream import FileUse
+from bagel_ds.data.video import Video, decode_frames
 
 _POOL_ROWS = 500  # below this, starting processes costs more than it saves
 TEXTS, SEEN, GIVEN, DRAWN = "text", "vit", "vae_condition", "vae_target"  # kinds of tokens
@@ -41,6 +42,7 @@ class DatasetCheck:
     files: int = 0
     rows: int = 0
     usable: int = 0
+    too_long: int = 0  # of the unusable ones: longer than max_num_tokens_per_sample
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys((TEXTS, SEEN, GIVEN, DRAWN), 0))
     lengths: array[int] = field(default_factory=lambda: array("q"))  # tokens of each usable sample, markers included
     widths: array[int] = field(default_factory=lambda: array("q"))  # of each image of a usable row, as stored
@@ -130,6 +132,9 @@ def _decode(parsed: ParsedRow) -> str:
     """Decode every image; what is damaged but still usable, in words. Raises `BadRow`."""
     damage = ""
     for number, image in enumerate(parsed.images):
+        if isinstance(image, Video):
+            decode_frames(image, (0, image.frames - 1))
+            continue
         reason = _strict_fault(image)
         if reason:
             decode_rgb(image)
@@ -163,6 +168,7 @@ def _add_file(result: DatasetCheck, stream: GroupStream, use: FileUse, start: in
         row for row in range(use.index.rows) if row not in unusable and not _add_sample(result, stream, use, start, row)
     ]
     unusable |= _why_refused(stream, start, refused)
+    result.too_long += sum(start + row in stream.too_long for row in refused)
     result.files += 1
     result.rows += use.index.rows
     result.unusable += [_at(stream, use, start, row, reason) for row, reason in sorted(unusable.items())]

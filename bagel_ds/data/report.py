@@ -27,6 +27,7 @@ def as_json(result: DatasetCheck) -> dict[str, Any]:
         "files": result.files,
         "rows": result.rows,
         "usable": result.usable,
+        "too_long": result.too_long,
         "tokens": dict(result.tokens),
         "sample_length": _lengths(result),
         "images": _images(result),
@@ -70,7 +71,8 @@ def _table(result: DatasetCheck) -> Iterator[str]:
     total = sum(result.tokens.values())
     yield f"{result.group} / {result.dataset} ({result.kind})"
     yield f"  files            {result.files:,}"
-    yield f"  rows             {result.rows:,}, usable {result.usable:,} ({share:.1%}), not {len(result.unusable):,}"
+    yield f"  rows             {result.rows:,}, usable {result.usable:,} ({share:.1%})"
+    yield f"  unusable         {len(result.unusable):,}, of them {result.too_long:,} longer than max_num_tokens_per_sample"
     if not result.usable:
         return
     counts = [(_TOKENS[kind], count) for kind, count in result.tokens.items() if count]

@@ -1,0 +1,175 @@
+"""`bagel-ds index`, `check` and `inspect`: data looked at without training.
+
+Guarantees: they take every argument of the trainer under its own name, so that a training command's data can be looked
+at as it stands; they read files, write an index cache and what `--out` names, and need neither a GPU nor DeepSpeed.
+What goes to stdout is the result; progress and remarks go to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bagel_ds.config import RunConfig, parse_arguments
+from bagel_ds.errors import UserError
+
+_EPILOG = (
+    "All arguments of the trainer are understood besides (docs/arguments.md): --dataset_config_file and --model_path "
+    "say which data and whose tokenizer; budgets, dropout and modality switches count as in training."
+)
+
+
+def add_commands(commands: Any) -> None:
+    """Add the three to the subparsers of `bagel-ds`; the trainer's own words come besides, as `options.training`."""
+    index = _command(commands, "index", _index, "index data before training, in parallel and split over hosts")
+    _add_workers(index)
+    index.add_argument(
+        "--shard", type=_shard, default=(1, 1), metavar="I/N", help="only the I-th of N shares of the files, I from 1"
+    )
+
+    check = _command(commands, "check", _check, "read every row once, count what is there and name what is wrong")
+    _add_workers(check)
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+
+    inspect = _command(commands, "inspect", _inspect, "show the first packs as training will see them, and their plan")
+    inspect.add_argument("--packs", type=_not_negative, default=4, help="packs to show (default 4)")
+    inspect.add_argument("--out", type=Path, help="folder for packs.txt and a picture of each pack")
+    inspect.add_argument("--world_size", "--world-size", type=_at_least_one, default=1, help="ranks (default 1)")
+    inspect.add_argument(
+        "--steps",
+        type=_not_negative,
+        default=100,
+        help="micro-steps of all ranks to plan for the numbers (default 100)",
+    )
+    inspect.add_argument("--json", action="store_true", help="print the plan's numbers as one JSON object")
+
+
+def _command(commands: Any, name: str, run: Any, help: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, epilog=_EPILOG, allow_abbrev=False)
+    parser.set_defaults(run=run, training=[])
+    return parser
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=_at_least_one, help="processes (default: the CPUs this one may use)")
+
+
+# ------------------------------------------------------------------------------------------------------ the commands
+def _index(options: argparse.Namespace) -> None:
+    config = _start(options)
+    from bagel_ds.data.index import index_files
+    from bagel_ds.data.sources.opening import files_to_index
+    from bagel_ds.train.inputs import open_inputs
+
+    inputs = open_inputs(config)
+    number, shares = options.shard
+    every = sorted(files_to_index(inputs.datasets), key=lambda file: (file.path, file.key))
+    files = every[number - 1 :: shares]
+    lock = f"-{number}-of-{shares}" if shares > 1 else ""  # shares have different files: none waits for another
+    indexes = index_files(files, inputs.tokenizer, progress=True, workers=options.workers, lock=lock)
+    rows, bad = sum(index.rows for index in indexes), sum(len(index.bad) for index in indexes)
+    share = f" (share {number} of {shares}, {len(every)} files in all)" if shares > 1 else ""
+    print(f"{len(files)} files are indexed{share}: {rows:,} rows, {bad:,} unusable")
+
+
+def _check(options: argparse.Namespace) -> None:
+    config = _start(options)
+    from bagel_ds.data.check import check_streams
+    from bagel_ds.data.report import as_json, as_text, unusable
+    from bagel_ds.data.sources.opening import index_streams
+    from bagel_ds.train.inputs import open_inputs
+
+    inputs = open_inputs(config)
+    began = time.monotonic()
+    streams = index_streams(
+        inputs.datasets, inputs.tokenizer, inputs.sample_options, progress=True, workers=options.workers
+    )
+    results = check_streams(streams, inputs.tokenizer.special_strings, options.workers, progress=True)
+    seconds = time.monotonic() - began
+    if options.json:
+        datasets = [as_json(result) for result in results]
+        print(json.dumps({"datasets": datasets, "trainable": not unusable(results), "seconds": seconds}, indent=1))
+    else:
+        print("\n".join(as_text(results)))
+    if faults := unusable(results):
+        raise UserError("training would refuse this data: " + "; ".join(faults))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    config = _start(options)
+    from bagel_ds.data.inspect import first_packs, pack_text
+    from bagel_ds.data.inspect_plan import plan_numbers, plan_text
+    from bagel_ds.train.inputs import open_inputs
+
+    inputs = open_inputs(config)
+    data = inputs.plan(progress=True)
+    shift = inputs.model.timestep_shift
+    text: list[str] = []
+    if options.packs and (options.out or not options.json):
+        for number, pack in enumerate(first_packs(data, options.packs)):
+            lines = pack_text(pack, shift)
+            text += [*lines, ""]
+            if not options.json:
+                print("\n".join(lines), end="\n\n")
+            if options.out:
+                _draw(pack, shift, options.out / f"pack_{number}.png")
+    if options.out and text:
+        (options.out / "packs.txt").write_text("\n".join(text), encoding="utf-8")
+        logging.getLogger("bagel_ds").info("wrote %s: packs.txt and a picture of each pack", options.out)
+    if not options.steps:
+        return
+    numbers = plan_numbers(data, options.world_size, options.steps)
+    print(json.dumps(numbers._asdict(), indent=1) if options.json else "\n".join(plan_text(numbers)))
+
+
+def _draw(pack: Any, shift: float, path: Path) -> None:
+    from bagel_ds.data.inspect_sheet import contact_sheet
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(pack, shift).save(path)
+    except OSError as error:
+        raise UserError(f"--out {path.parent} can't be written: {error.strerror or error}") from None
+
+
+# ------------------------------------------------------------------------------------------------------- the options
+def _start(options: argparse.Namespace) -> RunConfig:
+    """The trainer's configuration behind the rest of the words, its remarks told; the log goes to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("bagel_ds")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    config = parse_arguments(options.training)
+    for note in config.notes:
+        if "num_tokens" in note:  # the others are about training
+            logger.info(note)
+    return config
+
+
+def _shard(word: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", word)
+    number, shares = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= number <= shares:
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, such as 1/4, found {word!r}")
+    return number, shares
+
+
+def _at_least_one(word: str) -> int:
+    return _whole_number(word, 1)
+
+
+def _not_negative(word: str) -> int:
+    return _whole_number(word, 0)
+
+
+def _whole_number(word: str, least: int) -> int:
+    if not word.isdecimal() or int(word) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, found {word!r}")
+    return int(word)
