@@ -72,7 +72,7 @@ def _table(result: DatasetCheck) -> Iterator[str]:
     yield f"{result.group} / {result.dataset} ({result.kind})"
     yield f"  files            {result.files:,}"
     yield f"  rows             {result.rows:,}, usable {result.usable:,} ({share:.1%})"
-    yield f"  unusable         {len(result.unusable):,}, of them {result.too_long:,} longer than max_num_tokens_per_sample"
+    yield f"  unusable         {len(result.unusable):,}, {result.too_long:,} of them longer than the limit per sample"
     if not result.usable:
         return
     counts = [(_TOKENS[kind], count) for kind, count in result.tokens.items() if count]

@@ -1,29 +1,37 @@
 """The numbers of a logged step, put together over all ranks.
 
 Guarantees: one collective exchange per logged step and none in between; speeds are means since the last logged step;
-counters of skipped rows are totals since the start of this process, over all ranks.
+skipped rows are counted once each, however many epochs and ranks meet them: those that the index or the plan cannot use
+and those whose body turned out to be broken, which are named when they are first met.
 """
 
 from __future__ import annotations
 
+import logging
 import socket
 import time
 from collections import Counter
-from typing import Sequence
+from typing import Callable, Mapping, Sequence
 
 from bagel_ds.data.loader import MicroBatch
 from bagel_ds.model.config import BagelConfig
-from bagel_ds.train.agreement import everyone
+from bagel_ds.train.agreement import everyone, is_main
 from bagel_ds.train.step import StepResult
 from bagel_ds.train.throughput import device_gib, host_gib, pack_flops, peak_tflops
+
+logger = logging.getLogger("bagel_ds")
 
 
 class StepMeter:
     """`add` every step, `read` (on every rank) the steps that are logged."""
 
-    def __init__(self, model: BagelConfig, peak_device_tflops: float):
-        self._model, self._peak = model, peak_tflops(peak_device_tflops)
-        self._skipped: Counter[str] = Counter()
+    def __init__(
+        self, model: BagelConfig, peak_device_tflops: float, unusable_rows: Callable[[], Mapping[str, int]] = dict
+    ):
+        """`unusable_rows` counts, by dataset, the rows that are left out before any is read."""
+        self._model, self._peak, self._unusable_rows = model, peak_tflops(peak_device_tflops), unusable_rows
+        self._broken: dict[str, str] = {}  # row and reason -> dataset, over all ranks
+        self._newly_broken: dict[str, str] = {}  # met by this rank since the last logged step
         self._restart()
 
     def _restart(self) -> None:
@@ -35,13 +43,13 @@ class StepMeter:
         self._steps += 1
         self._tokens += result.tokens
         self._flops += sum(pack_flops(micro.batch, self._model) for micro in window)
-        self._skipped.update(dataset for micro in window for dataset, _ in micro.batch.skipped)
+        self._newly_broken |= {reason: dataset for micro in window for dataset, reason in micro.batch.skipped}
         self._window = window
 
     def read(self, rate: float, result: StepResult) -> dict[str, float | None]:
         """Metrics under their public names; None where a step has no such number."""
         seconds = time.monotonic() - self._began
-        ranks = everyone((self._flops, device_gib(), host_gib(), socket.gethostname(), dict(self._skipped)))
+        ranks = everyone((self._flops, device_gib(), host_gib(), socket.gethostname(), self._newly_broken))
         values: dict[str, float | None] = {
             "loss/mse": result.mse,
             "loss/ce": result.ce,
@@ -62,10 +70,20 @@ class StepMeter:
         values["data/packing_efficiency"] = sum(micro.efficiency for micro in self._window) / len(self._window)
         values["data/imbalance"] = sum(micro.imbalance for micro in self._window) / len(self._window)
         values.update({f"data/epoch/{name}": epoch for name, epoch in self._window[-1].epochs.items()})
-        skipped: Counter[str] = Counter()
-        for *_, counts in ranks:
-            skipped.update(counts)
-        values.update({f"data/skipped/{name}": float(skipped.get(name, 0)) for name in self._window[-1].epochs})
-        values.update({f"data/skipped/{name}": float(count) for name, count in skipped.items()})
+        skipped = Counter(self._unusable_rows())
+        skipped.update(self._all_broken([broken for *_, broken in ranks]).values())
+        names = [*self._window[-1].epochs, *skipped]
+        values.update({f"data/skipped/{name}": float(skipped[name]) for name in names})
         self._restart()
         return values
+
+    def _all_broken(self, by_rank: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
+        """Every row met so far whose body is broken; those that no rank had met before are named in the log."""
+        for broken in by_rank:
+            for reason, dataset in broken.items():
+                if reason not in self._broken:
+                    self._broken[reason] = dataset
+                    if is_main():
+                        logger.warning("skipped: %s", reason)
+        self._newly_broken = {}
+        return self._broken

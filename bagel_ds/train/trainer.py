@@ -20,6 +20,7 @@ from torch import Tensor
 
 import bagel_ds
 from bagel_ds.config import RunConfig, wandb_wanted
+from bagel_ds.data.inspect import first_packs, pack_text
 from bagel_ds.data.loader import MicroBatch
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch
@@ -64,7 +65,8 @@ class Trainer:
 
     def run(self) -> None:
         with closing(self.engine), closing(self._open_metrics()) as metrics, closing(self._micro_batches()) as batches:
-            meter = StepMeter(self.prepared.model, self.args.peak_device_tflops)
+            self._show_packs()
+            meter = StepMeter(self.prepared.model, self.args.peak_device_tflops, self.prepared.data.unusable_rows)
             for step in range(self.steps_done, self.args.total_steps):
                 window = list(islice(batches, self.args.gradient_accumulation_steps))
                 rate = self._learning_rate(step)
@@ -175,6 +177,16 @@ class Trainer:
                 start=self.plan_state,
             )
         )
+
+    def _show_packs(self) -> None:
+        """The next `debug_batches` packs of all ranks as a person reads them, also in results_dir/debug_batches.txt."""
+        if not (self.args.debug_batches and is_main()):
+            return
+        lines: list[str] = []
+        for pack in first_packs(self.prepared.data, self.args.debug_batches, self.plan_state):
+            lines += [*pack_text(pack, self.args.timestep_shift), ""]
+        logger.info("the next %d packs:\n\n%s", self.args.debug_batches, "\n".join(lines))
+        Path(self.args.results_dir, "debug_batches.txt").write_text("\n".join(lines), encoding="utf-8")
 
     def _open_metrics(self) -> MetricsLog | SilentMetricsLog:
         def open_log() -> MetricsLog | SilentMetricsLog:

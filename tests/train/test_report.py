@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from tests.train.test_throughput import pack, text
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-RESULT = StepResult(ce=2.0, mse=None, total=2.0, grad_norm=0.5, tokens=100)
+RESULT = StepResult(ce=2.0, mse=None, total=2.0, grad_norm=0.5, tokens=100, applied=True, stop=False)
 
 
 class Clock:
@@ -73,19 +74,28 @@ def test_packing_is_that_of_the_step_over_its_micro_batches(clock: Clock) -> Non
     assert values["data/packing_efficiency"] == 0.75 and values["data/imbalance"] == pytest.approx(0.1)
 
 
-def test_skipped_rows_are_totals_of_the_run_by_dataset(clock: Clock) -> None:
-    meter = StepMeter(BagelConfig(), peak_device_tflops=0.0)
-    for expected in (2, 4):
-        meter.add([micro(skipped=(("t2i", "broken"), ("t2i", "broken"), ("other", "broken")))], RESULT)
+def test_a_skipped_row_is_counted_once_and_named_once(
+    clock: Clock, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = StepMeter(BagelConfig(), 0.0, lambda: {"t2i": 5, "vlm": 0})
+    monkeypatch.setattr(logging.getLogger("bagel_ds"), "propagate", True)
+    first = (("t2i", "t2i: a row 1: broken"), ("t2i", "t2i: a row 2: broken"), ("other", "other: a row 1: broken"))
+    for skipped, expected in ((first, 7), (first, 7), ((*first, ("t2i", "t2i: a row 3: broken")), 8)):
+        meter.add([micro(skipped=skipped)], RESULT)
         clock.now += 1
         values = meter.read(1e-4, RESULT)
-        assert values["data/skipped/t2i"] == expected and values["data/skipped/other"] == expected / 2
+        assert values["data/skipped/t2i"] == expected and values["data/skipped/other"] == 1
+        assert values["data/skipped/vlm"] == 0
+    named = [record.getMessage() for record in caplog.records]
+    assert named == [
+        f"skipped: {row}: broken" for row in ("t2i: a row 1", "t2i: a row 2", "other: a row 1", "t2i: a row 3")
+    ]
 
 
 def test_utilisation_is_over_all_ranks(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     def two_ranks(mine: Any) -> list[Any]:
         flops, device, host, _, skipped = mine
-        return [(flops, device, 2.0, "a", skipped), (3 * flops, device, 3.0, "a", {"t2i": 5})]
+        return [(flops, device, 2.0, "a", skipped), (3 * flops, device, 3.0, "a", {"row 7": "t2i", "row 8": "t2i"})]
 
     meter = StepMeter(BagelConfig(), peak_device_tflops=100.0)
     meter.add([micro()], RESULT)
@@ -97,4 +107,4 @@ def test_utilisation_is_over_all_ranks(clock: Clock, monkeypatch: pytest.MonkeyP
     both = meter.read(1e-4, RESULT)
     assert both["perf/mfu"] == pytest.approx(2 * alone["perf/mfu"])  # type: ignore[operator]
     assert both["memory/host_gib"] == 5.0, "ranks of one host share its memory"
-    assert both["data/skipped/t2i"] == 5
+    assert both["data/skipped/t2i"] == 2
