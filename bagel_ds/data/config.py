@@ -20,17 +20,10 @@ from bagel_ds.data import filesystems
 from bagel_ds.data.dataset_info import DatasetInfo, find_dataset_info, read_dataset_info
 from bagel_ds.data.images import ImageTransform
 from bagel_ds.data.sources.kinds import KINDS
+from bagel_ds.data.video import FrameSampler
 from bagel_ds.errors import UserError, all_faults
 
 logger = logging.getLogger("bagel_ds")
-
-
-@dataclass(frozen=True)
-class FrameSampler:
-    """How many frames a video becomes (no source reads videos yet)."""
-
-    max_num_frames: int = -1
-    min_num_frames: int = 8
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,7 @@ class GroupConfig:
     is_mandatory: bool = False
     shuffle_lines: bool = False
     shuffle_seed: int = 0
-    frame_sampler: FrameSampler | None = None
+    frame_sampler: FrameSampler = FrameSampler()
 
 
 @dataclass(frozen=True)
@@ -176,7 +169,12 @@ class _Reader:
             vae = self._transform(name, value, "image_transform_args", vae)
             vit = None if vit is None else self._transform(name, value, "vit_image_transform_args", vit)
         datasets = self._datasets(name, source, value)
-        sampler = self._numbers(name, "frame_sampler_args", value, ("max_num_frames", "min_num_frames"))
+        sampler = FrameSampler(**self._numbers(name, "frame_sampler_args", value, ("max_num_frames", "min_num_frames")))
+        if not 1 <= sampler.min_num_frames <= sampler.max_num_frames:
+            self.fault(
+                f"group {name!r}: frame_sampler_args needs 1 <= min_num_frames <= max_num_frames, found"
+                f" {sampler.min_num_frames} and {sampler.max_num_frames}"
+            )
         group = GroupConfig(
             name=name,
             kind=kind,
@@ -187,7 +185,7 @@ class _Reader:
             is_mandatory=self._flag(name, value, "is_mandatory"),
             shuffle_lines=self._flag(name, value, "shuffle_lines"),
             shuffle_seed=self._integer(name, value, "shuffle_seed"),
-            frame_sampler=FrameSampler(**sampler) if sampler else None,
+            frame_sampler=sampler,
         )
         return group if len(self.faults) == before else None
 

@@ -51,7 +51,7 @@ def work_of(plan: SamplePlan) -> Work:
     und = gen = ce = pairs = visible = 0
     vit: list[int] = []
     vae: list[int] = []
-    for kind, _, tokens, loss, dropped, special_label, height, width in plan.entries:
+    for kind, _, tokens, loss, dropped, special_label, height, width, _ in plan.entries:
         if dropped:
             continue
         length = tokens + 2

@@ -8,8 +8,10 @@ here is fatal to a run. `image_size` reads headers only.
 from __future__ import annotations
 
 import io
+import stat
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +65,16 @@ class ImageTransform:
         return max(self.image_stride, round(side / self.image_stride) * self.image_stride)
 
 
+def check_regular(path: Path) -> None:
+    """Raises `BadImage` where `path` is no regular file: opening a pipe would wait for ever."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise BadImage(f"the file cannot be read ({_words(error)})") from error
+    if not stat.S_ISREG(mode):
+        raise BadImage("not a regular file")
+
+
 def image_size(source: bytes | Path) -> tuple[int, int]:
     """(width, height) from the header alone. Raises `BadImage`."""
     with _opened(source) as image:
@@ -91,10 +103,12 @@ def resize_to_uint8(image: Image.Image, transform: ImageTransform, img_num: int 
 def _opened(source: bytes | Path) -> Image.Image:
     if isinstance(source, bytes) and not source:
         raise BadImage("the image has zero bytes")
+    if isinstance(source, Path):
+        check_regular(source)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
     except Exception as error:
         raise BadImage(f"not a readable image ({_words(error)})") from error
     refusal = _refusal(image)
@@ -102,6 +116,13 @@ def _opened(source: bytes | Path) -> Image.Image:
         image.close()
         raise BadImage(refusal)
     return image
+
+
+@cache
+def _formats() -> list[str]:
+    """What Pillow can decode by itself: EPS starts another program, the others are headers without a decoder."""
+    Image.init()
+    return [name for name in Image.ID if name not in ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")]
 
 
 def _refusal(image: Image.Image) -> str:

@@ -52,7 +52,8 @@ class DataFile:
     def key(self) -> str:
         """What the index depends on besides the file and the tokenizer."""
         folder = os.path.abspath(self.folder) if self.folder else ""
-        return f"{VERSION} {self.source.name} {self.source.version} {folder} {self.lines} {self.shuffle_seed}"
+        source = f"{self.source.name} {self.source.version} {self.source.settings}"
+        return f"{VERSION} {source} {folder} {self.lines} {self.shuffle_seed}"
 
 
 class _Layout(NamedTuple):

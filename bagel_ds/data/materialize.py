@@ -22,6 +22,7 @@ from bagel_ds.data.sample import TEXT, VAE, BadRow, Entry, SamplePlan
 from bagel_ds.data.sources.source import ParsedRow
 from bagel_ds.data.sources.stream import GroupStream
 from bagel_ds.data.tokenizer import Tokenizer
+from bagel_ds.data.video import Video, decode_frames
 from bagel_ds.model.batch import PackedBatch
 
 __all__ = ["LayoutOptions", "dataset_labels", "materialize"]
@@ -71,8 +72,8 @@ class _Sample:
         self.tokenizer = tokenizer
         self.options = options
         self.key = (noise_seed, stream.name, plan.epoch, plan.row)
-        self.decoded: dict[int, Image.Image] = {}
-        self.resized: dict[tuple[int, str], Tensor] = {}
+        self.decoded: dict[tuple[int, int], Image.Image] = {}  # by image and, of a video, frame
+        self.resized: dict[tuple[int, int, str], Tensor] = {}
 
     def load(self) -> list[Loaded]:
         row = self.stream.read([self.plan])[0]
@@ -105,19 +106,31 @@ class _Sample:
         return ids
 
     def _image(self, entry: Entry, row: ParsedRow) -> Tensor:
-        key = (entry.content, entry.kind)
+        place = (entry.content, entry.frame)
+        key = (*place, entry.kind)
         if key not in self.resized:
-            if entry.content >= len(row.images):
-                raise BadRow(_changed(f"image {entry.content} is gone"))
-            if entry.content not in self.decoded:
-                self.decoded[entry.content] = decode_rgb(row.images[entry.content])
+            if place not in self.decoded:
+                self._decode(*place, row)
             transform = self.stream.vae_transform if entry.kind == VAE else self.stream.vit_transform
-            self.resized[key] = self._resize(self.decoded[entry.content], transform, entry, row)
+            self.resized[key] = self._resize(self.decoded[place], transform, entry, row)
         return self.resized[key]
+
+    def _decode(self, content: int, frame: int, row: ParsedRow) -> None:
+        """An image, or all frames of a video that the sample shows."""
+        if content >= len(row.images):
+            raise BadRow(_changed(f"image {content} is gone"))
+        source = row.images[content]
+        if isinstance(source, Video) != (frame >= 0):
+            raise BadRow(_changed(f"image {content} is {'a' if frame < 0 else 'no'} video now"))
+        if not isinstance(source, Video):
+            self.decoded[content, -1] = decode_rgb(source)
+            return
+        wanted = [entry.frame for entry in self.plan.entries if entry.kind != TEXT and entry.content == content]
+        self.decoded |= {(content, frame): image for frame, image in decode_frames(source, wanted).items()}
 
     def _resize(self, image: Image.Image, transform: ImageTransform | None, entry: Entry, row: ParsedRow) -> Tensor:
         assert transform is not None, "a plan holds only what its stream has a transform for"
-        sharing = len(row.images) if self.stream.source.images_share_pixels else 1
+        sharing = self.stream.sharing(len(row.images), self.plan.entries)
         if transform.size(*image.size, sharing) != (entry.width, entry.height):
             raise BadRow(_changed(f"an image has {image.size[0]} x {image.size[1]} pixels now"))
         return resize_to_uint8(image, transform, sharing)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from bagel_ds.data.images import image_size
 from bagel_ds.data.sample import BadRow
 from bagel_ds.data.tokenizer import Tokenizer
+from bagel_ds.data.video import Video
 
 VERSION = 1  # of the values written by `encode_record`
 
@@ -23,7 +24,7 @@ class ParsedRow(NamedTuple):
 
     structure: tuple[int, ...]
     texts: list[str]
-    images: list[bytes | Path]
+    images: list[bytes | Path | Video]
 
 
 class Record(NamedTuple):
@@ -31,17 +32,21 @@ class Record(NamedTuple):
 
     structure: Sequence[int]
     text_lengths: Sequence[int]  # token ids of every text
-    image_sizes: Sequence[tuple[int, int]]  # (width, height) of every image, before any resize
+    image_sizes: Sequence[tuple[int, int]]  # (width, height) of every image or video, before any resize
 
 
 def encode_record(parsed: ParsedRow, tokenizer: Tokenizer) -> list[int]:
     """[items of structure, images, structure..., (width, height)..., text lengths...]. Raises `BadRow`."""
-    sizes = [side for image in parsed.images for side in image_size(image)]
+    sizes = [side for image in parsed.images for side in _size(image)]
     try:
         lengths = [len(ids) for ids in tokenizer.encode_batch(parsed.texts)]
     except TypeError as error:  # how the tokenizer refuses a string that has no UTF-8 form
         raise BadRow("a text is not valid Unicode (it holds half of a surrogate pair)") from error
     return [len(parsed.structure), len(parsed.images), *parsed.structure, *sizes, *lengths]
+
+
+def _size(image: bytes | Path | Video) -> tuple[int, int]:
+    return (image.width, image.height) if isinstance(image, Video) else image_size(image)
 
 
 def decode_record(numbers: Sequence[int]) -> Record:

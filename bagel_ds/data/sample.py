@@ -23,6 +23,7 @@ class Entry(NamedTuple):
     special_label: int = -1  # token id predicted at the text's end marker, -1 for none
     height: int = 0  # pixels after the resize (images only)
     width: int = 0
+    frame: int = -1  # where `content` is a video: which of its frames
 
     @property
     def length(self) -> int:

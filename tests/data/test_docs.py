@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_data import INTERLEAVE_SCHEMA, NO_DROPOUT, byte_tokenizer, picture, write_parquet
+from small_data import (
+    INTERLEAVE_SCHEMA,
+    NO_DROPOUT,
+    byte_tokenizer,
+    group,
+    picture,
+    streams_of,
+    write_conversations,
+    write_parquet,
+)
 
 from bagel_ds.data.config import load_dataset_config
 from bagel_ds.data.sources import SampleOptions, open_streams
@@ -78,3 +87,20 @@ def test_own_data_as_the_page_prepares_it(tmp_path: Path, monkeypatch: pytest.Mo
     tokenizer = byte_tokenizer(tmp_path / "tokenizer")
     (stream,) = open_streams(config, tokenizer, SampleOptions(), str(tmp_path / "index"), False)
     assert stream.rows == 1 and stream.plan_sample(0, 0) is not None
+
+
+def test_the_video_row_gives_a_sample(tmp_path: Path) -> None:
+    av = pytest.importorskip("av", reason="PyAV is not installed (extra `video`)")
+    row = _row("video")
+    path = tmp_path / "images" / row["video"]
+    path.parent.mkdir(parents=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for _ in range(20):
+            container.mux(stream.encode(av.VideoFrame(64, 48, "yuv420p")))
+        container.mux(stream.encode(None))
+    groups = {"vlm_sft": group(write_conversations(tmp_path, [row]))}
+    (stream_of_rows,) = streams_of(tmp_path, groups, byte_tokenizer(tmp_path / "tokenizer"))
+    plan = stream_of_rows.plan_sample(0, 0)
+    assert plan is not None and 8 <= sum(entry.kind == "vit_image" for entry in plan.entries) <= 12

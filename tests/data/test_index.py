@@ -262,7 +262,7 @@ def test_bad_lines_and_pictures_are_named(tmp_path: Path, tokenizer: Tokenizer) 
         5: "<image> 2 times, the row has 1 images",
         6: "<image> 2 times, the row has 1 images",
         7: "nothing to learn",
-        8: "video",
+        8: "no such file",
         9: "conversations is NoneType",
         10: "value of a gpt turn is float",
         11: "expected a JSON object",

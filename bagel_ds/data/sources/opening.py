@@ -124,7 +124,7 @@ def _stride_faults(group: GroupConfig, options: SampleOptions) -> list[str]:
 
 
 def _data_files(group: GroupConfig, entry: DatasetEntry) -> list[DataFile]:
-    source = KINDS[group.kind]
+    source = KINDS[group.kind].with_frames(group.frame_sampler)
     if not source.jsonl:
         return [DataFile(path, source) for path in entry.files]
     seed = group.shuffle_seed if group.shuffle_lines and entry.num_used is not None else None

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Sequence
 from bagel_ds.data.draws import Draws
 from bagel_ds.data.records import ParsedRow, Record
 from bagel_ds.data.sample import BadRow
+from bagel_ds.data.video import FrameSampler
 
 __all__ = ["CE", "MSE", "ParsedRow", "Piece", "Record", "Source", "image_bytes", "list_of", "needed_columns"]
 
@@ -26,6 +27,7 @@ class Piece(NamedTuple):
     content: int  # which text or image of the parsed row
     loss: bool = False
     special: str = ""  # name in SpecialTokens of the label at the text's end marker
+    frame: int = -1  # of a video
 
 
 class Source(ABC):
@@ -37,7 +39,16 @@ class Source(ABC):
     losses: ClassVar[frozenset[str]]  # CE, MSE
     conditions_drop: ClassVar[bool]  # texts and clean images are dropped with the *_cond_dropout_prob
     jsonl: ClassVar[bool] = False  # rows are lines of a jsonl file rather than of parquet
-    images_share_pixels: ClassVar[bool] = False  # a row's images share the transform's max_pixels
+    images_share_pixels: ClassVar[bool] = False  # a row's images (or its video's frames) share max_pixels
+
+    def with_frames(self, frames: FrameSampler) -> Source:
+        """The same format with this many frames per video."""
+        return self
+
+    @property
+    def settings(self) -> str:
+        """What the index depends on besides `version`."""
+        return ""
 
     @abstractmethod
     def columns(self, available: Sequence[str]) -> list[str]:

@@ -213,22 +213,28 @@ class GroupStream:
     def _entries(self, pieces: list[Piece], record: Record) -> list[Entry]:
         """Pieces with their sizes, modalities that are switched off taken out. Raises `BadRow`."""
         options = self.options
-        sharing = len(record.image_sizes) if self.source.images_share_pixels else 1
+        sharing = self.sharing(len(record.image_sizes), pieces)
         entries = []
-        for kind, content, loss, special in pieces:
+        for kind, content, loss, special, frame in pieces:
             if kind == TEXT:
                 loss = loss and options.visual_und
                 label = getattr(self.special, special) if special and loss else -1
                 entries.append(Entry(TEXT, content, record.text_lengths[content], loss, False, label))
             elif options.visual_und if kind == VIT else options.visual_gen:
                 tokens, height, width = self._image_tokens(kind, *record.image_sizes[content], sharing)
-                entries.append(Entry(kind, content, tokens, loss, False, -1, height, width))
+                entries.append(Entry(kind, content, tokens, loss, False, -1, height, width, frame))
         losses = {entry.kind for entry in entries if entry.loss}
         if not losses:
             raise BadRow("no text or image with a loss")
         if losses == {TEXT} and self.source.conditions_drop and options.text_cond_dropout_prob >= 1:
             raise BadRow("text_cond_dropout_prob drops every text with a loss")
         return entries
+
+    def sharing(self, images: int, pieces: Sequence[Piece | Entry]) -> int:
+        """How many pictures share `max_pixels`: a row's images, shown or not, or the frames that a sample shows."""
+        if not self.source.images_share_pixels:
+            return 1
+        return max(images, sum(piece.frame >= 0 for piece in pieces))
 
     def _image_tokens(self, kind: str, width: int, height: int, sharing: int) -> tuple[int, int, int]:
         """(tokens, height, width after the resize) of an image; data sets hold few sizes, so they are remembered."""
