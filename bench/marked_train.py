@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ class MarkedTrainer(trainer_module.Trainer):
         super()._load()
         mark("loaded")
         gc.collect()
+        time.sleep(1)  # long enough to be sampled
         held = [None] * dist.get_world_size()
         dist.all_gather_object(held, live_tensor_bytes())
         if dist.get_rank() == 0:

@@ -25,6 +25,7 @@ class Peak:
     anonymous: int = 0
     shared: int = 0
     file: int = 0  # largest seen; not necessarily at the same moment
+    last: int = 0  # host memory at the last sample of the phase
     by_process: dict[str, int] = field(default_factory=dict)  # at the peak: "12345 python" -> bytes
 
 
@@ -95,7 +96,7 @@ class MemorySampler:
             by_process[str(process)] = memory.get("anonymous", 0) + memory.get("shared", 0)
         peak = self.peaks.setdefault(phase, Peak())
         peak.file = max(peak.file, total["file"])
-        host = total["anonymous"] + total["shared"]
+        host = peak.last = total["anonymous"] + total["shared"]
         if host > peak.host:
             peak.host, peak.anonymous, peak.shared = host, total["anonymous"], total["shared"]
             peak.by_process = by_process

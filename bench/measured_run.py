@@ -38,11 +38,17 @@ class Measured:
         return max(self.peaks[phase].host for phase in phases)
 
 
-def measured_run(arguments: Sequence[object], ranks: int = 2, timeout: float = 900, interval: float = 0.1) -> Measured:
-    """Run marked_train.py under the launcher to its end."""
+def measured_run(
+    arguments: Sequence[object],
+    ranks: int = 2,
+    timeout: float = 1800,
+    interval: float = 0.1,
+    script: str = "marked_train.py",
+) -> Measured:
+    """Run a script of this folder (by default the trainer with marks) under the launcher to its end."""
     port = _free_port()
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
-    command = [*launcher, str(REPOSITORY / "bench" / "marked_train.py"), *map(str, arguments)]
+    command = [*launcher, str(REPOSITORY / "bench" / script), *map(str, arguments)]
     began = time.monotonic()
     process = subprocess.Popen(
         command,

@@ -39,6 +39,12 @@ def scaled_config(width: int, layers: int, vocabulary: int, vit_width: int = 192
     return BagelConfig(llm=llm, vit=vit)
 
 
+def folder_config(folder: Path) -> BagelConfig:
+    """The network that a folder written by `write_random_model` describes."""
+    written = ModelFolder(folder)
+    return BagelConfig(llm=written.llm_config(), vit=written.vit_config())
+
+
 def parameter_shapes(config: BagelConfig) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in Bagel(config).named_parameters()}

@@ -39,13 +39,14 @@ class GatherOptions(NamedTuple):
 class Gathered:
     """Elements over one micro-batch."""
 
-    peak: dict[str, int]  # by moment: most elements held whole at once, copies in flight included
+    peak: dict[str, int]  # by moment: most elements held whole at once
+    with_copies: dict[str, int]  # the same with the flat buffers from which they are copied
     persistent: int  # always held whole
     total: int  # gathered over the whole step, each time counted
 
     @property
     def largest(self) -> int:
-        return max(self.peak.values())
+        return max(self.with_copies.values())
 
 
 @lru_cache(maxsize=64)
@@ -55,7 +56,7 @@ def gathered(config: BagelConfig, freezing: Freezing, recompute: bool, options: 
     persistent = sum(size for size in sizes if size <= options.param_persistence_threshold)
     replay = _Replay(sizes, step_calls(config, freezing, recompute), options)
     replay.run()
-    return Gathered({moment: replay.peak[moment] for moment in MOMENTS}, persistent, replay.total)
+    return Gathered(replay.peak, replay.with_copies, persistent, replay.total)
 
 
 class _Replay:
@@ -72,6 +73,7 @@ class _Replay:
         self._waiting: dict[int, int] = {}  # gather -> its elements, until its flat buffer is copied out
         self._now = self.total = 0
         self.peak: dict[str, int] = dict.fromkeys(MOMENTS, 0)
+        self.with_copies = dict(self.peak)
 
     def run(self) -> None:
         for step, call in enumerate(self._calls):
@@ -138,4 +140,5 @@ class _Replay:
                 self._now -= self._sizes[index]
 
     def _note(self, moment: str, copies: int = 0) -> None:
-        self.peak[moment] = max(self.peak[moment], self._now + copies)
+        self.peak[moment] = max(self.peak[moment], self._now)
+        self.with_copies[moment] = max(self.with_copies[moment], self._now + copies)

@@ -86,6 +86,10 @@ def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Moment]
         parts = [inputs, kept, *parts] if moment in ("layer", "head") else [inputs, *parts]
         if live is not None:
             parts.append(State("gathered parameters", DEVICE, s.weight_bytes * live.peak[moment]))
+            copies = s.weight_bytes * (live.with_copies[moment] - live.peak[moment])
+            if s.on_cpu:  # one thing after the other: parameters are copied before a gradient is reduced
+                copies = max(0, copies - sum(part.size for part in _reduction(s, 0)))
+            parts.append(State("gathered parameters, being copied", DEVICE, copies))
         found.append(Moment(names[moment] + " backward", parts))
     return found
 

@@ -1,0 +1,170 @@
+"""Host memory of load, step, export and resume, ours beside the naive way, two ranks on CPU.
+
+One command: `python bench/host_memory.py [--json] [--parameters 1e9] [--work DIR]`. It writes a model with random
+weights in the real layout, trains two steps on the demo's data under each preset, saves, resumes for one step, and
+removes everything. Memory is what no file backs (anonymous and shared), of the launcher and all ranks together. A model
+of 1 B parameters takes about 30 GiB with the CPU preset; a machine with less gets a smaller one, and is told so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))  # also where the package is not installed
+
+from bagel_ds.config import make_config  # noqa: E402
+from bagel_ds.demo import write_demo  # noqa: E402
+from bagel_ds.model.config import BagelConfig, VAEConfig  # noqa: E402
+from bagel_ds.zero.memory import GIB, MemoryOptions, plan_memory  # noqa: E402
+from bagel_ds.zero.memory_parameters import parameter_sizes  # noqa: E402
+from bagel_ds.zero.memory_suggest import resolved  # noqa: E402
+from bench.measured_run import Measured, measured_run  # noqa: E402
+from bench.random_model import scaled_config, write_random_model  # noqa: E402
+
+RANKS, TOKENS, VOCABULARY = 2, 1024, 16384
+PRESETS = ("zero3.json", "zero3_cpu.json", "zero3_nvme.json", "zero3_nvme_all.json")
+DEMO_VAE = VAEConfig(channels=32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--parameters", type=float, default=1e9, help="about so many (default 1e9)")
+    parser.add_argument("--presets", nargs="+", default=list(PRESETS))
+    parser.add_argument("--limit", type=float, help="GiB this may take (default: 0.8 of what is available)")
+    parser.add_argument("--work", type=Path, help="folder for models and checkpoints (default: a temporary one)")
+    options = parser.parse_args()
+    limit = options.limit or 0.8 * available_gib()
+    config = largest_that_fits(options.parameters, options.presets, limit)
+    with tempfile.TemporaryDirectory(dir=options.work, prefix="host_memory_") as folder:
+        report = measure(Path(folder), config, options.presets)
+    report["available_gib"], report["asked_parameters"] = round(limit, 1), options.parameters
+    print(json.dumps(report, indent=1) if options.json else "\n".join(lines(report)))
+
+
+def measure(folder: Path, config: BagelConfig, presets: list[str]) -> dict[str, Any]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        write_demo(folder / "demo")
+    model = folder / "model"
+    parameters = write_random_model(model, folder / "demo" / "model", config)
+    report: dict[str, Any] = {"parameters": parameters, "ranks": RANKS, "presets": {}}
+    for preset in presets:
+        say(f"{preset}: load, two steps, export")
+        first = measured_run(arguments(folder, model, preset, 2))
+        say(f"{preset}: resume")
+        second = measured_run(arguments(folder, model, preset, 3))
+        report["presets"][preset] = numbers(first, second, planned(config, preset))
+        shutil.rmtree(folder / "run", ignore_errors=True)
+        shutil.rmtree(folder / "nvme", ignore_errors=True)
+    say("the naive way: load, export")
+    naive = measured_run([model, folder / "naive.safetensors"], script="naive_memory.py")
+    if naive.code != 0:
+        raise SystemExit(f"the naive way failed:\n{naive.output[-3000:]}")
+    report["naive"] = {"load_gib": gib(naive.peak("load", "loaded")), "export_gib": gib(naive.peak("export"))}
+    return report
+
+
+def numbers(first: Measured, second: Measured, plan: float) -> dict[str, Any]:
+    for run in (first, second):
+        if run.code != 0:
+            return {"failed": run.output[-3000:]}
+    settled = first.peaks["loaded"].last
+    return {
+        "states_gib": gib(sum(first.held)),
+        "after_load_gib": gib(settled),
+        "load_gib": gib(first.peak("load", "loaded")),
+        "load_over_after_load": round(first.peak("load", "loaded") / settled, 3),
+        "step_gib": gib(first.peak("step")),
+        "export_gib": gib(first.peak("export")),
+        "export_over_before": round(first.peak("export") / first.peaks["step"].last, 3),
+        "resume_load_gib": gib(second.peak("load", "loaded")),
+        "resume_over_after_load": round(second.peak("load", "loaded") / second.peaks["loaded"].last, 3),
+        "resume_step_gib": gib(second.peak("step")),
+        "mapped_file_pages_gib": gib(max(peak.file for peak in first.peaks.values())),
+        "planned_gib": gib(plan),
+        "planned_over_measured": round(plan / max(peak.host for peak in first.peaks.values()), 3),
+        "seconds": round(first.seconds + second.seconds),
+    }
+
+
+def arguments(folder: Path, model: Path, preset: str, steps: int) -> list[object]:
+    run = folder / "run"
+    return [
+        *("--ds_config", preset, "--nvme_path", folder / "nvme"),
+        *("--dataset_config_file", folder / "demo" / "example.yaml", "--model_path", model, "--max_latent_size", 64),
+        *("--results_dir", run, "--checkpoint_dir", run / "checkpoints", "--auto_resume", True),
+        *("--finetune_from_hf", True, "--finetune_from_ema", True, "--total_steps", steps, "--save_every", 100),
+        *("--log_every", 1, "--warmup_steps", 1, "--lr", 1e-5, "--ema", 0.95, "--num_workers", 0),
+        *("--max_num_tokens", TOKENS, "--expected_num_tokens", 896, "--max_num_tokens_per_sample", 896),
+    ]
+
+
+def planned(config: BagelConfig, preset: str) -> float:
+    """Bytes of host memory that the planner predicts for these runs."""
+    run = make_config({"ds_config": preset, "max_num_tokens": TOKENS, "num_workers": 0, "ema": 0.95})
+    options = MemoryOptions.of(run, RANKS, device="cpu", image_pixels=192**2, vae=DEMO_VAE)
+    return plan_memory(config, resolved(preset, run, config, RANKS), options).host_peak
+
+
+def largest_that_fits(wanted: float, presets: list[str], limit: float) -> BagelConfig:
+    """The largest network of at most about `wanted` parameters whose planned peak is below `limit` GiB everywhere."""
+    best = scaled_config(384, 4, 4096)
+    for width, layers in ((512, 4), (768, 4), (768, 8), (1024, 8), (1024, 12), (1280, 12), (1280, 16)):
+        config = scaled_config(width, layers, VOCABULARY)
+        size = sum(parameter.numel for parameter in parameter_sizes(config))
+        # The naive way holds two fp32 networks and the file's tensors on every rank.
+        needs = max(planned(config, preset) for preset in presets) / GIB, 10.5 * size * RANKS / GIB + 1
+        if size <= 1.1 * wanted and max(needs) <= limit:
+            best = config
+    return best
+
+
+def available_gib() -> float:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable"):
+            return int(line.split()[1]) / 2**20
+    raise SystemExit("/proc/meminfo does not say MemAvailable: this benchmark needs Linux")
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    smaller = report["parameters"] < 0.8 * report["asked_parameters"]
+    found = [f"{report['parameters']:,} parameters, {report['ranks']} ranks on CPU; GiB of all processes together"]
+    if smaller:
+        found.append(f"(smaller than asked: {report['available_gib']} GiB may be used)")
+    naive = report["naive"]
+    found.append(f"naive: load {naive['load_gib']}, export on rank 0 {naive['export_gib']}")
+    for preset, values in report["presets"].items():
+        if "failed" in values:
+            found.append(f"{preset}: failed: {values['failed'].strip().splitlines()[-1]}")
+            continue
+        found += [
+            f"{preset}: after load {values['after_load_gib']}, states {values['states_gib']}",
+            f"  load {values['load_gib']} ({values['load_over_after_load']}x what stays; naive needs "
+            f"{naive['load_gib'] / values['load_gib']:.1f}x ours)",
+            f"  step {values['step_gib']} (planned {values['planned_gib']}, {values['planned_over_measured']}x)",
+            f"  export {values['export_gib']} ({values['export_over_before']}x of before)",
+            f"  resume: load {values['resume_load_gib']} ({values['resume_over_after_load']}x), step "
+            f"{values['resume_step_gib']}",
+        ]
+    return found
+
+
+def gib(size: float) -> float:
+    return round(size / GIB, 3)
+
+
+def say(text: str) -> None:
+    print(f"[host_memory] {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
