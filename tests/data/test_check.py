@@ -23,11 +23,13 @@ from small_data import (
 
 from bagel_ds.data import check
 from bagel_ds.data.check import DRAWN, GIVEN, SEEN, TEXTS, DatasetCheck, check_streams
+from bagel_ds.data.records import ParsedRow
 from bagel_ds.data.report import as_json, as_text, unusable
 from bagel_ds.data.sample import TEXT, VIT
 from bagel_ds.data.sources import SampleOptions
 from bagel_ds.data.sources.opening import index_streams
 from bagel_ds.data.tokenizer import Tokenizer
+from bagel_ds.data.video import Video
 
 SPECIAL = ("<|im_end|>", "<|endoftext|>")
 
@@ -148,3 +150,11 @@ def test_a_dataset_without_a_usable_row_is_reported_not_raised(tmp_path: Path, t
     assert as_json(results[0])["sample_length"] is None
     assert as_json(results[0])["bad_rows"][-1]["row"] is None, "a whole file has no row"
     assert "b.parquet as a whole" in "\n".join(as_text(results))
+
+
+def test_frames_of_a_video_are_decoded_up_to_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(check, "decode_frames", lambda video, numbers: asked.extend(numbers))
+    assert check._decode(ParsedRow((), [], [Video(Path("x.mp4"), 1000, 64, 48), Video(Path("y.mp4"), 2, 64, 48)])) == ""
+    first, second = asked[:-2], asked[-2:]
+    assert second == [0, 1] and first[0] == 0 and first[-1] == 999 and max(np.diff(first)) < 100
