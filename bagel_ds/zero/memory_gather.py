@@ -15,24 +15,25 @@ from typing import NamedTuple
 
 from bagel_ds.model.config import BagelConfig
 from bagel_ds.model.parts import Freezing
-from bagel_ds.zero.memory_parameters import Call, parameter_sizes, step_calls
+from bagel_ds.zero.memory_parameters import Call, ParameterSize, parameter_sizes, step_calls
 
 MOMENTS = ("vit", "embedding", "layer", "head")
 
 
 class GatherOptions(NamedTuple):
-    """Elements; the names are DeepSpeed's, without `stage3_`."""
+    """Elements; the names are DeepSpeed's, most without their `stage3_`."""
 
     prefetch_bucket_size: int = 50_000_000
     param_persistence_threshold: int = 100_000
     max_live_parameters: int = 1_000_000_000
     max_reuse_distance: int = 1_000_000_000
+    reduce_bucket_size: int = 500_000_000
 
     @classmethod
     def of(cls, ds_config: dict) -> GatherOptions:
         zero = ds_config.get("zero_optimization", {})
-        found = {name: int(float(zero.get(f"stage3_{name}", cls._field_defaults[name]))) for name in cls._fields}
-        return cls(**found)
+        found = {name: zero.get(f"stage3_{name}", zero.get(name)) for name in cls._fields}
+        return cls(**{name: int(float(value)) for name, value in found.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Gathered:
 
     peak: dict[str, int]  # by moment: most elements held whole at once
     with_copies: dict[str, int]  # the same with the flat buffers from which they are copied
+    reductions: dict[str, frozenset[tuple[int, int]]]  # (held whole, elements reduced) whenever gradients are reduced
     persistent: int  # always held whole
     total: int  # gathered over the whole step, each time counted
 
@@ -52,16 +54,19 @@ class Gathered:
 @lru_cache(maxsize=64)
 def gathered(config: BagelConfig, freezing: Freezing, recompute: bool, options: GatherOptions) -> Gathered:
     """What a step of this network holds whole, beyond its own partitions."""
-    sizes = [parameter.numel for parameter in parameter_sizes(config, freezing)]
-    persistent = sum(size for size in sizes if size <= options.param_persistence_threshold)
-    replay = _Replay(sizes, step_calls(config, freezing, recompute), options)
+    parameters = parameter_sizes(config, freezing)
+    persistent = sum(p.numel for p in parameters if p.numel <= options.param_persistence_threshold)
+    replay = _Replay(parameters, step_calls(config, freezing, recompute), options)
     replay.run()
-    return Gathered(replay.peak, replay.with_copies, persistent, replay.total)
+    reductions = {moment: frozenset(found) for moment, found in replay.reductions.items()}
+    return Gathered(replay.peak, replay.with_copies, reductions, persistent, replay.total)
 
 
 class _Replay:
-    def __init__(self, sizes: list[int], calls: tuple[Call, ...], options: GatherOptions):
-        self._sizes, self._calls, self._options = sizes, calls, options
+    def __init__(self, parameters: tuple[ParameterSize, ...], calls: tuple[Call, ...], options: GatherOptions):
+        self._sizes = sizes = [parameter.numel for parameter in parameters]
+        self._trains = [parameter.trains for parameter in parameters]
+        self._calls, self._options = calls, options
         self._persists = [size <= options.param_persistence_threshold for size in sizes]
         self._numel_before = [0]  # elements used by all calls before this one
         for call in calls:
@@ -74,6 +79,8 @@ class _Replay:
         self._now = self.total = 0
         self.peak: dict[str, int] = dict.fromkeys(MOMENTS, 0)
         self.with_copies = dict(self.peak)
+        self._bucket = 0  # elements of gradients that wait to be reduced
+        self.reductions: dict[str, set[tuple[int, int]]] = {moment: set() for moment in MOMENTS}
 
     def run(self) -> None:
         for step, call in enumerate(self._calls):
@@ -81,7 +88,10 @@ class _Replay:
             self._wait(call, 2 * step)
             self._prefetch(call, step)
             self._note(call.moment)
+            if call.backward:
+                self._reduce(call)
             self._release(call, step)
+        self.reductions[self._calls[-1].moment].add((self._now, self._bucket))
 
     def _find_next_uses(self) -> list[dict[int, int]]:
         """For each step: the next step that uses the same parameter again."""
@@ -128,6 +138,16 @@ class _Replay:
                 wanted.append(index)
                 numel += self._sizes[index]
         self._fetch(wanted, 2 * step + 1)
+
+    def _reduce(self, call: Call) -> None:
+        """Gradients fill the bucket; one that does not fit any more sends what waits on its way first."""
+        for index in call.parameters:
+            if not self._trains[index]:
+                continue
+            if self._bucket and self._bucket + self._sizes[index] > self._options.reduce_bucket_size:
+                self.reductions[call.moment].add((self._now, self._bucket))
+                self._bucket = 0
+            self._bucket += self._sizes[index]
 
     def _release(self, call: Call, step: int) -> None:
         for index in call.parameters:

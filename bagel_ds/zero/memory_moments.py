@@ -50,8 +50,8 @@ def moments(sharding: Sharding, shape: StepShape) -> list[Moment]:
 
 
 def gathering(sharding: Sharding, shape: StepShape) -> Gathered | None:
-    """What ZeRO-3 gathers; None in other stages and on a single rank, where a partition is the whole."""
-    if sharding.stage != 3:
+    """What ZeRO-3 gathers; None in other stages, and on a single rank that keeps its weights, which are whole."""
+    if sharding.stage != 3 or (sharding.world == 1 and sharding.place("param") == DEVICE):
         return None
     recompute = shape.checkpointing != "none"
     return gathered(shape.config, shape.freezing, recompute, GatherOptions.of(sharding.ds))
@@ -84,13 +84,30 @@ def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Moment]
     found = []
     for moment, parts in own.items():
         parts = [inputs, kept, *parts] if moment in ("layer", "head") else [inputs, *parts]
+        if live is not None and s.on_cpu:
+            found += _one_after_the_other(s, live, moment, names[moment], parts)
+            continue
         if live is not None:
-            parts.append(State("gathered parameters", DEVICE, s.weight_bytes * live.peak[moment]))
-            copies = s.weight_bytes * (live.with_copies[moment] - live.peak[moment])
-            if s.on_cpu:  # one thing after the other: parameters are copied before a gradient is reduced
-                copies = max(0, copies - sum(part.size for part in _reduction(s, 0)))
-            parts.append(State("gathered parameters, being copied", DEVICE, copies))
+            # Copies and reductions run beside each other on their own streams: all may be there at once.
+            parts = [*parts, State("gathered parameters", DEVICE, s.weight_bytes * live.with_copies[moment])]
         found.append(Moment(names[moment] + " backward", parts))
+    return found
+
+
+def _one_after_the_other(s: Sharding, live: Gathered, moment: str, name: str, parts: list[State]) -> list[Moment]:
+    """On CPU parameters are copied and gradients reduced in turn: each reduction meets what is held at that time."""
+    others = [part for part in parts if part.name not in _REDUCTION]
+
+    def holding(elements: int) -> State:
+        return State("gathered parameters", DEVICE, s.weight_bytes * elements)
+
+    found = [Moment(f"{name} backward", [*others, holding(live.with_copies[moment])])]
+    reducing = [
+        [*others, holding(held), *_reduction(s, waiting if waiting > s.bucket else 0, waiting)]
+        for held, waiting in live.reductions[moment]
+    ]
+    if reducing:
+        found.append(Moment(f"{name} backward, reducing", max(reducing, key=_total)))
     return found
 
 
@@ -98,14 +115,21 @@ def _trains(s: Sharding, part: str) -> bool:
     return any(p.trains and part in p.name for p in s.parameters)
 
 
-def _reduction(s: Sharding, large: int) -> list[State]:
-    """Gradients on their way to the partitions: a full bucket, or one parameter of `large` elements that exceeds it."""
+_REDUCTION = ("gradients being reduced", "gradient norm in float64", "fp32 gradients on their way to NVMe")
+
+
+def _reduction(s: Sharding, large: int, waiting: int | None = None) -> list[State]:
+    """Gradients on their way to the partitions: `waiting` elements (None: a full bucket), named as in `_REDUCTION`.
+
+    `large` is not 0 where one parameter exceeds the bucket.
+    """
     trainable = s.elements(True)
     if s.stage == 0 or not trainable:
         return []
     size = s.communication_bytes
     is_beyond = large > s.bucket
-    waiting = large if is_beyond else min(s.bucket, trainable)
+    if waiting is None:
+        waiting = large if is_beyond else min(s.bucket, trainable)
     # The bucket's own memory is a state; a gradient beyond it has its own, and both are reordered by rank in a copy.
     parts = [State("gradients being reduced", DEVICE, size * waiting * (2 if is_beyond else 1))]
     if s.stage == 3 and s.place("optimizer") != DEVICE:

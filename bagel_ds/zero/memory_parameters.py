@@ -134,6 +134,7 @@ class Call(NamedTuple):
 
     moment: str  # "vit", "embedding", "layer" or "head"
     parameters: tuple[int, ...]
+    backward: bool = False
 
 
 @lru_cache(maxsize=16)
@@ -147,7 +148,7 @@ def step_calls(config: BagelConfig, freezing: Freezing, recompute: bool) -> tupl
     for block in reversed(forward):
         if recompute and len(block) > 2:  # a layer
             calls += block
-        calls += reversed(block)
+        calls += [call._replace(backward=True) for call in reversed(block)]
     return tuple(calls)
 
 

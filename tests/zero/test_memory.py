@@ -89,6 +89,11 @@ def test_hpz_keeps_a_second_copy_per_group() -> None:
     assert copy.bytes == 2 * PARAMETERS // 4
 
 
+def test_a_single_gpu_that_keeps_its_weights_gathers_nothing() -> None:
+    assert not items(plan("zero3.json", 1), "gathered parameters")
+    assert items(plan("zero3_cpu.json", 1), "gathered parameters")
+
+
 def test_the_host_counts_its_own_ranks_only() -> None:
     whole, half = plan("zero3_cpu.json", 4), plan("zero3_cpu.json", 4, ranks_per_host=2)
     assert items(half, "masters")[0].bytes * 2 == items(whole, "masters")[0].bytes
