@@ -24,6 +24,7 @@ from bagel_ds.train import setup
 
 def main(cases_file: str, results: str) -> None:
     rank = int(os.environ["RANK"])
+    os.environ["BAGEL_DS_DETACH"] = "0"  # every case in this very process
     # Here no launcher waits for the first rank to end, and the process group lives as long as the processes: one that
     # was ended and made anew hangs after an engine has used it (DeepSpeed keeps what belongs to the first).
     no_wait = mock.patch.object(train, "_GRACE_SECONDS", 0.0)
