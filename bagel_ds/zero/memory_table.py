@@ -52,6 +52,8 @@ def best_settings(count: int, gpu: float, host: float, nvme: float) -> tuple[str
     if not found:
         return "does not fit", None
     words = [word.removeprefix("--ds_config ") for word in found[0].settings]
+    if not found[0].settings[0].startswith("--ds_config"):
+        words.insert(0, start)
     return " ".join(f"`{word}`" for word in words), found[0].plan
 
 
