@@ -98,7 +98,18 @@ class TrainingArguments:
     save_every: int = option(2000, "optimizer steps between checkpoints; the last step is always saved")
     total_steps: int = option(500_000, "optimizer steps of the whole run")
     del_previous_state: bool = option(False, "after a save, delete older optimizer states and keep the weights")
+    keep_last: int = option(0, "(ours) after a save, delete all but the N newest checkpoints; 0 keeps all")
     debug_batches: int = option(0, "show the first N packs before training")
+
+    stop_after: str | None = option(
+        None, "(ours) save and stop after this long, such as 3h50m: before a time limit of the cluster"
+    )
+    stall_timeout: float = option(
+        3600.0, "(ours) seconds after which a step that does not end prints where every rank is and ends; 0 waits on"
+    )
+    max_nonfinite: int = option(
+        10, "(ours) so many updates with a gradient that is not finite are skipped, then it is an error"
+    )
 
     warmup_steps: int = option(2000, "steps over which the learning rate rises from 0")
     lr_scheduler: str = option("constant", "schedule after the warm-up", choices=("constant", "cosine"))

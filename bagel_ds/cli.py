@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bagel_ds
-from bagel_ds import data_commands, memory_command
+from bagel_ds import data_commands, memory_command, run_commands
 from bagel_ds.errors import UserError
 
 
@@ -57,6 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     memory_command.add_options(memory)
 
     data_commands.add_commands(commands)
+    run_commands.add_commands(commands)
     return parser
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -212,3 +213,16 @@ def help_text() -> str:
             text = f"{field.metadata['help']} [{field.default}]"
             lines += textwrap.wrap(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)
+
+
+_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+
+
+def duration_seconds(text: str) -> float | None:
+    """ "3h50m", "90m", "45s", "1d" or plain seconds, in seconds; None for anything else."""
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        return float(text)
+    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
+    if not parts or "".join(number + unit for number, unit in parts) != text:
+        return None
+    return sum(float(number) * _UNITS[unit] for number, unit in parts)

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from bagel_ds.arguments import SECTIONS, DataArguments, ModelArguments, TrainingArguments
-from bagel_ds.command_line import help_text, read_words, read_yaml
+from bagel_ds.command_line import duration_seconds, help_text, read_words, read_yaml
 from bagel_ds.errors import all_faults
 
 ATTENTION_BACKENDS = ("sdpa",)  # those that exist; the others go on with the first one, since the result is the same
@@ -101,7 +101,7 @@ _AT_LEAST_ONE = """max_num_tokens_per_sample expected_num_tokens max_num_tokens 
     save_every gradient_accumulation_steps latent_patch_size vit_patch_size vit_max_num_patch_per_side max_latent_size
     num_replicate num_shard ema_every""".split()
 _NOT_NEGATIVE = """num_workers prefer_buffer_before max_buffer_size data_seed global_seed debug_batches warmup_steps lr
-    min_lr eps max_grad_norm mse_weight ce_weight peak_device_tflops""".split()
+    min_lr eps max_grad_norm mse_weight ce_weight peak_device_tflops keep_last stall_timeout max_nonfinite""".split()
 _PROBABILITIES = ["text_cond_dropout_prob", "vae_cond_dropout_prob", "vit_cond_dropout_prob"]
 _DECAYS = ["beta1", "beta2", "ema"]
 
@@ -138,6 +138,8 @@ def _faults(config: RunConfig) -> list[str]:
         faults.append(
             "--visual_gen False and --visual_und False leave nothing to train; leave out at least one of the two"
         )
+    if values["stop_after"] is not None and duration_seconds(values["stop_after"]) is None:
+        faults.append(f"--stop_after {values['stop_after']}: expected a duration such as 3h50m, 90m, 45s or seconds")
     if values["lr_scheduler"] == "cosine" and values["lr"] == 0:
         faults.append("--lr_scheduler cosine needs an --lr above 0, found 0")
     if values["ce_weight"] == 0 and values["mse_weight"] == 0:

@@ -24,21 +24,31 @@ CHUNK_BYTES = 2**26
 def export_tensors(
     path: Path, tensors: Mapping[str, TensorInfo], pieces: Iterable[Pieces], device: torch.device
 ) -> None:
-    """Write `path` on rank 0; call on every rank with the same `tensors` and names in the same order.
+    """Write `path` on rank 0; call on every rank. Arguments as in `stream_tensors`."""
+    with TensorFileWriter(path, tensors) if dist.get_rank() == 0 else nullcontext() as writer:
+        stream_tensors(writer, tensors, pieces, device)
+
+
+def stream_tensors(
+    writer: TensorFileWriter | None,
+    tensors: Mapping[str, TensorInfo],
+    pieces: Iterable[Pieces],
+    device: torch.device,
+) -> None:
+    """Fill `writer` (rank 0's; None elsewhere); call on every rank, with the same names in the same order.
 
     `device` is where the ranks' process group communicates from.
     """
     missing = set(tensors)
-    with TensorFileWriter(path, tensors) if dist.get_rank() == 0 else nullcontext() as writer:
-        for name, ranges in pieces:
-            info = tensors[name]
-            missing.remove(name)
-            step = CHUNK_BYTES // info.dtype.itemsize
-            for start in range(0, info.numel, step):
-                chunk = _gather(ranges, start, min(step, info.numel - start), info.dtype, device)
-                if writer is not None:
-                    writer.write(name, start, chunk.cpu())
-        assert not missing, f"no rank offered {sorted(missing)[:3]}"
+    for name, ranges in pieces:
+        info = tensors[name]
+        missing.remove(name)
+        step = CHUNK_BYTES // info.dtype.itemsize
+        for start in range(0, info.numel, step):
+            chunk = _gather(ranges, start, min(step, info.numel - start), info.dtype, device)
+            if writer is not None:
+                writer.write(name, start, chunk.cpu())
+    assert not missing, f"no rank offered {sorted(missing)[:3]}"
 
 
 def _gather(

@@ -39,14 +39,26 @@ def rank_file(folder: Path, rank: int) -> Path:
 
 def write_rank(path: Path, held: Iterable[Held], pieces: Iterable[tuple[str, Pieces]]) -> None:
     """Write one rank's state. `held` announces every range; `pieces` then brings them, by kind, in any order."""
+    held = list(held)
+    with open_rank(path, held) as writer:
+        fill_rank(writer, held, pieces)
+
+
+def open_rank(path: Path, held: Iterable[Held]) -> TensorFileWriter:
+    """The file of one rank with its space reserved; OSError where there is too little."""
     tensors = {f"{part.kind}/{part.name}": TensorInfo(part.dtype, (part.numel,)) for part in held}
     starts = {f"{part.kind}/{part.name}": part.start for part in held}
-    with TensorFileWriter(path, tensors, {"starts": json.dumps(starts)}) as writer:
-        for kind, (name, ranges) in pieces:
-            for piece, values in ranges:
-                assert piece.start == starts[f"{kind}/{name}"], "one contiguous range per parameter and rank"
-                key = f"{kind}/{name}"
-                writer.write(key, 0, values.detach().to("cpu", tensors[key].dtype))
+    return TensorFileWriter(path, tensors, {"starts": json.dumps(starts)})
+
+
+def fill_rank(writer: TensorFileWriter, held: Iterable[Held], pieces: Iterable[tuple[str, Pieces]]) -> None:
+    """Write the announced ranges into an open file."""
+    announced = {f"{part.kind}/{part.name}": part for part in held}
+    for kind, (name, ranges) in pieces:
+        for piece, values in ranges:
+            part = announced[f"{kind}/{name}"]
+            assert piece.start == part.start, "one contiguous range per parameter and rank"
+            writer.write(f"{kind}/{name}", 0, values.detach().to("cpu", part.dtype))
 
 
 class StateFiles:

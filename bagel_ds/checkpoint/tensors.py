@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import zlib
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
@@ -29,6 +31,7 @@ _TORCH = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_CHECKSUM_BYTES = 2**24
 _NAMES = {dtype: name for name, dtype in _TORCH.items()}
 
 
@@ -67,6 +70,14 @@ class TensorFiles:
     def info(self, name: str) -> TensorInfo:
         return self._where[name][1]
 
+    def checksum(self, name: str) -> int:
+        """CRC-32 of a tensor's bytes, read through the mapping piece by piece."""
+        mapped, info, offset = self._where[name]
+        found = 0
+        for start in range(offset, offset + info.nbytes, _CHECKSUM_BYTES):
+            found = zlib.crc32(mapped[start : min(start + _CHECKSUM_BYTES, offset + info.nbytes)].data, found)
+        return found
+
     def read(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
         mapped, info, offset = self._where[name]
         numel = info.numel - start if numel is None else numel
@@ -81,7 +92,8 @@ class TensorFiles:
 class TensorFileWriter:
     """A safetensors file whose layout is fixed first and whose ranges are then written in any order.
 
-    Use as a context manager; on success the file is flushed to disk. Missing ranges read as zeros.
+    Its space is reserved at construction (OSError where there is too little). Use as a context manager; on success the
+    file is flushed to disk. Missing ranges read as zeros.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None):
@@ -100,16 +112,37 @@ class TensorFileWriter:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % 8)
         self._data_start = 8 + len(encoded)
+        self.path = path
+        self.nbytes = self._data_start + position
+        self._checksums = dict.fromkeys(self._tensors, 0)
+        self._written = dict.fromkeys(self._tensors, 0)
         self._file = open(path, "wb")
-        self._file.write(len(encoded).to_bytes(8, "little") + encoded)
-        self._file.truncate(self._data_start + position)
+        try:
+            os.posix_fallocate(self._file.fileno(), 0, self.nbytes)  # a full disk is told now, not half-way
+            self._file.write(len(encoded).to_bytes(8, "little") + encoded)
+        except OSError as error:
+            self._file.close()
+            free = shutil.disk_usage(path.parent).free
+            sizes = f"{self.nbytes / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free"
+            raise OSError(error.errno, f"{error.strerror} ({sizes})", str(path)) from None
 
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Put `values` (1-D, the declared dtype, on CPU) at flat offset `start` of `name`."""
         info = self._tensors[name]
         assert values.dtype == info.dtype and start + values.numel() <= info.numel, (name, start, values.shape, info)
         self._file.seek(self._data_start + self._offsets[name] + start * info.dtype.itemsize)
-        self._file.write(values.contiguous().view(torch.uint8).numpy().data)
+        raw = values.contiguous().view(torch.uint8).numpy().data
+        self._file.write(raw)
+        if start == self._written[name]:
+            self._checksums[name] = zlib.crc32(raw, self._checksums[name])
+            self._written[name] = start + values.numel()
+
+    @property
+    def checksums(self) -> dict[str, int]:
+        """CRC-32 of the bytes of each tensor that was written whole and in order."""
+        return {
+            name: self._checksums[name] for name, info in self._tensors.items() if self._written[name] == info.numel
+        }
 
     def close(self) -> None:
         self._file.flush()

@@ -6,9 +6,12 @@ that would train different runs (other data, other packages, other folders) neve
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
+import time
 import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
@@ -16,7 +19,11 @@ import torch.distributed as dist
 
 from bagel_ds.errors import UserError
 
+logger = logging.getLogger("bagel_ds")
+
 Result = TypeVar("Result")
+
+_TELL_SECONDS = 30.0  # between two lines about hosts that others wait for
 
 
 class SharedFault(UserError):
@@ -47,13 +54,36 @@ def together(function: Callable[[], Result]) -> Result:
 
 
 def one_per_host_first(function: Callable[[], Result]) -> Result:
-    """`function()` on one rank of each host, then on the others, which find its caches filled."""
-    if local_rank() == 0:
-        result = together(function)
-        together(lambda: None)
-        return result
+    """`function()` on one rank of each host, then on the others, which find its caches filled.
+
+    `function` must not exchange anything between ranks: it runs in a thread, while all ranks tell each other that they
+    are alive, so that hours of indexing meet no timeout of a collective call.
+    """
+    if local_rank() != 0:
+        _wait_for(None)
+        together(lambda: None)  # a fault of a first rank stops this one, too
+        return together(function)
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(function)
+        _wait_for(work)
+        result = together(work.result)
     together(lambda: None)
-    return together(function)
+    return result
+
+
+def _wait_for(work: Future[Any] | None) -> None:
+    """Until `work` is done on every rank that has some."""
+    began = told = time.monotonic()
+    while True:
+        states = everyone((work is not None and not work.done(), socket.gethostname()))
+        busy = sorted({host for is_busy, host in states if is_busy})
+        if not busy:
+            return
+        now = time.monotonic()
+        if is_main() and now - told >= _TELL_SECONDS and busy != [socket.gethostname()]:
+            logger.info("waiting for %s, busy for %.0f s (indexing data?)", ", ".join(busy), now - began)
+            told = now
+        time.sleep(min(0.05 + (now - began) / 10, 1.0))
 
 
 def everyone(value: Any) -> list[Any]:

@@ -16,6 +16,7 @@ from typing import Sequence
 from bagel_ds.config import RunConfig, parse_arguments
 from bagel_ds.errors import UserError
 from bagel_ds.preflight import check_environment
+from bagel_ds.train.detach import run_detached
 from bagel_ds.train.quiet import quiet_warnings
 
 # The launcher ends all ranks once it sees that one has ended; it looks every second. Ranks that leave the telling to
@@ -24,7 +25,12 @@ _GRACE_SECONDS = 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the arguments say; the exit code."""
+    """Train as the arguments say, in a session of its own; the exit code."""
+    return run_detached(lambda: run_rank(argv))
+
+
+def run_rank(argv: Sequence[str] | None = None) -> int:
+    """Train as the arguments say, in this process; the exit code."""
     rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     try:
         config = parse_arguments(list(sys.argv[1:] if argv is None else argv))

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 import bagel_ds
 from bagel_ds.checkpoint.folder import ModelFolder
+from bagel_ds.checkpoint.steps import read_trainer
 from bagel_ds.config import RunConfig
 from bagel_ds.data.loader import PlannedData
 from bagel_ds.errors import UserError
@@ -36,10 +37,9 @@ from bagel_ds.train.agreement import (
     one_per_host_first,
     together,
 )
-from bagel_ds.train.checkpoints import read_trainer
 from bagel_ds.train.inputs import bagel_config, open_data
 from bagel_ds.train.quiet import quiet_start
-from bagel_ds.train.start import StartPoint, StartWeights, find_start, open_start
+from bagel_ds.train.start import StartPoint, StartWeights, open_start, sound_start
 from bagel_ds.zero.builds import remove_stale_locks
 from bagel_ds.zero.config import check_with_deepspeed, resolve_ds_config
 from bagel_ds.zero.nvme import check_nvme, clean_nvme, fit_buffers, nvme_bytes
@@ -73,7 +73,9 @@ def prepare(config: RunConfig) -> Prepared:
     together(lambda: check_inputs(config))
     check_shared_folder(Path(config.training.checkpoint_dir), "checkpoint_dir")
     ds_config, ds_notes = together(lambda: _ds_config(config))
-    model_folder, model, vae, start = one_per_host_first(lambda: _open_model(config))
+    model_folder = one_per_host_first(lambda: resolve_model_path(config))
+    start = sound_start(config.training, model_folder)
+    model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start))
     ds_notes = ds_notes + one_per_host_first(lambda: _ready_nvme(config, ds_config, model))
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
@@ -96,7 +98,7 @@ def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig
     numels = {name: math.prod(shape) for name, shape in shapes.items()}
     fit_buffers(ds_config, max(numels.values()), dist.get_world_size())
     trained = sum(numel for name, numel in numels.items() if part_of(name) in trains)
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    ranks_here = int(os.environ.get("LOCAL_SIZE", "1"))
     share = ranks_here / dist.get_world_size()
     needed = nvme_bytes(ds_config, sum(numels.values()), trained, config.training.ema > 0) * share
     if local_rank() == 0:
@@ -116,13 +118,10 @@ def _crowding(config: RunConfig) -> list[str]:
     ]
 
 
-def _open_model(config: RunConfig) -> tuple[Path, BagelConfig, AutoEncoder, StartPoint]:
-    path = resolve_model_path(config)
+def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[BagelConfig, AutoEncoder]:
     folder = ModelFolder(path)
-    start = find_start(config.training, path)
     vae = folder.load_vae()
-    model = bagel_config(config, folder, start.folder, vae.config)
-    return path, model, vae, start
+    return bagel_config(config, folder, start.folder, vae.config), vae
 
 
 def _check_place(start: StartPoint, data: PlannedData) -> None:

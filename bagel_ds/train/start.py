@@ -6,17 +6,23 @@ is an error, never random weights; the choice can be logged in one line.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Mapping
 
 from bagel_ds.arguments import TrainingArguments
 from bagel_ds.checkpoint.folder import BagelWeights, ModelFolder
 from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
+from bagel_ds.checkpoint.steps import STATE, holds_state, manifest_fault, newest_state
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import WeightSource
-from bagel_ds.train.checkpoints import STATE, holds_state, manifest_fault, newest_state
+from bagel_ds.train.agreement import SharedFault, together
+from bagel_ds.train.checkpoints import damage_of
 from bagel_ds.zero.partitions import MASTER
+
+logger = logging.getLogger("bagel_ds")
 
 
 @dataclass(frozen=True)
@@ -28,10 +34,10 @@ class StartPoint:
     reason: str
 
 
-def find_start(training: TrainingArguments, model_folder: Path) -> StartPoint:
-    """Decide where to start. Raises `UserError` where nothing is named or the named folder is damaged."""
+def find_start(training: TrainingArguments, model_folder: Path, damaged: frozenset[Path] = frozenset()) -> StartPoint:
+    """Decide where to start, never with a checkpoint in `damaged`. Raises `UserError` where nothing sound is named."""
     if training.auto_resume:
-        newest = newest_state(Path(training.checkpoint_dir))
+        newest = newest_state(Path(training.checkpoint_dir), damaged)
         if newest is not None:
             return StartPoint(newest, True, "auto_resume: the newest complete checkpoint")
     if training.resume_from is not None:
@@ -50,6 +56,26 @@ def find_start(training: TrainingArguments, model_folder: Path) -> StartPoint:
         "or --auto_resume True with a checkpoint_dir that holds one. Starting from separate llm_path, vit_path and "
         "vae_path is not available yet."
     )
+
+
+def sound_start(training: TrainingArguments, model_folder: Path) -> StartPoint:
+    """`find_start`, with every byte of a training state compared with its checksum, on all ranks together.
+
+    auto_resume passes over a damaged checkpoint with a warning; a damaged resume_from is an error that names the
+    newest sound one.
+    """
+    damaged: frozenset[Path] = frozenset()
+    while True:
+        start = together(partial(find_start, training, model_folder, damaged))
+        fault = damage_of(start.folder) if start.full else None
+        if fault is None:
+            return start
+        if not start.reason.startswith("auto_resume"):
+            other = newest_state(start.folder.parent, [start.folder])
+            offer = f"The newest one before it is {other}." if other else "There is no other one beside it."
+            raise SharedFault(f"checkpoint {start.folder} is damaged: {fault}. {offer}")
+        logger.warning("checkpoint %s is damaged and passed over: %s", start.folder, fault)
+        damaged |= {start.folder}
 
 
 @dataclass(frozen=True)

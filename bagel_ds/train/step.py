@@ -6,6 +6,7 @@ whole step and all ranks.
 
 from __future__ import annotations
 
+import math
 from typing import Callable, NamedTuple, Sequence
 
 import torch
@@ -27,15 +28,25 @@ class StepResult(NamedTuple):
     total: float
     grad_norm: float
     tokens: int  # over all ranks
+    applied: bool  # False where a gradient was not finite: nothing was updated on any rank
+    stop: bool  # a rank wants to stop after this step
 
 
 def optimizer_step(
-    engine: ZeroEngine, encode: Encode, window: Sequence[PackedBatch], learning_rate: float, options: LossOptions
+    engine: ZeroEngine,
+    encode: Encode,
+    window: Sequence[PackedBatch],
+    learning_rate: float,
+    options: LossOptions,
+    wants_stop: Callable[[], bool] = lambda: False,
 ) -> StepResult:
-    """Forward, backward and update over `window` (this rank's micro-batches, as many as accumulation steps)."""
+    """Forward, backward and update over `window` (this rank's micro-batches, as many as accumulation steps).
+
+    `wants_stop` is asked once, after the update; the answer of any rank holds for all.
+    """
     totals = window_totals(window, options, engine.device)
     world = dist.get_world_size()
-    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # ce, mse
     grad_norm = None
     for batch in window:
         batch = batch.to(engine.device)
@@ -45,12 +56,15 @@ def optimizer_step(
         engine.backward(weighted(means, options) * world)
         grad_norm = engine.micro_step(learning_rate)
     assert grad_norm is not None, "a window has as many batches as the engine has accumulation steps"
-    dist.all_reduce(sums)
-    ce, mse = sums.tolist()
+    all_ranks = torch.cat([sums, sums.new_tensor([wants_stop()])])
+    dist.all_reduce(all_ranks)
+    ce, mse, stops = all_ranks.tolist()
     return StepResult(
         ce=ce if totals.ce else None,
         mse=mse if totals.mse else None,
-        total=float(weighted(LossSums(*sums), options)),
+        total=float(weighted(LossSums(*all_ranks[:2]), options)),
         grad_norm=grad_norm,
         tokens=int(totals.tokens),
+        applied=math.isfinite(grad_norm),
+        stop=stops > 0,
     )

@@ -19,6 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import bagel_ds
+from bagel_ds.checkpoint.steps import read_trainer, sweep
+from bagel_ds.command_line import duration_seconds
 from bagel_ds.config import RunConfig, wandb_wanted
 from bagel_ds.data.inspect import first_packs, pack_text
 from bagel_ds.data.loader import MicroBatch
@@ -28,13 +30,16 @@ from bagel_ds.model.parts import part_of
 from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.vae import encode_images
 from bagel_ds.train.agreement import is_main, local_rank, together
-from bagel_ds.train.checkpoints import CheckpointWriter, read_trainer, restore_moments, sweep_unfinished
+from bagel_ds.train.checkpoints import CheckpointWriter, SaveFault, restore_moments
+from bagel_ds.train.guards import NonFiniteGuard, out_of_memory
 from bagel_ds.train.loss import LossOptions
 from bagel_ds.train.metrics import MetricsLog, SilentMetricsLog, WandbOptions
 from bagel_ds.train.report import StepMeter
 from bagel_ds.train.schedule import learning_rate
 from bagel_ds.train.setup import describe_parameters, prepare, trainable
-from bagel_ds.train.step import optimizer_step
+from bagel_ds.train.step import StepResult, optimizer_step
+from bagel_ds.train.stop import StopRequest
+from bagel_ds.train.watch import StallWatch
 from bagel_ds.zero.ema import ShardedEMA
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.nvme import average_folder, clean_nvme
@@ -61,29 +66,54 @@ class Trainer:
             self.prepared.model_folder,
             {"bf16": torch.bfloat16, "fp32": torch.float32}[config.exported_dtype],
             self.args.del_previous_state,
+            self.args.keep_last,
         )
+        self.guard = NonFiniteGuard(Path(self.args.results_dir), self.rank, self.args.max_nonfinite)
 
     def run(self) -> None:
-        with closing(self.engine), closing(self._open_metrics()) as metrics, closing(self._micro_batches()) as batches:
-            self._show_packs()
-            meter = StepMeter(self.prepared.model, self.args.peak_device_tflops, self.prepared.data.unusable_rows)
+        with (
+            closing(self.engine),
+            closing(self._open_metrics()) as metrics,
+            closing(self._micro_batches()) as batches,
+            closing(self._start_watch()) as watch,
+        ):
+            stop, meter = self._listen_for_stops(), StepMeter(self.prepared.model, self.args.peak_device_tflops)
             for step in range(self.steps_done, self.args.total_steps):
-                window = list(islice(batches, self.args.gradient_accumulation_steps))
-                rate = self._learning_rate(step)
-                result = optimizer_step(
-                    self.engine, self._encode, [micro.batch for micro in window], rate, self.loss_options
-                )
-                self.steps_done, self.plan_state = step + 1, window[-1].state
+                with watch.phase(step, "data"):
+                    window = list(islice(batches, self.args.gradient_accumulation_steps))
+                with watch.phase(step, "step"):
+                    result = self._step(step, window, stop)
+                self.guard.check(step, [micro.batch for micro in window], result)
                 meter.add(window, result)
-                if step % self.args.log_every == 0 or self._is_last():
-                    metrics.log(step, meter.read(rate, result))
+                if step % self.args.log_every == 0 or self._is_last() or result.stop:
+                    metrics.log(step, meter.read(self._learning_rate(step), result))
                 metrics.advance()
-                if self.steps_done % self.args.save_every == 0 or self._is_last():
-                    self._save(metrics)
+                if self.steps_done % self.args.save_every == 0 or self._is_last() or result.stop:
+                    with watch.phase(step, "save"):
+                        self._save(metrics, must=self._is_last() or result.stop)
+                if result.stop:
+                    stop.remove_files()
+                    break
         self._tidy()
-        logger.info("done: %d steps", self.steps_done)
+        logger.info("%s: %d steps", "done" if self._is_last() else "stopped", self.steps_done)
 
     # ------------------------------------------------------------------------------------------------- the verbs
+    def _step(self, step: int, window: list[MicroBatch], stop: StopRequest) -> StepResult:
+        batches = [micro.batch for micro in window]
+        try:
+            result = optimizer_step(
+                self.engine,
+                self._encode,
+                batches,
+                self._learning_rate(step),
+                self.loss_options,
+                lambda: stop.wanted() is not None,
+            )
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, batches, self.config.data.max_num_tokens) from None
+        self.steps_done, self.plan_state = step + 1, window[-1].state
+        return result
+
     def _learning_rate(self, step: int) -> float:
         args = self.args
         return learning_rate(
@@ -105,11 +135,18 @@ class Trainer:
     def _is_last(self) -> bool:
         return self.steps_done == self.args.total_steps
 
-    def _save(self, metrics: MetricsLog | SilentMetricsLog) -> None:
+    def _save(self, metrics: MetricsLog | SilentMetricsLog, must: bool) -> None:
+        """Save a checkpoint; where that fails and training goes on (`must` False), say so and go on."""
         began = time.monotonic()
-        folder = self.checkpoints.save(
-            self.steps_done, self.engine, self.ema, self._trainer_state(), last=self._is_last()
-        )
+        try:
+            folder = self.checkpoints.save(
+                self.steps_done, self.engine, self.ema, self._trainer_state(), last=self._is_last()
+            )
+        except SaveFault as fault:
+            if must:
+                raise
+            logger.warning("%s Training goes on; the next try is in %d steps.", fault, self.args.save_every)
+            return
         metrics.note(f"saved {folder} in {time.monotonic() - began:.1f} s")
 
     def _tidy(self) -> None:
@@ -157,7 +194,7 @@ class Trainer:
                 self.world_size,
             )
         if is_main():
-            sweep_unfinished(Path(self.args.checkpoint_dir))
+            sweep(Path(self.args.checkpoint_dir))
 
     def _start_average(self) -> ShardedEMA | None:
         if self.args.ema == 0:
@@ -165,6 +202,14 @@ class Trainer:
         folder = average_folder(self.prepared.ds_config, self.rank)
         averages = self.prepared.weights.averages
         return self.engine.start_ema(self.args.ema, averages, self.args.ema_every, folder, self.steps_done)
+
+    def _start_watch(self) -> StallWatch:
+        return StallWatch(Path(self.args.checkpoint_dir), self.rank, self.world_size, self.args.stall_timeout)
+
+    def _listen_for_stops(self) -> StopRequest:
+        folders = [Path(self.args.results_dir), Path(self.args.checkpoint_dir)]
+        limit = None if self.args.stop_after is None else duration_seconds(self.args.stop_after)
+        return StopRequest(folders, limit, watches_file=is_main())
 
     def _micro_batches(self) -> Generator[MicroBatch, None, None]:
         return together(

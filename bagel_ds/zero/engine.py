@@ -8,6 +8,7 @@ clips, updates and clears exactly once.
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -82,16 +83,23 @@ class ZeroEngine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def micro_step(self, learning_rate: float) -> float | None:
-        """Call after each backward: on the window's last it updates and returns the gradient norm before clipping."""
+        """Call after each backward: on the window's last it updates and returns the gradient norm before clipping.
+
+        A norm that is not finite means that nothing was updated, on any rank.
+        """
         boundary = self._engine.is_gradient_accumulation_boundary()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._unpartitioned_norm() if boundary and self.stage == 0 else None
+        if norm is not None and not torch.isfinite(norm):
+            self.module.zero_grad(set_to_none=True)  # stages 1 to 3 skip such an update by themselves
         self._engine.step()
         if not boundary:
             return None
-        self.partitions.updated()
-        return float(norm if norm is not None else self._engine.get_global_grad_norm())
+        found = float(norm if norm is not None else self._engine.get_global_grad_norm())
+        if math.isfinite(found):
+            self.partitions.updated()
+        return found
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks and buffers, so that another engine can be built in this process."""

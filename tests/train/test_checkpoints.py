@@ -13,19 +13,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from bagel_ds.checkpoint import steps
 from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
-from bagel_ds.errors import UserError
-from bagel_ds.ranges import Pieces, Range
-from bagel_ds.train import checkpoints
-from bagel_ds.train.checkpoints import (
-    CheckpointWriter,
+from bagel_ds.checkpoint.steps import (
     holds_state,
     manifest_fault,
     newest_state,
     read_trainer,
     step_folders,
-    sweep_unfinished,
+    sweep,
+    thin_out,
 )
+from bagel_ds.checkpoint.tensors import TensorFileWriter
+from bagel_ds.errors import UserError
+from bagel_ds.ranges import Pieces, Range
+from bagel_ds.train import checkpoints
+from bagel_ds.train.checkpoints import CheckpointWriter, SaveFault, damage_of
 from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ, MASTER, Group, PlacedRange, group_pieces
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -160,22 +163,22 @@ def test_older_states_are_given_up_when_asked_and_weights_stay(writer: Checkpoin
 
 # ------------------------------------------------------------------------------------------------ complete or absent
 _MOMENTS = [
-    ("export_tensors", 1),
-    ("export_tensors", 2),
-    ("_write_json", 1),
-    ("_write_json", 2),
-    ("manifest_fault", 1),
-    ("_flush", 1),
-    ("_flush", 8),
+    (checkpoints, "stream_tensors", 1),
+    (checkpoints, "stream_tensors", 2),
+    (steps, "write_json", 1),
+    (steps, "write_json", 2),
+    (steps, "manifest_fault", 1),
+    (steps, "_flush", 1),
+    (steps, "_flush", 8),
 ]
 
 
-@pytest.mark.parametrize(("moment", "call"), _MOMENTS)
+@pytest.mark.parametrize(("module", "moment", "call"), _MOMENTS)
 def test_a_save_that_is_interrupted_leaves_the_older_one_the_newest(
-    moment: str, call: int, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+    module: Any, moment: str, call: int, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = save(writer, 1)
-    real, calls = getattr(checkpoints, moment), []
+    real, calls = getattr(module, moment), []
 
     def killed(*arguments: Any, **named: Any) -> Any:
         calls.append(arguments)
@@ -184,13 +187,13 @@ def test_a_save_that_is_interrupted_leaves_the_older_one_the_newest(
         return real(*arguments, **named)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(checkpoints, moment, killed)
+        patched.setattr(module, moment, killed)
         save(writer, 2)
     assert newest_state(writer.checkpoint_dir) == first
     assert (writer.checkpoint_dir / "latest").read_text() == "step_1\n"
     assert [step for step, _ in step_folders(writer.checkpoint_dir)] == [1]
 
-    sweep_unfinished(writer.checkpoint_dir)
+    sweep(writer.checkpoint_dir)
     assert names(writer.checkpoint_dir) == ["latest", "step_1"]
     second = save(writer, 2)
     assert newest_state(writer.checkpoint_dir) == second
@@ -199,14 +202,14 @@ def test_a_save_that_is_interrupted_leaves_the_older_one_the_newest(
 def test_files_that_did_not_reach_the_disk_whole_are_an_error(
     writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = checkpoints._write_json
+    real = steps.write_json
 
     def truncating(path: Path, content: dict[str, Any]) -> None:
         real(path, content)
         if path.name == "manifest.json":
             os.truncate(path.parent / "model.safetensors", 10)
 
-    monkeypatch.setattr(checkpoints, "_write_json", truncating)
+    monkeypatch.setattr(steps, "write_json", truncating)
     with pytest.raises(RuntimeError, match="model.safetensors has 10 bytes"):
         save(writer, 1)
     assert step_folders(writer.checkpoint_dir) == []
@@ -263,3 +266,67 @@ def test_a_broken_trainer_json_is_a_message(text: str, tmp_path: Path) -> None:
     (tmp_path / "trainer.json").write_text(text)
     with pytest.raises(UserError, match=r"trainer\.json.* resume from another"):
         read_trainer(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------- refused, full, thinned
+def test_one_flipped_byte_is_found_and_named(writer: CheckpointWriter) -> None:
+    folder = save(writer, 1)
+    assert damage_of(folder) is None
+    state = folder / "state" / "rank_00000.safetensors"
+    content = bytearray(state.read_bytes())
+    content[-1] ^= 1
+    state.write_bytes(content)
+    assert manifest_fault(folder) is None, "the size is still right"
+    fault = damage_of(folder)
+    assert fault is not None and "state/rank_00000.safetensors" in fault
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3])
+def test_a_full_disk_is_one_message_and_changes_nothing(
+    fails_at: int, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = save(writer, 1)
+    real, calls = os.posix_fallocate, []
+
+    def full(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == fails_at:
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(SaveFault, match=r"step_2 could not be saved.*No space left.*GiB needed"):
+        save(writer, 2)
+    monkeypatch.undo()
+    assert newest_state(writer.checkpoint_dir) == first
+    assert names(writer.checkpoint_dir) == ["latest", "step_1"]
+    assert save(writer, 2).is_dir()
+
+
+def test_only_the_newest_are_kept_when_asked(writer: CheckpointWriter) -> None:
+    kept = CheckpointWriter(writer.checkpoint_dir, writer.model_folder, torch.float32, False, keep_last=2)
+    for step in (1, 2, 3, 10):
+        save(kept, step)
+    assert [step for step, _ in step_folders(writer.checkpoint_dir)] == [3, 10]
+
+
+def test_the_only_whole_state_is_never_removed(writer: CheckpointWriter) -> None:
+    first, second = save(writer, 1), save(writer, 2)
+    _truncate_state(second)
+    thin_out(writer.checkpoint_dir, keep_last=1, delete_previous_state=True)
+    assert newest_state(writer.checkpoint_dir) == first
+
+
+def test_a_checkpoint_about_to_be_replaced_comes_back_after_a_crash(writer: CheckpointWriter) -> None:
+    first = save(writer, 1)
+    first.rename(writer.checkpoint_dir / ".replaced-step_1")
+    sweep(writer.checkpoint_dir)
+    assert newest_state(writer.checkpoint_dir) == first
+
+
+def test_space_is_reserved_before_anything_is_written(tmp_path: Path) -> None:
+    from bagel_ds.ranges import TensorInfo
+
+    writer = TensorFileWriter(tmp_path / "x.safetensors", {"w": TensorInfo(torch.float32, (1000,))})
+    assert (tmp_path / "x.safetensors").stat().st_size == writer.nbytes
+    writer.close()

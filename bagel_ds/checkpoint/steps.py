@@ -1,0 +1,181 @@
+"""The step_N folders of a run: complete or absent, found again, checked, thinned out.
+
+Guarantees: a folder named step_N is complete: it was written under another name, flushed, compared with its manifest
+and then renamed; `latest` moves after that. N counts optimizer steps done. Removing old ones never removes the only
+complete training state. An interrupted save leaves what was there before in charge.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, Iterable
+
+from bagel_ds.checkpoint.tensors import TensorFiles
+from bagel_ds.errors import UserError
+
+logger = logging.getLogger("bagel_ds")
+
+STATE, TRAINER, MANIFEST, LATEST, FINAL = "state", "trainer.json", "manifest.json", "latest", "step_final"
+UNFINISHED, REPLACED = ".unfinished-", ".replaced-"
+_STEP = re.compile(r"step_(\d+)")
+
+
+# ---------------------------------------------------------------------------------------------------------- finding
+def step_folders(checkpoint_dir: Path) -> list[tuple[int, Path]]:
+    """Complete step_N folders by N; links and unfinished folders are none."""
+    found = []
+    for path in checkpoint_dir.glob("step_*"):
+        match = _STEP.fullmatch(path.name)
+        if match and not path.is_symlink() and (path / MANIFEST).is_file():
+            found.append((int(match.group(1)), path))
+    return sorted(found)
+
+
+def newest_state(checkpoint_dir: Path, but_not: Iterable[Path] = ()) -> Path | None:
+    """The newest checkpoint that holds training state and whose files have their manifest's sizes."""
+    refused = set(but_not)
+    for _, path in reversed(step_folders(checkpoint_dir)):
+        if holds_state(path) and path not in refused:
+            fault = manifest_fault(path)
+            if fault is None:
+                return path
+            logger.warning("checkpoint %s is passed over: %s", path, fault)
+    return None
+
+
+def holds_state(folder: Path) -> bool:
+    return (folder / TRAINER).is_file() and any((folder / STATE).glob("rank_*.safetensors"))
+
+
+def read_trainer(folder: Path) -> dict[str, Any]:
+    """trainer.json of a checkpoint."""
+    try:
+        found = json.loads((folder / TRAINER).read_text())
+        missing = [name for name in ("steps_done", "plan_state", "world_size") if name not in found]
+        if missing:
+            raise ValueError(f"it names no {' and no '.join(missing)}")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder / TRAINER} can't be read ({error}); resume from another checkpoint.") from None
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- checking
+def manifest_fault(folder: Path) -> str | None:
+    """What of a checkpoint's manifest is not there as written, by presence and size; None where all is."""
+    try:
+        sizes = dict(json.loads((folder / MANIFEST).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{MANIFEST} can't be read ({type(error).__name__}: {error})"
+    for name, size in sizes.items():
+        path = folder / name
+        if name.startswith(STATE + "/") and not (folder / STATE).is_dir():
+            continue  # given up on purpose by del_previous_state; the weights are still whole
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes, its manifest says {size:,}"
+    return None
+
+
+def state_files(folder: Path) -> list[str]:
+    """Names in the manifest of the files that hold training state."""
+    checksums = json.loads((folder / MANIFEST).read_text()).get("checksums", {})
+    return sorted(name for name in checksums if name.startswith(STATE + "/"))
+
+
+def checksum_fault(folder: Path, names: Iterable[str]) -> str | None:
+    """The first tensor in the named files whose bytes are not those that were written; reads them whole."""
+    checksums = json.loads((folder / MANIFEST).read_text()).get("checksums", {})
+    for name in names:
+        files = TensorFiles([folder / name])
+        for tensor, expected in checksums.get(name, {}).items():
+            if tensor not in files or files.checksum(tensor) != expected:
+                return f"{name} holds other bytes than were saved, at {tensor}"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+def unfinished_folder(final: Path) -> Path:
+    """Where step_N is written before it is complete."""
+    return final.with_name(f"{UNFINISHED}{final.name}")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def write_manifest(folder: Path, checksums: dict[str, dict[str, int]]) -> None:
+    """Sizes of all files in the folder, and the checksums of those written tensor by tensor."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    write_json(folder / MANIFEST, {"files": sizes, "checksums": checksums})
+
+
+def finish(unfinished: Path, final: Path, last: bool) -> None:
+    """Flush, check and rename a written folder, then move `latest` (and `step_final`) to it."""
+    fault = manifest_fault(unfinished)
+    if fault is not None:
+        raise RuntimeError(f"checkpoint {unfinished} is not as it was written: {fault}")
+    for path in (*unfinished.rglob("*"), unfinished):
+        _flush(path)
+    replaced = final.with_name(f"{REPLACED}{final.name}")
+    if final.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        final.rename(replaced)
+    unfinished.rename(final)
+    _replace(final.parent / LATEST, lambda path: path.write_text(final.name + "\n"))
+    if last:
+        _replace(final.parent / FINAL, lambda path: path.symlink_to(final.name))
+    _flush(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sweep(checkpoint_dir: Path) -> None:
+    """Put right what an interrupted save left: remove what is unfinished, restore what was about to be replaced."""
+    for path in checkpoint_dir.glob(f"{REPLACED}*"):
+        final = path.with_name(path.name.removeprefix(REPLACED))
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(final)
+    for path in checkpoint_dir.glob(f"{UNFINISHED}*"):
+        logger.info("removing %s, left by an interrupted save", path)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def thin_out(checkpoint_dir: Path, keep_last: int, delete_previous_state: bool) -> None:
+    """Keep the `keep_last` newest checkpoints (0: all), and older ones' weights alone with `delete_previous_state`.
+
+    The newest whole training state always stays.
+    """
+    folders = [path for _, path in step_folders(checkpoint_dir)]
+    kept = newest_state(checkpoint_dir)
+    for older in folders:
+        if older == kept:
+            continue
+        if keep_last and older not in folders[-keep_last:]:
+            shutil.rmtree(older, ignore_errors=True)
+        elif delete_previous_state and kept is not None:
+            shutil.rmtree(older / STATE, ignore_errors=True)
+
+
+def _replace(path: Path, write: Any) -> None:
+    beside = path.with_name(f".{path.name}.new")
+    beside.unlink(missing_ok=True)
+    write(beside)
+    if not beside.is_symlink():
+        _flush(beside)
+    beside.replace(path)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,58 @@
+"""`bagel-ds stop` and `bagel-ds export`: what one does with a run and with what it left."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from bagel_ds.errors import UserError
+
+
+def add_commands(commands: Any) -> None:
+    """Add both to the subcommands of `bagel-ds`."""
+    stop = commands.add_parser("stop", help="ask a running training to save and end after its current step")
+    stop.add_argument("folder", type=Path, help="its results_dir or checkpoint_dir")
+    stop.set_defaults(run=_stop)
+
+    export = commands.add_parser("export", help="write a model folder from a training checkpoint, without GPUs")
+    export.add_argument("checkpoint", type=Path, help="a checkpoint folder, such as results/checkpoints/step_1000")
+    export.add_argument("--out", type=Path, required=True, help="model folder to write")
+    export.add_argument("--save_dtype", choices=("bf16", "fp32"), default="bf16", help="number format (default bf16)")
+    export.add_argument(
+        "--max_shard_size", default=None, help="cut the weights into files of at most this, such as 5GB"
+    )
+    export.add_argument("--json", action="store_true", help="print what was written as JSON")
+    export.set_defaults(run=_export)
+
+
+def _stop(options: argparse.Namespace) -> None:
+    from bagel_ds.train.stop import write_stop_file
+
+    path = write_stop_file(options.folder)
+    print(f"wrote {path}: the run saves and ends after its current step")
+
+
+def _export(options: argparse.Namespace) -> None:
+    import torch
+
+    from bagel_ds.checkpoint.offline import export_checkpoint
+
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.save_dtype]
+    limit = None if options.max_shard_size is None else _bytes_of(options.max_shard_size)
+    written = export_checkpoint(options.checkpoint, options.out, dtype, limit)
+    if options.json:
+        print(json.dumps({path.name: path.stat().st_size for path in written}))
+    else:
+        for path in written:
+            print(f"wrote {path} ({path.stat().st_size:,} bytes)")
+
+
+def _bytes_of(size: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size, re.IGNORECASE)
+    if match is None:
+        raise UserError(f"--max_shard_size {size}: expected a size such as 5GB or 500MB")
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))

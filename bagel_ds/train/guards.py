@@ -1,0 +1,105 @@
+"""What stops a run from going wrong quietly: updates that are not finite, and memory that is not enough.
+
+Guarantees: an update with a gradient that is not finite is skipped on all ranks (DeepSpeed sees the norm of all),
+counted, and its packs are written for replay; past `limit` the run ends with an error that names the samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bagel_ds.errors import UserError
+from bagel_ds.model.batch import PackedBatch
+from bagel_ds.train.agreement import everyone, together
+from bagel_ds.train.step import StepResult
+
+logger = logging.getLogger("bagel_ds")
+
+FOLDER = "nonfinite"
+
+
+class NonFiniteGuard:
+    """Counts skipped updates of this process; `limit` of them are allowed."""
+
+    def __init__(self, results_dir: Path, rank: int, limit: int):
+        self._folder, self._rank, self._limit = results_dir / FOLDER, rank, limit
+        self.skipped = 0
+
+    def check(self, step: int, window: Sequence[PackedBatch], result: StepResult) -> None:
+        """Call after every step, on every rank. Raises `UserError` past the limit."""
+        if result.applied:
+            return
+        self.skipped += 1
+        for number, batch in enumerate(window):
+            save_batch(self._folder / f"step_{step}_rank_{self._rank}_pack_{number}", batch)
+        samples = [name for names in everyone([name for batch in window for name in batch.samples]) for name in names]
+        logger.warning(
+            "step %d skipped: loss %s, gradient norm %s. Its packs are in %s (%d of --max_nonfinite %d)",
+            step,
+            result.total,
+            result.grad_norm,
+            self._folder,
+            self.skipped,
+            self._limit,
+        )
+
+        def stop_past_limit() -> None:
+            if self.skipped > self._limit:
+                raise UserError(
+                    f"{self.skipped} updates were not finite, more than --max_nonfinite {self._limit}. The last one "
+                    f"(step {step}) held: {'; '.join(samples)}. Its packs are in {self._folder}: look at them with "
+                    "`bagel-ds inspect --pack`, lower --lr, or take these rows out."
+                )
+
+        together(stop_past_limit)
+
+
+def save_batch(stem: Path, batch: PackedBatch) -> None:
+    """Write a pack as <stem>.safetensors (tensors) and <stem>.json (the rest)."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, object] = {}
+    for field in dataclasses.fields(batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, Tensor):
+            tensors[field.name] = value.cpu().contiguous()
+        elif field.name == "images":
+            tensors |= {f"images.{number}": image.cpu().contiguous() for number, image in enumerate(value)}
+        else:
+            rest[field.name] = value
+    save_file(tensors, stem.with_suffix(".safetensors"))
+    stem.with_suffix(".json").write_text(json.dumps(rest, indent=1))
+
+
+def load_batch(stem: Path) -> PackedBatch:
+    """What `save_batch` wrote."""
+    tensors: dict[str, Any] = load_file(stem.with_suffix(".safetensors"))
+    described = json.loads(stem.with_suffix(".json").read_text())
+    rest: dict[str, Any] = {name: _tuples(value) for name, value in described.items()}
+    images = tuple(tensors.pop(f"images.{n}") for n in range(sum(name.startswith("images.") for name in tensors)))
+    return PackedBatch(**tensors, **rest, images=images)
+
+
+def _tuples(value: object) -> object:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
+
+
+def out_of_memory(error: torch.OutOfMemoryError, window: Sequence[PackedBatch], max_num_tokens: int) -> UserError:
+    """What to say of a step that did not fit the device."""
+    longest = max(window, key=lambda batch: batch.sequence_length)
+    images = f"{len(longest.images)} images to draw, {len(longest.vit_seqlens)} to read"
+    return UserError(
+        f"out of GPU memory: {str(error).splitlines()[0]} The longest pack of this rank had "
+        f"{longest.sequence_length:,} tokens ({len(longest.vae_indexes):,} latent, {sum(longest.vit_seqlens):,} ViT; "
+        f"{images}): "
+        f"{'; '.join(longest.samples)}. Lower --max_num_tokens (now {max_num_tokens:,}), or take a --ds_config that "
+        "keeps more off the GPU (`bagel-ds memory` compares them)."
+    )
