@@ -162,7 +162,9 @@ def plan_memory(model: BagelConfig, ds_config: dict[str, Any], run: MemoryOption
         raise UserError("nothing to train: the freeze_* arguments with visual_und/visual_gen leave no parameter")
     on_cpu = run.device == "cpu"
     sharding = Sharding(ds_config, parameters, run.world_size, on_cpu)
-    shape = StepShape(model, run.freezing, run.vae, _largest_pack(run), run.image_pixels, run.activation_checkpointing)
+    shape = StepShape(
+        model, run.freezing, run.vae, _largest_pack(model, run), run.image_pixels, run.activation_checkpointing
+    )
     ranks = run.ranks_per_host or run.world_size
     always = [*_rank_states(sharding, shape, run), *_process_states(run, on_cpu, sharding.bf16)]
     if not on_cpu and run.rounds_pinned_memory:
@@ -195,9 +197,10 @@ def plan_memory(model: BagelConfig, ds_config: dict[str, Any], run: MemoryOption
     )
 
 
-def _largest_pack(run: MemoryOptions) -> PackShape:
-    """The worst pack for each moment: every token has a label, or half of them are patches of a ViT image."""
-    return PackShape(tokens=run.max_num_tokens, labels=run.max_num_tokens, vit_tokens=run.max_num_tokens // 2)
+def _largest_pack(model: BagelConfig, run: MemoryOptions) -> PackShape:
+    """The worst pack for each moment: every token has a label; all that isn't drawn may be patches of a ViT image."""
+    tokens = run.max_num_tokens
+    return PackShape(tokens, labels=tokens, vit_tokens=tokens // 2 if model.visual_gen else tokens)
 
 
 def _rank_states(sharding: Sharding, shape: StepShape, run: MemoryOptions) -> list[State]:

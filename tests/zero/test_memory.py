@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,11 @@ def test_a_model_folder_is_read_without_its_weights(tmp_path: Path, capsys: pyte
     (tmp_path / "vit_config.json").write_text(json.dumps(vit))
     assert main(["memory", "--model_path", str(tmp_path), "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["gpu_peak_gib"] == 0
+
+
+def test_planning_needs_neither_torch_nor_deepspeed() -> None:
+    code = "import sys, bagel_ds.zero.memory_suggest; sys.exit(bool({'torch', 'deepspeed'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_the_pages_table_is_current() -> None:
