@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import socket
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,38 @@ def test_one_per_host_first_runs_once_on_each_rank(local_rank: str, monkeypatch:
     monkeypatch.setenv("LOCAL_RANK", local_rank)
     calls: list[int] = []
     assert one_per_host_first(lambda: calls.append(1) or len(calls)) == 1
+
+
+def test_ranks_exchange_signs_of_life_while_the_first_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    exchanged: list[Any] = []
+    enough = threading.Event()
+    everyone = agreement.everyone
+
+    def counted(value: Any) -> list[Any]:
+        exchanged.append(value)
+        if len(exchanged) == 3:
+            enough.set()
+        return everyone(value)
+
+    monkeypatch.setattr(agreement, "everyone", counted)
+    assert one_per_host_first(lambda: enough.wait(60)), "three exchanges happened while it waited"
+
+
+def test_a_host_that_others_wait_for_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(logging.getLogger("bagel_ds"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("bagel_ds"), "level", logging.INFO)
+    monkeypatch.setattr(agreement, "_TELL_SECONDS", 0.0)
+    states = iter([[(True, "there"), (False, "here")], [(False, "there"), (False, "here")]])
+    monkeypatch.setattr(agreement, "everyone", lambda _: next(states))
+    agreement._wait_for(None)
+    assert [record.getMessage().split(",")[0] for record in caplog.records] == ["waiting for there"]
+
+
+def test_a_fault_of_the_first_rank_stops_all() -> None:
+    with pytest.raises(SharedFault, match="^no such file$"):
+        one_per_host_first(lambda: _raise(UserError("no such file")))
 
 
 def test_equal_ranks_pass(monkeypatch: pytest.MonkeyPatch) -> None:
