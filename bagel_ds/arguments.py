@@ -158,7 +158,9 @@ class TrainingArguments:
         "bf16", "(ours) bf16 with fp32 master weights, or fp32 throughout (for tests)", choices=("bf16", "fp32")
     )
     activation_checkpointing: str = option(
-        "full", "(ours) recompute every decoder layer in backward, or keep its activations", choices=("full", "none")
+        "full",
+        "(ours) recompute every layer in backward; offload also keeps its input in CPU memory, none keeps all",
+        choices=("full", "offload", "none"),
     )
     save_dtype: str = option(
         "auto",

@@ -12,7 +12,7 @@ from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import CAUSAL, NOISE, PackedBatch
 from bagel_ds.model.config import BagelConfig, LLMConfig, ViTConfig
 from bagel_ds.model.parts import Freezing, part_of, trainable_parts
-from bagel_ds.model.recompute import recompute
+from bagel_ds.model.recompute import MODES, recompute_mode
 
 LLM = LLMConfig(32, 48, 2, 4, 2, 64)
 TINY = BagelConfig(llm=LLM, vit=ViTConfig(24, 32, 2, 2), max_latent_size=8)
@@ -68,13 +68,12 @@ def loss_of(model: Bagel, batch: PackedBatch) -> torch.Tensor:
     return output.ce.sum() + output.mse.sum()
 
 
-@pytest.mark.parametrize("mode", ["keep", "recompute"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("batch", [text_pack(), pack(2, drawn=(2, 3)), pack(0)], ids=["text", "drawing", "nothing"])
 def test_every_trainable_parameter_gets_a_gradient_from_any_pack(batch: PackedBatch, mode: str) -> None:
     """Under ZeRO-3 a parameter without a gradient on one rank would hang the others."""
     model = tiny()
-    if mode == "recompute":
-        model.recompute = recompute
+    model.recompute = recompute_mode(mode)
     loss_of(model, batch).backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name

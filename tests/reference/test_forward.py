@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bagel_ds.model.bagel import Bagel, BagelOutput
 from bagel_ds.model.batch import PackedBatch
-from bagel_ds.model.recompute import keep, recompute
+from bagel_ds.model.recompute import MODES, keep, recompute_mode
 from tests.recordings import cases, loaded_model, read_json, recorded_batch, reference, relative, tensors
 
 FORWARD = cases("forward/*.safetensors")
@@ -81,12 +81,12 @@ def test_hidden_states_and_inner_activations_equal_the_recording(stem: str) -> N
         assert relative(watched.seen[name.removeprefix("dbg.")], recorded[name]) <= 1e-5, name
 
 
-@pytest.mark.parametrize("mode", [keep, recompute], ids=["none", "full"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("stem", GRADIENTS)
-def test_gradients_equal_the_recording(stem: str, mode: Any) -> None:
+def test_gradients_equal_the_recording(stem: str, mode: str) -> None:
     """With and without activation checkpointing; loss = ce.mean() * 0.25 + mse.mean(-1).mean()."""
     expected = tensors(stem)
-    watched, model, _ = run(stem.removesuffix("_grads"), mode)
+    watched, model, _ = run(stem.removesuffix("_grads"), recompute_mode(mode))
     (watched.output.ce.mean() * 0.25 + watched.output.mse.mean(-1).mean()).backward()
     largest = max(float(tensor.abs().max()) for tensor in expected.values())
     compared = 0
