@@ -2,15 +2,17 @@
 
 Guarantees: equal (seed, names, counters) give equal draws in any process, at any time, on any number of ranks. Choices
 come from BLAKE2b (one hash gives eight draws in a microsecond, so planning a million samples stays cheap), normal
-deviates from numpy's Philox keyed by such a hash.
+deviates from Philox keyed by such a hash.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 
 import numpy as np
+import torch
 
 _WORDS = struct.Struct("<8Q").unpack
 
@@ -44,6 +46,16 @@ class Draws:
 
 
 def normals(shape: tuple[int, ...], *key: int | str) -> np.ndarray:
-    """float32 standard normals of `shape`, a function of `key` alone."""
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(draw_key(*key), "little")))
-    return generator.standard_normal(shape, dtype=np.float32)
+    """float32 standard normals of `shape`, a function of `key` alone.
+
+    By Box and Muller (1958) from Philox's bits, half as long as numpy's own way and independent of its version; the
+    largest possible is 5.9.
+    """
+    count = int(np.prod(shape))
+    generator = np.random.Philox(key=int.from_bytes(draw_key(*key), "little"))
+    words = torch.from_numpy(generator.random_raw((count + 1) // 2).view(np.int32))
+    # the upper 24 bits, as the middles of 2**24 equal parts of 0..1: never 0, of which there is no logarithm
+    uniform = (words.bitwise_right_shift(8).bitwise_and_(2**24 - 1).float() + 0.5) * 2.0**-24
+    half = len(uniform) // 2
+    radius, angle = uniform[:half].log_().mul_(-2).sqrt_(), uniform[half:].mul_(2 * math.pi)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()])[:count].reshape(shape).numpy()

@@ -93,11 +93,11 @@ def decode_rgb(source: bytes | Path) -> Image.Image:
 
 
 def resize_to_uint8(image: Image.Image, transform: ImageTransform, img_num: int = 1) -> Tensor:
-    """RGB image -> uint8 [3, height, width] of `transform.size`, bicubic."""
+    """RGB image -> uint8 [3, height, width] of `transform.size`, bicubic; a view of [height, width, 3] in memory."""
     size = transform.size(*image.size, img_num)
     if size != image.size:
         image = image.resize(size, Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _opened(source: bytes | Path) -> Image.Image:

@@ -185,7 +185,7 @@ class _Pack:
         height, width = entry.image.shape[1:]
         shape = (height // options.latent_stride, width // options.latent_stride)
         tokens = shape[0] * shape[1]
-        self.images.append(entry.image)
+        self.images.append(entry.image.contiguous())
         self.latent_shapes.append(shape)
         self.latent_position_ids.append(
             position_grid(height, width, options.latent_stride, options.max_latent_size, options.interpolate_pos)

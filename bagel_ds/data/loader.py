@@ -47,8 +47,9 @@ class MicroBatch(NamedTuple):
 
 
 # Packs of all ranks that are planned ahead so that workers know their next rows: about one window of the shuffle
-# (1024 rows of each of several groups). The distance grows from the start, two packs by pack, so that nothing waits.
-HORIZON = 1024
+# (1024 rows of each of several groups). The distance grows from the start, by so many packs with each, so that the
+# first batch does not wait for it.
+HORIZON, HORIZON_GROWTH = 1024, 32
 
 
 class _Task(NamedTuple):
@@ -73,15 +74,18 @@ class _Packs(Dataset[PackedBatch]):
         return materialize(task.plans, *self._arguments)
 
 
-def _tasks(steps: Iterator[Step], rank: int, workers: int, horizon: int, under_way: deque[Step]) -> Iterator[_Task]:
+def planned_tasks(
+    steps: Iterator[Step], rank: int, world_size: int, workers: int, under_way: deque[Step]
+) -> Iterator[_Task]:
     """The tasks of `rank`, which its workers take in turns; a step joins `under_way` as its task is taken.
 
-    Each pack's rows are announced once, to the worker that will run it, at most `horizon` steps before.
+    Each pack's rows are announced once, to the worker that will run it, at most HORIZON packs of all ranks before.
     """
+    horizon, growth = max(HORIZON // world_size, 1), max(HORIZON_GROWTH // world_size, 4)
     ahead: deque[Step] = deque()
     announced: list[list[tuple[int, int]]] = [[] for _ in range(workers)]
     for turn in count():
-        while len(ahead) < min(horizon, 2 * turn + workers) or not ahead:
+        while len(ahead) < min(horizon, growth * turn + workers) or not ahead:
             step = next(steps)
             announced[(turn + len(ahead)) % workers] += [(plan.dataset, plan.row) for plan in step.packs[rank].samples]
             ahead.append(step)
@@ -179,7 +183,7 @@ class PlannedData:
             )
         under_way: deque[Step] = deque()
         steps = self.planner.steps(world_size, start)
-        tasks = _tasks(steps, rank, max(num_workers, 1), max(HORIZON // world_size, 1), under_way)
+        tasks = planned_tasks(steps, rank, world_size, max(num_workers, 1), under_way)
         return self._iterate(tasks, under_way, num_workers, prefetch_factor, pin_memory)
 
     def _iterate(

@@ -20,7 +20,7 @@ from typing import Any, Callable, NamedTuple
 Row = dict[str, Any]
 Version = tuple[str, int, int]
 
-LIMIT = 256 * 2**20
+LIMIT = 384 * 2**20
 _LATER = 2**100  # unannounced rows are due after all announced ones
 _SPAN = 2**40  # of the last row group first, and there the next ones in file order
 _ROW_BYTES = 200  # of python's own, per row

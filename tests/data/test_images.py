@@ -130,7 +130,7 @@ def test_resized_pixels_are_uint8_of_the_planned_size(size: tuple[int, int]) -> 
     width, height = transform.size(*size)
     assert pixels.dtype == torch.uint8
     assert pixels.shape == (3, height, width)
-    assert pixels.is_contiguous()
+    assert pixels.permute(1, 2, 0).is_contiguous()
 
 
 def test_an_image_of_the_right_size_is_not_resampled() -> None:

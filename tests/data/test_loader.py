@@ -198,10 +198,13 @@ def test_describe_says_rows_lengths_shares_and_budgets() -> None:
     assert "at most 300 tokens" in lines[2]
 
 
-@pytest.mark.parametrize(("workers", "horizon"), [(1, 1), (1, 64), (3, 64), (2, 1)])
-def test_a_worker_learns_each_of_its_rows_once_before_it_needs_it(workers: int, horizon: int) -> None:
+@pytest.mark.parametrize(("workers", "horizon"), [(1, 2), (1, 128), (3, 128), (2, 2)])
+def test_a_worker_learns_each_of_its_rows_once_before_it_needs_it(
+    workers: int, horizon: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "HORIZON", horizon)
     under_way: deque[Any] = deque()
-    tasks = loader._tasks(data().planner.steps(2), 1, workers, horizon, under_way)
+    tasks = loader.planned_tasks(data().planner.steps(2), 1, 2, workers, under_way)
     coming: list[deque[tuple[int, int]]] = [deque() for _ in range(workers)]
     most_ahead = 0
     for turn in range(200):
@@ -211,4 +214,4 @@ def test_a_worker_learns_each_of_its_rows_once_before_it_needs_it(workers: int, 
         mine.extend(task.coming)
         assert [(plan.dataset, plan.row) for plan in task.plans] == [mine.popleft() for _ in task.plans]
         most_ahead = max(most_ahead, len(mine))
-    assert most_ahead > 0 if horizon > workers else most_ahead == 0
+    assert most_ahead > 0 if horizon > 2 else most_ahead == 0

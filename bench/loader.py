@@ -1,0 +1,267 @@
+"""How fast one worker makes packs: ours beside the original's way (bench/original_loader.py), and what bounds it.
+
+One command: `python bench/loader.py [--json]`. Both ways make the same samples of the same files (t2i, edit pairs,
+conversations; JPEG pictures of 512-1344 px) in one worker process each, and take turns, so that a busy machine slows
+both. Times are of this machine; the ratio is what counts. The floor is what decoding and resizing alone take: Pillow's
+decoder and bicubic filter, which the pixels are bound to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from original_loader import OriginalPacks
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from bagel_ds.data import files
+from bagel_ds.data.config import load_dataset_config
+from bagel_ds.data.draws import normals
+from bagel_ds.data.images import decode_rgb, resize_to_uint8
+from bagel_ds.data.layout import LayoutOptions
+from bagel_ds.data.loader import PlannedData, planned_tasks
+from bagel_ds.data.materialize import materialize
+from bagel_ds.data.plan import PackingOptions, Planner
+from bagel_ds.data.row_cache import LIMIT, GroupKey, Row, RowCache
+from bagel_ds.data.sample import TEXT, VAE, Entry, SamplePlan
+from bagel_ds.data.sources import GroupStream, SampleOptions, open_streams
+from bagel_ds.data.tokenizer import Tokenizer, load_tokenizer
+from bagel_ds.demo.tokenizer import train_tokenizer
+
+BUDGETS = {"expected_num_tokens": 32768, "max_num_tokens": 36864}
+GROUPS = {"t2i": "t2i_pretrain", "edit": "unified_edit", "vlm": "vlm_sft"}
+WORDS = "a red blue small large house tree river street under over light dark person with dog cat window".split()
+
+
+def picture(rng: np.random.Generator) -> bytes:
+    """A JPEG like a photograph: smooth shapes and some grain; about 0.3 MB per megapixel."""
+    width, height = rng.integers(512, 1345, 2).tolist()
+    shapes = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((width, height))
+    grain = rng.integers(-12, 13, (height, width, 3), dtype=np.int16)
+    pixels = np.clip(np.asarray(shapes).astype(np.int16) + grain, 0, 255).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def write_data(folder: Path, rows: int) -> None:
+    """`rows` rows in each of three data sets, and a tokenizer."""
+    rng = np.random.default_rng(0)
+
+    def words(count: int) -> str:
+        return " ".join(rng.choice(WORDS, count))
+
+    pictures = [{"image": picture(rng), "captions": json.dumps({"a": words(60), "b": words(20)})} for _ in range(rows)]
+    edits = [
+        {"image_list": [picture(rng), picture(rng)], "instruction_list": [[words(15), words(12)]]} for _ in range(rows)
+    ]
+    for name, content in (("t2i", pictures), ("edit", edits)):
+        (folder / name).mkdir()
+        pq.write_table(pa.Table.from_pylist(content), folder / name / "a.parquet", row_group_size=100)
+    (folder / "vlm" / "images").mkdir(parents=True)
+    lines = []
+    for i in range(rows):
+        (folder / "vlm" / "images" / f"{i}.jpg").write_bytes(picture(rng))
+        turns = [{"from": "human", "value": f"<image>\n{words(20)}"}, {"from": "gpt", "value": words(120)}]
+        lines.append(json.dumps({"image": f"{i}.jpg", "conversations": turns}) + "\n")
+    (folder / "vlm" / "data.jsonl").write_text("".join(lines))
+    (folder / "tokenizer").mkdir()
+    train_tokenizer([words(2000)], 600).save(str(folder / "tokenizer" / "tokenizer.json"))
+    paths = {"vlm": f"data_dir: {folder}/vlm/images, jsonl_path: {folder}/vlm/data.jsonl"}
+    config = (
+        f"{kind}: {{dataset_names: [{{name: {name}, {paths.get(name, f'data_dir: {folder}/{name}')}}}]}}\n"
+        for name, kind in GROUPS.items()
+    )
+    (folder / "data.yaml").write_text("".join(config))
+
+
+def open_data(folder: Path) -> tuple[list[GroupStream], Tokenizer, PlannedData]:
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    no_dropout = {f"{kind}_cond_dropout_prob": 0.0 for kind in ("text", "vit", "vae")}
+    config = load_dataset_config(str(folder / "data.yaml"))
+    streams = open_streams(config, tokenizer, SampleOptions(**no_dropout), str(folder / "index"))
+    data = PlannedData(streams, tokenizer, LayoutOptions(), PackingOptions(**BUDGETS), 0)
+    return streams, tokenizer, data
+
+
+def seconds_per_sample(packs: Iterable[Any], samples: Callable[[Any], int], warm: int = 2) -> tuple[float, int]:
+    """Of the packs after the first `warm`, which fill the queues; and how many samples there were."""
+    count, start = 0, 0.0
+    for number, pack in enumerate(packs):
+        if number == warm:
+            start = time.perf_counter()
+        elif number > warm:
+            count += samples(pack)
+    return (time.perf_counter() - start) / max(count, 1), count
+
+
+def ours(data: PlannedData, packs: int) -> Iterator[Any]:
+    batches = data.micro_batches(0, 1, num_workers=1)
+    for _ in range(packs):
+        yield next(batches).batch
+    batches.close()
+
+
+def original(folder: Path, plans: list[tuple[SamplePlan, ...]], tokenizer: Tokenizer, masks: bool) -> DataLoader[Any]:
+    numbers: dict[str, set[int]] = {name: set() for name in GROUPS}
+    for plan in (plan for pack in plans for plan in pack):
+        numbers[list(GROUPS)[plan.dataset]].add(plan.row)
+    packs = OriginalPacks(folder, numbers, tokenizer, BUDGETS["expected_num_tokens"], BUDGETS["max_num_tokens"], masks)
+    return DataLoader(packs, batch_size=None, num_workers=1, collate_fn=_as_is, prefetch_factor=2)
+
+
+def _as_is(pack: Any) -> Any:
+    return pack
+
+
+def floor(streams: list[GroupStream], plans: list[tuple[SamplePlan, ...]], tokenizer: Tokenizer) -> dict[str, float]:
+    """Milliseconds per sample of the parts of our work, in this process."""
+    spent = dict.fromkeys(("read", "decode", "resize", "noise", "tokenise", "whole"), 0.0)
+
+    def timed(part: str, work: Callable[..., Any], *given: Any) -> Any:
+        start = time.perf_counter()
+        result = work(*given)
+        spent[part] += time.perf_counter() - start
+        return result
+
+    for plan in (plan for pack in plans for plan in pack):
+        timed("whole", materialize, [plan], streams, tokenizer, LayoutOptions(), 0)
+        stream = streams[plan.dataset]
+        (row,) = timed("read", stream.read, [plan])
+        images = [timed("decode", decode_rgb, source) for source in row.images]
+        for entry in plan.entries:
+            if entry.kind == TEXT:
+                timed("tokenise", tokenizer.encode, row.texts[entry.content])
+                continue
+            transform = stream.vae_transform if entry.kind == VAE else stream.vit_transform
+            timed("resize", resize_to_uint8, images[entry.content], transform)
+            for drawn in range(1 + entry.loss if entry.kind == VAE else 0):
+                timed("noise", normals, (entry.tokens, 64), "noise", drawn)
+    count = sum(map(len, plans))
+    parts = {part: 1000 * value / count for part, value in spent.items()}
+    whole = parts.pop("whole")
+    return {**parts, "layout and rest": whole - sum(parts.values()), "whole": whole}
+
+
+class _Rows:
+    """Row groups of equal rows, nothing in them: how often would each be read?"""
+
+    def __init__(self, name: str, number: int, rows: int, group_rows: int) -> None:
+        self.name, self.number, self.weight, self.is_mandatory = name, number, 1.0, False
+        self.group_rows, self.rows = group_rows, rows
+        self.units = [range(start, start + group_rows) for start in range(0, rows, group_rows)]
+
+    def plan_sample(self, row: int, epoch: int) -> SamplePlan:
+        return SamplePlan(self.number, epoch, row, (Entry(VAE, 0, 2000 + row % 3000, True, False, -1, 512, 512),))
+
+
+def row_group_reads(group_rows: int, world_size: int, workers: int) -> dict[str, float]:
+    """Reads of a row group per worker that needs rows of it, over an epoch of three data sets with rows of 200 kB.
+
+    Rows are stand-ins of 200 bytes, and memory is counted so much smaller. The first window, while workers
+    know little of what comes, is part of it.
+    """
+    streams: Any = [_Rows(str(i), i, 16 * max(group_rows, 1000), group_rows) for i in range(3)]
+    planner = Planner(streams, PackingOptions(**BUDGETS))
+    limit = LIMIT * 400 // 200_000  # a stand-in of 200 bytes counts 400
+
+    def read(key: GroupKey) -> Iterator[tuple[int, Callable[[], Row]]]:
+        return ((row, lambda: {"x": bytes(200)}) for row in range(group_rows))
+
+    caches = [RowCache(read, limit) for _ in range(workers)]
+    under_way: deque[Any] = deque()
+    tasks = planned_tasks(planner.steps(world_size), 0, world_size, workers, under_way)
+    most = 0
+
+    def key(group: int, row: int) -> tuple[GroupKey, int]:
+        return GroupKey(str(group), row // group_rows, ()), row % group_rows
+
+    turn = 0
+    while True:
+        task, cache = next(tasks), caches[turn % workers]
+        step = under_way.popleft()
+        for group, row in task.coming:
+            cache.expect(*key(group, row))
+        for plan in task.plans:
+            cache.row(*key(plan.dataset, plan.row), ("", 0, 0))
+        most = max(most, cache.bytes)
+        turn += 1
+        if min(step.epochs.values()) >= 1:
+            break
+    groups = [reads for cache in caches for reads in cache.reads.values()]
+    return {"reads": sum(groups) / len(groups), "most_mb": most / 400 * 0.2}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--rows", type=int, default=120, help="rows of each of the three data sets")
+    parser.add_argument("--packs", type=int, default=24, help="packs to make")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each way")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        report = measure(Path(name), arguments.rows, arguments.packs, arguments.rounds)
+    report["row_groups"] = [
+        {"group_rows": rows, "world_size": world, "workers": workers, **row_group_reads(rows, world, workers)}
+        for rows in (100, 1000)
+        for world, workers in ((1, 1), (1, 4), (8, 4))
+    ]
+    print(json.dumps(report) if arguments.json else describe(report))
+
+
+def measure(folder: Path, rows: int, packs: int, rounds: int) -> dict[str, Any]:
+    write_data(folder, rows)
+    streams, tokenizer, data = open_data(folder)
+    steps = data.planner.steps(1)
+    plans = [next(steps).packs[0].samples for _ in range(packs)]
+    ways: dict[str, list[float]] = {"ours": [], "original": [], "original_flex": []}
+    for _ in range(rounds):
+        ways["ours"].append(seconds_per_sample(ours(data, packs), lambda batch: len(batch.sample_lens))[0])
+        for way, masks in (("original", True), ("original_flex", False)):
+            loader = original(folder, plans, tokenizer, masks)
+            ways[way].append(seconds_per_sample(loader, lambda pack: len(pack["sample_lens"]))[0])
+    best = {way: min(values) for way, values in ways.items()}
+    files.forget_open_files()
+    return {
+        "samples": sum(map(len, plans)),
+        "samples_per_second": {way: 1 / seconds for way, seconds in best.items()},
+        "ratio": best["original"] / best["ours"],
+        "ratio_without_masks": best["original_flex"] / best["ours"],
+        "ms_per_sample": floor(streams, plans, tokenizer),
+    }
+
+
+def describe(report: dict[str, Any]) -> str:
+    speed, parts = report["samples_per_second"], report["ms_per_sample"]
+    lines = [
+        f"{report['samples']} samples, one worker, samples per second:",
+        f"  ours {speed['ours']:.1f}",
+        f"  original {speed['original']:.1f} (dense masks), {speed['original_flex']:.1f} (use_flex: no masks)",
+        f"  ratio {report['ratio']:.2f}, without masks {report['ratio_without_masks']:.2f}",
+        "milliseconds per sample in our worker, without the way to the main process:",
+        *(f"  {part:16s} {value:6.2f}" for part, value in parts.items()),
+        f"  decode and resize are {(parts['decode'] + parts['resize']) / parts['whole']:.0%} of it",
+        "reads of a row group per worker that uses it, rows of 200 kB, three data sets,",
+        f"  {LIMIT // 10**6} MB per worker:",
+    ]
+    for case in report["row_groups"]:
+        shape = f"row groups of {case['group_rows']}, {case['world_size']} ranks x {case['workers']} workers"
+        lines.append(f"  {shape:42s} {case['reads']:.2f} reads, at most {case['most_mb']:.0f} MB kept")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
