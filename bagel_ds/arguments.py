@@ -58,6 +58,9 @@ class DataArguments:
         None,
         "(ours) where datasets lie; None looks for dataset_info.{yaml,json,py} beside the config, above it, in data/",
     )
+    index_cache: str | None = option(
+        None, "(ours) folder that keeps the index of the data; None keeps it beside them, or in ~/.cache/bagel_ds"
+    )
     prefetch_factor: int = option(2, "packs each DataLoader worker prepares ahead")
     num_workers: int = option(4, "DataLoader workers per rank; 0 reads in the training process")
     max_num_tokens_per_sample: int = option(16384, "longer samples are skipped, counted and reported")

@@ -72,7 +72,7 @@ def _index(options: argparse.Namespace) -> None:
     every = sorted(files_to_index(inputs.datasets), key=lambda file: (file.path, file.key))
     files = every[number - 1 :: shares]
     lock = f"-{number}-of-{shares}" if shares > 1 else ""  # shares have different files: none waits for another
-    indexes = index_files(files, inputs.tokenizer, progress=True, workers=options.workers, lock=lock)
+    indexes = index_files(files, inputs.tokenizer, config.data.index_cache, True, options.workers, lock)
     rows, bad = sum(index.rows for index in indexes), sum(len(index.bad) for index in indexes)
     share = f" (share {number} of {shares}, {len(every)} files in all)" if shares > 1 else ""
     print(f"{len(files)} files are indexed{share}: {rows:,} rows, {bad:,} unusable")
@@ -87,8 +87,9 @@ def _check(options: argparse.Namespace) -> None:
 
     inputs = open_inputs(config)
     began = time.monotonic()
+    cache = config.data.index_cache
     streams = index_streams(
-        inputs.datasets, inputs.tokenizer, inputs.sample_options, progress=True, workers=options.workers
+        inputs.datasets, inputs.tokenizer, inputs.sample_options, cache, progress=True, workers=options.workers
     )
     results = check_streams(streams, inputs.tokenizer.special_strings, options.workers, progress=True)
     seconds = time.monotonic() - began

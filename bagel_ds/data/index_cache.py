@@ -81,7 +81,7 @@ def identity(path: str) -> str:
 
 def size_of(path: str) -> int:
     """Bytes of a data file."""
-    return os.stat(path).st_size
+    return filesystems.version(path)[1]
 
 
 def load(entry: Path, path: str) -> FileIndex | None:

@@ -82,7 +82,9 @@ def open_data(config: RunConfig, folder: Path, model: BagelConfig, vae: VAEConfi
     """The data of the run, indexed where it is not yet, and its plan."""
     tokenizer = open_tokenizer(folder, model)
     datasets = load_dataset_config(config.data.dataset_config_file, config.data.dataset_info)
-    streams = open_streams(datasets, tokenizer, sample_options(config, model, vae), progress=progress)
+    streams = open_streams(
+        datasets, tokenizer, sample_options(config, model, vae), config.data.index_cache, progress=progress
+    )
     return plan_data(config, streams, tokenizer, model, vae)
 
 
