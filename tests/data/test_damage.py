@@ -30,6 +30,7 @@ from small_data import byte_tokenizer, conversation, group, picture, streams_of,
 
 from bagel_ds.data import files
 from bagel_ds.data.layout import LayoutOptions
+from bagel_ds.data.loader import PackingOptions, PlannedData
 from bagel_ds.data.materialize import materialize
 from bagel_ds.data.sample import SamplePlan
 from bagel_ds.data.sources import GroupStream
@@ -170,18 +171,24 @@ def outside(tmp_path: Path) -> Path:
     return tmp_path / "outside"
 
 
-def test_damaged_pictures_in_parquet(tmp_path: Path) -> None:
+def _write_pictures(path: Path, count: int) -> list[str]:
+    """What each of `count` rows is: intact, an odd sort of picture, or a damaged one."""
     rng, sorts = random.Random(0), list(odd_pictures().items())
     names, rows = [], []
-    for i in range(PICTURES + PICTURES // INTACT):
+    for i in range(count):
         name, content = ("intact", picture(40, 48, seed=i)) if i % INTACT == 0 else sorts[i % len(sorts)]
         if i >= 2 * len(sorts) and name != "intact":
             name, content = f"damaged {name}", damaged(content, rng)
         names.append(name)
         rows.append({"image": content, "captions": json.dumps({"a": f"row {i}"})})
-    path = tmp_path / "rows" / "a.parquet"
     path.parent.mkdir()
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=50)
+    return names
+
+
+def test_damaged_pictures_in_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "rows" / "a.parquet"
+    names = _write_pictures(path, PICTURES + PICTURES // INTACT)
     tokenizer = byte_tokenizer(tmp_path / "tokenizer")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -193,6 +200,26 @@ def test_damaged_pictures_in_parquet(tmp_path: Path) -> None:
         assert name not in UNUSABLE or row in bad, name
         assert name in (*UNUSABLE, "small bomb", "intact") or name.startswith("damaged") or row not in bad, name
     assert skipped, "some bodies must break although their headers are fine"
+
+
+def test_workers_go_on_past_damaged_pictures(tmp_path: Path) -> None:
+    path = tmp_path / "rows" / "a.parquet"
+    _write_pictures(path, 200)
+    tokenizer = byte_tokenizer(tmp_path / "tokenizer")
+    streams = streams_of(tmp_path, {"t2i_pretrain": group({"data_dir": str(path.parent)})}, tokenizer)
+    expected = {streams[0].describe(row) for row in range(200) if streams[0].plan_sample(row, 0)}
+    data = PlannedData(streams, tokenizer, LayoutOptions(), PackingOptions(400, 300), 0)
+    batches = data.micro_batches(0, 1, num_workers=2)
+    made: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
+    for _, micro_batch in zip(range(400), batches):
+        made.update(micro_batch.batch.samples)
+        skipped.update(": ".join(reason.split(": ", 2)[:2]) for _, reason in micro_batch.batch.skipped)
+        if len(made) + len(skipped) == len(expected):
+            break
+    batches.close()
+    assert made.keys() | skipped.keys() == expected and not made.keys() & skipped.keys()
+    assert skipped
 
 
 def _lines(rng: random.Random) -> list[Any]:
