@@ -153,6 +153,7 @@ class TrainingArguments:
     nvme_path: str | None = option(
         None, "(ours) folder on a local SSD for ds_configs that swap to NVMe; its files are removed at the end"
     )
+    ignore_memory_plan: bool = option(False, "(ours) start although the memory plan says that the run can't fit")
     ema_every: int = option(1, "(ours) update the moving average at every k-th step, with its decay to the power k")
     attn: str = option(
         "auto", "(ours) attention backend; the result is the same", choices=("auto", "flash", "flex", "sdpa")

@@ -1,8 +1,8 @@
 """Activation checkpointing, the one place that decides how a layer's activations are kept.
 
 Guarantees: "full" keeps a layer's input and computes the rest again in the backward pass (torch's non-reentrant
-checkpoint); "offload" does so with the input in pinned CPU memory; "none" keeps everything. Values and gradients are the
-same each way.
+checkpoint); "offload" does so with the input in pinned CPU memory; "none" keeps everything. Values and gradients are
+the same each way.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def recompute_offloaded(layer: nn.Module, *args: Any) -> Any:
 class _Move(torch.autograd.Function):
     """A copy to another device, through pinned memory on the host; the gradient takes the way back.
 
-    Copies both ways run on the current stream, in order, so none has to be waited for: nothing reads the host's side but
-    a later copy.
+    Copies both ways run on the current stream, in order, so none has to be waited for: nothing reads the host's side
+    but a later copy.
     """
 
     @staticmethod

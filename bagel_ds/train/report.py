@@ -32,6 +32,8 @@ class StepMeter:
         self._model, self._peak, self._unusable_rows = model, peak_tflops(peak_device_tflops), unusable_rows
         self._broken: dict[str, str] = {}  # row and reason -> dataset, over all ranks
         self._newly_broken: dict[str, str] = {}  # met by this rank since the last logged step
+        self.device_peak: float | None = None  # GiB, the highest of the logged steps
+        self.host_peak = 0.0
         self._restart()
 
     def _restart(self) -> None:
@@ -67,6 +69,7 @@ class StepMeter:
         for _, _, host, name, _ in ranks:
             hosts[name] += host  # type: ignore[assignment]
         values["memory/host_gib"] = max(hosts.values())
+        self.device_peak, self.host_peak = values["memory/device_gib"], max(self.host_peak, max(hosts.values()))
         values["data/packing_efficiency"] = sum(micro.efficiency for micro in self._window) / len(self._window)
         values["data/imbalance"] = sum(micro.imbalance for micro in self._window) / len(self._window)
         values.update({f"data/epoch/{name}": epoch for name, epoch in self._window[-1].epochs.items()})

@@ -38,10 +38,12 @@ from bagel_ds.train.agreement import (
     together,
 )
 from bagel_ds.train.inputs import bagel_config, open_data
+from bagel_ds.train.memory import plan_run
 from bagel_ds.train.quiet import quiet_start
 from bagel_ds.train.start import StartPoint, StartWeights, open_start, sound_start
 from bagel_ds.zero.builds import remove_stale_locks
 from bagel_ds.zero.config import check_with_deepspeed, resolve_ds_config
+from bagel_ds.zero.memory import MemoryPlan
 from bagel_ds.zero.nvme import check_nvme, clean_nvme, fit_buffers, nvme_bytes
 
 logger = logging.getLogger("bagel_ds")
@@ -56,6 +58,7 @@ class Prepared:
 
     ds_config: dict[str, Any]
     notes: list[str]  # lines about it and about this host, for the run's plan
+    memory: MemoryPlan
     model_folder: Path
     model: BagelConfig
     vae: AutoEncoder
@@ -77,12 +80,14 @@ def prepare(config: RunConfig) -> Prepared:
     start = sound_start(config.training, model_folder)
     model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start))
     ds_notes = ds_notes + one_per_host_first(lambda: _ready_nvme(config, ds_config, model))
+    memory = together(lambda: plan_run(config, model, vae.config, ds_config, dist.get_world_size()))
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
     data = one_per_host_first(lambda: open_data(config, model_folder, model, vae.config, progress=is_main()))
     together(lambda: _check_place(start, data))
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
-    return Prepared(ds_config, [*ds_notes, *_crowding(config)], model_folder, model, vae, data, start, weights)
+    notes = [*ds_notes, *_crowding(config)]
+    return Prepared(ds_config, notes, memory, model_folder, model, vae, data, start, weights)
 
 
 def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:

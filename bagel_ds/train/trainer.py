@@ -33,6 +33,7 @@ from bagel_ds.train.agreement import is_main, local_rank, together
 from bagel_ds.train.checkpoints import CheckpointWriter, SaveFault, restore_moments
 from bagel_ds.train.guards import NonFiniteGuard, out_of_memory
 from bagel_ds.train.loss import LossOptions
+from bagel_ds.train.memory import outcome, plan_lines
 from bagel_ds.train.metrics import MetricsLog, SilentMetricsLog, WandbOptions
 from bagel_ds.train.report import StepMeter
 from bagel_ds.train.schedule import learning_rate
@@ -94,6 +95,8 @@ class Trainer:
                 if result.stop:
                     stop.remove_files()
                     break
+            if meter.host_peak:
+                metrics.note(outcome(self.prepared.memory, meter.device_peak, meter.host_peak))
         self._tidy()
         logger.info("%s: %d steps", "done" if self._is_last() else "stopped", self.steps_done)
 
@@ -259,9 +262,17 @@ class Trainer:
             return
         for note in notes:
             logger.info(note)
-        model = self.prepared.model
-        for line in describe_parameters(model, trainable(self.config, model)):
+        model, data = self.prepared.model, self.prepared.data
+        parameters = describe_parameters(model, trainable(self.config, model))
+        for line in [*parameters, *data.describe(), *plan_lines(self.prepared.memory)]:
             logger.info(line)
-        zero = self.prepared.ds_config["zero_optimization"]
-        logger.info("%d rank(s), ZeRO stage %d, %s", self.world_size, zero["stage"], self.args.precision)
+        packs = self.world_size * self.args.gradient_accumulation_steps
+        logger.info(
+            "%d rank(s), ZeRO stage %d, %s; %d packs of up to %s tokens per step",
+            self.world_size,
+            self.prepared.ds_config["zero_optimization"]["stage"],
+            self.args.precision,
+            packs,
+            f"{self.config.data.max_num_tokens:,}",
+        )
         Path(self.args.results_dir, "config.yaml").write_text(self.config.to_yaml())

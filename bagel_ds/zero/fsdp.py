@@ -116,7 +116,8 @@ def _settle_sharding_group(draft: Draft) -> None:
     is_hybrid = training.sharding_strategy == "HYBRID_SHARD"
     asked = "num_shard" in given or ("sharding_strategy" in given and is_hybrid)
     if not asked and zero.get("zero_hpz_partition_size") == AUTO:
-        group = int(os.environ.get("LOCAL_SIZE", world))  # one copy of the parameters per host
+        # One copy of the parameters per host; DeepSpeed's launcher says LOCAL_SIZE, torch's the other.
+        group = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
         asked = 1 < group < world
     if not asked or group == world or same(zero.get("zero_hpz_partition_size"), group):
         return

@@ -1,0 +1,68 @@
+"""A run that can't fit stops before it loads anything and says what would; plan and outcome stand side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from bagel_ds.config import RunConfig, parse_arguments
+from bagel_ds.data.config import DatasetConfig, GroupConfig
+from bagel_ds.data.images import ImageTransform
+from bagel_ds.errors import UserError
+from bagel_ds.model.config import BagelConfig, VAEConfig
+from bagel_ds.train import memory
+from bagel_ds.train.memory import host_memory_gib, outcome, plan_lines, plan_run
+from bagel_ds.zero.config import resolve_ds_config
+from bagel_ds.zero.memory import MemoryPlan
+
+
+@pytest.fixture(autouse=True)
+def one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = GroupConfig("t2i_pretrain", "t2i_pretrain", (), ImageTransform(1024, 512, 16), None)
+    monkeypatch.setattr(memory, "load_dataset_config", lambda *_: DatasetConfig((group,), "here"))
+
+
+def plan(config: RunConfig) -> MemoryPlan:
+    ds_config, _ = resolve_ds_config(config.training.ds_config, config, 2)
+    return plan_run(config, BagelConfig(), VAEConfig(), ds_config, 2)
+
+
+def test_the_7b_on_a_small_host_is_refused_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "host_memory_gib", lambda: 24.0)
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    with pytest.raises(UserError, match=r"(?s)does not fit: host memory lacks .*--ignore_memory_plan True"):
+        plan(parse_arguments(["--ds_config", "zero3_cpu", "--max_num_tokens", "11520"]))
+
+
+def test_ignoring_the_plan_goes_on_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "host_memory_gib", lambda: 24.0)
+    found = plan(parse_arguments(["--ds_config", "zero3_cpu", "--ignore_memory_plan", "True"]))
+    assert not found.fits and "does not fit" in plan_lines(found)[-1]
+
+
+def test_a_large_host_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "host_memory_gib", lambda: 2000.0)
+    found = plan(parse_arguments(["--ds_config", "zero3_cpu"]))
+    assert found.fits and plan_lines(found)[-1].strip() == "it fits"
+
+
+def test_memory_of_the_host_is_that_of_the_machine_or_of_its_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = host_memory_gib()
+    limit = tmp_path / "memory.max"
+    limit.write_text(f"{2**30}\n")
+    monkeypatch.setattr(memory, "_CGROUP_LIMITS", (tmp_path / "nowhere", limit))
+    assert host_memory_gib() == 1.0 < whole
+    limit.write_text("max\n")
+    assert host_memory_gib() >= whole
+
+
+def test_the_outcome_names_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "host_memory_gib", lambda: 2000.0)
+    found = dataclasses.replace(plan(parse_arguments(["--ds_config", "zero3_cpu"])), gpu_peak=20 * 2**30)
+    line = outcome(found, 19.5, 3.0)
+    assert "GPU 19.50 GiB seen, 20.00 planned" in line and "host 3.00 GiB seen" in line
+    assert "GPU" not in outcome(found, None, 3.0)
