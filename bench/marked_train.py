@@ -58,9 +58,9 @@ class MarkedTrainer(trainer_module.Trainer):
                 print(f"HELD {rank} {size}", flush=True)
         mark("step")
 
-    def _save(self, *args: Any) -> None:
+    def _save(self, *args: Any, **named: Any) -> None:
         mark("export")
-        super()._save(*args)
+        super()._save(*args, **named)
         mark("end")
 
 

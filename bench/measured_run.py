@@ -96,6 +96,7 @@ def _environment() -> dict[str, str]:
     return {
         **os.environ,
         "DS_ACCELERATOR": "cpu",
+        "BAGEL_DS_DETACH": "0",  # ranks stay below the launcher, where the sampler finds them
         "OMP_NUM_THREADS": "1",
         "TORCH_EXTENSIONS_DIR": cache,
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),

@@ -29,17 +29,19 @@ def return_freed_memory() -> bool:
     return answers == [1] * len(answers)
 
 
-def exact_pinned_memory() -> bool:
-    """Large page-locked blocks are neither rounded up nor kept; False where this torch has no such setting.
+def exact_pinned_memory(above_mib: int = LARGEST_CACHED_MIB) -> bool:
+    """Page-locked blocks above this size are neither rounded up nor kept; False where this torch can't do that.
 
-    What PYTORCH_ALLOC_CONF (or PYTORCH_CUDA_ALLOC_CONF) says otherwise stays in force.
+    Meant for loading, which makes blocks that stay and blocks that go once. A step that allocates pinned blocks itself
+    (layer inputs kept on the host) should cache them: call again with a size above theirs. What PYTORCH_ALLOC_CONF (or
+    PYTORCH_CUDA_ALLOC_CONF) says of it wins, and says otherwise stays in force.
     """
     given = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
     if "pinned_max_cached_size_mb" in given:
         return True
     try:
         set_allocator = torch._C._accelerator_setAllocatorSettings
-        set_allocator(",".join(filter(None, [given, f"pinned_max_cached_size_mb:{LARGEST_CACHED_MIB}"])))
+        set_allocator(",".join(filter(None, [given, f"pinned_max_cached_size_mb:{above_mib}"])))
     except (AttributeError, RuntimeError, ValueError):
         return False
     return True

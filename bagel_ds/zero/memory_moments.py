@@ -68,7 +68,9 @@ def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Moment]
     """The moments of the backward pass, which hold more than those of the forward pass."""
     live = gathering(s, shape)
     offloaded = shape.checkpointing == "offload"
-    kept = State("activation checkpoints", HOST if offloaded else DEVICE, needs.checkpoints + needs.vit_checkpoints)
+    kept = State("activation checkpoints", DEVICE, needs.checkpoints + needs.vit_checkpoints)
+    if offloaded:
+        kept = _on_host(s, shape, needs)
     inputs = State("pack and embeddings", DEVICE, needs.inputs)
     head = shape.config.llm.vocab_size * shape.config.llm.hidden_size
     own = {
@@ -92,6 +94,18 @@ def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Moment]
             parts = [*parts, State("gathered parameters", DEVICE, s.weight_bytes * live.with_copies[moment])]
         found.append(Moment(names[moment] + " backward", parts))
     return found
+
+
+def _on_host(s: Sharding, shape: StepShape, needs: Activations) -> State:
+    """Checkpoints kept on the host; on a GPU in page-locked blocks, which torch rounds up to powers of two."""
+    size = 0
+    for total, layers in (
+        (needs.checkpoints, shape.config.llm.num_hidden_layers),
+        (needs.vit_checkpoints, shape.config.vit.num_layers),
+    ):
+        block = total // layers
+        size += layers * (block if s.on_cpu or not block else 1 << (block - 1).bit_length())
+    return State("activation checkpoints", HOST, size)
 
 
 def _one_after_the_other(s: Sharding, live: Gathered, moment: str, name: str, parts: list[State]) -> list[Moment]:

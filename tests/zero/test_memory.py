@@ -133,6 +133,13 @@ def test_keeping_all_activations_takes_more() -> None:
     assert more.gpu_peak > 3 * plan("zero3_cpu.json").gpu_peak
 
 
+def test_checkpoints_on_the_host_leave_the_gpu() -> None:
+    on_gpu, on_host = plan("zero3_cpu.json"), plan("zero3_cpu.json", activation_checkpointing="offload")
+    assert on_host.gpu_peak < on_gpu.gpu_peak and on_host.host_peak > on_gpu.host_peak
+    (kept,) = items(on_host, "activation checkpoints")
+    assert kept.place == "host"
+
+
 def test_frozen_parts_cost_their_weights_alone() -> None:
     frozen = dataclasses.replace(MODEL, freeze_und=True)
     found = plan("zero3_cpu.json", model=frozen, freeze_und=True)
