@@ -13,7 +13,7 @@ import io
 import json
 import tempfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from bagel_ds.data.layout import LayoutOptions
 from bagel_ds.data.loader import PlannedData, planned_tasks
 from bagel_ds.data.materialize import materialize
 from bagel_ds.data.plan import PackingOptions, Planner
-from bagel_ds.data.row_cache import LIMIT, GroupKey, Row, RowCache
+from bagel_ds.data.row_cache import LIMIT, GroupKey, ReadsRows, Row, RowCache
 from bagel_ds.data.sample import TEXT, VAE, Entry, SamplePlan
 from bagel_ds.data.sources import GroupStream, SampleOptions, open_streams
 from bagel_ds.data.tokenizer import Tokenizer, load_tokenizer
@@ -177,10 +177,15 @@ def row_group_reads(group_rows: int, world_size: int, workers: int) -> dict[str,
     planner = Planner(streams, PackingOptions(**BUDGETS))
     limit = LIMIT * 400 // 200_000  # a stand-in of 200 bytes counts 400
 
-    def read(key: GroupKey) -> Iterator[tuple[int, Callable[[], Row]]]:
-        return ((row, lambda: {"x": bytes(200)}) for row in range(group_rows))
+    def reader(worker: int) -> ReadsRows:
+        def read(key: GroupKey) -> Iterator[tuple[int, Callable[[], Row]]]:
+            reads[worker, key] += 1
+            return ((row, lambda: {"x": bytes(200)}) for row in range(group_rows))
 
-    caches = [RowCache(read, limit) for _ in range(workers)]
+        return read
+
+    reads: Counter[tuple[int, GroupKey]] = Counter()
+    caches = [RowCache(reader(worker), limit) for worker in range(workers)]
     under_way: deque[Any] = deque()
     tasks = planned_tasks(planner.steps(world_size), 0, world_size, workers, under_way)
     most = 0
@@ -200,8 +205,7 @@ def row_group_reads(group_rows: int, world_size: int, workers: int) -> dict[str,
         turn += 1
         if min(step.epochs.values()) >= 1:
             break
-    groups = [reads for cache in caches for reads in cache.reads.values()]
-    return {"reads": sum(groups) / len(groups), "most_mb": most / 400 * 0.2}
+    return {"reads": reads.total() / len(reads), "most_mb": most / 400 * 0.2}
 
 
 def main() -> None:

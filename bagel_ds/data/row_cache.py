@@ -45,7 +45,7 @@ class _Kept(NamedTuple):
 
 
 class RowCache:
-    """`read` streams a row group; `reads` counts how often each was."""
+    """`read` streams a row group."""
 
     def __init__(self, read: ReadsRows, limit: int = LIMIT) -> None:
         self._read, self._limit = read, limit
@@ -59,7 +59,6 @@ class RowCache:
         self._versions: dict[str, Version] = {}
         self._queue: list[tuple[int, GroupKey, int]] = []  # (-due, group, row); stale where `_kept` says otherwise
         self.bytes = 0
-        self.reads: dict[GroupKey, int] = {}
 
     def expect(self, key: GroupKey, row: int) -> None:
         """`row` will be asked for once more, after all rows announced before."""
@@ -84,7 +83,6 @@ class RowCache:
 
     def _read_group(self, key: GroupKey, row: int, announced: bool) -> Row:
         """Read on to the last row that is wanted; the wanted ones that fit are kept."""
-        self.reads[key] = self.reads.get(key, 0) + 1
         wanted = self._due.get(key, {})
         everything = not announced and not wanted
         last = -1 if everything else max([row, *wanted])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +22,24 @@ from bagel_ds.data.row_cache import GroupKey, Row, RowCache
 from bagel_ds.errors import UserError
 
 VERSION = ("a", 0, 0)
-ROW_BYTES = 1200  # of a row of `_reader`, as the cache counts it
+ROW_BYTES = 1200  # of a row of `_Reader`, as the cache counts it
 
 
-def _reader(rows: int, taken: list[tuple[int, int]] | None = None) -> Callable[[GroupKey], Iterator[Any]]:
-    """Row groups of `rows` rows of 1,000 bytes; `taken` notes the (group, row) whose values are asked for."""
+class _Reader:
+    """Row groups of `rows` rows of 1,000 bytes. Notes reads, and the rows whose values are asked for."""
 
-    def values(key: GroupKey, row: int) -> Row:
-        if taken is not None:
-            taken.append((key.group, row))
-        return {"text": f"{key.group} {row}".ljust(1000)}
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.reads: Counter[int] = Counter()
+        self.taken: list[tuple[int, int]] = []
 
-    def read(key: GroupKey) -> Iterator[tuple[int, Callable[[], Row]]]:
-        for row in range(rows):
-            yield row, lambda row=row: values(key, row)  # type: ignore[misc]
+    def __call__(self, key: GroupKey) -> Iterator[tuple[int, Callable[[], Row]]]:
+        self.reads[key.group] += 1
+        return ((row, partial(self._values, key.group, row)) for row in range(self.rows))
 
-    return read
+    def _values(self, number: int, row: int) -> Row:
+        self.taken.append((number, row))
+        return {"text": f"{number} {row}".ljust(1000)}
 
 
 def _group(number: int) -> GroupKey:
@@ -61,45 +65,47 @@ def _run(cache: RowCache, order: list[tuple[int, int]], announced: bool = True) 
 
 
 def test_a_window_that_fits_is_read_once_per_row_group() -> None:
-    cache = RowCache(_reader(100), limit=1000 * ROW_BYTES)
+    reader = _Reader(100)
+    cache = RowCache(reader, limit=1000 * ROW_BYTES)
     most = _run(cache, _shuffled(10, 100))
-    assert cache.reads == {_group(number): 1 for number in range(10)}
+    assert reader.reads == dict.fromkeys(range(10), 1)
     assert most < 1000 * ROW_BYTES and cache.bytes == 0
 
 
 def test_only_announced_rows_are_kept() -> None:
-    taken: list[tuple[int, int]] = []
-    cache = RowCache(_reader(100, taken), limit=1000 * ROW_BYTES)
+    reader = _Reader(100)
+    cache = RowCache(reader, limit=1000 * ROW_BYTES)
     order = _shuffled(10, 100)[:50]
     most = _run(cache, order)
-    assert sorted(taken) == sorted(order)
-    assert most <= 50 * ROW_BYTES and set(cache.reads.values()) == {1}
+    assert sorted(reader.taken) == sorted(order)
+    assert most <= 50 * ROW_BYTES and set(reader.reads.values()) == {1}
 
 
 @pytest.mark.parametrize("share", [2, 4])
 def test_a_window_n_times_the_memory_is_read_about_n_times(share: int) -> None:
-    cache = RowCache(_reader(100), limit=1000 * ROW_BYTES // share)
+    reader, other = _Reader(100), _Reader(100)
+    cache = RowCache(reader, limit=1000 * ROW_BYTES // share)
     most = _run(cache, _shuffled(10, 100))
     assert most <= 1000 * ROW_BYTES // share
     # one more at each end: the first and the last rows of a row group need a read of their own
-    assert max(cache.reads.values()) <= share + 2
-    unannounced = RowCache(_reader(100), limit=1000 * ROW_BYTES // share)
-    _run(unannounced, _shuffled(10, 100), announced=False)
-    assert sum(unannounced.reads.values()) > 3 * sum(cache.reads.values())
+    assert max(reader.reads.values()) <= share + 2
+    _run(RowCache(other, limit=1000 * ROW_BYTES // share), _shuffled(10, 100), announced=False)
+    assert other.reads.total() > 3 * reader.reads.total()
 
 
 @pytest.mark.parametrize("limit", [0, 10 * ROW_BYTES, 1000 * ROW_BYTES])
 def test_rows_in_file_order_need_no_announcement(limit: int) -> None:
-    cache = RowCache(_reader(100), limit)
+    reader = _Reader(100)
+    cache = RowCache(reader, limit)
     _run(cache, [(number, row) for number in range(3) for row in range(100)], announced=False)
     kept = max(limit // ROW_BYTES, 1)
-    assert all(100 / kept - 1 <= reads <= 100 / kept * 1.3 + 1 for reads in cache.reads.values())
+    assert all(100 / kept - 1 <= reads <= 100 / kept * 1.3 + 1 for reads in reader.reads.values())
     assert cache.bytes <= limit
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 4), st.booleans())), st.integers(0, 12))
 def test_any_order_gives_the_right_rows_within_the_limit(asked: list[tuple[int, int, bool]], rows: int) -> None:
-    cache = RowCache(_reader(5), rows * ROW_BYTES)
+    cache = RowCache(_Reader(5), rows * ROW_BYTES)
     for number, row, announced in asked:
         if announced:
             cache.expect(_group(number), row)
@@ -110,29 +116,36 @@ def test_any_order_gives_the_right_rows_within_the_limit(asked: list[tuple[int, 
 
 
 def test_a_replaced_file_is_read_again_and_a_missing_row_is_an_error() -> None:
-    cache = RowCache(_reader(5), 100 * ROW_BYTES)
+    reader = _Reader(5)
+    cache = RowCache(reader, 100 * ROW_BYTES)
     for version in (("a", 0, 0), ("a", 0, 0), ("a", 0, 1)):
         cache.row(_group(0), 1, version)
-    assert cache.reads[_group(0)] == 2
+    assert reader.reads[0] == 2
     with pytest.raises(IndexError, match="no row 5"):
         cache.row(_group(0), 5, VERSION)
 
 
-def test_streams_announce_rows_and_each_row_group_is_read_once(tmp_path: Path) -> None:
+def test_streams_announce_rows_and_each_row_group_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = byte_tokenizer(tmp_path / "tokenizer")
     write_parquet(tmp_path / "t2i" / "a.parquet", t2i_rows(30), group_rows=10)
     streams = streams_of(tmp_path, {"t2i_pretrain": group({"data_dir": str(tmp_path / "t2i")})}, tokenizer)
     plans = [plan for row in range(30) if (plan := streams[0].plan_sample(row, 0))]
     random.Random(0).shuffle(plans)
     files.forget_open_files()
+    reads: Counter[int] = Counter()
+    batches_of = files._batches
+
+    def noted(path: str, number: int, columns: Any) -> Any:
+        reads[number] += 1
+        return batches_of(path, number, columns)
+
+    monkeypatch.setattr(files, "_batches", noted)
     for plan in plans:
         streams[0].expect(plan.row)
     batches = [materialize([plan], streams, tokenizer, LayoutOptions(), 0) for plan in plans]
     assert not any(batch.skipped for batch in batches)
-    assert [files.rows.reads[key] for key in files.rows.reads] == [1, 1, 1]
+    assert reads == {0: 1, 1: 1, 2: 1}
     assert files.rows.bytes == 0
-    files.forget_open_files()
-    assert not files.rows.reads
 
 
 def test_batches_of_large_rows_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
