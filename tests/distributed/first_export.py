@@ -8,15 +8,30 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
+from bagel_ds.checkpoint.export import export_tensors
 from bagel_ds.config import parse_arguments
+from bagel_ds.ranges import TensorInfo
 from bagel_ds.train.metrics import setup_logging
 from bagel_ds.train.quiet import quiet_warnings
 from bagel_ds.train.setup import init_distributed
 from bagel_ds.train.trainer import Trainer
+from bagel_ds.zero.partitions import MASTER
+from bagel_ds.zero.weights import frozen_pieces
+
+
+def export(trainer: Trainer, folder: Path) -> None:
+    """Weights and average as a checkpoint has them; no whole checkpoint, since Adam has no moments to save yet."""
+    engine = trainer.engine
+    infos = {name: TensorInfo(torch.float32, shape) for name, shape in engine.shapes.items()}
+    for stem, pieces in (("model", engine.partitions.pieces(MASTER)), ("ema", trainer.ema.pieces())):
+        path = folder / f"{stem}.safetensors"
+        export_tensors(path, infos, chain(pieces, frozen_pieces(engine.module)), engine.device)
 
 
 def main(cases_file: str) -> None:
@@ -28,8 +43,7 @@ def main(cases_file: str) -> None:
         trainer = Trainer(config)
         folder = Path(config.training.checkpoint_dir, "step_0")
         folder.mkdir(parents=True, exist_ok=True)
-        # Not a whole checkpoint: before its first step Adam has no moments to save.
-        trainer.checkpoints._export(folder, trainer.engine, trainer.ema)
+        export(trainer, folder)
         trainer.run()
 
 
