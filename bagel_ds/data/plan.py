@@ -13,6 +13,7 @@ empty); the rest are drawn from all groups in proportion to their weights, evenl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Iterator, NamedTuple, Sequence
 
@@ -25,9 +26,10 @@ from bagel_ds.data.sample import Stream
 from bagel_ds.data.shuffle import RowOrder, permutation, stable_key
 from bagel_ds.errors import UserError, all_faults
 
-ALGORITHM = 1  # part of the plan's fingerprint: raise it when the same input would give other packs
+ALGORITHM = 2  # part of the plan's fingerprint: raise it when the same input would give other packs
 SMALLEST_BLOCK, LARGEST_BLOCK = 32, 256  # packs; powers of two
 SMALLEST_WINDOW = 32  # samples
+WINDOW_PACKS = 2  # and at least so many packs' worth, however short the samples are
 _PROBED_ROWS = 64  # rows per group whose mean length decides the block's size
 
 
@@ -183,14 +185,21 @@ class Planner:
         return list(means.values())
 
     def _sizes(self) -> tuple[int, int]:
-        """Samples of the window and packs of a block; where rows are few, at most a quarter and a half of them."""
-        drawn = [mean for mean in self.mean_lengths if mean]
+        """Samples of the window and packs of a block; where rows are few, at most a quarter and a half of them.
+
+        The window is never smaller than two packs: what it lacks, no choice can fill.
+        """
+        weights = [stream.weight for stream in self.streams]
+        if not any(weights):  # mandatory groups only
+            weights = [1.0] * len(weights)
+        mean = sum(w * length for w, length in zip(weights, self.mean_lengths, strict=True)) / sum(weights)
         rows = sum(len(unit) for i, mean in enumerate(self.mean_lengths) if mean for unit in self.streams[i].units)
-        samples_per_pack = self.options.max_num_tokens * len(drawn) / sum(drawn)
+        samples_per_pack = self.options.max_num_tokens / mean
         block = LARGEST_BLOCK
         while block > SMALLEST_BLOCK and block * samples_per_pack > rows / 2:
             block //= 2
-        return min(self.options.lookahead, max(SMALLEST_WINDOW, rows // 4)), block
+        window = min(self.options.lookahead, max(SMALLEST_WINDOW, rows // 4))
+        return max(window, math.ceil(WINDOW_PACKS * samples_per_pack)), block
 
     def _intakes(self) -> dict[int, _Intake]:
         """By group number, of the groups that are drawn from."""

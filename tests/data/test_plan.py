@@ -274,6 +274,15 @@ def test_the_state_is_small_and_printable() -> None:
     assert json.loads(json.dumps(state)) == state
 
 
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (50.0, 1.0)])
+def test_packs_are_full_however_short_the_samples_are(weights: tuple[float, float]) -> None:
+    """Hundreds of samples per pack, far more than the look-ahead and than a quarter of the rows."""
+    short = Rows(rows=300, shortest=5, longest=40, weight=weights[0])
+    long = Rows(rows=300, shortest=200, longest=900, weight=weights[1])
+    packs = packs_of(planner_of([short, long], max_num_tokens=10_000), 64)
+    assert sum(pack.length for pack in packs) / (len(packs) * 10_000) > 0.99
+
+
 def test_epochs_grow_evenly_and_count_what_was_planned() -> None:
     planner = planner_of([Rows(rows=600), Rows(rows=300)])
     steps = list(itertools.islice(planner.steps(2), 500))
