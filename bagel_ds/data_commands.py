@@ -113,13 +113,13 @@ def _inspect(options: argparse.Namespace) -> None:
     shift = inputs.model.timestep_shift
     text: list[str] = []
     if options.packs and (options.out or not options.json):
-        for number, pack in enumerate(first_packs(data, options.packs)):
+        for pack in first_packs(data, options.packs):
             lines = pack_text(pack, shift)
             text += [*lines, ""]
             if not options.json:
                 print("\n".join(lines), end="\n\n")
             if options.out:
-                _draw(pack, shift, options.out / f"pack_{number}.png")
+                _draw(pack, shift, options.out)
     if options.out and text:
         (options.out / "packs.txt").write_text("\n".join(text), encoding="utf-8")
         logging.getLogger("bagel_ds").info("wrote %s: packs.txt and a picture of each pack", options.out)
@@ -129,14 +129,16 @@ def _inspect(options: argparse.Namespace) -> None:
     print(json.dumps(numbers._asdict(), indent=1) if options.json else "\n".join(plan_text(numbers)))
 
 
-def _draw(pack: Any, shift: float, path: Path) -> None:
-    from bagel_ds.data.inspect_sheet import contact_sheet
+def _draw(pack: Any, shift: float, folder: Path) -> None:
+    from bagel_ds.data.inspect_sheet import contact_sheets
 
+    sheets = contact_sheets(pack, shift)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(pack, shift).save(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        for page, sheet in enumerate(sheets, 1):
+            sheet.save(folder / (f"pack_{pack.number}.png" if len(sheets) == 1 else f"pack_{pack.number}_{page}.png"))
     except OSError as error:
-        raise UserError(f"--out {path.parent} can't be written: {error.strerror or error}") from None
+        raise UserError(f"--out {folder} can't be written: {error.strerror or error}") from None
 
 
 # ------------------------------------------------------------------------------------------------------- the options

@@ -21,6 +21,7 @@ Color = tuple[int, int, int]
 
 _CARD, _GAP, _MARGIN, _BAND = 210, 10, 24, 20  # pixels: side of a card, between cards, around all, head of a card
 _COLUMNS = 6  # cards beside each other
+_PAGE = 6000  # pixels of cards on a page, about
 _MASK = 560  # side of the mask
 _STRIP = 14  # bars along the mask that say what the tokens are
 _LINE = 15  # height of a line of small text
@@ -43,19 +44,35 @@ _LOOKS = {
 }
 
 
-def contact_sheet(pack: ShownPack, timestep_shift: float = 1.0) -> Image.Image:
-    """The whole pack: a row of cards per sample on the left, mask and legend on the right."""
-    rows = [_sample_height(sample) for sample in pack.samples]
+def contact_sheets(pack: ShownPack, timestep_shift: float = 1.0) -> list[Image.Image]:
+    """The whole pack on one page, or on several where it has many samples."""
+    pages: list[list[int]] = [[]]
+    height = 0
+    for number, sample in enumerate(pack.samples):
+        if pages[-1] and height + _sample_height(sample) > _PAGE:
+            pages.append([])
+            height = 0
+        pages[-1].append(number)
+        height += _sample_height(sample)
+    return [
+        _sheet(pack, numbers, f"   (page {i} of {len(pages)})" if len(pages) > 1 else "", timestep_shift)
+        for i, numbers in enumerate(pages, 1)
+    ]
+
+
+def _sheet(pack: ShownPack, numbers: list[int], page: str, shift: float) -> Image.Image:
+    """Rows of cards for these samples on the left, the pack's mask and the legend on the right."""
     cards_width = _COLUMNS * (_CARD + _GAP)
     width = 3 * _MARGIN + cards_width + _STRIP + _MASK
-    height = max(3 * _MARGIN + sum(rows), 3 * _MARGIN + 2 * _LINE + _STRIP + _MASK + (len(_LOOKS) + 3) * 22)
-    sheet = Image.new("RGB", (width, height), _PAPER)
+    cards_height = sum(_sample_height(pack.samples[number]) for number in numbers)
+    mask_height = 2 * _LINE + _STRIP + _MASK + (len(_LOOKS) + 3) * 22
+    sheet = Image.new("RGB", (width, 3 * _MARGIN + max(cards_height, mask_height)), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((_MARGIN, _MARGIN - 6), title(pack), _INK, _font(16))
+    draw.text((_MARGIN, _MARGIN - 6), title(pack) + page, _INK, _font(16))
     top = 2 * _MARGIN + 6
-    for number, (sample, row) in enumerate(zip(pack.samples, rows, strict=True)):
-        _draw_sample(sheet, draw, number, sample, top, timestep_shift)
-        top += row
+    for number in numbers:
+        _draw_sample(sheet, draw, number, pack.samples[number], top, shift)
+        top += _sample_height(pack.samples[number])
     _draw_mask(sheet, draw, pack, 2 * _MARGIN + cards_width, 2 * _MARGIN + 6)
     return sheet
 

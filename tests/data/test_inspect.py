@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import byte_tokenizer, mixed_groups, streams_of
 
-from bagel_ds.data import inspect_plan
+from bagel_ds.data import inspect_plan, inspect_sheet
 from bagel_ds.data.inspect import ShownPack, first_packs, flow_time, pack_text
 from bagel_ds.data.inspect_plan import plan_numbers, plan_text
-from bagel_ds.data.inspect_sheet import contact_sheet, scaled_mask
+from bagel_ds.data.inspect_sheet import contact_sheets, scaled_mask
 from bagel_ds.data.layout import LayoutOptions
 from bagel_ds.data.loader import PackingOptions, PlannedData
 from bagel_ds.data.sample import TEXT, VAE, VIT
@@ -106,7 +106,7 @@ def test_a_sample_that_cannot_be_read_is_shown_with_its_reason(tmp_path: Path, t
     assert broken and len(broken) == len(pack.batch.skipped)
     assert all("no such file" in sample.reason and not sample.pieces for sample in broken)
     assert f"dropped out: {broken[0].reason}" in "\n".join(pack_text(pack))
-    assert contact_sheet(pack).width > 0
+    assert contact_sheets(pack)
 
 
 def test_flow_time_is_the_models() -> None:
@@ -139,13 +139,19 @@ def test_the_scaled_mask_is_the_dense_one_at_evenly_spaced_tokens(
     assert np.array_equal(scaled_mask(layout, len(dense)), dense)
 
 
-def test_a_sheet_shows_every_pieces_color_and_no_text_is_needed_for_it(packs: list[ShownPack]) -> None:
+def test_a_sheet_shows_every_pieces_color(packs: list[ShownPack]) -> None:
     for pack in packs[:2]:
-        sheet = contact_sheet(pack)
+        (sheet,) = contact_sheets(pack)
         colors = {color for _, color in sheet.getcolors(2**24)}
-        from bagel_ds.data.inspect_sheet import _LOOKS
+        looks = inspect_sheet._LOOKS
+        assert {looks[piece.role].color for sample in pack.samples for piece in sample.pieces} <= colors
 
-        assert {_LOOKS[piece.role].color for sample in pack.samples for piece in sample.pieces} <= colors
+
+def test_many_samples_go_on_several_pages(packs: list[ShownPack], monkeypatch: pytest.MonkeyPatch) -> None:
+    (whole,) = contact_sheets(packs[0])
+    monkeypatch.setattr(inspect_sheet, "_PAGE", 1)
+    pages = contact_sheets(packs[0])
+    assert len(pages) == len(packs[0].samples) and all(page.width == whole.width for page in pages)
 
 
 @pytest.mark.parametrize(("world_size", "steps"), [(1, 5), (3, 40)])
