@@ -174,13 +174,13 @@ def _draw_mask(sheet: Image.Image, draw: ImageDraw.ImageDraw, pack: ShownPack, l
 
 
 def _draw_borders(draw: ImageDraw.ImageDraw, pack: ShownPack, left: int, top: int) -> None:
-    """Lines between samples, and the samples' numbers where there is room."""
+    """Lines between samples, and their numbers, around those that are large enough for them."""
     length = pack.batch.sequence_length
     for number, sample in enumerate(pack.samples):
         start, end = (place * _MASK // length for place in (sample.start, sample.start + sample.length))
-        draw.line((left + start, top, left + start, top + _MASK - 1), (205, 205, 205))
-        draw.line((left, top + start, left + _MASK - 1, top + start), (205, 205, 205))
         if end - start >= _LINE:
+            draw.line((left + start, top, left + start, top + _MASK - 1), (205, 205, 205))
+            draw.line((left, top + start, left + _MASK - 1, top + start), (205, 205, 205))
             past_end = end + 30 > _MASK  # then left of the block, where it is empty too
             draw.text((left + (start - 20 if past_end else end + 4), top + start), str(number), _FAINT, _font(12))
 
