@@ -4,21 +4,26 @@ The `deepspeed` launcher answers a signal by SIGTERM to the processes it started
 with offload takes longer. So the process that the launcher starts only waits: the rank itself runs detached from it,
 outside its process tree and process group.
 
-Guarantees: signals to the waiting process reach the rank; it ends with the rank's exit code. When the waiting process
-is killed, a rank that was asked to stop finishes its step and saves; one that was not ends at once, as if killed
-itself.
+Guarantees: signals to the waiting process reach the rank, SIGHUP as SIGTERM, and so does SIGTERM when the launcher is
+gone; it ends with the rank's exit code. When the waiting process is killed, a rank that was asked to stop finishes its
+step and saves; one that was not ends at once, as if killed itself. Nothing that a rank has started outlives it.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import threading
-from typing import Callable
+from pathlib import Path
+from typing import Callable, NoReturn
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_POLL_SECONDS = 0.5
+_KILLED = 137  # as a shell says of a process that was killed
 _asked_to_stop = threading.Event()
+_said: int | None = None  # in a detached rank: where its exit code goes
 
 
 def run_detached(rank_main: Callable[[], int]) -> int:
@@ -39,7 +44,7 @@ def run_detached(rank_main: Callable[[], int]) -> int:
     os.close(said_write)
     os.close(alive_read)
     os.waitpid(middle, 0)
-    return _wait(said_read)
+    return _wait(said_read, group=middle)
 
 
 def asked_to_stop() -> None:
@@ -47,12 +52,33 @@ def asked_to_stop() -> None:
     _asked_to_stop.set()
 
 
-def _become_rank(rank_main: Callable[[], int], said: int, alive: int) -> None:
-    """In the middle process: leave session and parent, run, report; never returns."""
+def end_at_once(code: int) -> NoReturn:
+    """End this rank and, where it is detached, all that it has started."""
+    if _said is not None:
+        os.write(_said, f"{code}\n".encode())
+        os.killpg(0, signal.SIGKILL)
+    os._exit(code)
+
+
+def process_state(pid: int) -> str | None:
+    """The kernel's letter for what a process does ("R" runs, "T" is stopped, ...); None where it has ended."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return None
+    return None if state in "ZX" else state
+
+
+def _become_rank(rank_main: Callable[[], int], said: int, alive: int) -> NoReturn:
+    """In the middle process: leave session and parent, run, report."""
+    global _said
     os.setsid()
     if os.fork():
         os._exit(0)
+    _said = said
     os.write(said, f"{os.getpid()}\n".encode())
+    # Until training listens for them, signals end the rank at once, also inside a call that Python can't interrupt.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
     code = 1
     try:
@@ -61,31 +87,95 @@ def _become_rank(rank_main: Callable[[], int], said: int, alive: int) -> None:
         code = request.code if isinstance(request.code, int) else int(request.code is not None)
     except BaseException:
         sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.write(said, f"{code}\n".encode())
-        os._exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code:
+        end_at_once(code)
+    os.write(said, b"0\n")
+    os._exit(0)
 
 
 def _end_with_parent(alive: int) -> None:
     os.read(alive, 1)  # returns when the other end is closed
     if not _asked_to_stop.is_set():
-        os._exit(137)
+        end_at_once(_KILLED)
 
 
-def _wait(said: int) -> int:
+def _wait(said: int, group: int) -> int:
     """In the process that the launcher started: pass signals on, wait for the rank's exit code."""
     lines = os.fdopen(said)
     rank = int(lines.readline())
+    launcher = _Launcher()
+    passed_on: list[int] = []
 
-    def forward(number: int, _: object) -> None:
-        try:
-            os.kill(rank, number)
-        except ProcessLookupError:
-            pass
+    def pass_on(number: int, _: object = None) -> None:
+        passed_on.append(number)
+        _send(rank, signal.SIGTERM if number == signal.SIGHUP else number)
+        _send(rank, signal.SIGCONT)  # a stopped process would never see the first
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, forward)
-    code = lines.readline().strip()
-    return int(code) if code else 137  # the rank was killed
+    for number in (*STOP_SIGNALS, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants SIGHUP
+            signal.signal(number, pass_on)
+    while not select.select([lines], [], [], _POLL_SECONDS)[0] and process_state(rank):
+        if not passed_on and launcher.is_gone():
+            os.write(2, b"the launcher is gone: stopping after this step\n")
+            pass_on(signal.SIGTERM)
+    code = lines.readline().strip() if select.select([lines], [], [], 0)[0] else ""
+    if code:
+        return int(code)
+    _send_group(group)  # DataLoader workers of a rank that was killed
+    if not passed_on:
+        return _KILLED
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"ended by {signal.Signals(passed_on[-1]).name}; nothing was saved\n".encode())
+    return 128 + passed_on[-1]
+
+
+class _Launcher:
+    """DeepSpeed's per-host launcher, which started this process, and the `deepspeed` command that started that one.
+
+    The latter ends on SIGTERM and SIGINT without telling the former, which by itself would train on.
+    """
+
+    def __init__(self) -> None:
+        self._launcher = os.getppid()
+        self._command = _parent(self._launcher)
+        self._watches_launcher = _is_deepspeed(self._launcher)
+        self._watches_command = self._watches_launcher and _is_deepspeed(self._command)
+
+    def is_gone(self) -> bool:
+        if not self._watches_launcher:
+            return False
+        if os.getppid() != self._launcher:
+            return True
+        return self._watches_command and _parent(self._launcher) != self._command
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _is_deepspeed(pid: int) -> bool:
+    """Whether this is `deepspeed`, `ds` or `python -m deepspeed.launcher.launch`."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]
+    except OSError:
+        return False
+    return any(Path(word).name.startswith("deepspeed") or Path(word).name == "ds" for word in words)
+
+
+def _send(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def _send_group(group: int) -> None:
+    try:
+        os.killpg(group, signal.SIGKILL)
+    except ProcessLookupError:
+        pass

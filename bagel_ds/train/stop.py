@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from bagel_ds.errors import UserError
-from bagel_ds.train.detach import STOP_SIGNALS, asked_to_stop
+from bagel_ds.train.detach import STOP_SIGNALS, asked_to_stop, end_at_once
 
 logger = logging.getLogger("bagel_ds")
 
@@ -50,7 +50,7 @@ class StopRequest:
         now = time.monotonic()
         if self._signalled_at is not None and now - self._signalled_at > SAME_SIGNAL_SECONDS:
             os.write(2, b"second signal: stopping at once, without saving\n")
-            os._exit(128 + number)
+            end_at_once(128 + number)
         if self._signalled_at is None:
             self._signalled_at = now
             self._reason = f"{signal.Signals(number).name} received"
