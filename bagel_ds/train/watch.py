@@ -1,9 +1,9 @@
-"""A rank that stalls makes every rank say where it is, and ends the job.
+"""A rank that stalls makes every rank say where it is, and ends the job; so does one that has ended.
 
 Guarantees: when a phase (data, step, save, ...) of this rank lasts longer than the timeout, it prints its Python stacks
 and which ranks are behind or silent, and the process ends with code 1 rather than hanging. Ranks know of each other
 through one small file each in a shared folder, written by a thread, so a rank that is stuck in a collective call still
-reports.
+reports. A rank whose neighbour on the same host has ended, which NCCL would wait for half an hour, ends too.
 """
 
 from __future__ import annotations
@@ -18,25 +18,34 @@ import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Mapping
+
+from bagel_ds.train.detach import end_at_once, process_state
 
 HEARTBEATS = ".heartbeats"
-SILENT_SECONDS = 30.0  # a rank whose file is older is not running
+SILENT_SECONDS = 90.0  # a rank whose file is so much older than one's own is not running; NFS shows files late
+_GONE_SECONDS = 10.0  # in which a rank whose neighbour has ended may say by itself what that means for it
 
 
 class StallWatch:
-    """One per rank; `timeout` in seconds, 0 for none. `folder` is seen by all hosts (the checkpoint_dir)."""
+    """One per rank; `timeout` in seconds, 0 for none. `folder` is seen by all hosts (the checkpoint_dir).
 
-    def __init__(self, folder: Path, rank: int, world_size: int, timeout: float):
+    `neighbours` are the process ids of the other ranks on this host, by rank.
+    """
+
+    def __init__(
+        self, folder: Path, rank: int, world_size: int, timeout: float, neighbours: Mapping[int, int] | None = None
+    ):
         self._folder, self._rank, self._world_size, self._timeout = folder / HEARTBEATS, rank, world_size, timeout
+        self._neighbours = dict(neighbours or {})
+        self._interval = min(5.0, timeout / 4) if timeout > 0 else 5.0
         self._place: tuple[int, str] = (0, "start")
         self._since = time.monotonic()
         self._closed = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
         if timeout > 0:
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._thread = threading.Thread(target=self._run, daemon=True)
-            self._thread.start()
+        self._thread.start()
 
     @contextmanager
     def phase(self, step: int, name: str) -> Iterator[None]:
@@ -47,20 +56,27 @@ class StallWatch:
 
     def close(self) -> None:
         self._closed.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._file(self._rank).unlink(missing_ok=True)
-            try:
-                self._folder.rmdir()
-            except OSError:
-                pass  # other ranks are still in it
+        self._thread.join()
+        self._file(self._rank).unlink(missing_ok=True)
+        try:
+            self._folder.rmdir()
+        except OSError:
+            pass  # other ranks are still in it, or there was none
 
     def _run(self) -> None:
-        interval = min(5.0, self._timeout / 4)
-        while not self._closed.wait(interval):
-            self._write()
-            if time.monotonic() - self._since > self._timeout:
-                self._end()
+        while not self._closed.wait(self._interval):
+            self._end_if_alone()
+            if self._timeout > 0:
+                self._write()
+                if time.monotonic() - self._since > self._timeout:
+                    self._end()
+
+    def _end_if_alone(self) -> None:
+        gone = [rank for rank, pid in self._neighbours.items() if process_state(pid) is None]
+        if gone and not self._closed.wait(_GONE_SECONDS):
+            names = ", ".join(f"rank {rank} (process {self._neighbours[rank]})" for rank in gone)
+            print(f"[rank {self._rank}] {names} has ended; so does this rank", file=sys.stderr, flush=True)
+            end_at_once(1)
 
     def _file(self, rank: int) -> Path:
         return self._folder / f"rank_{rank}.json"
@@ -88,33 +104,37 @@ class StallWatch:
         )
         print("\n".join(lines), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
-        time.sleep(min(5.0, self._timeout))  # so that the others, which see the same, can say so too
-        self._kill_silent(ranks)
-        os._exit(1)
+        self._signal_neighbours(ranks, signal.SIGCONT)  # so that one that was stopped can tell, too
+        time.sleep(min(5.0, self._timeout))  # for the others, which see the same
+        self._signal_neighbours(self._ranks(), signal.SIGKILL)
+        end_at_once(1)
 
     def _ranks(self) -> list[dict[str, Any] | None]:
+        """What each rank last wrote; "silent" is how many seconds ago, by the clock of the file system."""
+        self._write()
         found: list[dict[str, Any] | None] = []
         for rank in range(self._world_size):
             try:
                 content = json.loads(self._file(rank).read_text())
-                content["silent"] = time.time() - self._file(rank).stat().st_mtime
+                age = self._file(self._rank).stat().st_mtime - self._file(rank).stat().st_mtime
+                content["silent"] = age if age > min(SILENT_SECONDS, 0.75 * self._timeout) else 0.0
             except (OSError, ValueError):
                 content = None
             found.append(content)
         return found
 
-    def _kill_silent(self, ranks: list[dict[str, Any] | None]) -> None:
-        """A stopped process of this host would outlive the job."""
-        for found in ranks:
-            if found and is_silent(found) and found["host"] == socket.gethostname():
+    def _signal_neighbours(self, ranks: list[dict[str, Any] | None], number: int) -> None:
+        """To the silent ranks of this host: a stopped process would outlive the job."""
+        for rank, found in enumerate(ranks):
+            if found and is_silent(found) and rank in self._neighbours:
                 try:
-                    os.kill(found["pid"], signal.SIGKILL)
+                    os.kill(self._neighbours[rank], number)
                 except ProcessLookupError:
                     pass
 
 
 def is_silent(found: dict[str, Any]) -> bool:
-    return found["silent"] > SILENT_SECONDS
+    return found["silent"] > 0
 
 
 def describe(rank: int, found: dict[str, Any] | None) -> str:
@@ -131,6 +151,6 @@ def missing(ranks: list[dict[str, Any] | None]) -> list[str]:
     furthest = max((found["step"] for found in ranks if found), default=0)
     names = []
     for rank, found in enumerate(ranks):
-        if found is None or is_silent(found) or found["step"] < furthest or found["phase"].endswith("data"):
+        if found is None or is_silent(found) or found["step"] < furthest or found["phase"] == "data":
             names.append(f"rank {rank}")
     return names
