@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -83,20 +84,31 @@ def manifest_fault(folder: Path) -> str | None:
 
 
 def state_files(folder: Path) -> list[str]:
-    """Names in the manifest of the files that hold training state."""
+    """Names in the manifest of the files that a resume reads."""
     checksums = json.loads((folder / MANIFEST).read_text()).get("checksums", {})
-    return sorted(name for name in checksums if name.startswith(STATE + "/"))
+    return sorted(name for name in checksums if name.startswith(STATE + "/") or name == TRAINER)
 
 
 def checksum_fault(folder: Path, names: Iterable[str]) -> str | None:
-    """The first tensor in the named files whose bytes are not those that were written; reads them whole."""
+    """The first place in the named files whose bytes are not those that were written; reads them whole."""
     checksums = json.loads((folder / MANIFEST).read_text()).get("checksums", {})
     for name in names:
-        files = TensorFiles([folder / name])
-        for tensor, expected in checksums.get(name, {}).items():
-            if tensor not in files or files.checksum(tensor) != expected:
-                return f"{name} holds other bytes than were saved, at {tensor}"
+        try:
+            found = _checksums(folder / name)
+        except (UserError, OSError) as error:
+            return f"{name} can't be read ({error})"
+        for part, expected in checksums.get(name, {}).items():
+            if found.get(part) != expected:
+                return f"{name} holds other bytes than were saved" + (f", at {part}" if part else "")
     return None
+
+
+def _checksums(path: Path) -> dict[str, int]:
+    """CRC-32 of every tensor of a safetensors file, by name; of any other file as a whole, under the name ""."""
+    if path.suffix != ".safetensors":
+        return {"": zlib.crc32(path.read_bytes())}
+    files = TensorFiles([path])
+    return {name: files.checksum(name) for name in files.names}
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -110,10 +122,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_manifest(folder: Path, checksums: dict[str, dict[str, int]]) -> None:
-    """Sizes of all files in the folder, and the checksums of those written tensor by tensor."""
+    """Sizes of all files in the folder, and the checksums of trainer.json and of those written tensor by tensor."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
-    write_json(folder / MANIFEST, {"files": sizes, "checksums": checksums})
+    whole = {TRAINER: _checksums(folder / TRAINER)} if (folder / TRAINER).is_file() else {}
+    write_json(folder / MANIFEST, {"files": sizes, "checksums": {**checksums, **whole}})
 
 
 def finish(unfinished: Path, final: Path, last: bool) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,8 +39,7 @@ class NonFiniteGuard:
         if result.applied:
             return
         self.skipped += 1
-        for number, batch in enumerate(window):
-            save_batch(self._folder / f"step_{step}_rank_{self._rank}_pack_{number}", batch)
+        self._keep(step, window)
         samples = [name for names in everyone([name for batch in window for name in batch.samples]) for name in names]
         logger.warning(
             "step %d skipped: loss %s, gradient norm %s. Its packs are in %s (%d of --max_nonfinite %d)",
@@ -61,6 +61,13 @@ class NonFiniteGuard:
 
         together(stop_past_limit)
 
+    def _keep(self, step: int, window: Sequence[PackedBatch]) -> None:
+        try:
+            for number, batch in enumerate(window):
+                save_batch(self._folder / f"step_{step}_rank_{self._rank}_pack_{number}", batch)
+        except (OSError, SafetensorError) as error:
+            logger.warning("the packs of step %d can't be kept in %s: %s", step, self._folder, error)
+
 
 def save_batch(stem: Path, batch: PackedBatch) -> None:
     """Write a pack as <stem>.safetensors (tensors) and <stem>.json (the rest)."""
@@ -72,7 +79,8 @@ def save_batch(stem: Path, batch: PackedBatch) -> None:
         if isinstance(value, Tensor):
             tensors[field.name] = value.cpu().contiguous()
         elif field.name == "images":
-            tensors |= {f"images.{number}": image.cpu().contiguous() for number, image in enumerate(value)}
+            # An image that is read and drawn is one tensor twice, which the file format refuses.
+            tensors |= {f"images.{number}": image.cpu().clone() for number, image in enumerate(value)}
         else:
             rest[field.name] = value
     save_file(tensors, stem.with_suffix(".safetensors"))
