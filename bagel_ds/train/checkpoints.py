@@ -77,10 +77,8 @@ class CheckpointWriter:
                 averages = chain(ema.pieces(), frozen_pieces(engine.module))
                 stream_tensors(open_files.get(folder / EMA), infos, averages, engine.device)
         checksums = everyone({str(path.relative_to(folder)): file.checksums for path, file in open_files.items()})
-        if is_main():
-            self._copy_folder(folder)
-            steps.write_json(folder / steps.TRAINER, trainer)
-            steps.write_manifest(folder, {name: sums for ranks in checksums for name, sums in ranks.items()})
+        by_name = {name: sums for ranks in checksums for name, sums in ranks.items()}
+        together(lambda: _or_fault(lambda: self._complete(folder, trainer, by_name)) if is_main() else None)
 
     def _open(
         self,
@@ -97,6 +95,11 @@ class CheckpointWriter:
             for path in (folder / MODEL, folder / EMA)[: 1 if ema is None else 2]:
                 files[path] = stack.enter_context(TensorFileWriter(path, infos))
         return files
+
+    def _complete(self, folder: Path, trainer: dict[str, Any], checksums: dict[str, dict[str, int]]) -> None:
+        self._copy_folder(folder)
+        steps.write_json(folder / steps.TRAINER, trainer)
+        steps.write_manifest(folder, checksums)
 
     def _copy_folder(self, folder: Path) -> None:
         for name in (*CONFIG_FILES, *TOKENIZER_FILES):

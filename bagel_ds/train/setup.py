@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 import bagel_ds
 from bagel_ds.checkpoint.folder import ModelFolder
-from bagel_ds.checkpoint.steps import read_trainer
+from bagel_ds.checkpoint.steps import read_trainer, sweep
 from bagel_ds.config import RunConfig
 from bagel_ds.data.loader import PlannedData
 from bagel_ds.errors import UserError
@@ -37,6 +37,7 @@ from bagel_ds.train.agreement import (
     one_per_host_first,
     together,
 )
+from bagel_ds.train.claim import Claim, claim
 from bagel_ds.train.inputs import bagel_config, open_data
 from bagel_ds.train.memory import plan_run
 from bagel_ds.train.quiet import quiet_start
@@ -65,6 +66,7 @@ class Prepared:
     data: PlannedData
     start: StartPoint
     weights: StartWeights
+    claim: Claim | None  # rank 0's, of the checkpoint_dir
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -74,7 +76,10 @@ def prepare(config: RunConfig) -> Prepared:
     check_equal({f"the version of {name}": version for name, version in versions.items()})
     check_equal({f"--{name}": value for name, value in config.values().items()})
     together(lambda: check_inputs(config))
-    check_shared_folder(Path(config.training.checkpoint_dir), "checkpoint_dir")
+    checkpoint_dir = Path(config.training.checkpoint_dir)
+    check_shared_folder(checkpoint_dir, "checkpoint_dir")
+    claimed = one_per_host_first(lambda: claim(checkpoint_dir) if is_main() else None)
+    together(lambda: sweep(checkpoint_dir) if is_main() else None)
     ds_config, ds_notes = together(lambda: _ds_config(config))
     model_folder = one_per_host_first(lambda: resolve_model_path(config))
     start = sound_start(config.training, model_folder)
@@ -87,7 +92,7 @@ def prepare(config: RunConfig) -> Prepared:
     together(lambda: _check_place(start, data))
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
     notes = [*ds_notes, *_crowding(config)]
-    return Prepared(ds_config, notes, memory, model_folder, model, vae, data, start, weights)
+    return Prepared(ds_config, notes, memory, model_folder, model, vae, data, start, weights, claimed)
 
 
 def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:

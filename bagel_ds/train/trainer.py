@@ -8,6 +8,8 @@ in checkpoints.py and metrics.py.
 from __future__ import annotations
 
 import logging
+import os
+import socket
 import time
 from contextlib import closing
 from itertools import islice
@@ -19,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import bagel_ds
-from bagel_ds.checkpoint.steps import read_trainer, sweep
+from bagel_ds.checkpoint.steps import read_trainer
 from bagel_ds.command_line import duration_seconds
 from bagel_ds.config import RunConfig, wandb_wanted
 from bagel_ds.data.inspect import first_packs, pack_text
@@ -29,7 +31,7 @@ from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.parts import part_of
 from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.vae import encode_images
-from bagel_ds.train.agreement import is_main, local_rank, together
+from bagel_ds.train.agreement import everyone, is_main, local_rank, together
 from bagel_ds.train.checkpoints import CheckpointWriter, SaveFault, restore_moments
 from bagel_ds.train.guards import NonFiniteGuard, out_of_memory
 from bagel_ds.train.loss import LossOptions
@@ -59,6 +61,7 @@ class Trainer:
         self.engine = self._build_engine()
         self.vae = self.prepared.vae.to(self.engine.device)
         self.steps_done: int = 0
+        self.skipped_before: int = 0  # updates that were not finite, before this process resumed
         self.plan_state: dict[str, Any] | None = None
         self.loss_options = LossOptions(self.args.ce_weight, self.args.mse_weight, self.args.ce_loss_reweighting)
         self._load()
@@ -78,7 +81,9 @@ class Trainer:
             closing(self._micro_batches()) as batches,
             closing(self._start_watch()) as watch,
         ):
-            stop, meter = self._listen_for_stops(), StepMeter(self.prepared.model, self.args.peak_device_tflops)
+            self._show_packs()
+            meter = StepMeter(self.prepared.model, self.args.peak_device_tflops, self.prepared.data.unusable_rows)
+            stop = self._listen_for_stops()
             for step in range(self.steps_done, self.args.total_steps):
                 with watch.phase(step, "data"):
                     window = list(islice(batches, self.args.gradient_accumulation_steps))
@@ -153,15 +158,18 @@ class Trainer:
         metrics.note(f"saved {folder} in {time.monotonic() - began:.1f} s")
 
     def _tidy(self) -> None:
-        """Remove the swap files, once no rank of this host uses them."""
+        """Remove the swap files, once no rank of this host uses them, and leave the checkpoint_dir to others."""
         dist.barrier()
         if local_rank() == 0:
             clean_nvme(self.prepared.ds_config)
+        if self.prepared.claim is not None:
+            self.prepared.claim.release()
 
     def _trainer_state(self) -> dict[str, Any]:
         return {
             "format": 1,
             "steps_done": self.steps_done,
+            "skipped_updates": self.skipped_before + self.guard.skipped,
             "plan_state": self.plan_state,
             "world_size": self.world_size,
             "arguments": self.config.values(),
@@ -186,28 +194,33 @@ class Trainer:
         if opened.state is not None:
             trainer = together(lambda: read_trainer(start.folder))
             self.steps_done, self.plan_state = trainer["steps_done"], trainer["plan_state"]
+            self.skipped_before = trainer.get("skipped_updates", 0)
         self.engine.start(opened.weights, adam)
         self.ema = self._start_average()
         if opened.state is not None:
-            restore_moments(self.engine, opened.state, self.steps_done)
+            restore_moments(self.engine, opened.state, self.steps_done - self.skipped_before)
             logger.info(
                 "resumed after step %d (saved on %d ranks, now %d)",
                 self.steps_done,
                 trainer["world_size"],
                 self.world_size,
             )
-        if is_main():
-            sweep(Path(self.args.checkpoint_dir))
 
     def _start_average(self) -> ShardedEMA | None:
         if self.args.ema == 0:
             return None
         folder = average_folder(self.prepared.ds_config, self.rank)
         averages = self.prepared.weights.averages
-        return self.engine.start_ema(self.args.ema, averages, self.args.ema_every, folder, self.steps_done)
+        updates = self.steps_done - self.skipped_before
+        return self.engine.start_ema(self.args.ema, averages, self.args.ema_every, folder, updates)
 
     def _start_watch(self) -> StallWatch:
-        return StallWatch(Path(self.args.checkpoint_dir), self.rank, self.world_size, self.args.stall_timeout)
+        places = everyone((socket.gethostname(), os.getpid()))
+        neighbours = {
+            rank: pid for rank, (host, pid) in enumerate(places) if host == socket.gethostname() and rank != self.rank
+        }
+        folder = Path(self.args.checkpoint_dir)
+        return StallWatch(folder, self.rank, self.world_size, self.args.stall_timeout, neighbours)
 
     def _listen_for_stops(self) -> StopRequest:
         folders = [Path(self.args.results_dir), Path(self.args.checkpoint_dir)]
