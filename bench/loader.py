@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import resource
 import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -96,15 +97,26 @@ def open_data(folder: Path) -> tuple[list[GroupStream], Tokenizer, PlannedData]:
     return streams, tokenizer, data
 
 
-def seconds_per_sample(packs: Iterable[Any], samples: Callable[[Any], int], warm: int = 2) -> tuple[float, int]:
-    """Of the packs after the first `warm`, which fill the queues; and how many samples there were."""
-    count, start = 0, 0.0
+class Cost(NamedTuple):
+    """Seconds per sample: on the clock, and of the worker's processor (which other programs don't change)."""
+
+    clock: float
+    cpu: float
+
+
+def cost_per_sample(packs: Iterable[Any], samples: Callable[[Any], int], warm: int = 2) -> Cost:
+    """The clock runs from the pack after the first `warm`, which fill the queues. The worker must end with `packs`."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    counts = []
+    start = 0.0
     for number, pack in enumerate(packs):
+        counts.append(samples(pack))
         if number == warm:
             start = time.perf_counter()
-        elif number > warm:
-            count += samples(pack)
-    return (time.perf_counter() - start) / max(count, 1), count
+    clock = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Cost(clock / sum(counts[warm + 1 :]), cpu / sum(counts))
 
 
 def ours(data: PlannedData, packs: int) -> Iterator[Any]:
@@ -231,30 +243,36 @@ def measure(folder: Path, rows: int, packs: int, rounds: int) -> dict[str, Any]:
     streams, tokenizer, data = open_data(folder)
     steps = data.planner.steps(1)
     plans = [next(steps).packs[0].samples for _ in range(packs)]
-    ways: dict[str, list[float]] = {"ours": [], "original": [], "original_flex": []}
+    ways: dict[str, list[Cost]] = {"ours": [], "original": [], "original_flex": []}
     for _ in range(rounds):
-        ways["ours"].append(seconds_per_sample(ours(data, packs), lambda batch: len(batch.sample_lens))[0])
+        ways["ours"].append(cost_per_sample(ours(data, packs), lambda batch: len(batch.sample_lens)))
         for way, masks in (("original", True), ("original_flex", False)):
             loader = original(folder, plans, tokenizer, masks)
-            ways[way].append(seconds_per_sample(loader, lambda pack: len(pack["sample_lens"]))[0])
-    best = {way: min(values) for way, values in ways.items()}
+            ways[way].append(cost_per_sample(loader, lambda pack: len(pack["sample_lens"])))
+    best = {way: Cost(*map(min, zip(*costs, strict=True))) for way, costs in ways.items()}
     files.forget_open_files()
     return {
         "samples": sum(map(len, plans)),
-        "samples_per_second": {way: 1 / seconds for way, seconds in best.items()},
-        "ratio": best["original"] / best["ours"],
-        "ratio_without_masks": best["original_flex"] / best["ours"],
+        "samples_per_second": {way: 1 / cost.clock for way, cost in best.items()},
+        "samples_per_cpu_second": {way: 1 / cost.cpu for way, cost in best.items()},
+        "ratio": best["original"].clock / best["ours"].clock,
+        "ratio_without_masks": best["original_flex"].clock / best["ours"].clock,
+        "cpu_ratio": best["original"].cpu / best["ours"].cpu,
+        "cpu_ratio_without_masks": best["original_flex"].cpu / best["ours"].cpu,
         "ms_per_sample": floor(streams, plans, tokenizer),
     }
 
 
 def describe(report: dict[str, Any]) -> str:
     speed, parts = report["samples_per_second"], report["ms_per_sample"]
+    cpu = report["samples_per_cpu_second"]
     lines = [
-        f"{report['samples']} samples, one worker, samples per second:",
-        f"  ours {speed['ours']:.1f}",
-        f"  original {speed['original']:.1f} (dense masks), {speed['original_flex']:.1f} (use_flex: no masks)",
-        f"  ratio {report['ratio']:.2f}, without masks {report['ratio_without_masks']:.2f}",
+        f"{report['samples']} samples, one worker, samples per second (per second of the worker's processor):",
+        f"  ours                             {speed['ours']:6.1f} ({cpu['ours']:.1f})",
+        f"  original, dense masks            {speed['original']:6.1f} ({cpu['original']:.1f})",
+        f"  original, use_flex: no masks     {speed['original_flex']:6.1f} ({cpu['original_flex']:.1f})",
+        f"  ratio {report['ratio']:.2f} ({report['cpu_ratio']:.2f}), without masks {report['ratio_without_masks']:.2f}"
+        f" ({report['cpu_ratio_without_masks']:.2f})",
         "milliseconds per sample in our worker, without the way to the main process:",
         *(f"  {part:16s} {value:6.2f}" for part, value in parts.items()),
         f"  decode and resize are {(parts['decode'] + parts['resize']) / parts['whole']:.0%} of it",
