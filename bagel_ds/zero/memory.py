@@ -163,7 +163,13 @@ def plan_memory(model: BagelConfig, ds_config: dict[str, Any], run: MemoryOption
     on_cpu = run.device == "cpu"
     sharding = Sharding(ds_config, parameters, run.world_size, on_cpu)
     shape = StepShape(
-        model, run.freezing, run.vae, _largest_pack(model, run), run.image_pixels, run.activation_checkpointing
+        model,
+        run.freezing,
+        run.vae,
+        _largest_pack(model, run),
+        run.image_pixels,
+        run.activation_checkpointing,
+        gpu_bytes=None if run.gpu_memory is None else run.gpu_memory * GIB,
     )
     ranks = run.ranks_per_host or run.world_size
     always = [*_rank_states(sharding, shape, run), *_process_states(run, on_cpu, sharding.bf16)]

@@ -32,6 +32,7 @@ class StepShape(NamedTuple):
     pack: PackShape
     image_pixels: int
     checkpointing: str  # the argument activation_checkpointing
+    gpu_bytes: float | None = None  # of one GPU, where it is known
 
 
 def moments(sharding: Sharding, shape: StepShape) -> list[Moment]:
@@ -45,7 +46,7 @@ def moments(sharding: Sharding, shape: StepShape) -> list[Moment]:
             "export", [State("export chunks", DEVICE, 2 * EXPORT_CHUNK), State("export chunks", HOST, EXPORT_CHUNK)]
         ),
     ]
-    load = _load(sharding)
+    load = _load(sharding, shape)
     return [*found, load] if load.parts else found
 
 
@@ -177,10 +178,21 @@ def _optimizer(s: Sharding) -> Moment:
     return Moment("optimizer step", max(parts, [State("gradient norm in float64", DEVICE, 8 * largest)], key=_total))
 
 
-def _load(s: Sharding) -> Moment:
-    """Without parameter offload DeepSpeed takes all partitions through host memory once, to lay them side by side."""
-    through_host = s.stage == 3 and s.place("param") == DEVICE and not s.on_cpu
-    parts = [State("weights on their way to the GPU", HOST, s.weight_bytes * s.share(True))] if through_host else []
+def _load(s: Sharding, shape: StepShape) -> Moment:
+    """How DeepSpeed lays weights side by side: through host memory.
+
+    ZeRO-3 always does so, unless parameters are offloaded; stages 1 and 2 only where a GPU has no room for the weights
+    twice, and then hold them twice on the host.
+    """
+    size = 0
+    if s.stage == 3 and s.place("param") == DEVICE:
+        size = s.weight_bytes * s.share(True)
+    elif s.stage in (1, 2) and shape.gpu_bytes is not None:
+        weights = s.weight_bytes * s.elements(False)
+        size = 2 * weights if 2 * weights > 0.95 * shape.gpu_bytes else 0
+    if s.place("optimizer") == HOST:
+        size -= (s.master_bytes + 2 * s.moment_bytes) * s.share(True)  # counted as states, but made after this
+    parts = [State("weights on their way to the GPU", HOST, size)] if size > 0 and not s.on_cpu else []
     return Moment("load", parts)
 
 

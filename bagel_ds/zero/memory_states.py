@@ -139,10 +139,14 @@ def _stage12(s: Sharding) -> Iterator[State]:
         yield State("gradients", DEVICE, s.weight_bytes * s.elements(True))
     elif place == DEVICE:
         yield State("gradients", DEVICE, s.gradient_bytes * share)
-    yield State("masters", place, 4 * share)
+    yield State("masters", place, 4 * share, s.pinned("optimizer") if place == HOST else 0)
     yield State("Adam moments", place, 8 * share)
     if place == HOST:
         yield State("gradients in fp32", HOST, 4 * share, s.pinned("optimizer"))
+        yield State("updated weights on their way to the GPU", HOST, s.weight_bytes * share, s.pinned("optimizer"))
+        largest = max(p.numel for p in s.parameters if p.trains)
+        yield State("largest gradient, on its way", DEVICE, s.weight_bytes * largest)
+        yield State("largest gradient, on its way", HOST, s.weight_bytes * largest, s.pinned("optimizer"))
         if int(s.ds.get("gradient_accumulation_steps", 1)) > 1:
             yield State("gradients", HOST, s.gradient_bytes * share, s.pinned("optimizer"))
     if s.stage == 2:
