@@ -1,0 +1,106 @@
+"""launch/train.py with something going wrong in it, at a place and moment that a test chooses.
+
+The environment variable BAGEL_TEST_FAULTS holds a JSON list of {at, rank?, step?, do, seconds?, marker?}:
+`at` is "load", "step", "save" (files are there, nothing is complete yet) or "export"; `do` is "sleep" (for `seconds`),
+"nan" (in this step's batches), "stop" (SIGSTOP), "oom" or "nothing"; `marker` is a file made when the place is reached.
+Without `rank` it happens on every rank, without `step` every time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bagel_ds.train.detach import run_detached
+from bagel_ds.train.main import run_rank
+
+
+def main() -> int:
+    faults = json.loads(os.environ["BAGEL_TEST_FAULTS"])
+    return run_detached(lambda: _faulty_run(faults))
+
+
+def _faulty_run(faults: list[dict[str, Any]]) -> int:
+    from bagel_ds.train import checkpoints, trainer
+
+    load, step = trainer.Trainer._load, trainer.Trainer._step
+    complete, stream = checkpoints.CheckpointWriter._complete, checkpoints.stream_tensors
+
+    def faulty_load(self: Any) -> None:
+        _happen(faults, "load")
+        load(self)
+
+    def faulty_step(self: Any, number: int, window: Sequence[Any], stop: Any) -> Any:
+        done = _happen(faults, "step", number)
+        if "nan" in done:
+            window = [micro._replace(batch=_not_a_number(micro.batch)) for micro in window]
+        if "oom" in done:
+            import torch
+
+            with _instead(
+                trainer, "optimizer_step", _raise(torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB."))
+            ):
+                return step(self, number, window, stop)
+        return step(self, number, window, stop)
+
+    def faulty_complete(self: Any, *arguments: Any) -> None:
+        _happen(faults, "save")
+        complete(self, *arguments)
+
+    def faulty_stream(*arguments: Any) -> None:
+        _happen(faults, "export")
+        stream(*arguments)
+
+    with (
+        _instead(trainer.Trainer, "_load", faulty_load),
+        _instead(trainer.Trainer, "_step", faulty_step),
+        _instead(checkpoints.CheckpointWriter, "_complete", faulty_complete),
+        _instead(checkpoints, "stream_tensors", faulty_stream),
+    ):
+        return run_rank()
+
+
+def _instead(place: Any, name: str, value: Any) -> Any:
+    from unittest import mock
+
+    return mock.patch.object(place, name, value)
+
+
+def _raise(error: Exception) -> Callable[..., Any]:
+    def call(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return call
+
+
+def _happen(faults: list[dict[str, Any]], at: str, step: int | None = None) -> list[str]:
+    """Let happen what is asked for here; what was."""
+    done = []
+    for fault in faults:
+        rank = int(os.environ["RANK"])
+        if fault["at"] == at and fault.get("rank", rank) == rank and fault.get("step", step) == step:
+            if "marker" in fault:
+                Path(fault["marker"]).touch()
+            if fault["do"] == "sleep":
+                time.sleep(fault["seconds"])
+            if fault["do"] == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            done.append(fault["do"])
+    return done
+
+
+def _not_a_number(batch: Any) -> Any:
+    return dataclasses.replace(batch, noise=batch.noise * float("nan"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

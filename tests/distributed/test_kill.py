@@ -1,0 +1,153 @@
+"""A run that is killed at any moment and started again ends with the very losses of one that was left alone.
+
+BAGEL_KILLS is the number of kills (default 8; `make soak` takes 100), BAGEL_KILL_SEED chooses them. A kill is a
+moment (so long after a step was logged, inside a save, inside the export of weights, while the data are indexed, while
+the run is loading) and a victim (one rank, one waiting process, all ranks, the launcher alone, the whole launch).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from bagel_ds.checkpoint.steps import checksum_fault, manifest_fault, newest_state, state_files, step_folders
+from bagel_ds.data.index_cache import BESIDE_DATA
+from tests.distributed.cases import arguments, losses
+from tests.distributed.started import StartedRun, send, steps_logged
+from tests.launch import TRAIN, deepspeed
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+STEPS = 12
+MOMENTS = ("step", "step", "save", "export", "index", "load")
+VICTIMS = ("rank", "waiting", "ranks", "launcher", "launch")
+
+
+class Kill(NamedTuple):
+    moment: str
+    victim: str
+    rank: int
+    step: int  # further steps before it, for moments that need training
+    delay: float  # seconds
+
+    @classmethod
+    def drawn(cls, number: int, seed: int) -> Kill:
+        """The kill of that number; the first ones between them show every moment and every victim."""
+        draw = random.Random(f"{seed}/{number}")
+        moment, victim = MOMENTS[number % len(MOMENTS)], VICTIMS[number % len(VICTIMS)]
+        if number >= max(len(MOMENTS), len(VICTIMS)):
+            moment, victim = draw.choice(MOMENTS), draw.choice(VICTIMS)
+        return cls(moment, victim, draw.randrange(2), draw.randrange(4), draw.random() * 1.5)
+
+
+def words_of(demo: Path, results: Path) -> list[str]:
+    short = {"precision": "fp32", "max_num_tokens": 448, "total_steps": STEPS, "save_every": 2, "keep_last": 3}
+    return arguments(demo, results, **short, num_workers=1, auto_resume=True, stall_timeout=120)
+
+
+def test_losses_of_a_run_killed_again_and_again_are_those_of_one_left_alone(demo: Path, tmp_path: Path) -> None:
+    kills, seed = int(os.environ.get("BAGEL_KILLS", "8")), int(os.environ.get("BAGEL_KILL_SEED", "0"))
+    finished = deepspeed(TRAIN, words_of(demo, tmp_path / "whole"), ranks=2)
+    assert finished.code == 0, finished.output[-4000:]
+    expected = losses(tmp_path / "whole")
+    assert sorted(expected) == list(range(STEPS))
+
+    done, attempt = 0, 0
+    seen: Counter[tuple[str, str]] = Counter()
+    while done < kills:
+        results = tmp_path / f"killed_{attempt}"
+        while done < kills:
+            kill = Kill.drawn(done, seed)
+            print(f"kill {done}: {kill}", flush=True)
+            if not _lives_until(kill, demo, results):
+                break  # the run was over before it; the kill waits for the next one
+            _assert_nothing_is_lost(results)
+            seen[kill.moment, kill.victim] += 1
+            done += 1
+        finished = deepspeed(TRAIN, words_of(demo, results), ranks=2)
+        assert finished.code == 0, finished.output[-4000:]
+        assert losses(results) == expected, f"seed {seed}, before kill {done}"
+        left = {path.name for path in (results / "checkpoints").iterdir()}
+        assert {"latest", "step_12", "step_final"} < left and len(left) == 5, left
+        shutil.rmtree(results)
+        attempt += 1
+    print(f"{done} kills: {dict(seen)}")
+
+
+def _lives_until(kill: Kill, demo: Path, results: Path) -> bool:
+    """Start or resume the run and kill it; False where it ended by itself first."""
+    if kill.moment == "index":
+        for folder in demo.rglob(BESIDE_DATA):
+            shutil.rmtree(folder)
+    checkpoints = results / "checkpoints"
+    newest = newest_state(checkpoints) if checkpoints.is_dir() else None
+    begun = 0 if newest is None else int(newest.name.removeprefix("step_"))
+    if begun + kill.step >= STEPS:
+        return False
+    with StartedRun(words_of(demo, results), results) as run:
+        run.until(lambda: len(run.ranks()) == 2, "two ranks")
+        _await_moment(run, kill, demo, checkpoints, begun)
+        if not _strike(run, kill):
+            return False
+        code = run.process.wait(120)
+        run.all_ended(60)
+        # DeepSpeed's command ends with 0 when its per-host launcher is killed; the ranks have saved then.
+        assert code != 0 or kill.victim == "launcher", f"{kill} has gone unnoticed"
+    return True
+
+
+def _await_moment(run: StartedRun, kill: Kill, demo: Path, checkpoints: Path, begun: int) -> None:
+    if kill.moment == "index":
+        run.until(lambda: any(demo.rglob(f"{BESIDE_DATA}/.lock*")), "an index being made")
+        time.sleep(kill.delay / 10)
+    elif kill.moment == "load":
+        time.sleep(kill.delay * 8)
+    elif kill.moment == "step":
+        run.until_step(begun + kill.step)
+        time.sleep(kill.delay)
+    else:
+        name = "model.safetensors" if kill.moment == "export" else "state"
+        run.until(lambda: any(checkpoints.glob(f".unfinished-*/{name}")), f"a save with its {name}")
+        time.sleep(kill.delay / 10)
+
+
+def _strike(run: StartedRun, kill: Kill) -> bool:
+    """False where the victim has ended already."""
+    if kill.victim == "launch":
+        waiting = run.waiting()
+        if run.process.poll() is None:
+            os.killpg(run.process.pid, signal.SIGKILL)
+        return bool(waiting)
+    if kill.victim == "launcher":
+        try:
+            victims = [run.launcher()]
+        except StopIteration:
+            return False
+    else:
+        victims = run.waiting() if kill.victim == "waiting" else run.ranks()
+        if kill.victim != "ranks":
+            victims = victims[kill.rank : kill.rank + 1]
+    send(victims, signal.SIGKILL)
+    return bool(victims) and "done: 12 steps" not in run.output
+
+
+def _assert_nothing_is_lost(results: Path) -> None:
+    """Every checkpoint that has a final name is whole, to the last byte, and the newest is at most two steps old."""
+    checkpoints = results / "checkpoints"
+    if not checkpoints.is_dir():
+        return
+    for _, folder in step_folders(checkpoints):
+        assert manifest_fault(folder) is None and checksum_fault(folder, state_files(folder)) is None, folder
+    logged = max(steps_logged(results), default=-1) + 1
+    newest = newest_state(checkpoints)
+    done = 0 if newest is None else json.loads((newest / "trainer.json").read_text())["steps_done"]
+    assert logged - done <= 2, "no more is lost than what was done since the last save"
