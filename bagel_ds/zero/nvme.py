@@ -99,10 +99,10 @@ def check_nvme(ds: dict[str, Any], bytes_needed: int) -> list[str]:
         free = shutil.disk_usage(folder).free
         if free < bytes_needed:
             faults.append(
-                f"--nvme_path: {folder} has {free / GIB:.0f} GiB free, this run needs {bytes_needed / GIB:.0f} GiB; "
+                f"--nvme_path: {folder} has {_size(free)} free, this run needs {_size(bytes_needed)}; "
                 "free some there, take another disk, or a preset that keeps more in memory (zero3_cpu)"
             )
-        notes.append(f"NVMe: {folder} ({kind}), {free / GIB:.0f} GiB free, {bytes_needed / GIB:.1f} GiB needed")
+        notes.append(f"NVMe: {folder} ({kind}), {_size(free)} free, {_size(bytes_needed)} needed")
     if nvme_folders(ds):
         faults += _library_faults()
     faults += _silent_faults(ds)
@@ -128,6 +128,10 @@ def file_system(path: Path) -> str:
         if inside and len(mount) >= len(best):
             best, kind = mount, name
     return kind
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.0f} GiB" if count >= 10 * GIB else f"{count / 2**20:.0f} MiB"
 
 
 def _library_faults() -> list[str]:
