@@ -39,7 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--parameters", type=float, default=1e9, help="about so many (default 1e9)")
-    parser.add_argument("--presets", nargs="+", default=list(PRESETS))
+    parser.add_argument("--presets", nargs="*", default=list(PRESETS))
     parser.add_argument("--limit", type=float, help="GiB this may take (default: 0.8 of what is available)")
     parser.add_argument("--work", type=Path, help="folder for models and checkpoints (default: a temporary one)")
     options = parser.parse_args()
@@ -69,7 +69,14 @@ def measure(folder: Path, config: BagelConfig, presets: list[str]) -> dict[str, 
     naive = measured_run([model, folder / "naive.safetensors"], script="naive_memory.py")
     if naive.code != 0:
         raise SystemExit(f"the naive way failed:\n{naive.output[-3000:]}")
-    report["naive"] = {"load_gib": gib(naive.peak("load", "loaded")), "export_gib": gib(naive.peak("export"))}
+    stays = naive.peaks["sharded"].last
+    report["naive"] = {
+        "after_load_gib": gib(stays),
+        "load_gib": gib(naive.peak("load", "loaded")),
+        "load_over_after_load": round(naive.peak("load", "loaded") / stays, 3),
+        "export_gib": gib(naive.peak("export")),
+        "export_over_before": round(naive.peak("export") / stays, 3),
+    }
     return report
 
 
@@ -122,7 +129,7 @@ def largest_that_fits(wanted: float, presets: list[str], limit: float) -> BagelC
         config = scaled_config(width, layers, VOCABULARY)
         size = sum(parameter.numel for parameter in parameter_sizes(config))
         # The naive way holds two fp32 networks and the file's tensors on every rank.
-        needs = max(planned(config, preset) for preset in presets) / GIB, 10.5 * size * RANKS / GIB + 1
+        needs = [planned(config, preset) / GIB for preset in presets] + [10.5 * size * RANKS / GIB + 1]
         if size <= 1.1 * wanted and max(needs) <= limit:
             best = config
     return best
@@ -141,15 +148,18 @@ def lines(report: dict[str, Any]) -> list[str]:
     if smaller:
         found.append(f"(smaller than asked: {report['available_gib']} GiB may be used)")
     naive = report["naive"]
-    found.append(f"naive: load {naive['load_gib']}, export on rank 0 {naive['export_gib']}")
+    found += [
+        f"the naive way (weights and average alone, no optimizer): after load {naive['after_load_gib']}",
+        f"  load {naive['load_gib']} ({naive['load_over_after_load']}x what stays)",
+        f"  export {naive['export_gib']} ({naive['export_over_before']}x of before)",
+    ]
     for preset, values in report["presets"].items():
         if "failed" in values:
             found.append(f"{preset}: failed: {values['failed'].strip().splitlines()[-1]}")
             continue
         found += [
             f"{preset}: after load {values['after_load_gib']}, states {values['states_gib']}",
-            f"  load {values['load_gib']} ({values['load_over_after_load']}x what stays; naive needs "
-            f"{naive['load_gib'] / values['load_gib']:.1f}x ours)",
+            f"  load {values['load_gib']} ({values['load_over_after_load']}x what stays)",
             f"  step {values['step_gib']} (planned {values['planned_gib']}, {values['planned_over_measured']}x)",
             f"  export {values['export_gib']} ({values['export_over_before']}x of before)",
             f"  resume: load {values['resume_load_gib']} ({values['resume_over_after_load']}x), step "

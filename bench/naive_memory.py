@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also where the package is not installed
@@ -34,6 +35,8 @@ def main(folder: Path, output: Path) -> None:
     del weights
     shards = [own_shard(module) for module in (network, average)]
     del network, average
+    mark("sharded")
+    time.sleep(1)  # long enough to be sampled
     mark("export")
     whole = [gathered(shard) for shard in shards]
     if dist.get_rank() == 0:

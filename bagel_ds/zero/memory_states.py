@@ -150,8 +150,9 @@ def _stage12(s: Sharding) -> Iterator[State]:
         if int(s.ds.get("gradient_accumulation_steps", 1)) > 1:
             yield State("gradients", HOST, s.gradient_bytes * share, s.pinned("optimizer"))
     if s.stage == 2:
-        buffers = 2 if s.zero.get("overlap_comm") else 1
-        yield State("communication buckets", DEVICE, buffers * s.bucket * s.communication_bytes)
+        size = s.bucket * (2 if s.zero.get("overlap_comm") else 1)
+        touched = min(size, s.elements(True)) if s.on_cpu else size
+        yield State("communication buckets", DEVICE, touched * s.communication_bytes)
 
 
 def _stage3(s: Sharding) -> Iterator[State]:

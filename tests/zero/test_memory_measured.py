@@ -35,6 +35,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (SMALL, "zero3.json", {}),
         (SMALL, "zero3.json", {"precision": "fp32"}),
+        (SMALL, "zero2_cpu.json", {}),
         (SMALL, "zero3_cpu.json", {}),
         (SMALL, "zero3_nvme.json", {}),
         (SMALL, "zero3_nvme_all.json", {}),
