@@ -106,7 +106,9 @@ def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig
     shapes = parameter_shapes(model)
     trains = trainable(config, model)
     numels = {name: math.prod(shape) for name, shape in shapes.items()}
-    fit_buffers(ds_config, max(numels.values()), dist.get_world_size())
+    recomputes = config.training.activation_checkpointing != "none"
+    frozen = not {"und_expert", "gen_expert", "vit"} <= trains
+    fit_buffers(ds_config, max(numels.values()), dist.get_world_size(), recomputes_frozen=recomputes and frozen)
     trained = sum(numel for name, numel in numels.items() if part_of(name) in trains)
     ranks_here = int(os.environ.get("LOCAL_SIZE", "1"))
     share = ranks_here / dist.get_world_size()

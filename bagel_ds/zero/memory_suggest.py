@@ -58,7 +58,11 @@ def resolved(name: str, config: RunConfig, model: BagelConfig, world_size: int) 
     if config.training.nvme_path is None:
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, nvme_path=PLACEHOLDER))
     ds, _ = resolve_ds_config(name, config, world_size)
-    fit_buffers(ds, max(parameter.numel for parameter in parameter_sizes(model)), world_size)
+    training = config.training
+    freezes = training.freeze_llm or training.freeze_vit or model.freeze_und
+    frozen = freezes or not (model.visual_gen and model.visual_und)
+    largest = max(parameter.numel for parameter in parameter_sizes(model))
+    fit_buffers(ds, largest, world_size, frozen and training.activation_checkpointing != "none")
     return ds
 
 

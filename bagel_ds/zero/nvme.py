@@ -19,6 +19,7 @@ from bagel_ds.zero.draft import Draft, offload_device
 GIB = 2**30
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs", "overlay-tmpfs")
 LARGEST_7B = 152064 * 3584  # embedding of BAGEL-7B-MoT, its largest parameter
+LAYER_WEIGHTS = 14  # matrices of one decoder layer: q, k, v, o, gate, up and down of each expert
 
 
 def settle_nvme(draft: Draft, part: str) -> None:
@@ -34,11 +35,22 @@ def settle_nvme(draft: Draft, part: str) -> None:
         section["max_in_cpu"] = 0  # DeepSpeed's default keeps the first 1e9 elements in memory and says nothing
 
 
-def fit_buffers(ds: dict[str, Any], largest_parameter: int, world_size: int) -> None:
-    """Size the parameter buffers for the network's largest parameter, where the file leaves that open."""
+def fit_buffers(ds: dict[str, Any], largest_parameter: int, world_size: int, recomputes_frozen: bool = False) -> None:
+    """Size and count the parameter buffers for the network, where the file leaves that open.
+
+    `recomputes_frozen`: a layer with frozen weights is recomputed in the backward pass. DeepSpeed then holds all of
+    them until that layer is done, instead of one at a time.
+    """
     if offload_device(ds, "param") != "nvme":
         return
     section = ds["zero_optimization"]["offload_param"]
+    buffers = LAYER_WEIGHTS + 2 if recomputes_frozen else 8
+    if int(section.setdefault("buffer_count", buffers)) < (buffers if recomputes_frozen else 5):
+        raise UserError(
+            f"ds_config: offload_param.buffer_count is {section['buffer_count']}, this run needs {buffers}"
+            + (" (layers with frozen weights are recomputed)" if recomputes_frozen else "")
+            + '; write "auto"'
+        )
     needed = -(-largest_parameter // world_size)
     given = section.get("buffer_size", "auto")
     if given == "auto":

@@ -48,6 +48,17 @@ def test_buffers_hold_the_7b_embedding_out_of_the_box(tmp_path: Path, world: int
     assert ds["zero_optimization"]["offload_param"]["buffer_size"] * world >= LARGEST_7B
 
 
+def test_recomputed_layers_with_frozen_weights_have_a_buffer_for_each(tmp_path: Path) -> None:
+    counts = []
+    for frozen in (False, True):
+        ds = resolved("zero3_nvme_all", tmp_path)
+        fit_buffers(ds, LARGEST_7B, 2, recomputes_frozen=frozen)
+        counts.append(ds["zero_optimization"]["offload_param"]["buffer_count"])
+    assert counts == [8, 16]
+    with pytest.raises(UserError, match="buffer_count is 8, this run needs 16"):
+        fit_buffers(changed("zero3_nvme_all", tmp_path, "offload_param", buffer_count=8), LARGEST_7B, 2, True)
+
+
 def test_a_buffer_that_is_too_small_is_refused(tmp_path: Path) -> None:
     ds = changed("zero3_nvme_all", tmp_path, "offload_param", buffer_size=1e8)
     with pytest.raises(UserError, match="272,498,688"):
