@@ -16,6 +16,7 @@ import select
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Callable, NoReturn
 
@@ -55,7 +56,7 @@ def asked_to_stop() -> None:
 def end_at_once(code: int) -> NoReturn:
     """End this rank and, where it is detached, all that it has started."""
     if _said is not None:
-        os.write(_said, f"{code}\n".encode())
+        _say(code)
         os.killpg(0, signal.SIGKILL)
     os._exit(code)
 
@@ -69,6 +70,12 @@ def process_state(pid: int) -> str | None:
     return None if state in "ZX" else state
 
 
+def _say(number: int) -> None:
+    assert _said is not None
+    with suppress(BrokenPipeError):  # the waiting process is gone
+        os.write(_said, f"{number}\n".encode())
+
+
 def _become_rank(rank_main: Callable[[], int], said: int, alive: int) -> NoReturn:
     """In the middle process: leave session and parent, run, report."""
     global _said
@@ -76,7 +83,7 @@ def _become_rank(rank_main: Callable[[], int], said: int, alive: int) -> NoRetur
     if os.fork():
         os._exit(0)
     _said = said
-    os.write(said, f"{os.getpid()}\n".encode())
+    _say(os.getpid())
     # Until training listens for them, signals end the rank at once, also inside a call that Python can't interrupt.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
@@ -91,8 +98,8 @@ def _become_rank(rank_main: Callable[[], int], said: int, alive: int) -> NoRetur
     sys.stderr.flush()
     if code:
         end_at_once(code)
-    os.write(said, b"0\n")
-    os._exit(0)
+    _say(code)
+    os._exit(code)
 
 
 def _end_with_parent(alive: int) -> None:
@@ -123,7 +130,8 @@ def _wait(said: int, group: int) -> int:
     code = lines.readline().strip() if select.select([lines], [], [], 0)[0] else ""
     if code:
         return int(code)
-    _send_group(group)  # DataLoader workers of a rank that was killed
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)  # DataLoader workers of a rank that was killed
     if not passed_on:
         return _KILLED
     if os.environ.get("RANK", "0") == "0":
@@ -168,14 +176,5 @@ def _is_deepspeed(pid: int) -> bool:
 
 
 def _send(pid: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass
-
-
-def _send_group(group: int) -> None:
-    try:
-        os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
