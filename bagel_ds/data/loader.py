@@ -10,6 +10,7 @@ all of them (`row_cache.py`). Closing the iterator ends its workers.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import warnings
@@ -32,6 +33,8 @@ from bagel_ds.data.tokenizer import Tokenizer
 from bagel_ds.errors import UserError
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.config import BagelConfig
+
+logger = logging.getLogger("bagel_ds")
 
 __all__ = ["MicroBatch", "PackingOptions", "PlannedData"]
 
@@ -128,6 +131,7 @@ class PlannedData:
         groups = [(s.name, s.weight, s.is_mandatory, s.fingerprint) for s in streams]
         budgets = (packing.max_num_tokens, packing.lookahead, packing.data_seed)
         self._plan = _digest([ALGORITHM, groups, budgets, asdict(cost)])
+        self._rows = _digest([ALGORITHM, packing.data_seed, [s.rows_fingerprint for s in streams]])
         self.fingerprint = _digest([self._plan, noise_seed, repr(layout_options)])
 
     def describe(self) -> list[str]:
@@ -172,19 +176,30 @@ class PlannedData:
     ) -> Generator[MicroBatch, None, None]:
         """Batches of `rank`, without end, from the beginning or from the `state` of an earlier `MicroBatch`.
 
-        Raises `UserError` at once where `start` belongs to other data or other options.
+        Under other options than the state's (budgets, weights, dropout) it goes on at the same place in the data, see
+        `Planner.moved`. Raises `UserError` at once where `start` belongs to other data.
         """
-        if start and start.get("plan") != self._plan:
-            raise UserError(
-                f"the training state was saved with another data plan ({start.get('plan')}) than this run's "
-                f"({self._plan}): the data files, weights, budgets, data_seed or the model's shape changed; its "
-                "place in the data means nothing here. Restore them, or start from its weights only (--resume_from ... "
-                "--resume_model_only True with a new checkpoint_dir)"
-            )
+        start = self._place(start)
         under_way: deque[Step] = deque()
         steps = self.planner.steps(world_size, start)
         tasks = planned_tasks(steps, rank, world_size, max(num_workers, 1), under_way)
         return self._iterate(tasks, under_way, num_workers, prefetch_factor, pin_memory)
+
+    def _place(self, start: dict[str, Any] | None) -> dict[str, Any] | None:
+        if not start or start.get("plan") == self._plan:
+            return start
+        if start.get("rows") != self._rows:
+            raise UserError(
+                f"the training state was saved over other data ({start.get('rows')}) than this run's ({self._rows}): "
+                "the data files or data_seed changed, so its place in the data means nothing here. Restore them, or "
+                "start from its weights only (--resume_from ... --resume_model_only True with a new checkpoint_dir)"
+            )
+        logger.warning(
+            "the data plan changed since the checkpoint (token budgets, weights or dropout): it goes on at the same "
+            "place in the data; up to %d packs' samples come a second time",
+            start["packs"] - start["block"]["first"],
+        )
+        return self.planner.moved(start)
 
     def _iterate(
         self, tasks: Iterator[_Task], under_way: deque[Step], num_workers: int, prefetch_factor: int, pin_memory: bool
@@ -215,7 +230,7 @@ class PlannedData:
         tokens = sum(pack.length for pack in step.packs)
         return MicroBatch(
             batch,
-            {"plan": self._plan, **step.state},
+            {"plan": self._plan, "rows": self._rows, **step.state},
             efficiency=tokens / (len(step.packs) * self.planner.options.max_num_tokens),
             imbalance=step.imbalance_llm,
             epochs={label: step.epochs[self.streams[number].name] for (number, _), label in self._labels.items()},

@@ -162,6 +162,22 @@ class Planner:
             state = {"packs": block.start["first"] + offset, "block": block.start}
             yield Step(tuple(taken), state, dict(zip(names, epochs, strict=True)))
 
+    def moved(self, start: dict[str, Any]) -> dict[str, Any]:
+        """The place of a state that was saved under other options over the same rows.
+
+        Planning begins anew where the block under way began, so none of its samples is lost and those of its packs that
+        were used already come once more: at most a block's. What no longer makes a sample is left out.
+        """
+        block, intakes = start["block"], self._intakes()
+        carried = [entry for entry in block["carried"] if self._still_fits(intakes, *entry[:3])]
+        fresh = {intake.name: [intake.order.epoch, intake.order.position, 0] for intake in intakes.values()}
+        cursors = {name: block["groups"].get(name, cursor) for name, cursor in fresh.items()}
+        return {"packs": start["packs"], "block": {"first": start["packs"], "groups": cursors, "carried": carried}}
+
+    def _still_fits(self, intakes: dict[int, _Intake], group: int, epoch: int, row: int) -> bool:
+        candidate = intakes[group].candidate(epoch, row) if group in intakes else None
+        return candidate is not None and candidate.length <= self.options.max_num_tokens
+
     def _check(self) -> None:
         faults = []
         if self.options.max_num_tokens <= 0:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import signal
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any, Iterator, Sequence
 
@@ -16,6 +17,7 @@ import torch
 
 from bagel_ds.data import loader
 from bagel_ds.data.loader import MicroBatch, PackingOptions, PlannedData
+from bagel_ds.data.plan import Step
 from bagel_ds.data.sample import TEXT, Entry, SamplePlan
 from bagel_ds.errors import UserError
 from bagel_ds.model.batch import CAUSAL, PackedBatch
@@ -33,6 +35,10 @@ class Rows:
     rows: int = 200
     datasets: tuple[str, ...] = ("one", "two")
     bad_rows: tuple[str, ...] = ("unreadable",)
+
+    @property
+    def rows_fingerprint(self) -> str:
+        return self.fingerprint
 
     @property
     def units(self) -> Sequence[range]:
@@ -141,10 +147,39 @@ def test_numbers_are_over_all_ranks() -> None:
 
 def test_a_state_of_other_data_is_refused_at_once() -> None:
     state = first(data().micro_batches(0, 1), 3)[-1].state
-    for other in (data(fingerprint="b"), data(max_num_tokens=400), data(data_seed=7)):
-        with pytest.raises(UserError, match="saved with another data plan"):
+    for other in (data(fingerprint="b"), data(data_seed=7)):
+        with pytest.raises(UserError, match="saved over other data"):
             other.micro_batches(0, 1, start=state)
     data(expected_num_tokens=200).micro_batches(0, 1, start=state)
+
+
+@pytest.mark.parametrize("used", [1, 40, 200])
+def test_other_budgets_go_on_at_the_same_place_and_lose_nothing(used: int) -> None:
+    """The remedy for full memory: lower max_num_tokens and start again with auto_resume."""
+    old, new = data().planner, data(max_num_tokens=250).planner
+    steps = list(itertools.islice(old.steps(1), used))
+    state = json.loads(json.dumps(steps[-1].state))
+    block = state["block"]["first"]
+    after = list(itertools.islice(new.steps(1, new.moved(state)), 400))
+    assert after[0].state["packs"] == used + 1, "packs are counted on"
+    assert max(pack.length for step in after for pack in step.packs) <= 250
+
+    def drawn(some: list[Step]) -> list[tuple[int, int, int]]:
+        return [(plan.dataset, plan.epoch, plan.row) for step in some for plan in step.packs[0].samples]
+
+    # Both groups of the stand-in draw rows of the same numbers, so each may come twice.
+    found = Counter(drawn(steps[:block])) + Counter(drawn(after))
+    assert max(found.values()) <= 2, "nothing is repeated but packs of the block under way"
+    assert Counter(drawn(list(itertools.islice(old.steps(1), used + 50)))) <= found, "nothing is lost"
+
+
+def test_a_loader_under_other_budgets_says_what_it_does(caplog: pytest.LogCaptureFixture) -> None:
+    state = first(data().micro_batches(0, 1), 3)[-1].state
+    logging.getLogger("bagel_ds").propagate = True
+    with caplog.at_level(logging.WARNING, "bagel_ds"):
+        moved = first(data(max_num_tokens=250).micro_batches(0, 1, start=state), 2)
+    assert "goes on at the same place in the data; up to 3 packs" in caplog.text
+    assert moved[-1].state["packs"] == 5
 
 
 def test_the_fingerprint_tells_data_options_and_layout_apart() -> None:

@@ -148,6 +148,14 @@ class GroupStream:
             digest.update(f"{use.dataset} {use.index.digest}\n".encode())
         return digest.hexdigest()
 
+    @property
+    def rows_fingerprint(self) -> str:
+        """Of the rows alone: equal as long as row numbers mean the same, whatever is made of them."""
+        digest = hashlib.blake2b(repr((self.number, self.name, self.kind)).encode(), digest_size=16)
+        for use in self.uses:
+            digest.update(f"{use.dataset} {use.index.digest}\n".encode())
+        return digest.hexdigest()
+
     def plan_sample(self, row: int, epoch: int) -> SamplePlan | None:
         """The sample of `row` in `epoch`, every choice made; None where there is none (see `bad_rows`, `too_long`)."""
         number = bisect.bisect_right(self._starts, row) - 1
