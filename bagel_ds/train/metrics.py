@@ -308,17 +308,25 @@ class MetricsLog:
         folder.mkdir(parents=True, exist_ok=True)
         self._sinks: list[_Sink] = [] if wandb is None else [_Wandb(folder, wandb)]
         self._sinks += [_JsonLines(folder / "metrics.jsonl"), _TensorBoard(folder / "tensorboard", first_step)]
+        self._failing: set[int] = set()  # sinks that could not be written the last time
         self._bar = _progress_bar(total_steps, first_step)
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """Write one step's numbers everywhere. None means "not measured in this step" and is left out.
 
-        NaN and infinities are real results: null in metrics.jsonl, themselves elsewhere.
+        NaN and infinities are real results: null in metrics.jsonl, themselves elsewhere. A disk that is full costs
+        numbers, told once, and not the run.
         """
         known = {name: float(value) for name, value in values.items() if value is not None}
         logger.info(log_line(step, known))
-        for sink in self._sinks:
-            sink.log(step, known)
+        for number, sink in enumerate(self._sinks):
+            try:
+                sink.log(step, known)
+                self._failing.discard(number)
+            except OSError as error:
+                if number not in self._failing:
+                    logger.warning("metrics of step %d can't be written (%s); training goes on", step, error)
+                self._failing.add(number)
 
     def advance(self, steps: int = 1) -> None:
         """Move the progress bar; call it once per optimizer step, logged or not."""
@@ -333,7 +341,10 @@ class MetricsLog:
         self._bar.close()
         sinks, self._sinks = self._sinks, []
         for sink in sinks:
-            sink.close()
+            try:
+                sink.close()
+            except OSError as error:
+                logger.warning("the last metrics can't be written (%s)", error)
 
     def __enter__(self) -> Self:
         return self

@@ -310,3 +310,23 @@ def test_wandb_refusing_to_start_is_one_message(no_home: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fault="project is archived"))
     with pytest.raises(UserError, match=r"could not start project 'bagel': project is archived"):
         MetricsLog(no_home, 0, WandbOptions(offline=True))
+
+
+def test_a_full_disk_costs_numbers_told_once_and_not_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = MetricsLog(tmp_path, 0)
+    with monkeypatch.context() as full:
+
+        def refused(step: int, values: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        full.setattr(log._sinks[0], "log", refused)
+        logging.getLogger("bagel_ds").propagate = True
+        with caplog.at_level(logging.WARNING, "bagel_ds"):
+            log.log(0, {"loss/ce": 1.0})
+            log.log(1, {"loss/ce": 1.0})
+    assert caplog.text.count("No space left on device") == 1
+    log.log(2, {"loss/ce": 1.0})
+    log.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [2]
