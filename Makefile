@@ -2,6 +2,7 @@
 #   make demo        a tiny BAGEL, trained for 60 steps with ZeRO-3 on two GPUs or two CPU processes
 #   make test        the tests that every change must pass (under 15 minutes on 2 cores)
 #   make test-full   the slow ones
+#   make soak        a run killed 100 times (KILLS, KILL_SEED), each time resumed: hours
 #   make test-gpu    those that need a CUDA device
 #   make lint        style, types, and whether docs/arguments.md is current
 # PYTHON chooses the interpreter (3.11 or newer), PIP_ARGS is passed to every pip install, PYTEST_ARGS to pytest.
@@ -23,10 +24,10 @@ export VIRTUAL_ENV := $(VENV)
 unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-full test-gpu lint format check-machine
+.PHONY: help demo install test test-full soak test-gpu lint format check-machine
 
 help:
-	@sed -n '2,7s/^# *//p' Makefile
+	@sed -n '2,8s/^# *//p' Makefile
 
 install: $(VENV)/.installed
 
@@ -39,6 +40,12 @@ test: install
 # Status 5 is pytest's "no test selected".
 test-full: install
 	$(call pytest,slow and not gpu) || [ $$? -eq 5 ]
+
+KILLS ?= 100
+KILL_SEED ?= 1
+soak: install
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} BAGEL_KILLS=$(KILLS) BAGEL_KILL_SEED=$(KILL_SEED) \
+	  python -m pytest -s tests/distributed/test_kill.py $(PYTEST_ARGS)
 
 test-gpu: install
 	$(call pytest,gpu)
