@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,10 @@ def _faulty_run(faults: list[dict[str, Any]]) -> int:
         _happen(faults, "load")
         load(self)
 
-    def faulty_step(self: Any, number: int, window: Sequence[Any], stop: Any) -> Any:
+    def faulty_step(self: Any, number: int, window: list[Any], stop: Any) -> Any:
         done = _happen(faults, "step", number)
         if "nan" in done:
-            window = [micro._replace(batch=_not_a_number(micro.batch)) for micro in window]
+            window[:] = [micro._replace(batch=_not_a_number(micro.batch)) for micro in window]
         if "oom" in done:
             import torch
 

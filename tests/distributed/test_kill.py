@@ -2,7 +2,8 @@
 
 BAGEL_KILLS is the number of kills (default 8; `make soak` takes 100), BAGEL_KILL_SEED chooses them. A kill is a
 moment (so long after a step was logged, inside a save, inside the export of weights, while the data are indexed, while
-the run is loading) and a victim (one rank, one waiting process, all ranks, the launcher alone, the whole launch).
+the run is loading) and a victim (one rank, one waiting process, all ranks, the launcher alone, the whole launch, launch
+and ranks).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS = 12
 MOMENTS = ("step", "step", "save", "export", "index", "load")
-VICTIMS = ("rank", "waiting", "ranks", "launcher", "launch")
+VICTIMS = ("rank", "waiting", "ranks", "launcher", "launch", "all")
 
 
 class Kill(NamedTuple):
@@ -122,8 +123,10 @@ def _await_moment(run: StartedRun, kill: Kill, demo: Path, checkpoints: Path, be
 
 def _strike(run: StartedRun, kill: Kill) -> bool:
     """False where the victim has ended already."""
-    if kill.victim == "launch":
+    if kill.victim in ("launch", "all"):
         waiting = run.waiting()
+        if kill.victim == "all":  # so that nobody is left to end DataLoader workers, which must find out themselves
+            send(run.ranks(), signal.SIGKILL)
         if run.process.poll() is None:
             os.killpg(run.process.pid, signal.SIGKILL)
         return bool(waiting)
