@@ -15,6 +15,7 @@ from bagel_ds.zero.memory_parameters import ParameterSize
 
 DEVICE, HOST, NVME = "gpu", "host", "nvme"
 MIB = 2**20
+PARAMETER_IO = 150 * MIB  # measured: threads and handles that read and write parameters on NVMe
 _PLACE = {"none": DEVICE, "cpu": HOST, "nvme": NVME}
 _TYPE_BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "bf16": 2, "float16": 2, "bfloat16": 2}
 
@@ -182,6 +183,7 @@ def _stage3(s: Sharding) -> Iterator[State]:
         count, size = int(section.get("buffer_count", 5)), section.get("buffer_size", "auto")
         size = -(-max(p.numel for p in s.parameters) // s.world) if size == "auto" else int(float(size))
         yield State("parameter swap buffers", HOST, count * size * s.weight_bytes)
+        yield State("parameter input and output", HOST, PARAMETER_IO)
         yield State("parameter write-back buffer", HOST, s.whole_sub_group() * s.weight_bytes)
     if s.zero.get("contiguous_gradients", True):
         touched = min(s.bucket, s.elements(True)) if s.on_cpu else s.bucket
