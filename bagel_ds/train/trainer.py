@@ -94,11 +94,12 @@ class Trainer:
                 if step % self.args.log_every == 0 or self._is_last() or result.stop:
                     metrics.log(step, meter.read(self._learning_rate(step), result))
                 metrics.advance()
+                if result.stop:
+                    stop.remove_files()
                 if self.steps_done % self.args.save_every == 0 or self._is_last() or result.stop:
                     with watch.phase(step, "save"):
                         self._save(metrics, must=self._is_last() or result.stop)
                 if result.stop:
-                    stop.remove_files()
                     break
             if meter.host_peak:
                 metrics.note(outcome(self.prepared.memory, meter.device_peak, meter.host_peak))
