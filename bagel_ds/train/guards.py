@@ -100,14 +100,17 @@ def _tuples(value: object) -> object:
     return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
 
 
-def out_of_memory(error: torch.OutOfMemoryError, window: Sequence[PackedBatch], max_num_tokens: int) -> UserError:
-    """What to say of a step that did not fit the device."""
+def out_of_memory(
+    error: torch.OutOfMemoryError, window: Sequence[PackedBatch], max_num_tokens: int, planned: float
+) -> UserError:
+    """What to say of a step that did not fit the device; `planned` is the memory plan's peak in bytes."""
     longest = max(window, key=lambda batch: batch.sequence_length)
     images = f"{len(longest.images)} images to draw, {len(longest.vit_seqlens)} to read"
     return UserError(
         f"out of GPU memory: {str(error).splitlines()[0]} The longest pack of this rank had "
         f"{longest.sequence_length:,} tokens ({len(longest.vae_indexes):,} latent, {sum(longest.vit_seqlens):,} ViT; "
         f"{images}): "
-        f"{'; '.join(longest.samples)}. Lower --max_num_tokens (now {max_num_tokens:,}), or take a --ds_config that "
+        f"{'; '.join(longest.samples)}. The planner expected a peak of {planned / 2**30:.1f} GiB for packs of that "
+        f"limit. Lower --max_num_tokens (now {max_num_tokens:,}), or take a --ds_config that "
         "keeps more off the GPU (`bagel-ds memory` compares them)."
     )

@@ -119,7 +119,8 @@ class Trainer:
                 lambda: stop.wanted() is not None,
             )
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(error, batches, self.config.data.max_num_tokens) from None
+            limit, planned = self.config.data.max_num_tokens, self.prepared.memory.gpu_peak
+            raise out_of_memory(error, batches, limit, planned) from None
         self.steps_done, self.plan_state = step + 1, window[-1].state
         return result
 
