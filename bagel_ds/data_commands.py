@@ -39,6 +39,9 @@ def add_commands(commands: Any) -> None:
 
     inspect = _command(commands, "inspect", _inspect, "show the first packs as training will see them, and their plan")
     inspect.add_argument("--packs", type=_not_negative, default=4, help="packs to show (default 4)")
+    inspect.add_argument(
+        "--pack", type=Path, help="a pack that a run has kept, as in results_dir/nonfinite, instead of the plan's"
+    )
     inspect.add_argument("--out", type=Path, help="folder for packs.txt and a picture of each pack")
     inspect.add_argument("--world_size", "--world-size", type=_at_least_one, default=1, help="ranks (default 1)")
     inspect.add_argument(
@@ -104,13 +107,19 @@ def _check(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     config = _start(options)
-    from bagel_ds.data.inspect import first_packs, pack_text
+    from bagel_ds.data.inspect import first_packs, kept_pack, pack_text
     from bagel_ds.data.inspect_plan import plan_numbers, plan_text
     from bagel_ds.train.inputs import open_inputs
 
     inputs = open_inputs(config)
-    data = inputs.plan(progress=True)
     shift = inputs.model.timestep_shift
+    if options.pack:
+        pack = kept_pack(_load(options.pack), inputs.tokenizer, config.data.max_num_tokens)
+        print("\n".join(pack_text(pack, shift)))
+        if options.out:
+            _draw(pack, shift, options.out)
+        return
+    data = inputs.plan(progress=True)
     text: list[str] = []
     if options.packs and (options.out or not options.json):
         for pack in first_packs(data, options.packs):
@@ -127,6 +136,19 @@ def _inspect(options: argparse.Namespace) -> None:
         return
     numbers = plan_numbers(data, options.world_size, options.steps)
     print(json.dumps(numbers._asdict(), indent=1) if options.json else "\n".join(plan_text(numbers)))
+
+
+def _load(path: Path) -> Any:
+    from bagel_ds.train.guards import load_batch
+
+    stem = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
+    missing = [end for end in (".json", ".safetensors") if not stem.with_suffix(end).is_file()]
+    if missing:
+        raise UserError(
+            f"--pack {path}: {stem.with_suffix(missing[0])} is not there; name a pack of a run, such as "
+            "results/nonfinite/step_7_rank_0_pack_0"
+        )
+    return load_batch(stem)
 
 
 def _draw(pack: Any, shift: float, folder: Path) -> None:

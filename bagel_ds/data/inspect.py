@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bagel_ds.data.loader import PlannedData
 from bagel_ds.data.packing import Pack
-from bagel_ds.data.sample import TEXT, VIT, Entry
+from bagel_ds.data.sample import TEXT, VAE, VIT, Entry
+from bagel_ds.data.tokenizer import Tokenizer
 from bagel_ds.model.batch import PackedBatch, unpatchify
 
 _WIDTH = 120
@@ -76,6 +77,18 @@ def first_packs(data: PlannedData, count: int, start: dict[str, Any] | None = No
         yield ShownPack(number, data.planner.options.max_num_tokens, tuple(_samples(data, pack, batch)), batch)
 
 
+def kept_pack(batch: PackedBatch, tokenizer: Tokenizer, limit: int, number: int = 0) -> ShownPack:
+    """A pack that a run has kept, without the plan it came from: what dropout took out is not known."""
+    reader = _Reader(tokenizer, batch)
+    samples = []
+    for name, length in zip(batch.samples, batch.sample_lens, strict=True):
+        start, pieces = reader.offset, []
+        while reader.offset < start + length:
+            pieces.append(reader.piece(reader.entry()))
+        samples.append(ShownSample(name, 0, start, length, tuple(pieces)))
+    return ShownPack(number, limit, tuple(samples), batch)
+
+
 def flow_time(timestep: float, shift: float) -> float:
     """Where between image (0) and noise (1) a latent with this raw timestep lies (REFERENCE 3)."""
     s = float(torch.sigmoid(torch.tensor(timestep)))
@@ -84,7 +97,7 @@ def flow_time(timestep: float, shift: float) -> float:
 
 # ----------------------------------------------------------------------------------------------- reading a batch back
 def _samples(data: PlannedData, pack: Pack, batch: PackedBatch) -> Iterator[ShownSample]:
-    reader = _Reader(data, batch)
+    reader = _Reader(data.tokenizer, batch)
     reasons = [reason for _, reason in batch.skipped]
     kept = 0
     for plan in pack.samples:
@@ -103,8 +116,8 @@ def _samples(data: PlannedData, pack: Pack, batch: PackedBatch) -> Iterator[Show
 class _Reader:
     """Walks along a batch, entry by entry."""
 
-    def __init__(self, data: PlannedData, batch: PackedBatch) -> None:
-        self.batch, self.tokenizer, self.special = batch, data.tokenizer, data.streams[0].special
+    def __init__(self, tokenizer: Tokenizer, batch: PackedBatch) -> None:
+        self.batch, self.tokenizer = batch, tokenizer
         self.offset = self.split = self.vit = self.vae = self.patches = self.latents = 0
         length = batch.sequence_length
         self.ids = torch.full((length,), -1).index_copy(0, batch.text_indexes, batch.text_ids)
@@ -137,6 +150,18 @@ class _Reader:
         return Piece(
             entry.kind, role, *common, targets=targets, timestep=timestep, image=image, width=width, height=height
         )
+
+    def entry(self) -> Entry:
+        """What the next split was planned as, read off the batch."""
+        batch, tokens = self.batch, self.batch.split_lens[self.split] - 2
+        if self.offset + 1 in batch.vae_indexes:
+            return Entry(VAE, self.vae, tokens, loss=self.offset + 1 in batch.mse_loss_indexes)
+        if self.offset + 1 not in batch.vit_indexes:
+            return Entry(TEXT, self.split, tokens)
+        ids = batch.vit_position_ids[self.patches : self.patches + tokens]
+        columns = int((ids == ids.min() + torch.arange(tokens)).cumprod(0).sum())
+        side = round((batch.vit_patches.shape[1] / 3) ** 0.5)
+        return Entry(VIT, self.vit, tokens, height=tokens // columns * side, width=columns * side)
 
     def _text(self, common: tuple[str, int, int, int], start: int, end: int) -> Piece:
         text = self.tokenizer.decode(self.ids[start:end].tolist())

@@ -55,8 +55,8 @@ class NonFiniteGuard:
             if self.skipped > self._limit:
                 raise UserError(
                     f"{self.skipped} updates were not finite, more than --max_nonfinite {self._limit}. The last one "
-                    f"(step {step}) held: {'; '.join(samples)}. Its packs are in {self._folder} "
-                    "(bagel_ds.train.guards.load_batch reads them). Lower --lr, or take these rows out."
+                    f"(step {step}) held: {'; '.join(samples)}. Its packs are in {self._folder}: "
+                    "look at them with `bagel-ds inspect --pack`, lower --lr, or take these rows out."
                 )
 
         together(stop_past_limit)
