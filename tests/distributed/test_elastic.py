@@ -50,7 +50,7 @@ CHAIN = (
 def words_of(demo: Path, results: Path, life: Life, **changed: object) -> list[str]:
     options = {
         "precision": "fp32",
-        "max_num_tokens": 320,
+        "max_num_tokens": 448,
         "gradient_accumulation_steps": life.accumulation,
         "total_steps": life.until,
         "lr_scheduler": "constant",
