@@ -121,6 +121,7 @@ def memory_disk(folder: Path, size: int) -> object:
     return mounted(folder, "-t", "tmpfs", "-o", f"size={size}", "tmpfs")
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_a_save_but_not_the_run(demo: Path, tmp_path: Path) -> None:
     """The first save fits. The second finds room for what the ranks write but not for the autoencoder beside it."""
     with memory_disk(tmp_path / "disk", 250 * MIB) as disk:  # type: ignore[attr-defined]
@@ -196,6 +197,19 @@ def test_updates_that_are_not_finite_are_skipped_on_all_ranks_kept_and_limited(d
     assert batch.noise.isnan().any() and batch.samples
     for sample in batch.samples:
         assert sample in output
+
+
+@pytest.mark.slow
+def test_a_run_with_skipped_updates_resumes_exactly(demo: Path, tmp_path: Path) -> None:
+    """Adam's bias correction counts the updates that were made, not the steps."""
+    words = words_of(demo, tmp_path / "whole", total_steps=6, save_every=3)
+    with StartedRun(words, tmp_path / "whole", faults=[{"at": "step", "rank": 0, "step": 1, "do": "nan"}]) as run:
+        assert run.end() == 0, run.output[-4000:]
+    start = tmp_path / "whole" / "checkpoints" / "step_3"
+    resumed = launch(TRAIN, words_of(demo, tmp_path / "resumed", total_steps=6, resume_from=start), ranks=2)
+    assert resumed.code == 0, resumed.output[-4000:]
+    whole = losses(tmp_path / "whole")
+    assert losses(tmp_path / "resumed") == {step: whole[step] for step in (3, 4, 5)}
 
 
 # ------------------------------------------------------------------------------------------------- stalls and memory

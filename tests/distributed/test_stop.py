@@ -46,6 +46,15 @@ def assert_saved_where_it_stopped(run: StartedRun) -> int:
     return done
 
 
+def test_a_signal_to_the_launcher_saves_the_step_under_way(demo: Path, tmp_path: Path) -> None:
+    with StartedRun(words_of(demo, tmp_path), tmp_path) as run:
+        run.until_step(1)
+        send([run.launcher()], signal.SIGTERM)
+        assert run.end() == 1
+        assert_saved_where_it_stopped(run)
+
+
+@pytest.mark.slow
 def test_signals_to_launcher_group_and_rank_save_and_the_run_goes_on_exactly(demo: Path, tmp_path: Path) -> None:
     """One run, stopped four times by other means, against one that was left alone."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
@@ -80,6 +89,7 @@ def test_signals_to_launcher_group_and_rank_save_and_the_run_goes_on_exactly(dem
     assert losses(stopped) == losses(whole)
 
 
+@pytest.mark.slow
 def test_a_signal_while_loading_ends_the_ranks_at_once(demo: Path, tmp_path: Path) -> None:
     marker = tmp_path / "loading"
     fault = {"at": "load", "do": "sleep", "seconds": 300, "marker": str(marker)}
