@@ -15,6 +15,7 @@ import os
 import signal
 import warnings
 from collections import Counter, deque
+from contextlib import closing
 from dataclasses import asdict
 from hashlib import blake2b
 from itertools import count
@@ -235,6 +236,18 @@ class PlannedData:
             imbalance=step.imbalance_llm,
             epochs={label: step.epochs[self.streams[number].name] for (number, _), label in self._labels.items()},
         )
+
+
+def primed(batches: Generator[MicroBatch, None, None]) -> Generator[MicroBatch, None, None]:
+    """The same batches, the first of them fetched (and the workers started) now; closing this closes those."""
+    first = next(batches)
+
+    def all_of_them() -> Generator[MicroBatch, None, None]:
+        with closing(batches):
+            yield first
+            yield from batches
+
+    return all_of_them()
 
 
 class _Once:

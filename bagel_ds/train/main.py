@@ -46,14 +46,19 @@ def run_rank(argv: Sequence[str] | None = None) -> int:
 def _train(config: RunConfig, rank: int) -> int:
     # Imported here: torch and DeepSpeed take seconds, and what is above must work without them.
     import deepspeed
+    import torch
     import torch.distributed as dist
 
     from bagel_ds.train.agreement import SharedFault, together
     from bagel_ds.train.metrics import setup_logging
     from bagel_ds.train.setup import init_distributed
     from bagel_ds.train.trainer import Trainer
+    from bagel_ds.zero.memory_allocator import exact_pinned_memory, return_freed_memory
 
     quiet_warnings()
+    return_freed_memory()
+    if torch.cuda.is_available() and config.training.activation_checkpointing != "offload":
+        exact_pinned_memory()
     try:
         init_distributed()
         together(lambda: setup_logging(config.training.results_dir, dist.get_rank()))

@@ -25,7 +25,7 @@ from bagel_ds.checkpoint.steps import read_trainer
 from bagel_ds.command_line import duration_seconds
 from bagel_ds.config import RunConfig, wandb_wanted
 from bagel_ds.data.inspect import first_packs, pack_text
-from bagel_ds.data.loader import MicroBatch
+from bagel_ds.data.loader import MicroBatch, primed
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.parts import part_of
@@ -58,11 +58,14 @@ class Trainer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.prepared = prepare(config)
         self._say_plan([*config.notes, *self.prepared.notes])
-        self.engine = self._build_engine()
-        self.vae = self.prepared.vae.to(self.engine.device)
         self.steps_done: int = 0
         self.skipped_before: int = 0  # updates that were not finite, before this process resumed
         self.plan_state: dict[str, Any] | None = None
+        self._take_place()
+        # Before the engine: workers are forked, and would share, then double, the memory of all its states.
+        self.batches = primed(self._micro_batches())
+        self.engine = self._build_engine()
+        self.vae = self.prepared.vae.to(self.engine.device)
         self.loss_options = LossOptions(self.args.ce_weight, self.args.mse_weight, self.args.ce_loss_reweighting)
         self._load()
         self.checkpoints = CheckpointWriter(
@@ -78,7 +81,7 @@ class Trainer:
         with (
             closing(self.engine),
             closing(self._open_metrics()) as metrics,
-            closing(self._micro_batches()) as batches,
+            closing(self.batches) as batches,
             closing(self._start_watch()) as watch,
         ):
             self._show_packs()
@@ -187,26 +190,25 @@ class Trainer:
             lambda: Bagel(model, recompute), lambda name: part_of(name) in trains, self.prepared.ds_config
         )
 
+    def _take_place(self) -> None:
+        """Where this run stands: at its beginning, or where the training state it goes on from was saved."""
+        if self.prepared.start.full:
+            saved = together(lambda: read_trainer(self.prepared.start.folder))
+            self.steps_done, self.plan_state = saved["steps_done"], saved["plan_state"]
+            self.skipped_before = saved.get("skipped_updates", 0)
+            ranks = saved["world_size"]
+            logger.info("resumed after step %d (saved on %d ranks, now %d)", self.steps_done, ranks, self.world_size)
+
     def _load(self) -> None:
-        """Weights, average, moments and position in the data, from wherever this run starts."""
-        start, opened = self.prepared.start, self.prepared.weights
+        """Weights, average and moments, from wherever this run starts."""
+        opened = self.prepared.weights
         for line in opened.description:
             logger.info(line)
         adam = AdamOptions((self.args.beta1, self.args.beta2), self.args.eps)
-        if opened.state is not None:
-            trainer = together(lambda: read_trainer(start.folder))
-            self.steps_done, self.plan_state = trainer["steps_done"], trainer["plan_state"]
-            self.skipped_before = trainer.get("skipped_updates", 0)
         self.engine.start(opened.weights, adam)
         self.ema = self._start_average()
         if opened.state is not None:
             restore_moments(self.engine, opened.state, self.steps_done - self.skipped_before)
-            logger.info(
-                "resumed after step %d (saved on %d ranks, now %d)",
-                self.steps_done,
-                trainer["world_size"],
-                self.world_size,
-            )
 
     def _start_average(self) -> ShardedEMA | None:
         if self.args.ema == 0:
