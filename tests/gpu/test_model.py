@@ -1,0 +1,60 @@
+"""The network on a GPU: fp32 equals the CPU, bf16 stays near it, layer inputs kept on the host change nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from bagel_ds.model.attention import BACKENDS, AttentionLayout, attend
+from bagel_ds.model.batch import CAUSAL, FULL, NOISE
+from bagel_ds.model.recompute import MODES, recompute_mode
+from tests.model.test_bagel import loss_of, pack, tiny
+
+
+@pytest.fixture(autouse=True)
+def exact_matmul() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def gradients(mode: str, device: str) -> dict[str, torch.Tensor]:
+    model, batch = copy.deepcopy(tiny()).to(device), pack(6, [0, 1, 2], drawn=(3, 4)).to(device)
+    model.recompute = recompute_mode(mode)
+    output = model(batch, torch.zeros(len(batch.vae_indexes), 64, device=device))
+    (output.ce.sum() + output.mse.sum()).backward()
+    return {name: parameter.grad.cpu() for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fp32_gradients_equal_the_cpus(mode: str) -> None:
+    on_cpu, on_gpu = gradients("none", "cpu"), gradients(mode, "cuda")
+    assert on_cpu.keys() == on_gpu.keys()
+    for name, expected in on_cpu.items():
+        scale = float(expected.abs().max())
+        assert float((on_gpu[name] - expected).abs().max()) <= 1e-4 * scale + 1e-7, name
+
+
+def test_bf16_loss_is_near_fp32() -> None:
+    batch = pack(6, [0, 1, 2], drawn=(3, 4))
+    exact = float(loss_of(tiny(), batch))
+    model, batch = tiny().to("cuda", torch.bfloat16), batch.to("cuda")
+    output = model(batch, torch.zeros(len(batch.vae_indexes), 64, device="cuda"))
+    assert float(output.ce.sum() + output.mse.sum()) == pytest.approx(exact, rel=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_kernels_equal_a_dense_mask(backend: str, dtype: torch.dtype) -> None:
+    layout = AttentionLayout.from_splits([200, 90], [60, 80, 60, 90], [CAUSAL, NOISE, FULL, CAUSAL])
+    mask = layout.dense_mask().cuda()
+    generator = torch.Generator("cuda").manual_seed(0)
+    q = torch.randn(290, 8, 64, device="cuda", generator=generator)
+    k, v = (torch.randn(290, 2, 64, device="cuda", generator=generator) for _ in range(2))
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(4, 1)) / 8
+    expected = torch.einsum(
+        "hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v.repeat_interleave(4, 1)
+    )
+    found = attend(q.to(dtype), k.to(dtype), v.to(dtype), layout, backend).float()
+    error = (found - expected).norm() / expected.norm()
+    assert error < (1e-4 if dtype == torch.float32 else 1e-2)
