@@ -1,9 +1,8 @@
 """A state written on some ranks under one preset is taken up on any others under any other.
 
-A chain of short lives, each on from the one before it, against one run that never changed. With the same number of
-ranks and the same stage, wherever the states lie, sums run in the same order, but CPU and NVMe take DeepSpeed's own
-Adam instead of torch's; measured over these steps: 2e-7. Another number of ranks or another stage reorders sums, which
-training amplifies step by step; measured 2e-6 after ten steps, so 1e-4 is asked. A wrong moment is 1e-2 at once.
+A chain of short lives, each on from the one before it, against one run that never changed. Another number of ranks or
+another stage reorders sums, and offloaded states are updated by DeepSpeed's own Adam instead of torch's; measured over
+these ten steps in fp32: 5e-8. Training amplifies such differences step by step, so 1e-5 is asked.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from tests.distributed.cases import Case, Outcome, arguments, losses, run_cases
 
 pytestmark = pytest.mark.distributed
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 
 
 class Life(NamedTuple):
