@@ -137,8 +137,30 @@ def check_data_inputs(config: RunConfig) -> None:
     all_faults(_folder_faults(config, weights=False) + _data_faults(config), "What is missing:")
 
 
+def parts_of(config: RunConfig) -> tuple[Path, Path, Path]:
+    """llm_path, vit_path and vae_path."""
+    model = config.model
+    llm, vit, vae = (Path(name).expanduser() for name in (model.llm_path, model.vit_path, model.vae_path))
+    return llm, vit, vae
+
+
+def starts_from_parts(config: RunConfig) -> bool:
+    """Whether the run begins with a separate language model, ViT and autoencoder: not told otherwise, and all there."""
+    from bagel_ds.checkpoint.parts import missing_parts
+
+    training = config.training
+    return not training.finetune_from_hf and training.resume_from is None and not missing_parts(*parts_of(config))
+
+
 def resolve_model_path(config: RunConfig) -> Path:
-    """The model folder: model_path itself, or where the hub's files lie after a download. Raises UserError."""
+    """The model folder: model_path, where the hub's files lie after a download, or one assembled from the parts.
+
+    Raises UserError.
+    """
+    from bagel_ds.checkpoint.parts import assemble_folder
+
+    if starts_from_parts(config):
+        return assemble_folder(Path(config.training.results_dir) / "parts", *parts_of(config))
     path = Path(config.model.model_path).expanduser()
     if path.is_dir() or not is_hub_id(config.model.model_path):
         return path
@@ -178,14 +200,18 @@ def missing_model_files(path: Path, weights: bool = True) -> list[str]:
 
 
 def _model_faults(config: RunConfig) -> list[str]:
+    from bagel_ds.checkpoint.parts import missing_parts
+
     training, faults = config.training, []
     resumes = training.resume_from is not None or (training.auto_resume and _holds_checkpoints(training.checkpoint_dir))
     if training.resume_from is not None and not Path(training.resume_from).expanduser().is_dir():
         faults.append(f"--resume_from {training.resume_from}: no such folder; pass a checkpoint or a model folder")
+    if starts_from_parts(config):
+        return faults
     if not training.finetune_from_hf and not resumes:
         faults.append(
-            "nothing to start from: pass --finetune_from_hf True (the weights of --model_path) or --resume_from; "
-            "starting from separate parts (--llm_path, --vit_path, --vae_path) is not supported by this version"
+            "nothing to start from: pass --finetune_from_hf True (the weights of --model_path) or --resume_from; to "
+            f"start from separate parts instead, these are missing: {'; '.join(missing_parts(*parts_of(config)))}"
         )
     return faults + _folder_faults(config, weights=training.finetune_from_hf and not resumes)
 

@@ -6,6 +6,7 @@ afterwards every rank holds the same plan.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -27,7 +28,7 @@ from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.config import BagelConfig
 from bagel_ds.model.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.vae import AutoEncoder
-from bagel_ds.preflight import check_inputs, installed_version, resolve_model_path
+from bagel_ds.preflight import check_inputs, installed_version, parts_of, resolve_model_path, starts_from_parts
 from bagel_ds.train.agreement import (
     SharedFault,
     check_equal,
@@ -82,7 +83,8 @@ def prepare(config: RunConfig) -> Prepared:
     together(lambda: sweep(checkpoint_dir) if is_main() else None)
     ds_config, ds_notes = together(lambda: _ds_config(config))
     model_folder = one_per_host_first(lambda: resolve_model_path(config))
-    start = sound_start(config.training, model_folder)
+    parts = parts_of(config)[:2] if starts_from_parts(config) else None
+    start = sound_start(config.training, model_folder, parts)
     model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start))
     ds_notes = ds_notes + one_per_host_first(lambda: _ready_nvme(config, ds_config, model))
     memory = together(lambda: plan_run(config, model, vae.config, ds_config, dist.get_world_size()))
@@ -133,7 +135,9 @@ def _crowding(config: RunConfig) -> list[str]:
 def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[BagelConfig, AutoEncoder]:
     folder = ModelFolder(path)
     vae = folder.load_vae()
-    return bagel_config(config, folder, start.folder, vae.config), vae
+    if start.parts is not None and config.model.max_latent_size is None:  # the original's default
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_latent_size=32))
+    return bagel_config(config, folder, None if start.parts else start.folder, vae.config), vae
 
 
 def _check_place(start: StartPoint, data: PlannedData) -> None:

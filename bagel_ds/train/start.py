@@ -14,6 +14,7 @@ from typing import Mapping
 
 from bagel_ds.arguments import TrainingArguments
 from bagel_ds.checkpoint.folder import BagelWeights, ModelFolder
+from bagel_ds.checkpoint.parts import PartsWeights
 from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
 from bagel_ds.checkpoint.steps import STATE, holds_state, manifest_fault, newest_state
 from bagel_ds.errors import UserError
@@ -24,6 +25,8 @@ from bagel_ds.zero.partitions import MASTER
 
 logger = logging.getLogger("bagel_ds")
 
+Parts = tuple[Path, Path]  # folders of a language model and of a ViT
+
 
 @dataclass(frozen=True)
 class StartPoint:
@@ -32,10 +35,19 @@ class StartPoint:
     folder: Path
     full: bool
     reason: str
+    parts: Parts | None = None  # weights come from these instead of `folder`
 
 
-def find_start(training: TrainingArguments, model_folder: Path, damaged: frozenset[Path] = frozenset()) -> StartPoint:
-    """Decide where to start, never with a checkpoint in `damaged`. Raises `UserError` where nothing sound is named."""
+def find_start(
+    training: TrainingArguments,
+    model_folder: Path,
+    damaged: frozenset[Path] = frozenset(),
+    parts: Parts | None = None,
+) -> StartPoint:
+    """Decide where to start, never with a checkpoint in `damaged`. Raises `UserError` where nothing sound is named.
+
+    `parts` is given where the run may begin with a separate language model and ViT.
+    """
     if training.auto_resume:
         newest = newest_state(Path(training.checkpoint_dir), damaged)
         if newest is not None:
@@ -51,14 +63,16 @@ def find_start(training: TrainingArguments, model_folder: Path, damaged: frozens
         return StartPoint(folder, full, f"resume_from: {kept}")
     if training.finetune_from_hf:
         return StartPoint(model_folder, False, "finetune_from_hf: the weights of model_path")
+    if parts is not None:
+        return StartPoint(model_folder, False, "llm_path and vit_path", parts)
     raise UserError(
         "nothing to start from: pass --finetune_from_hf True to fine-tune model_path, --resume_from with a checkpoint, "
-        "or --auto_resume True with a checkpoint_dir that holds one. Starting from separate llm_path, vit_path and "
-        "vae_path is not available yet."
+        "--auto_resume True with a checkpoint_dir that holds one, or folders of a language model and a ViT as "
+        "--llm_path and --vit_path with --vae_path."
     )
 
 
-def sound_start(training: TrainingArguments, model_folder: Path) -> StartPoint:
+def sound_start(training: TrainingArguments, model_folder: Path, parts: Parts | None = None) -> StartPoint:
     """`find_start`, with every byte of a training state compared with its checksum, on all ranks together.
 
     auto_resume passes over a damaged checkpoint with a warning; a damaged resume_from is an error that names the
@@ -66,7 +80,7 @@ def sound_start(training: TrainingArguments, model_folder: Path) -> StartPoint:
     """
     damaged: frozenset[Path] = frozenset()
     while True:
-        start = together(partial(find_start, training, model_folder, damaged))
+        start = together(partial(find_start, training, model_folder, damaged, parts))
         fault = damage_of(start.folder) if start.full else None
         if fault is None:
             return start
@@ -98,6 +112,11 @@ def open_start(start: StartPoint, training: TrainingArguments, shapes: Mapping[s
         if training.ema > 0 and not had_ema:
             lines.append("the checkpoint holds no moving average: it starts at the weights")
         return StartWeights(state.source(shapes, MASTER, WEIGHT), averages if had_ema else None, state, lines)
+    if start.parts is not None:
+        made = PartsWeights(*start.parts, shapes, training.copy_init_moe, training.global_seed)
+        return StartWeights(
+            made, None, None, [f"starting from {' and '.join(map(str, start.parts))}", *made.description()]
+        )
     folder = ModelFolder(start.folder)
     files = folder.open_weights(training.finetune_from_ema)
     weights = BagelWeights(files, shapes, training.copy_init_moe, str(files.paths[0]))
