@@ -113,20 +113,18 @@ def _wait(said: int, group: int) -> int:
     lines = os.fdopen(said)
     rank = int(lines.readline())
     launcher = _Launcher()
+    listened = {n for n in (*STOP_SIGNALS, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN}  # nohup's SIGHUP
+    signal.pthread_sigmask(signal.SIG_BLOCK, listened)
     passed_on: list[int] = []
-
-    def pass_on(number: int, _: object = None) -> None:
-        passed_on.append(number)
-        _send(rank, signal.SIGTERM if number == signal.SIGHUP else number)
-        _send(rank, signal.SIGCONT)  # a stopped process would never see the first
-
-    for number in (*STOP_SIGNALS, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants SIGHUP
-            signal.signal(number, pass_on)
-    while not select.select([lines], [], [], _POLL_SECONDS)[0] and process_state(rank):
-        if not passed_on and launcher.is_gone():
+    while not select.select([lines], [], [], 0)[0] and process_state(rank):
+        found = signal.sigtimedwait(listened, _POLL_SECONDS)
+        if found is not None and not (passed_on and launcher.sent(found)):
+            passed_on.append(found.si_signo)
+            _pass_on(rank, found.si_signo)
+        elif not passed_on and launcher.is_gone():
             os.write(2, b"the launcher is gone: stopping after this step\n")
-            pass_on(signal.SIGTERM)
+            passed_on.append(signal.SIGTERM)
+            _pass_on(rank, signal.SIGTERM)
     code = lines.readline().strip() if select.select([lines], [], [], 0)[0] else ""
     if code:
         return int(code)
@@ -139,10 +137,18 @@ def _wait(said: int, group: int) -> int:
     return 128 + passed_on[-1]
 
 
+def _pass_on(rank: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(rank, signal.SIGTERM if number == signal.SIGHUP else number)
+        os.kill(rank, signal.SIGCONT)  # a stopped process would never see the first
+
+
 class _Launcher:
     """DeepSpeed's per-host launcher, which started this process, and the `deepspeed` command that started that one.
 
-    The latter ends on SIGTERM and SIGINT without telling the former, which by itself would train on.
+    The latter ends on SIGTERM and SIGINT without telling the former, which by itself would train on. The former turns
+    a signal of its own into SIGTERM to one rank after the other, 30 seconds apart: after Ctrl-C, which has reached all
+    ranks, that is no second wish.
     """
 
     def __init__(self) -> None:
@@ -150,6 +156,9 @@ class _Launcher:
         self._command = _parent(self._launcher)
         self._watches_launcher = _is_deepspeed(self._launcher)
         self._watches_command = self._watches_launcher and _is_deepspeed(self._command)
+
+    def sent(self, found: signal.struct_siginfo) -> bool:
+        return self._watches_launcher and found.si_pid == self._launcher
 
     def is_gone(self) -> bool:
         if not self._watches_launcher:
@@ -173,8 +182,3 @@ def _is_deepspeed(pid: int) -> bool:
     except OSError:
         return False
     return any(Path(word).name.startswith("deepspeed") or Path(word).name == "ds" for word in words)
-
-
-def _send(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)

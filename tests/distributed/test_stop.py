@@ -106,18 +106,28 @@ def test_a_signal_while_loading_ends_the_ranks_at_once(demo: Path, tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "number", "code"),
-    [("launcher", signal.SIGTERM, 1), ("launcher", signal.SIGUSR1, 0), ("command", signal.SIGTERM, -signal.SIGTERM)],
+    [
+        ("launcher", signal.SIGTERM, 1),
+        ("launcher", signal.SIGUSR1, 0),
+        ("command", signal.SIGTERM, -signal.SIGTERM),
+        ("group", signal.SIGINT, -signal.SIGINT),
+    ],
 )
 def test_a_step_longer_than_the_launchers_patience_is_still_finished_and_saved(
     target: str, number: int, code: int, demo: Path, tmp_path: Path
 ) -> None:
-    """The launcher kills what it started 30 s after a signal, or dies of it at once (its command then ends with 0)."""
+    """The launcher dies of a signal at once (its command then ends with 0), or passes it on as SIGTERM to one rank
+    after the other, each of which it kills 30 s later: what reaches the second is no second signal after Ctrl-C.
+    """
     marker = tmp_path / "inside"
     results = tmp_path / "run"
     fault = {**SLEEP, "seconds": 40, "marker": str(marker)}
     with StartedRun(words_of(demo, results), results, faults=[fault]) as run:
         run.until(marker.exists, "the long step")
-        send([run.launcher() if target == "launcher" else run.process.pid], number)
+        if target == "group":
+            os.killpg(run.process.pid, number)
+        else:
+            send([run.launcher() if target == "launcher" else run.process.pid], number)
         assert run.process.wait(120) == code
         run.all_ended(120)
         assert assert_saved_where_it_stopped(run) == 3
@@ -174,11 +184,11 @@ def test_ranks_that_the_launcher_left_behind_save_and_end(demo: Path, tmp_path: 
 @pytest.mark.slow
 def test_a_run_started_while_the_one_before_still_saves_waits_for_it(demo: Path, tmp_path: Path) -> None:
     marker, results = tmp_path / "inside", tmp_path / "run"
-    faults: list[dict[str, Any]] = [{**SLEEP, "seconds": 60, "marker": str(marker)}]
+    faults: list[dict[str, Any]] = [{**SLEEP, "seconds": 45, "marker": str(marker)}]
     with StartedRun(words_of(demo, results), results, faults=faults) as first:
         first.until(marker.exists, "the long step")
-        send([first.launcher()], signal.SIGTERM)
-        first.process.wait(60)  # the launcher has given up; the ranks have not
+        first.process.send_signal(signal.SIGTERM)
+        first.process.wait(60)  # the command has ended; the ranks have not
         words = words_of(demo, tmp_path / "second", checkpoint_dir=results / "checkpoints", total_steps=4)
         finished = deepspeed(TRAIN, words, ranks=2)
     assert finished.code == 0, finished.output[-4000:]

@@ -34,8 +34,15 @@ def rank():
 sys.exit(run_detached(rank))
 """
 
-# What a started `python -m deepspeed.launcher.launch` is to the processes it starts, in one line.
-LAUNCHER = "import subprocess, sys; sys.exit(subprocess.Popen([sys.executable, sys.argv[1]]).wait())"
+# What a started `python -m deepspeed.launcher.launch` is to the processes it starts.
+LAUNCHER = """
+import signal, subprocess, sys
+from pathlib import Path
+waiting = subprocess.Popen([sys.executable, sys.argv[1]])
+signal.signal(signal.SIGTERM, lambda *_: waiting.terminate())
+Path(sys.argv[1]).with_name("waiting").write_text(str(waiting.pid))
+sys.exit(waiting.wait())
+"""
 
 
 class Program:
@@ -184,6 +191,23 @@ def test_a_rank_is_asked_to_stop_when_deepspeeds_launcher_is_gone(tmp_path: Path
     programs[0].process.kill()
     _until(lambda: process_state(rank) is None)
     assert "the launcher is gone" in programs[0].end()[1]
+
+
+def test_the_launchers_own_sigterm_after_a_signal_is_no_second_one(tmp_path: Path, programs: list[Program]) -> None:
+    """After Ctrl-C it comes up to 30 seconds per rank later, and must not cost the step under way."""
+    count = f"Path({str(tmp_path)!r}, str(len(list(Path({str(tmp_path)!r}).glob('[0-9]'))))).touch()"
+    body = f"for n in (2, 15): signal.signal(n, lambda *_: {count})\n" + WAIT.format(folder=str(tmp_path))
+    programs.append(Program(tmp_path, body, launcher="deepspeed.py"))
+    _until((tmp_path / "ready").exists)
+    time.sleep(0.5)
+    waiting = int((tmp_path / "waiting").read_text())
+    os.kill(waiting, signal.SIGINT)
+    _until((tmp_path / "0").exists)
+    programs[0].process.terminate()
+    time.sleep(1.5)
+    assert not (tmp_path / "1").exists()
+    os.kill(waiting, signal.SIGINT)
+    _until((tmp_path / "1").exists)
 
 
 def test_another_parent_may_go(tmp_path: Path, programs: list[Program]) -> None:
