@@ -155,6 +155,11 @@ class TrainingArguments:
     )
     ignore_memory_plan: bool = option(False, "(ours) start although the memory plan says that the run can't fit")
     ema_every: int = option(1, "(ours) update the moving average at every k-th step, with its decay to the power k")
+    ema_dtype: str = option(
+        "fp32",
+        "(ours) number format the moving average is kept in; bf16 rounds stochastically",
+        choices=("fp32", "bf16"),
+    )
     attn: str = option(
         "auto", "(ours) attention backend; the result is the same", choices=("auto", "flash", "flex", "sdpa")
     )

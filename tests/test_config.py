@@ -25,7 +25,7 @@ finetune_from_hf log_every save_every total_steps del_previous_state keep_last d
 max_nonfinite warmup_steps lr_scheduler lr min_lr beta1 beta2 eps ema max_grad_norm timestep_shift mse_weight
 ce_weight ce_loss_reweighting gradient_accumulation_steps peak_device_tflops freeze_llm freeze_vit freeze_vae
 freeze_und copy_init_moe use_flex num_replicate num_shard sharding_strategy backward_prefetch cpu_offload ds_config
-nvme_path ignore_memory_plan ema_every attn precision activation_checkpointing save_dtype
+nvme_path ignore_memory_plan ema_every ema_dtype attn precision activation_checkpointing save_dtype
 """.split()
 
 

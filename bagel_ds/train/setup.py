@@ -114,7 +114,8 @@ def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig
     trained = sum(numel for name, numel in numels.items() if part_of(name) in trains)
     ranks_here = int(os.environ.get("LOCAL_SIZE", "1"))
     share = ranks_here / dist.get_world_size()
-    needed = nvme_bytes(ds_config, sum(numels.values()), trained, config.training.ema > 0) * share
+    average = 0 if config.training.ema == 0 else 2 if config.training.ema_dtype == "bf16" else 4
+    needed = nvme_bytes(ds_config, sum(numels.values()), trained, average) * share
     if local_rank() == 0:
         clean_nvme(ds_config)
     return check_nvme(ds_config, int(needed))

@@ -43,11 +43,13 @@ from bagel_ds.train.setup import describe_parameters, prepare, trainable
 from bagel_ds.train.step import StepResult, optimizer_step
 from bagel_ds.train.stop import StopRequest
 from bagel_ds.train.watch import StallWatch
-from bagel_ds.zero.ema import ShardedEMA
+from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.nvme import average_folder, clean_nvme
 
 logger = logging.getLogger("bagel_ds")
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Trainer:
@@ -71,7 +73,7 @@ class Trainer:
         self.checkpoints = CheckpointWriter(
             Path(self.args.checkpoint_dir),
             self.prepared.model_folder,
-            {"bf16": torch.bfloat16, "fp32": torch.float32}[config.exported_dtype],
+            DTYPES[config.exported_dtype],
             self.args.del_previous_state,
             self.args.keep_last,
         )
@@ -213,10 +215,14 @@ class Trainer:
     def _start_average(self) -> ShardedEMA | None:
         if self.args.ema == 0:
             return None
-        folder = average_folder(self.prepared.ds_config, self.rank)
-        averages = self.prepared.weights.averages
-        updates = self.steps_done - self.skipped_before
-        return self.engine.start_ema(self.args.ema, averages, self.args.ema_every, folder, updates)
+        options = EMAOptions(
+            decay=self.args.ema,
+            every=self.args.ema_every,
+            dtype=DTYPES[self.args.ema_dtype],
+            folder=average_folder(self.prepared.ds_config, self.rank),
+            updates_done=self.steps_done - self.skipped_before,
+        )
+        return self.engine.start_ema(options, self.prepared.weights.averages)
 
     def _start_watch(self) -> StallWatch:
         places = everyone((socket.gethostname(), os.getpid()))

@@ -1,14 +1,16 @@
 """Exponential moving average of the weights, sharded beside the optimizer's masters.
 
-Guarantees: ema = decay * ema + (1 - decay) * master after every optimizer step, from the first, in fp32, for this
-rank's owned ranges only; with `every` k it is done after every k-th step with decay^k. It lives where the masters live
-(GPU, CPU, or a mapped file on NVMe) and is never a second model.
+Guarantees: ema = decay * ema + (1 - decay) * master after every optimizer step, from the first, for this rank's owned
+ranges only; with `every` k it is done after every k-th step with decay^k. It lives where the masters live (GPU, CPU, or
+a mapped file on NVMe) and is never a second model. In fp32 it is exact to fp32 rounding; in bf16 each update is rounded
+stochastically (Gupta et al. 2015, "Deep Learning with Limited Numerical Precision"): an average moves by parts in ten
+thousand, which rounding to nearest would lose for ever and this keeps on average.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Iterator
+from typing import Iterator, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,21 +18,27 @@ from torch import Tensor
 from bagel_ds.ranges import Pieces, WeightSource
 from bagel_ds.zero.partitions import MASTER, Group, Partitions, group_pieces
 
+_CHUNK = 2**24  # elements rounded at once
+
+
+class EMAOptions(NamedTuple):
+    """`folder`, where given, holds the values in mapped files instead of memory. `updates_done` is where a resumed run
+    stands, so that `every` keeps its rhythm."""
+
+    decay: float
+    every: int = 1
+    dtype: torch.dtype = torch.float32
+    folder: Path | None = None
+    updates_done: int = 0
+
 
 class ShardedEMA:
-    """Registers itself with the partitions: every optimizer step then updates it, group by group.
+    """Registers itself with the partitions: every optimizer step then updates it, group by group."""
 
-    `folder`, where given, holds the values in mapped files instead of memory. `steps_done` is where a resumed run
-    stands, so that `every` keeps its rhythm.
-    """
-
-    def __init__(
-        self, partitions: Partitions, decay: float, every: int = 1, folder: Path | None = None, steps_done: int = 0
-    ):
-        self._partitions, self.decay, self._every = partitions, decay, every
-        self._folder = folder
+    def __init__(self, partitions: Partitions, options: EMAOptions):
+        self._partitions, self._options = partitions, options
         self._values: dict[int, Tensor] = {}
-        self._updates: dict[int, int] = {group.index: steps_done for group in partitions.groups}
+        self._updates: dict[int, int] = {group.index: options.updates_done for group in partitions.groups}
         for group in partitions.groups:
             if group.owned:
                 with partitions.open(group) as flats:
@@ -51,13 +59,26 @@ class ShardedEMA:
     @torch.no_grad()
     def _update(self, group: Group, master: Tensor) -> None:
         self._updates[group.index] += 1
-        if group.owned and self._updates[group.index] % self._every == 0:
-            decay = self.decay**self._every
-            self._values[group.index].lerp_(master.float(), 1 - decay)  # exact where the two are equal
+        if not group.owned or self._updates[group.index] % self._options.every:
+            return
+        values, weight = self._values[group.index], 1 - self._options.decay**self._options.every
+        if values.dtype == torch.float32:
+            values.lerp_(master.float(), weight)  # exact where the two are equal
+            return
+        generator = torch.Generator(values.device).manual_seed(self._updates[group.index] * 100_003 + group.index)
+        for chunk, target in zip(values.split(_CHUNK), master.split(_CHUNK)):
+            chunk.copy_(round_stochastically(chunk.float().lerp_(target.float(), weight), generator))
 
     def _allocate(self, group: Group, like: Tensor) -> Tensor:
-        if self._folder is None:
-            return torch.empty_like(like, dtype=torch.float32)
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"group_{group.index}.ema"
-        return torch.from_file(str(path), shared=True, size=like.numel(), dtype=torch.float32)
+        if self._options.folder is None:
+            return torch.empty_like(like, dtype=self._options.dtype)
+        self._options.folder.mkdir(parents=True, exist_ok=True)
+        path = self._options.folder / f"group_{group.index}.ema"
+        return torch.from_file(str(path), shared=True, size=like.numel(), dtype=self._options.dtype)
+
+
+def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+    """fp32 values rounded up or down to neighbouring bf16 ones, with chances that keep the mean; still fp32."""
+    bits = values.view(torch.int32)
+    below = torch.randint(0, 2**16, bits.shape, generator=generator, device=values.device, dtype=torch.int32)
+    return ((bits + below) & -(2**16)).view(torch.float32)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import math
-from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import deepspeed
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import WeightSource
 from bagel_ds.zero.config import offload_device, zero_stage
-from bagel_ds.zero.ema import ShardedEMA
+from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.partitions import Partitions, load_masters
 from bagel_ds.zero.weights import full_shape, load_weights
 
@@ -66,11 +65,9 @@ class ZeroEngine:
         load_masters(self.partitions, weights)
         return read
 
-    def start_ema(
-        self, decay: float, source: WeightSource | None, every: int = 1, folder: Path | None = None, steps_done: int = 0
-    ) -> ShardedEMA:
+    def start_ema(self, options: EMAOptions, source: WeightSource | None) -> ShardedEMA:
         """The moving average, from `source` or, where None, from the masters as they are; steps update it."""
-        ema = ShardedEMA(self.partitions, decay, every, folder, steps_done)
+        ema = ShardedEMA(self.partitions, options)
         if source is not None:
             ema.load(source)
         return ema

@@ -74,6 +74,7 @@ class MemoryOptions:
             freeze_llm=training.freeze_llm,
             freeze_vit=training.freeze_vit,
             ema=training.ema > 0,
+            ema_bytes=2 if training.ema_dtype == "bf16" else 4,
             num_workers=data.num_workers,
             prefetch_factor=data.prefetch_factor,
             gradient_accumulation_steps=training.gradient_accumulation_steps,

@@ -75,11 +75,11 @@ def nvme_folders(ds: dict[str, Any]) -> list[Path]:
     return sorted({Path(zero[f"offload_{part}"]["nvme_path"]) for part in parts})
 
 
-def nvme_bytes(ds: dict[str, Any], parameters: int, trained: int, has_average: bool) -> int:
-    """Bytes that all ranks together keep on NVMe: 16 per trained parameter for the optimizer, the weights, the EMA."""
+def nvme_bytes(ds: dict[str, Any], parameters: int, trained: int, average_bytes: int) -> int:
+    """Bytes that all ranks keep on NVMe; `average_bytes` per trained parameter for the EMA, 0 without one."""
     total = 0
     if offload_device(ds, "optimizer") == "nvme":
-        total += (16 + (4 if has_average else 0)) * trained  # master, two moments, gradient; average
+        total += (16 + average_bytes) * trained  # master, two moments, gradient; average
     if offload_device(ds, "param") == "nvme":
         total += (2 if ds.get("bf16", {}).get("enabled") else 4) * parameters
     return total

@@ -25,6 +25,7 @@ from bagel_ds.train.loss import LossOptions
 from bagel_ds.train.schedule import learning_rate
 from bagel_ds.train.step import optimizer_step
 from bagel_ds.zero.config import resolve_ds_config
+from bagel_ds.zero.ema import EMAOptions
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.nvme import clean_nvme, fit_buffers
 from bagel_ds.zero.partitions import MASTER
@@ -66,7 +67,7 @@ def replay(case: dict, results: Path) -> None:
     trains = trainable_parts(config, Freezing())
     engine = ZeroEngine(lambda: Bagel(config, recompute_mode("full")), lambda name: part_of(name) in trains, ds_config)
     engine.start(weights, AdamOptions(tuple(optimizer["betas"]), optimizer["eps"]))
-    ema = engine.start_ema(optimizer["ema_decay"], weights)
+    ema = engine.start_ema(EMAOptions(optimizer["ema_decay"]), weights)
     options = LossOptions(optimizer["ce_weight"], optimizer["mse_weight"], arguments.get("reweight", False))
 
     count = len(list((reference() / "train").glob("batch_*.json")))

@@ -121,9 +121,9 @@ def test_cleaning_removes_the_runs_folder_and_nothing_else(tmp_path: Path) -> No
 
 
 def test_bytes_on_nvme(tmp_path: Path) -> None:
-    assert nvme_bytes(resolved("zero3_cpu", tmp_path), 100, 90, True) == 0
-    assert nvme_bytes(resolved("zero3_nvme", tmp_path), 100, 90, False) == 16 * 90
-    assert nvme_bytes(resolved("zero3_nvme_all", tmp_path), 100, 90, True) == 20 * 90 + 2 * 100
+    assert nvme_bytes(resolved("zero3_cpu", tmp_path), 100, 90, 4) == 0
+    assert nvme_bytes(resolved("zero3_nvme", tmp_path), 100, 90, 0) == 16 * 90
+    assert nvme_bytes(resolved("zero3_nvme_all", tmp_path), 100, 90, 4) == 20 * 90 + 2 * 100
     assert average_folder(resolved("zero3_cpu", tmp_path), 0) is None
     assert average_folder(resolved("zero3_nvme", tmp_path), 1) is not None
     assert json.dumps(resolved("zero3_nvme", tmp_path))
