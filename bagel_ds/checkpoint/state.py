@@ -10,6 +10,7 @@ parameters, their own dtype); the header's metadata gives the start of each rang
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Iterable, Mapping, NamedTuple
 
@@ -101,8 +102,27 @@ class StateFiles:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
 
     def source(self, shapes: Mapping[str, tuple[int, ...]], *kinds: str) -> StateSource:
-        """A `WeightSource` that gives each parameter from the first of `kinds` that is stored for it."""
+        """A `WeightSource` that gives each parameter from the first of `kinds` that is stored for it.
+
+        Raises `UserError` where more is stored than a parameter has: its beginning alone would be other weights.
+        """
+        faults = [
+            f"{kind}/{name} has {stop:,} elements, this run's network {numel:,}"
+            for name, shape in shapes.items()
+            for kind in kinds
+            if (stop := self._stop(kind, name)) > (numel := prod(shape))
+        ]
+        if faults:
+            raise UserError(
+                f"{self._folder} is the state of another network: {'; '.join(faults[:3])}"
+                f"{f' and {len(faults) - 3} more' if faults[3:] else ''}. Pass the model_path and the model arguments "
+                "(such as max_latent_size) of the run that saved it, or leave them out."
+            )
         return StateSource(self, shapes, kinds)
+
+    def _stop(self, kind: str, name: str) -> int:
+        """Where what is stored of one kind of one parameter ends."""
+        return max((stop for _, stop, _ in self._parts.get(f"{kind}/{name}", [])), default=0)
 
     def has(self, kind: str, name: str) -> bool:
         return f"{kind}/{name}" in self._parts

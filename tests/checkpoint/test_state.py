@@ -100,6 +100,14 @@ def test_another_safetensors_file_under_the_name_is_a_message(tmp_path: Path) ->
         StateFiles(tmp_path)
 
 
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_smaller_parameter_than_the_stored_one_is_a_message_and_not_its_beginning(ranks: int, tmp_path: Path) -> None:
+    save(tmp_path, ranks)
+    shapes: dict[str, tuple[int, ...]] = {"a.weight": (37,), "b": (1,), "c.weight": (4, 8)}
+    with pytest.raises(UserError, match=r"master/c\.weight has 64 elements, this run's network 32.*max_latent_size"):
+        StateFiles(tmp_path).source(shapes, MASTER, WEIGHT)
+
+
 def test_a_source_takes_the_first_kind_that_is_stored(tmp_path: Path) -> None:
     held = [Held(MASTER, "b", 0, 1, torch.float32), Held(WEIGHT, "c.weight", 0, 64, torch.bfloat16)]
     frozen = whole("c.weight").bfloat16()
