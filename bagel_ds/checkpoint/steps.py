@@ -161,20 +161,24 @@ def sweep(checkpoint_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def thin_out(checkpoint_dir: Path, keep_last: int, delete_previous_state: bool) -> None:
+def thin_out(checkpoint_dir: Path, keep_last: int, delete_previous_state: bool, saved: Path | None = None) -> None:
     """Keep the `keep_last` newest checkpoints (0: all), and older ones' weights alone with `delete_previous_state`.
 
-    The newest whole training state always stays.
+    The newest whole training state always stays, and so does `saved`, the one just written: a run that was taken up
+    from an older checkpoint saves below the highest number.
     """
     folders = [path for _, path in step_folders(checkpoint_dir)]
-    kept = newest_state(checkpoint_dir)
+    newest = newest_state(checkpoint_dir)
     for older in folders:
-        if older == kept:
+        if older in (newest, saved):
             continue
         if keep_last and older not in folders[-keep_last:]:
             shutil.rmtree(older, ignore_errors=True)
-        elif delete_previous_state and kept is not None:
+        elif delete_previous_state and newest is not None:
             shutil.rmtree(older / STATE, ignore_errors=True)
+    final = checkpoint_dir / FINAL
+    if final.is_symlink() and not final.exists():
+        final.unlink()  # of an earlier, shorter run whose last checkpoint has just gone
 
 
 def _replace(path: Path, write: Any) -> None:

@@ -59,7 +59,7 @@ class CheckpointWriter:
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise SaveFault(f"{final} could not be saved: {fault}") from None
         if is_main():
-            steps.thin_out(self.checkpoint_dir, self.keep_last, self.delete_previous_state)
+            steps.thin_out(self.checkpoint_dir, self.keep_last, self.delete_previous_state, final)
         dist.barrier()
         return final
 

@@ -310,6 +310,28 @@ def test_only_the_newest_are_kept_when_asked(writer: CheckpointWriter) -> None:
     assert [step for step, _ in step_folders(writer.checkpoint_dir)] == [3, 10]
 
 
+@pytest.mark.parametrize(("keep_last", "delete_state"), [(1, False), (0, True)])
+def test_what_was_just_saved_stays_also_below_the_highest_number(
+    keep_last: int, delete_state: bool, writer: CheckpointWriter
+) -> None:
+    """As after `--resume_from step_1` where step_9 is already there."""
+    newest = save(writer, 9)
+    arguments = (writer.checkpoint_dir, writer.model_folder, torch.float32, delete_state, keep_last)
+    saved = save(CheckpointWriter(*arguments), 2)
+    assert holds_state(saved) and holds_state(newest)
+    again = save(CheckpointWriter(*arguments), 3)
+    assert holds_state(again) and holds_state(newest)
+    assert saved.is_dir() != bool(keep_last) and not holds_state(saved)
+
+
+def test_step_final_goes_with_the_checkpoint_it_names(writer: CheckpointWriter) -> None:
+    kept = CheckpointWriter(writer.checkpoint_dir, writer.model_folder, torch.float32, False, keep_last=1)
+    save(kept, 1, last=True)
+    assert (writer.checkpoint_dir / "step_final").is_dir()
+    save(kept, 2)  # the run was prolonged
+    assert names(writer.checkpoint_dir) == ["latest", "step_2"]
+
+
 def test_the_only_whole_state_is_never_removed(writer: CheckpointWriter) -> None:
     first, second = save(writer, 1), save(writer, 2)
     _truncate_state(second)
