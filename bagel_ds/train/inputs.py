@@ -6,7 +6,7 @@ way, so that what is shown is what is trained on. No weight is read here, only s
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ def bagel_config(config: RunConfig, folder: ModelFolder, weights: Path | None, v
     Without one the side is the argument's, or that of BAGEL-7B-MoT.
     """
     arguments, training = config.model, config.training
-    llm = folder.llm_config()
+    # As in the original, whatever llm_config.json says of it.
+    llm = replace(folder.llm_config(), qk_norm=arguments.llm_qk_norm)
     vit = folder.vit_config(arguments.vit_select_layer, arguments.vit_max_num_patch_per_side)
     if vit.patch_size != arguments.vit_patch_size:
         raise UserError(
@@ -74,6 +75,7 @@ def sample_options(config: RunConfig, model: BagelConfig, vae: VAEConfig) -> Sam
         seed=config.data.data_seed,
         visual_und=model.visual_und,
         visual_gen=model.visual_gen,
+        interpolate_pos=config.model.interpolate_pos,
         **_geometry(model, vae),
     )
 

@@ -47,6 +47,7 @@ class SampleOptions:
     vae_downsample: int = 8
     max_latent_size: int = 64
     vit_max_num_patch_per_side: int = 70
+    interpolate_pos: bool = False
 
     @property
     def latent_stride(self) -> int:
@@ -305,7 +306,7 @@ def _image_tokens(stream: GroupStream, kind: str, width: int, height: int, shari
     assert transform is not None, "a kind's transforms cover what its source arranges"
     width, height = transform.size(width, height, sharing)
     rows, columns = height // stride, width // stride
-    if max(rows, columns) > most:
+    if max(rows, columns) > most and not options.interpolate_pos:  # which spreads any grid over the table
         limit = "vit_max_num_patch_per_side" if kind == VIT else "max_latent_size"
         raise BadRow(f"an image of {width} x {height} pixels after the resize exceeds {limit} {most}")
     return rows * columns, height, width
