@@ -13,7 +13,7 @@ import sys
 import time
 from typing import Sequence
 
-from bagel_ds.config import RunConfig, parse_arguments
+from bagel_ds.config import RunConfig, parse_arguments, wandb_wanted
 from bagel_ds.errors import UserError
 from bagel_ds.preflight import check_environment
 from bagel_ds.train.detach import run_detached
@@ -62,6 +62,7 @@ def _train(config: RunConfig, rank: int) -> int:
     try:
         init_distributed()
         together(lambda: setup_logging(config.training.results_dir, dist.get_rank()))
+        together(lambda: check_wandb_of(config, dist.get_rank()))
         Trainer(config).run()
     except UserError as fault:
         code = _tell(fault, rank == 0 or not isinstance(fault, SharedFault))
@@ -71,6 +72,14 @@ def _train(config: RunConfig, rank: int) -> int:
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
     return code
+
+
+def check_wandb_of(config: RunConfig, rank: int) -> None:
+    """Raise `UserError` where the rank that logs is to use Weights & Biases and can't: before anything is loaded."""
+    from bagel_ds.train.metrics import WandbOptions, check_wandb
+
+    if rank == 0 and wandb_wanted(config):
+        check_wandb(WandbOptions(offline=config.training.wandb_offline))
 
 
 def _tell(fault: UserError, speaks: bool, prefix: str = "") -> int:
