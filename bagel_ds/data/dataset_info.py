@@ -55,9 +55,9 @@ def read_dataset_info(path: Path | DatasetInfo) -> DatasetInfo:
         return path
     if not path.is_file():
         raise UserError(f"--dataset_info: {path} does not exist. Give a dataset_info file (YAML, JSON or Python).")
-    text = path.read_text(encoding="utf-8")
     kinds: dict[str, str] = {}
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix == ".py":
             content, kinds = _read_python(text, path)
         else:

@@ -243,6 +243,12 @@ def test_without_any_dataset_info_the_places_searched_are_named(tmp_path: Path) 
     assert "does not exist" in _faults(write_config(tmp_path, {"x": 1}), str(tmp_path / "absent.yaml"))
 
 
+def test_a_dataset_info_that_is_no_text_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.yaml").write_bytes(b"\xff\xfe\x00")
+    message = _faults(write_config(tmp_path, {"t2i_pretrain": {"dataset_names": ["t2i"]}}))
+    assert "dataset_info.yaml cannot be read" in message
+
+
 def test_dialect_b_names_unknown_groups(tmp_path: Path, data: dict[str, Any]) -> None:
     (tmp_path / "dataset_info.yaml").write_text(yaml.safe_dump(data))
     groups = {"data_weights": {"t2i_pretrian": 1.0}, "data_names": {"t2i_pretrain": ["t2i"]}, "datas": 1}
