@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ from bagel_ds.command_line import duration_seconds, help_text, read_words, read_
 from bagel_ds.errors import all_faults
 
 ATTENTION_BACKENDS = ("sdpa",)  # those that exist; the others go on with the first one, since the result is the same
+
+_PATHS = """model_path llm_path vit_path vae_path dataset_config_file dataset_info index_cache results_dir
+    checkpoint_dir resume_from ds_config nvme_path""".split()
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ def parse_arguments(argv: list[str]) -> RunConfig:
 
 def make_config(values: dict[str, Any], explicit: frozenset[str] | None = None) -> RunConfig:
     """A validated configuration from typed values by option name; those in `explicit` (default: all) were given."""
+    values = {key: _from_home(value) if key in _PATHS else value for key, value in values.items()}
     parts: dict[str, Any] = {}
     for name, section in SECTIONS.items():
         known = {field.name for field in dataclasses.fields(section)}
@@ -81,6 +86,11 @@ def make_config(values: dict[str, Any], explicit: frozenset[str] | None = None) 
     all_faults(_faults(config), "These options can't be used together or as given:")
     config, notes = _lower_budgets(config)
     return dataclasses.replace(config, notes=tuple(notes + _notes(config)))
+
+
+def _from_home(path: str | None) -> str | None:
+    """The path that the shell would have made of `~/...`, which it leaves alone in `--name=~/...` and in YAML."""
+    return os.path.expanduser(path) if path is not None and path.startswith("~") else path
 
 
 def wandb_wanted(config: RunConfig) -> bool:

@@ -290,3 +290,13 @@ def test_wandb_is_on_when_said_or_named(line: str, wanted: bool) -> None:
 )
 def test_exports_follow_the_runs_precision_unless_told(line: str, dtype: str) -> None:
     assert parse(line).exported_dtype == dtype
+
+
+def test_a_path_below_the_home_folder_is_one_wherever_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("results_dir: ~/results\nwandb_name: ~/not_a_path\n")
+    config = parse(f"--config {tmp_path}/run.yaml --checkpoint_dir=~/ck --resume_from ~/ck/step_1")
+    assert config.training.checkpoint_dir == f"{tmp_path}/ck" and config.training.resume_from == f"{tmp_path}/ck/step_1"
+    assert config.training.results_dir == f"{tmp_path}/results" and config.training.wandb_name == "~/not_a_path"
