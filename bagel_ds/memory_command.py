@@ -86,25 +86,15 @@ def _released(config: RunConfig) -> BagelConfig:
 
 def _from_folder(config: RunConfig) -> tuple[BagelConfig, VAEConfig]:
     """The network and autoencoder that the trainer would build from --model_path."""
-    from bagel_ds.checkpoint.folder import VAE, ModelFolder, latent_side, vae_config
+    from bagel_ds.checkpoint.folder import VAE, ModelFolder, vae_config
     from bagel_ds.checkpoint.tensors import TensorFiles
+    from bagel_ds.train.inputs import bagel_config
 
-    arguments = config.model
-    folder = ModelFolder(Path(arguments.model_path))
+    folder = ModelFolder(Path(config.model.model_path))
     autoencoder = folder.path / VAE
     vae = vae_config(TensorFiles([autoencoder]), autoencoder) if autoencoder.exists() else VAEConfig()
-    side = arguments.max_latent_size
-    if side is None and (folder.weight_files("ema") or folder.weight_files("model")):
-        side = latent_side(folder.open_weights(config.training.finetune_from_ema))
-    model = dataclasses.replace(
-        _released(config),
-        llm=folder.llm_config(),
-        vit=folder.vit_config(arguments.vit_select_layer, arguments.vit_max_num_patch_per_side),
-        z_channels=vae.z_channels,
-        latent_patch_size=arguments.latent_patch_size,
-        max_latent_size=side or BagelConfig().max_latent_size,
-    )
-    return model, vae
+    weights = folder.path if folder.weight_files("ema") or folder.weight_files("model") else None
+    return bagel_config(config, folder, weights, vae), vae
 
 
 def _at_least_one(word: str) -> int:
