@@ -85,6 +85,34 @@ def _expected(field: dataclasses.Field[Any]) -> str:
     return words[type_name(field)] + (" or None" if is_optional(field) else "")
 
 
+# What other trainers call ours; only to find the nearest name, never accepted.
+SYNONYMS = {
+    "learning_rate": "lr",
+    "model": "model_path",
+    "pretrained_model_name_or_path": "model_path",
+    "data_path": "dataset_config_file",
+    "dataset": "dataset_config_file",
+    "output_dir": "results_dir",
+    "save_dir": "checkpoint_dir",
+    "batch_size": "max_num_tokens",
+    "per_device_train_batch_size": "max_num_tokens",
+    "max_seq_length": "max_num_tokens",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "max_steps": "total_steps",
+    "num_train_steps": "total_steps",
+    "save_steps": "save_every",
+    "logging_steps": "log_every",
+    "warmup": "warmup_steps",
+    "seed": "global_seed",
+    "deepspeed": "ds_config",
+    "deepspeed_config": "ds_config",
+    "gradient_clipping": "max_grad_norm",
+    "bf16": "precision",
+    "gradient_checkpointing": "activation_checkpointing",
+    "resume_from_checkpoint": "resume_from",
+}
+
+
 def find_name(word: str) -> str:
     """The full name behind a word without its dashes. Raises ValueError naming the nearest, or the candidates."""
     name = word.replace("-", "_")
@@ -96,7 +124,8 @@ def find_name(word: str) -> str:
         return candidates[0]
     if candidates:
         raise ValueError(f"--{word} is ambiguous: it could be {', '.join('--' + option for option in candidates)}")
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    spelled = difflib.get_close_matches(name, [*known, *SYNONYMS], n=1, cutoff=0.0)[0]
+    nearest = SYNONYMS.get(spelled, spelled)
     raise ValueError(f"unknown argument --{word}; the nearest known one is --{nearest} (--help lists all)")
 
 

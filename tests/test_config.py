@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bagel_ds.arguments import all_options, is_optional, type_name
+from bagel_ds.command_line import SYNONYMS
 from bagel_ds.config import ATTENTION_BACKENDS, RunConfig, parse_arguments, wandb_wanted
 from bagel_ds.errors import UserError
 from tests.guide_commands import BLOCKMOVING, GUIDE_COMMANDS, MODALITY_EXTRAS, WANDB_EXTRA, arguments
@@ -300,3 +301,15 @@ def test_a_path_below_the_home_folder_is_one_wherever_it_is_written(
     config = parse(f"--config {tmp_path}/run.yaml --checkpoint_dir=~/ck --resume_from ~/ck/step_1")
     assert config.training.checkpoint_dir == f"{tmp_path}/ck" and config.training.resume_from == f"{tmp_path}/ck/step_1"
     assert config.training.results_dir == f"{tmp_path}/results" and config.training.wandb_name == "~/not_a_path"
+
+
+@pytest.mark.parametrize(
+    "word, meant",
+    [("lerning_rate", "lr"), ("batch-size", "max_num_tokens"), ("deepspeed", "ds_config"), ("max_step", "total_steps")],
+)
+def test_the_nearest_name_knows_what_others_call_it(word: str, meant: str) -> None:
+    assert f"the nearest known one is --{meant} " in fault(f"--{word} 1")
+
+
+def test_synonyms_lead_to_options_and_are_none_themselves() -> None:
+    assert set(SYNONYMS.values()) <= set(OPTIONS) and not set(SYNONYMS) & set(OPTIONS)
