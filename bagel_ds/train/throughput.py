@@ -6,6 +6,7 @@ on a device whose peak is unknown there is no utilisation rather than a wrong on
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.config import BagelConfig
 from bagel_ds.model.mot import llm_matmul_parameters
 
-# Dense bf16 peak in TFLOP/s by a part of the device's name, most specific first (vendors' data sheets).
+# Dense bf16 peak in TFLOP/s by whole words of the device's name, most specific first (vendors' data sheets).
 PEAK_TFLOPS = (
     ("H200", 989.0),
     ("H100 NVL", 835.0),
@@ -38,6 +39,7 @@ PEAK_TFLOPS = (
     ("A10", 125.0),
     ("V100", 0.0),
 )
+_OTHER_DEVICE = " (Ti|D|SUPER|Laptop|Max-Q)"  # behind a name of the table: another chip, or a slower one
 GIB = 2**30
 
 
@@ -48,7 +50,9 @@ def peak_tflops(given: float) -> float | None:
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
-    return next((peak for part, peak in PEAK_TFLOPS if part in name and peak), None)
+    return next(
+        (peak for part, peak in PEAK_TFLOPS if peak and re.search(rf"\b{part}\b(?!{_OTHER_DEVICE})", name)), None
+    )
 
 
 def pack_flops(batch: PackedBatch, config: BagelConfig) -> float:

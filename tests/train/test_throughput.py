@@ -114,6 +114,14 @@ def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
         ("NVIDIA L40", 181.0),
         ("NVIDIA GeForce RTX 4090", 165.2),
         ("Tesla V100-SXM2-32GB", None),
+        ("NVIDIA A10", 125.0),
+        ("NVIDIA A10G", None),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA RTX A6000", 155.0),
+        ("NVIDIA RTX 6000 Ada Generation", 364.0),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
     ],
 )
 def test_known_devices_are_told_apart(name: str, expected: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
