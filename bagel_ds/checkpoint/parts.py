@@ -57,11 +57,14 @@ def assemble_folder(out: Path, llm: Path, vit: Path, vae: Path) -> Path:
     for name in TOKENIZER_FILES:
         if (llm / name).is_file():
             shutil.copyfile(llm / name, out / name)
-    if not (out / VAE).exists():
-        try:
-            os.link(vae.resolve(), out / VAE)
-        except OSError:
-            shutil.copyfile(vae, out / VAE)
+    beside = out / f".{VAE}.{os.getpid()}"  # never the one of an earlier run with another vae_path
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(vae.resolve(), beside)
+    except OSError:
+        shutil.copyfile(vae, beside)
+    os.replace(beside, out / VAE)
+    beside.unlink(missing_ok=True)  # where the two were one file already, POSIX leaves both names
     return out
 
 

@@ -113,6 +113,11 @@ def test_the_assembled_folder_has_everything_but_weights(
     assert names == {"llm_config.json", "vit_config.json", "tokenizer.json", "ae.safetensors"}
     assert json.loads((folder / "vit_config.json").read_text()) == {"hidden_size": 24}
     assert assemble_folder(tmp_path / "out", parts[0], parts[1], tmp_path / "ae.safetensors") == folder
+    assert {path.name for path in folder.iterdir()} == names
+    (tmp_path / "other.safetensors").write_text("another autoencoder")
+    assemble_folder(tmp_path / "out", parts[0], parts[1], tmp_path / "other.safetensors")
+    assert (folder / "ae.safetensors").read_text() == "another autoencoder"
+    assert (tmp_path / "ae.safetensors").read_text() == "autoencoder"
 
 
 def test_missing_parts_are_all_named(tmp_path: Path) -> None:
