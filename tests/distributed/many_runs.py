@@ -38,8 +38,15 @@ def main(cases_file: str, results: str) -> None:
                 sys.exit(1)  # the others may wait for this rank in a collective call
 
 
+class _Printed(io.StringIO):
+    """What a case prints; DeepSpeed's look for libaio wants the number of a file to redirect."""
+
+    def fileno(self) -> int:
+        return 2
+
+
 def run(case: dict) -> tuple[int, str]:
-    printed = io.StringIO()
+    printed = _Printed()
     versions = case.get("versions", {})
     real = setup.installed_version
     os.chdir(case.get("directory", os.getcwd()))

@@ -103,11 +103,8 @@ NVME_STEPS = 16
 
 
 @pytest.mark.slow
-def test_losses_after_resuming_on_nvme_stay_those_of_a_run_that_was_not_stopped(
-    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_after_resuming_on_nvme_stay_those_of_a_run_that_was_not_stopped(demo: Path, tmp_path: Path) -> None:
     """DeepSpeed's own checkpoints lose Adam's moments there, which the second loss shows and a longer curve surely."""
-    monkeypatch.setenv("DS_BUILD_AIO", "1")  # DeepSpeed's own look for libaio fails where stderr is no file
     nvme = {"nvme_path": tmp_path / "nvme", "warmup_steps": 0, "gradient_accumulation_steps": 1}
 
     def case(name: str, results: str, until: int, preset: str) -> Case:
