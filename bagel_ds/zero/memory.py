@@ -8,7 +8,6 @@ device part in host memory.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,11 +260,6 @@ def _items(
                 found.append(MemoryItem(state.place, state.name, state.size * per_host[state.place], moment.name))
     order = {DEVICE: 0, HOST: 1, NVME: 2}
     return sorted((item for item in found if item.bytes), key=lambda item: (order[item.place], -item.bytes))
-
-
-def with_budgets(run: MemoryOptions, gpu: float | None, host: float | None, nvme: float | None) -> MemoryOptions:
-    """`run` on a machine of these sizes, GiB."""
-    return dataclasses.replace(run, gpu_memory=gpu, host_memory=host, nvme=nvme)
 
 
 def _gib(size: float) -> float:

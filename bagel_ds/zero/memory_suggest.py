@@ -35,13 +35,6 @@ LEAST_TOKENS = 2048
 PLACEHOLDER = "nvme"  # stands for --nvme_path while only planning
 
 
-class Setting(NamedTuple):
-    """A change to a run: the words of its argument, and its harm."""
-
-    words: str
-    harm: float
-
-
 @dataclass(frozen=True)
 class Suggestion:
     settings: tuple[str, ...]  # as arguments of the trainer
