@@ -33,8 +33,11 @@ def remove_stale_locks(folders: list[Path] | None = None) -> list[Path]:
 
 
 def _is_open_somewhere(path: Path) -> bool:
-    """Whether a process of this host has the file open (a builder holds its lock open)."""
-    target = os.stat(path)
+    """Whether a process of this host has the file open (a builder holds its lock open), or it is gone already."""
+    try:
+        target = os.stat(path)
+    except FileNotFoundError:  # another rank was faster
+        return True
     for entry in Path("/proc").glob("[0-9]*/fd/*"):
         try:
             found = os.stat(entry)

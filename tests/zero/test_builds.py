@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from bagel_ds.zero import builds
 from bagel_ds.zero.builds import remove_stale_locks
 
 
@@ -15,3 +18,21 @@ def test_a_lock_without_a_builder_is_removed_and_a_held_one_stays(tmp_path: Path
     with held.open():
         assert remove_stale_locks([tmp_path]) == [stale]
     assert held.exists() and not stale.exists()
+
+
+def test_ranks_that_remove_the_same_locks_do_not_trip_over_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks = [tmp_path / name / "lock" for name in ("async_io", "cpu_adam")]
+    for lock in locks:
+        lock.parent.mkdir()
+        lock.touch()
+    look = builds._is_open_somewhere
+
+    def another_rank_is_faster(path: Path) -> bool:
+        for lock in locks:
+            lock.unlink(missing_ok=True)
+        return look(path)
+
+    monkeypatch.setattr(builds, "_is_open_somewhere", another_rank_is_faster)
+    assert remove_stale_locks([tmp_path]) == []
