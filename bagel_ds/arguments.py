@@ -23,12 +23,13 @@ class ModelArguments:
 
     model_path: str = option("hf/BAGEL-7B-MoT", "folder laid out like BAGEL-7B-MoT, or its hub id when online")
     llm_path: str = option(
-        "hf/Qwen2.5-0.5B-Instruct/", "language model to start from without finetune_from_hf; not supported yet"
+        "hf/Qwen2.5-0.5B-Instruct/",
+        "language model (a folder) to start from when neither finetune_from_hf nor resume_from is given",
     )
     vit_path: str = option(
-        "hf/siglip-so400m-14-980-flash-attn2-navit/", "ViT to start from without finetune_from_hf; not supported yet"
+        "hf/siglip-so400m-14-980-flash-attn2-navit/", "SigLIP ViT (a folder) to start from, likewise"
     )
-    vae_path: str = option("flux/vae/ae.safetensors", "VAE file used without finetune_from_hf; not supported yet")
+    vae_path: str = option("flux/vae/ae.safetensors", "autoencoder file to start from, likewise")
     llm_qk_norm: bool = option(True, "RMSNorm on queries and keys, per head")
     tie_word_embeddings: bool = option(False, "one matrix for embedding and output head; BAGEL has two")
     layer_module: str = option("Qwen2MoTDecoderLayer", "decoder layer; BAGEL-7B-MoT is Qwen2MoTDecoderLayer")
