@@ -43,6 +43,7 @@ from bagel_ds.train.inputs import bagel_config, open_data
 from bagel_ds.train.memory import plan_run
 from bagel_ds.train.quiet import quiet_start
 from bagel_ds.train.start import StartPoint, StartWeights, open_start, sound_start
+from bagel_ds.train.stop import forget_stops
 from bagel_ds.zero.builds import remove_stale_locks
 from bagel_ds.zero.config import check_with_deepspeed, resolve_ds_config
 from bagel_ds.zero.memory import MemoryPlan
@@ -81,6 +82,8 @@ def prepare(config: RunConfig) -> Prepared:
     check_shared_folder(checkpoint_dir, "checkpoint_dir")
     claimed = one_per_host_first(lambda: claim(checkpoint_dir) if is_main() else None)
     together(lambda: sweep(checkpoint_dir) if is_main() else None)
+    if is_main():
+        forget_stops([checkpoint_dir, Path(config.training.results_dir)])
     ds_config, ds_notes = together(lambda: _ds_config(config))
     model_folder = one_per_host_first(lambda: resolve_model_path(config))
     parts = parts_of(config)[:2] if starts_from_parts(config) else None

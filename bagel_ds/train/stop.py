@@ -58,6 +58,12 @@ class StopRequest:
             os.write(2, b"stopping after this step; the run is saved first (again after 5 s: at once)\n")
 
 
+def forget_stops(folders: list[Path]) -> None:
+    """Remove stop files that were meant for an earlier run; one written from now on holds."""
+    for folder in folders:
+        (folder / STOP_FILE).unlink(missing_ok=True)
+
+
 def write_stop_file(folder: Path) -> Path:
     """Ask the run whose results_dir or checkpoint_dir is `folder` to stop; the file written. Raises `UserError`."""
     if not folder.is_dir():

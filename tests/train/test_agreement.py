@@ -72,7 +72,7 @@ def test_a_host_that_others_wait_for_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("bagel_ds"), "propagate", True)
-    monkeypatch.setattr(logging.getLogger("bagel_ds"), "level", logging.INFO)
+    caplog.set_level(logging.INFO, "bagel_ds")
     monkeypatch.setattr(agreement, "_TELL_SECONDS", 0.0)
     states = iter([[(True, "there"), (False, "here")], [(False, "there"), (False, "here")]])
     monkeypatch.setattr(agreement, "everyone", lambda _: next(states))

@@ -16,7 +16,7 @@ from bagel_ds.cli import main
 from bagel_ds.errors import UserError
 from bagel_ds.train import stop
 from bagel_ds.train.detach import STOP_SIGNALS
-from bagel_ds.train.stop import StopRequest, write_stop_file
+from bagel_ds.train.stop import StopRequest, forget_stops, write_stop_file
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +109,9 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Path, "touch", refused)
     with pytest.raises(UserError, match="can't be written .Permission denied."):
         write_stop_file(tmp_path)
+
+
+def test_a_stop_meant_for_an_earlier_run_is_forgotten(tmp_path: Path) -> None:
+    write_stop_file(tmp_path)
+    forget_stops([tmp_path, tmp_path / "not there"])
+    assert StopRequest([tmp_path], None, watches_file=True).wanted() is None
