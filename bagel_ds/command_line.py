@@ -40,6 +40,8 @@ def parse_value(name: str, raw: Any) -> Any:
     """The value of option `name` from a word or a YAML scalar. Raises ValueError with a message for people."""
     field = all_options()[name]
     wanted = type_name(field)
+    if is_optional(field) and raw == "":  # scripts pass "$RESUME" where there is nothing to resume from
+        return None
     if raw is None or (isinstance(raw, str) and raw.strip().lower() in ("none", "null")):
         if is_optional(field):
             return None

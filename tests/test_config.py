@@ -103,6 +103,13 @@ def test_none_stands_for_not_given(word: str) -> None:
     assert "--lr" in fault(f"--lr {word}")
 
 
+def test_an_empty_value_stands_for_not_given_where_that_is_possible() -> None:
+    """As a script writes it: RESUME=""; deepspeed ... --resume_from "$RESUME"."""
+    assert parse_arguments(["--resume_from", "", "--lr", "1e-5"]).training.resume_from is None
+    assert parse("--resume_from=").training.resume_from is None
+    assert "--lr" in fault("--lr=")
+
+
 @given(st.sampled_from(sorted(set(OPTIONS))), st.integers(1, 40))
 def test_a_beginning_of_a_name_is_that_option_or_a_message(name: str, length: int) -> None:
     beginning = name[:length]
