@@ -7,16 +7,15 @@ whose files exist; every fault of a config is listed at once. Looks at names of 
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bagel_ds.data import filesystems
+from bagel_ds.data.dataset_entry import DatasetEntry, EntryReader, nearest, type_name
 from bagel_ds.data.dataset_info import DatasetInfo, find_dataset_info, read_dataset_info
 from bagel_ds.data.images import ImageTransform
 from bagel_ds.data.sources.kinds import KINDS
@@ -24,17 +23,6 @@ from bagel_ds.data.video import FrameSampler
 from bagel_ds.errors import UserError, all_faults
 
 logger = logging.getLogger("bagel_ds")
-
-
-@dataclass(frozen=True)
-class DatasetEntry:
-    """One dataset of a group. `files`: parquet files or one jsonl file; `num_used`: files, or lines of the jsonl."""
-
-    name: str
-    files: tuple[str, ...]
-    image_dir: str = ""
-    num_used: int | None = None  # None: everything once
-    parquet_info: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,10 +60,6 @@ _GROUP_KEYS = (
     *("dataset_names", "image_transform_args", "vit_image_transform_args", "frame_sampler_args", "is_mandatory"),
     *("num_used_data", "weight", "shuffle_lines", "shuffle_seed", "resume_data_status", "kind"),
 )
-_ENTRY_KEYS = (
-    *("data_dir", "num_files", "num_total_samples", "parquet_info_path", "jsonl_path", "json_dir"),
-    *("path", "parquet", "parquet_info"),
-)
 _B_KEYS = ("data_weights", "data_names")
 
 
@@ -101,13 +85,6 @@ def load_dataset_config(dataset_config_file: str, dataset_info: str | None = Non
     return DatasetConfig(tuple(used), str(path))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A remedy for an unknown name: the nearest known one, or all of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}."
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         found = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
@@ -120,7 +97,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict) or not content:
-        raise UserError(f"{path}: expected groups of datasets (see docs/data.md), found {_type_name(content)}.")
+        raise UserError(f"{path}: expected groups of datasets (see docs/data.md), found {type_name(content)}.")
     return content
 
 
@@ -143,7 +120,7 @@ class _Reader:
         weights, names = content.get("data_weights") or {}, content.get("data_names") or {}
         for key, value in (("data_weights", weights), ("data_names", names)):
             if not isinstance(value, Mapping):
-                self.fault(f"{key} must map group names, found {_type_name(value)}")
+                self.fault(f"{key} must map group names, found {type_name(value)}")
                 return {}
         for group in weights:
             if group not in names:
@@ -153,7 +130,7 @@ class _Reader:
     def group(self, name: str, value: Any) -> GroupConfig | None:
         before = len(self.faults)
         if not isinstance(value, Mapping):
-            self.fault(f"group {name!r} must be a mapping with dataset_names, found {_type_name(value)}")
+            self.fault(f"group {name!r} must be a mapping with dataset_names, found {type_name(value)}")
             return None
         for key in value:
             if key not in _GROUP_KEYS:
@@ -168,6 +145,11 @@ class _Reader:
         else:
             vae = self._transform(name, value, "image_transform_args", vae)
             vit = None if vit is None else self._transform(name, value, "vit_image_transform_args", vit)
+        if value.get("vit_image_transform_args") and None in _TRANSFORMS[source]:
+            self.fault(
+                f"group {name!r}: vit_image_transform_args has no meaning for the kind {kind}, whose images come in one"
+                " size, that of image_transform_args; remove it"
+            )
         datasets = self._datasets(name, source, value)
         sampler = FrameSampler(**self._numbers(name, "frame_sampler_args", value, ("max_num_frames", "min_num_frames")))
         if not 1 <= sampler.min_num_frames <= sampler.max_num_frames:
@@ -221,7 +203,7 @@ class _Reader:
         if given is None:
             return {}
         if not isinstance(given, Mapping):
-            self.fault(f"group {name!r}: {key} must be a mapping, found {_type_name(given)}")
+            self.fault(f"group {name!r}: {key} must be a mapping, found {type_name(given)}")
             return {}
         numbers = {}
         for inner, number in given.items():
@@ -251,7 +233,7 @@ class _Reader:
     def _datasets(self, group: str, source: str, value: Mapping[str, Any]) -> tuple[DatasetEntry, ...]:
         names = value.get("dataset_names")
         if not isinstance(names, list) or not names:
-            self.fault(f"group {group!r} needs dataset_names, a list of datasets, found {_type_name(names)}")
+            self.fault(f"group {group!r} needs dataset_names, a list of datasets, found {type_name(names)}")
             return ()
         used = value.get("num_used_data")
         used = [used] * len(names) if used is None or _is_integer(used) else used
@@ -284,7 +266,7 @@ class _Reader:
                 self.fault(self._unknown_dataset(group, name))
                 return None
             values = found
-        entry = _EntryReader(f"{where}: dataset {group}/{name}", folder, self.faults)
+        entry = EntryReader(f"{where}: dataset {group}/{name}", folder, self.faults)
         return entry.read(name, source, values, num_used)
 
     def _unknown_dataset(self, group: str, name: str) -> str:
@@ -295,116 +277,5 @@ class _Reader:
         return f"{self.info.path} has no dataset {name!r} in {group!r}; {nearest(name, self.info.datasets[group])}"
 
 
-class _EntryReader:
-    """One dataset's paths -> `DatasetEntry`; relative ones are looked up beside the file that gives them, then here."""
-
-    def __init__(self, where: str, folder: Path, faults: list[str]) -> None:
-        self.where = where
-        self.folder = folder
-        self.faults = faults
-
-    def fault(self, text: str) -> None:
-        self.faults.append(f"{self.where}: {text}")
-
-    def read(self, name: str, source: str, values: Any, num_used: int | None) -> DatasetEntry | None:
-        if not isinstance(values, Mapping):
-            self.fault(f"expected a mapping with paths, found {_type_name(values)}")
-            return None
-        for key in values:
-            if key not in _ENTRY_KEYS:
-                self.fault(f"unknown key {key!r}; {nearest(key, _ENTRY_KEYS)}")
-        uris = [key for key in ("data_dir", "path", "jsonl_path") if filesystems.is_uri(str(values.get(key)))]
-        if uris:
-            return self._read_remote(name, source, values, num_used, str(values[uris[0]]))
-        data_dir = self._path(values, "data_dir") or self._path(values, "path")
-        if data_dir is None:
-            if not any(values.get(key) for key in ("data_dir", "path")):
-                self.fault("data_dir (or path) is missing")
-            return None
-        if source == "vlm":
-            jsonl = self._path(values, "jsonl_path")
-            if jsonl is None:
-                if not values.get("jsonl_path"):
-                    self.fault("jsonl_path is missing")
-                return None
-            return DatasetEntry(name, (str(jsonl),), str(data_dir), num_used)
-        files = self._parquet_files(data_dir, values)
-        info = values.get("parquet_info_path") or values.get("parquet_info")
-        return DatasetEntry(name, files, "", num_used, self._hint(info, data_dir)) if files else None
-
-    def _read_remote(
-        self, name: str, source: str, values: Mapping[str, Any], num_used: int | None, uri: str
-    ) -> DatasetEntry | None:
-        """A dataset at a URI of `pyarrow.fs`; its parquet_info, if any, is a local file."""
-        if source == "vlm":
-            self.fault(f"{uri}: data_dir and jsonl_path of conversations must be local paths; copy or mount them")
-            return None
-        named = values.get("parquet") or []
-        try:
-            if named:
-                names = [str(file) for file in (named if isinstance(named, list) else [named])]
-                files = [filesystems.joined(uri, file) for file in names]
-                missing = [file for file in files if not filesystems.exists(file)]
-                if missing:
-                    self.fault(f"no such parquet file: {', '.join(missing)}")
-                    return None
-            else:
-                files = filesystems.parquet_files_in(uri)
-        except FileNotFoundError:
-            self.fault(f"data_dir does not exist: {uri}. Put the data there or correct the path.")
-            return None
-        except Exception as error:  # what file systems raise on wrong URIs, hosts and credentials is an open set
-            self.fault(f"data_dir {uri} cannot be opened ({type(error).__name__}: {' '.join(str(error).split())})")
-            return None
-        if not files:
-            self.fault(f"{uri} holds no .parquet file")
-            return None
-        info = values.get("parquet_info_path") or values.get("parquet_info")
-        return DatasetEntry(name, tuple(files), "", num_used, self._hint(info, self.folder))
-
-    def _parquet_files(self, data_dir: Path, values: Mapping[str, Any]) -> tuple[str, ...]:
-        named = values.get("parquet")
-        if named:
-            files = [data_dir / str(file) for file in (named if isinstance(named, list) else [named])]
-            missing = [str(file) for file in files if not file.is_file()]
-            if missing:
-                self.fault(f"no such parquet file: {', '.join(missing)}")
-                return ()
-        elif data_dir.is_file():
-            files = [data_dir]
-        else:
-            found = (file for file in data_dir.glob("*.parquet") if file.name[0] != ".")
-            files = sorted(file for file in found if file.is_file())
-        if not files:
-            self.fault(f"{data_dir} holds no .parquet file")
-        return tuple(map(str, files))
-
-    def _path(self, values: Mapping[str, Any], key: str) -> Path | None:
-        value = values.get(key)
-        if not value:
-            return None
-        candidates = [self.folder / str(value), Path(str(value))]
-        for candidate in candidates:
-            if candidate.exists():
-                return candidate
-        tried = " or ".join(dict.fromkeys(str(candidate.absolute()) for candidate in candidates))
-        self.fault(f"{key} does not exist: {tried}. Put the data there or correct the path.")
-        return None
-
-    def _hint(self, value: Any, data_dir: Path) -> str | None:
-        """parquet_info is never needed, the files' own footers say more; so a missing one is worth a line only."""
-        if not value:
-            return None
-        for candidate in (self.folder / str(value), Path(str(value)), data_dir / str(value)):
-            if candidate.is_file():
-                return str(candidate)
-        logger.info("%s: parquet_info %s does not exist; the files' own footers are used", self.where, value)
-        return None
-
-
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _type_name(value: Any) -> str:
-    return "nothing" if value is None else type(value).__name__

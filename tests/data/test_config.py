@@ -249,6 +249,15 @@ def test_a_dataset_info_that_is_no_text_is_a_message(tmp_path: Path) -> None:
     assert "dataset_info.yaml cannot be read" in message
 
 
+@pytest.mark.parametrize("kind", ["t2i_pretrain", "vlm_sft"])
+def test_a_second_image_size_where_there_is_one_is_a_message(kind: str, tmp_path: Path, data: dict[str, Any]) -> None:
+    (tmp_path / "dataset_info.yaml").write_text(yaml.safe_dump(data))
+    args = {"image_stride": 14, "max_image_size": 518, "min_image_size": 224}
+    (name,) = data[kind]
+    message = _faults(write_config(tmp_path, {kind: {"dataset_names": [name], "vit_image_transform_args": args}}))
+    assert f"vit_image_transform_args has no meaning for the kind {kind}" in message
+
+
 def test_dialect_b_names_unknown_groups(tmp_path: Path, data: dict[str, Any]) -> None:
     (tmp_path / "dataset_info.yaml").write_text(yaml.safe_dump(data))
     groups = {"data_weights": {"t2i_pretrian": 1.0}, "data_names": {"t2i_pretrain": ["t2i"]}, "datas": 1}
