@@ -45,7 +45,10 @@ else:
 
 
 def test_large_pinned_blocks_are_exact() -> None:
-    said = output("print(exact_pinned_memory(), torch._C._accelerator_getAllocatorSettings())")
+    said = output("""
+settings = getattr(torch._C, "_accelerator_getAllocatorSettings", lambda: "")
+print(exact_pinned_memory(), settings())
+""")
     assert said.startswith("False") or "pinned_max_cached_size_mb" in said
 
 
