@@ -121,14 +121,21 @@ def damage_of(folder: Path) -> str | None:
 
 
 def restore_moments(engine: ZeroEngine, state: StateFiles, steps_done: int) -> None:
-    """Adam's moments of this rank's ranges from a training state; any number of ranks may have written it."""
+    """Adam's moments of this rank's ranges from a training state; any number of ranks may have written it.
+
+    A parameter that was frozen then has none stored: they are zero, as the original's are after steps under freeze_und.
+    """
 
     def read() -> None:
         for group in engine.partitions.groups:
             with engine.partitions.open(group, write=True, moments=True) as flats:
                 for held, offset in group.ranges:
                     for kind in (EXP_AVG, EXP_AVG_SQ):
-                        flats[kind].narrow(0, offset, held.numel).copy_(state.read(kind, *held))
+                        target = flats[kind].narrow(0, offset, held.numel)
+                        if state.has(state_files.WEIGHT, held.name):
+                            target.zero_()
+                        else:
+                            target.copy_(state.read(kind, *held))
 
     together(read)
     engine.partitions.set_step(steps_done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bagel_ds.checkpoint import steps
-from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
+from bagel_ds.checkpoint.state import EMA, WEIGHT, Held, StateFiles, rank_file, write_rank
 from bagel_ds.checkpoint.steps import (
     holds_state,
     manifest_fault,
@@ -28,7 +29,7 @@ from bagel_ds.checkpoint.tensors import TensorFileWriter
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import Pieces, Range
 from bagel_ds.train import checkpoints
-from bagel_ds.train.checkpoints import CheckpointWriter, SaveFault, damage_of
+from bagel_ds.train.checkpoints import CheckpointWriter, SaveFault, damage_of, restore_moments
 from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ, MASTER, Group, PlacedRange, group_pieces
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -49,6 +50,15 @@ class OneGroup:
         self.groups = (Group(0, ("trains",), (PlacedRange(Range("trains", 0, count), 0),)),)
         flat = network.trains.detach().flatten()
         self.flats = {MASTER: flat + 0.5, EXP_AVG: flat * 10, EXP_AVG_SQ: flat * 100}
+        self.step = 0
+
+    @contextmanager
+    def open(self, group: Group, write: bool, moments: bool) -> Iterator[dict[str, Tensor]]:
+        assert write and moments
+        yield self.flats
+
+    def set_step(self, step: int) -> None:
+        self.step = step
 
     def pieces(self, key: str) -> Iterator[Pieces]:
         yield from group_pieces(self.groups[0], self.flats[key])
@@ -308,6 +318,20 @@ def test_only_the_newest_are_kept_when_asked(writer: CheckpointWriter) -> None:
     for step in (1, 2, 3, 10):
         save(kept, step)
     assert [step for step, _ in step_folders(writer.checkpoint_dir)] == [3, 10]
+
+
+@pytest.mark.parametrize("was_frozen", [False, True])
+def test_moments_come_back_and_are_zero_for_what_was_frozen(was_frozen: bool, tmp_path: Path) -> None:
+    kinds = [WEIGHT] if was_frozen else [MASTER, EXP_AVG, EXP_AVG_SQ]
+    held = [Held(kind, "trains", 0, 6, torch.float32) for kind in kinds]
+    pieces = [(kind, Pieces("trains", [(Range("trains", 0, 6), torch.arange(6.0))])) for kind in kinds]
+    write_rank(rank_file(tmp_path, 0), held, pieces)
+    engine: Any = Engine()
+    restore_moments(engine, StateFiles(tmp_path), 5)
+    expected = torch.zeros(6) if was_frozen else torch.arange(6.0)
+    for kind in (EXP_AVG, EXP_AVG_SQ):
+        assert torch.equal(engine.partitions.flats[kind], expected)
+    assert engine.partitions.step == 5
 
 
 @pytest.mark.parametrize(("keep_last", "delete_state"), [(1, False), (0, True)])
