@@ -52,7 +52,7 @@ def all_cases() -> list[Case]:
     found = []
     for variant in variants():
         world = read_json(f"train/{variant}")["args"].get("world", 1)
-        for preset in PRESETS + (NVME_PRESETS if has_libaio() else ()):
+        for preset in PRESETS + NVME_PRESETS:
             found.append(Case(variant, preset, world, 1))
             if world > 1:
                 found.append(Case(variant, preset, 1, world))
@@ -60,26 +60,42 @@ def all_cases() -> list[Case]:
 
 
 def has_libaio() -> bool:
-    """NVMe cases are left out where DeepSpeed can't swap; test_nvme_cases_ran says so."""
+    """Whether DeepSpeed can swap to NVMe here."""
     return shutil.which("g++") is not None and Path("/usr/include/libaio.h").exists()
 
 
 def parameters() -> list[Any]:
     if reference_folder() is None:
         return [pytest.param(None, marks=pytest.mark.skip(reason=UNSET))]
-    return [pytest.param(case, id=case.name) for case in all_cases()]
+    nvme = [pytest.mark.slow, pytest.mark.skipif(not has_libaio(), reason="libaio-dev is not installed")]
+    return [pytest.param(case, id=case.name, marks=nvme if case.preset in NVME_PRESETS else []) for case in all_cases()]
 
 
 @pytest.fixture(scope="session")
-def replayed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case, in one launch for each number of ranks."""
+def in_memory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return replay(tmp_path_factory.mktemp("trajectories"), PRESETS)
+
+
+@pytest.fixture(scope="session")
+def on_nvme(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return replay(tmp_path_factory.mktemp("trajectories_nvme"), NVME_PRESETS)
+
+
+@pytest.fixture
+def replayed(case: Case, request: pytest.FixtureRequest) -> Path:
+    """The results of the launch that a case belongs to."""
+    return request.getfixturevalue("on_nvme" if case.preset in NVME_PRESETS else "in_memory")
+
+
+def replay(folder: Path, presets: tuple[str, ...]) -> Path:
+    """Run every case of these presets, in one launch for each number of ranks."""
     reference()
-    folder = tmp_path_factory.mktemp("trajectories")
-    for ranks in sorted({case.ranks for case in all_cases()}):
+    cases = [case for case in all_cases() if case.preset in presets]
+    for ranks in sorted({case.ranks for case in cases}):
         cases_file = folder / f"cases_{ranks}.json"
         described = [
             {"name": c.name, "variant": c.variant, "ds_config": f"{c.preset}.json", "accumulation": c.accumulation}
-            for c in all_cases()
+            for c in cases
             if c.ranks == ranks
         ]
         cases_file.write_text(json.dumps(described))
@@ -121,14 +137,6 @@ def test_final_weights_and_average_equal_the_recording(case: Case, replayed: Pat
         if not is_degenerate(name):
             assert float(model[name].double().square().sum()) == pytest.approx(squares, rel=1e-3), name
             assert float(model[name].double().sum()) == pytest.approx(total, abs=1e-3 * max(1.0, squares)), name
-
-
-def test_nvme_cases_ran() -> None:
-    if not has_libaio():
-        pytest.skip("libaio-dev is not installed: the NVMe presets were not replayed")
-    if reference_folder() is None:
-        pytest.skip(UNSET)
-    assert {case.preset for case in all_cases()} >= set(NVME_PRESETS)
 
 
 def is_degenerate(name: str) -> bool:
