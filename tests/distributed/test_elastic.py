@@ -14,7 +14,7 @@ import pytest
 
 from tests.distributed.cases import Case, Outcome, arguments, losses, run_cases
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 TOLERANCE = 1e-5
 
@@ -102,7 +102,6 @@ def test_each_life_says_where_it_came_from(chained: tuple[Path, list[Outcome]]) 
 NVME_STEPS = 16
 
 
-@pytest.mark.slow
 def test_losses_after_resuming_on_nvme_stay_those_of_a_run_that_was_not_stopped(demo: Path, tmp_path: Path) -> None:
     """DeepSpeed's own checkpoints lose Adam's moments there, which the second loss shows and a longer curve surely."""
     nvme = {"nvme_path": tmp_path / "nvme", "warmup_steps": 0, "gradient_accumulation_steps": 1}
