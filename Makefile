@@ -4,6 +4,7 @@
 #   make test-full   the slow ones
 #   make soak        a run killed 100 times (KILLS, KILL_SEED), each time resumed: hours
 #   make test-gpu    those that need a CUDA device
+#   make measure     the memory planner beside measured launches
 #   make lint        style, types, and whether docs/arguments.md is current
 # PYTHON chooses the interpreter (3.11 or newer), PIP_ARGS is passed to every pip install, PYTEST_ARGS to pytest.
 
@@ -24,7 +25,7 @@ export VIRTUAL_ENV := $(VENV)
 unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-full soak test-gpu lint format check-machine
+.PHONY: help demo install test test-full soak measure test-gpu lint format check-machine
 
 help:
 	@sed -n '2,8s/^# *//p' Makefile
@@ -35,17 +36,20 @@ demo: install
 	bash launch/demo.sh
 
 test: install
-	$(call pytest,not slow and not gpu)
+	$(call pytest,not slow and not gpu and not measured)
 
 # Status 5 is pytest's "no test selected".
 test-full: install
-	$(call pytest,slow and not gpu) || [ $$? -eq 5 ]
+	$(call pytest,slow and not gpu and not measured) || [ $$? -eq 5 ]
 
 KILLS ?= 100
 KILL_SEED ?= 1
 soak: install
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} BAGEL_KILLS=$(KILLS) BAGEL_KILL_SEED=$(KILL_SEED) \
 	  python -m pytest -s tests/distributed/test_kill.py $(PYTEST_ARGS)
+
+measure: install
+	$(call pytest,measured)
 
 test-gpu: install
 	$(call pytest,gpu)

@@ -16,7 +16,7 @@ from bench.host_memory import available_gib
 from bench.measured_run import measured_run
 from bench.random_model import scaled_config, write_random_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+pytestmark = [pytest.mark.measured, pytest.mark.distributed]
 
 RANKS, TOKENS = 2, 1024
 DEMO_VAE, LARGEST_IMAGE = VAEConfig(channels=32), 192**2
