@@ -46,10 +46,15 @@ def deepspeed(
 ) -> Finished:
     """Run `deepspeed --num_gpus <ranks> script arguments` to its end."""
     port = free_port()
+    return run_to_end(deepspeed_command(script, arguments, ranks, port), cpu_environment(**(env or {})), port, timeout)
+
+
+def run_to_end(command: Sequence[str], environment: Mapping[str, str], port: int, timeout: float) -> Finished:
+    """Run a command whose ranks meet at `port`; past `timeout` seconds its process group is killed."""
     process = subprocess.Popen(
-        deepspeed_command(script, arguments, ranks, port),
+        command,
         cwd=REPOSITORY,
-        env=cpu_environment(**(env or {})),
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -7,16 +7,13 @@ can show (exit codes of the launcher, ranks that end) is tested with tests/launc
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Sequence
 
-from tests.launch import REPOSITORY, Finished, cpu_environment, deepspeed, free_port, remove_shared_memory
+from tests.launch import REPOSITORY, Finished, cpu_environment, deepspeed, free_port, run_to_end
 
 MANY_RUNS = Path(__file__).with_name("many_runs.py")
 
@@ -62,24 +59,7 @@ def launch(script: Path, words: Sequence[object], ranks: int, timeout: float = 9
     environment = cpu_environment(
         RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
-    process = subprocess.Popen(
-        [sys.executable, str(script), *map(str, words)],
-        cwd=REPOSITORY,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise AssertionError(f"no end after {timeout} s:\n{process.communicate()[0][-4000:]}") from None
-    finally:
-        remove_shared_memory(port)
-    return Finished(process.returncode, output)
+    return run_to_end([sys.executable, str(script), *map(str, words)], environment, port, timeout)
 
 
 def arguments(demo: Path, results: Path, **changed: object) -> list[str]:
