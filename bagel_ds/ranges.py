@@ -7,10 +7,13 @@ be read by any other number.
 from __future__ import annotations
 
 from math import prod
-from typing import NamedTuple, Protocol
+from typing import Callable, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+MASTER = "master"  # kind of range: the weights the optimizer updates, as ZeRO partitions and training states name them
+COPIED_ELEMENTS = 2**24  # at a time
 
 
 class Range(NamedTuple):
@@ -55,3 +58,17 @@ class WeightSource(Protocol):
     def read(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
         """Elements [start, start + numel) of the flattened tensor, 1-D, in the source's dtype."""
         ...
+
+
+def copy_range(target: Tensor, held: Range, read: Callable[[str, int, int], Tensor]) -> int:
+    """Fill the 1-D `target` with what `read(name, start, numel)` gives for `held`, piece by piece; the bytes read.
+
+    The pieces bound what is held beside the target: a rank's share of the 7B's embedding is a gigabyte in fp32.
+    """
+    assert target.numel() == held.numel, (target.shape, held)
+    size = 0
+    for offset in range(0, held.numel, COPIED_ELEMENTS):
+        values = read(held.name, held.start + offset, min(COPIED_ELEMENTS, held.numel - offset))
+        target.narrow(0, offset, values.numel()).copy_(values)
+        size += values.nbytes
+    return size

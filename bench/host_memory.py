@@ -24,7 +24,8 @@ sys.path.insert(0, str(REPOSITORY))  # also where the package is not installed
 from bagel_ds.config import make_config  # noqa: E402
 from bagel_ds.demo import write_demo  # noqa: E402
 from bagel_ds.model.config import BagelConfig, VAEConfig  # noqa: E402
-from bagel_ds.zero.memory import GIB, MemoryOptions, plan_memory  # noqa: E402
+from bagel_ds.units import GIB  # noqa: E402
+from bagel_ds.zero.memory import MemoryOptions, plan_memory  # noqa: E402
 from bagel_ds.zero.memory_parameters import parameter_sizes  # noqa: E402
 from bagel_ds.zero.memory_suggest import resolved  # noqa: E402
 from bench.measured_run import Measured, measured_run  # noqa: E402

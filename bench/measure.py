@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-GIB = 2**30
 _FIELDS = {"Pss_Anon": "anonymous", "Pss_Shmem": "shared", "Pss_File": "file"}
 
 

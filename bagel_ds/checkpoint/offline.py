@@ -21,9 +21,7 @@ from bagel_ds.checkpoint.state import WEIGHT, StateFiles, StateSource
 from bagel_ds.checkpoint.steps import STATE, checksum_fault, holds_state, manifest_fault, state_files
 from bagel_ds.checkpoint.tensors import TensorFileWriter, read_header
 from bagel_ds.errors import UserError
-from bagel_ds.ranges import TensorInfo, WeightSource
-
-MASTER = "master"
+from bagel_ds.ranges import MASTER, TensorInfo, WeightSource
 
 
 def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, shard_bytes: int | None = None) -> list[Path]:

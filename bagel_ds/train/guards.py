@@ -21,6 +21,7 @@ from bagel_ds.errors import UserError
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.train.agreement import everyone, together
 from bagel_ds.train.step import StepResult
+from bagel_ds.units import GIB
 
 logger = logging.getLogger("bagel_ds")
 
@@ -110,7 +111,7 @@ def out_of_memory(
         f"out of GPU memory: {str(error).splitlines()[0]} The longest pack of this rank had "
         f"{longest.sequence_length:,} tokens ({len(longest.vae_indexes):,} latent, {sum(longest.vit_seqlens):,} ViT; "
         f"{images}): "
-        f"{'; '.join(longest.samples)}. The planner expected a peak of {planned / 2**30:.1f} GiB for packs of that "
+        f"{'; '.join(longest.samples)}. The planner expected a peak of {planned / GIB:.1f} GiB for packs of that "
         f"limit. Lower --max_num_tokens (now {max_num_tokens:,}), or take a --ds_config that "
         "keeps more off the GPU (`bagel-ds memory` compares them)."
     )

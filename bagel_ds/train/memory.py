@@ -18,12 +18,12 @@ from bagel_ds.config import RunConfig
 from bagel_ds.data.config import load_dataset_config
 from bagel_ds.errors import UserError
 from bagel_ds.model.config import BagelConfig, VAEConfig
+from bagel_ds.units import GIB
 from bagel_ds.zero.memory import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.zero.memory_report import report_lines, suggestion_lines, verdict
 from bagel_ds.zero.memory_suggest import suggestions
 from bagel_ds.zero.nvme import nvme_folders
 
-GIB = 2**30
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 

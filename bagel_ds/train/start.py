@@ -18,10 +18,10 @@ from bagel_ds.checkpoint.parts import PartsWeights
 from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
 from bagel_ds.checkpoint.steps import STATE, holds_state, manifest_fault, newest_state
 from bagel_ds.errors import UserError
-from bagel_ds.ranges import WeightSource
+from bagel_ds.ranges import MASTER, WeightSource
 from bagel_ds.train.agreement import SharedFault, together
 from bagel_ds.train.checkpoints import damage_of
-from bagel_ds.zero.partitions import MASTER
+from bagel_ds.units import GIB, MIB
 
 logger = logging.getLogger("bagel_ds")
 
@@ -132,7 +132,7 @@ def open_start(start: StartPoint, training: TrainingArguments, shapes: Mapping[s
 def _loaded(weights: BagelWeights) -> list[str]:
     files = ", ".join(path.name for path in weights.files.paths)
     size = sum(weights.files.info(name).nbytes for name in weights.loaded)
-    shown = f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
+    shown = f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.2f} MiB"
     lines = [
         f"  {files}: {len(weights.loaded)} tensors, {shown}; 0 missing; "
         f"{len(weights.unexpected)} unexpected{_few(weights.unexpected)}; position tables are computed"

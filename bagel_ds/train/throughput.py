@@ -15,6 +15,7 @@ from bagel_ds.model.attention import AttentionLayout
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.config import BagelConfig
 from bagel_ds.model.mot import llm_matmul_parameters
+from bagel_ds.units import GIB
 
 # Dense bf16 peak in TFLOP/s by whole words of the device's name, most specific first (vendors' data sheets).
 PEAK_TFLOPS = (
@@ -40,7 +41,6 @@ PEAK_TFLOPS = (
     ("V100", 0.0),
 )
 _OTHER_DEVICE = " (Ti|D|SUPER|Laptop|Max-Q)"  # behind a name of the table: another chip, or a slower one
-GIB = 2**30
 
 
 def peak_tflops(given: float) -> float | None:

@@ -15,13 +15,12 @@ from bagel_ds.config import RunConfig
 from bagel_ds.errors import UserError
 from bagel_ds.model.config import BagelConfig, VAEConfig
 from bagel_ds.model.parts import Freezing
+from bagel_ds.units import GIB, MIB
 from bagel_ds.zero.memory_activations import PackShape
 from bagel_ds.zero.memory_moments import Moment, StepShape, gathering, moments
 from bagel_ds.zero.memory_parameters import parameter_sizes, vae_parameters
-from bagel_ds.zero.memory_states import DEVICE, HOST, MIB, NVME, Sharding, State, pinned_excess, states
+from bagel_ds.zero.memory_states import DEVICE, HOST, NVME, Sharding, State, pinned_excess, states
 from bagel_ds.zero.memory_traffic import Traffic, step_traffic
-
-GIB = 2**30
 
 # Measured on CPU (torch 2.13, deepspeed 0.19.8): the launcher's two processes, a rank's libraries and data plan, a
 # DataLoader worker beside its packs, and what oneDNN keeps of compiled kernels for packs of ever new lengths.

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from bagel_ds.model.config import BagelConfig, VAEConfig
 from bagel_ds.model.parts import Freezing
+from bagel_ds.units import MIB
 from bagel_ds.zero.memory_activations import Activations, PackShape, activations, vae_bytes
 from bagel_ds.zero.memory_gather import Gathered, GatherOptions, gathered
-from bagel_ds.zero.memory_states import DEVICE, HOST, MIB, NVME, Sharding, State
+from bagel_ds.zero.memory_states import DEVICE, HOST, NVME, Sharding, State
 
 NORM_ELEMENTS = 250_000_000  # DeepSpeed sums gradients' squares in float64, this many at a time
 EXPORT_CHUNK = 64 * MIB  # checkpoint/export.py

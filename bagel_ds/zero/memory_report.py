@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Iterator, Sequence
 
-from bagel_ds.zero.memory import GIB, MemoryItem, MemoryPlan
+from bagel_ds.units import GIB
+from bagel_ds.zero.memory import MemoryItem, MemoryPlan
 from bagel_ds.zero.memory_states import DEVICE, HOST, NVME
 from bagel_ds.zero.memory_suggest import Suggestion
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Iterator, NamedTuple
 
+from bagel_ds.units import MIB
 from bagel_ds.zero.draft import offload_device, zero_stage
 from bagel_ds.zero.memory_parameters import ParameterSize
 
 DEVICE, HOST, NVME = "gpu", "host", "nvme"
-MIB = 2**20
 PARAMETER_IO = 150 * MIB  # measured: threads and handles that read and write parameters on NVMe
 _PLACE = {"none": DEVICE, "cpu": HOST, "nvme": NVME}
 _TYPE_BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "bf16": 2, "float16": 2, "bfloat16": 2}

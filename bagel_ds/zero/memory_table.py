@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bagel_ds.config import RunConfig, make_config
 from bagel_ds.model.config import BagelConfig
-from bagel_ds.zero.memory import GIB, MemoryOptions, MemoryPlan, plan_memory
+from bagel_ds.units import GIB
+from bagel_ds.zero.memory import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.zero.memory_suggest import resolved, suggestions
 
 MACHINES = ((1, 24), (2, 24), (4, 24), (2, 40), (4, 80), (8, 80))  # GPUs and GiB of each

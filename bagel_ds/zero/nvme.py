@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from bagel_ds.errors import UserError, all_faults
+from bagel_ds.units import GIB, MIB
 from bagel_ds.zero.draft import Draft, offload_device
 
-GIB = 2**30
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs", "overlay-tmpfs")
 LARGEST_7B = 152064 * 3584  # embedding of BAGEL-7B-MoT, its largest parameter
 LAYER_WEIGHTS = 14  # matrices of one decoder layer: q, k, v, o, gate, up and down of each expert
@@ -143,7 +143,7 @@ def file_system(path: Path) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / GIB:.0f} GiB" if count >= 10 * GIB else f"{count / 2**20:.0f} MiB"
+    return f"{count / GIB:.0f} GiB" if count >= 10 * GIB else f"{count / MIB:.0f} MiB"
 
 
 def _library_faults() -> list[str]:

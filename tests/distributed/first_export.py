@@ -16,12 +16,11 @@ import torch.distributed as dist
 
 from bagel_ds.checkpoint.export import export_tensors
 from bagel_ds.config import parse_arguments
-from bagel_ds.ranges import TensorInfo
+from bagel_ds.ranges import MASTER, TensorInfo
 from bagel_ds.train.metrics import setup_logging
 from bagel_ds.train.quiet import quiet_warnings
 from bagel_ds.train.setup import init_distributed
 from bagel_ds.train.trainer import Trainer
-from bagel_ds.zero.partitions import MASTER
 from bagel_ds.zero.weights import frozen_pieces
 
 

@@ -20,7 +20,7 @@ from bagel_ds.config import make_config
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.recompute import recompute_mode
-from bagel_ds.ranges import TensorInfo
+from bagel_ds.ranges import MASTER, TensorInfo
 from bagel_ds.train.loss import LossOptions
 from bagel_ds.train.schedule import learning_rate
 from bagel_ds.train.step import optimizer_step
@@ -28,7 +28,6 @@ from bagel_ds.zero.config import resolve_ds_config
 from bagel_ds.zero.ema import EMAOptions
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.nvme import clean_nvme, fit_buffers
-from bagel_ds.zero.partitions import MASTER
 from bagel_ds.zero.weights import frozen_pieces
 from tests.recordings import bagel_config, read_json, recorded_batch, reference, tensors, weights_of
 

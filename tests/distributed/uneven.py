@@ -27,12 +27,11 @@ from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.config import BagelConfig
 from bagel_ds.model.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.recompute import recompute_mode
-from bagel_ds.ranges import TensorInfo
+from bagel_ds.ranges import MASTER, TensorInfo
 from bagel_ds.train.loss import LossOptions
 from bagel_ds.train.step import optimizer_step
 from bagel_ds.zero.config import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
-from bagel_ds.zero.partitions import MASTER
 from bagel_ds.zero.weights import frozen_pieces
 from tests.recordings import bagel_config, weights_of
 

@@ -27,10 +27,10 @@ from bagel_ds.checkpoint.steps import (
 )
 from bagel_ds.checkpoint.tensors import TensorFileWriter
 from bagel_ds.errors import UserError
-from bagel_ds.ranges import Pieces, Range
+from bagel_ds.ranges import MASTER, Pieces, Range
 from bagel_ds.train import checkpoints
 from bagel_ds.train.checkpoints import CheckpointWriter, SaveFault, damage_of, restore_moments
-from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ, MASTER, Group, PlacedRange, group_pieces
+from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ, Group, PlacedRange, group_pieces
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

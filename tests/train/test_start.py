@@ -17,9 +17,8 @@ from bagel_ds.demo import write_demo
 from bagel_ds.errors import UserError
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.config import BagelConfig
-from bagel_ds.ranges import Pieces, Range
+from bagel_ds.ranges import MASTER, Pieces, Range
 from bagel_ds.train.start import StartPoint, find_start, open_start
-from bagel_ds.zero.partitions import MASTER
 
 
 def checkpoint(folder: Path, step: int, state: bool = True) -> Path:

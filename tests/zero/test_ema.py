@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bagel_ds.ranges import Range, TensorInfo
+from bagel_ds.ranges import MASTER, Range, TensorInfo
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA, round_stochastically
-from bagel_ds.zero.partitions import MASTER, Group, PlacedRange
+from bagel_ds.zero.partitions import Group, PlacedRange
 
 
 class OneGroup:

@@ -16,7 +16,8 @@ from bagel_ds.cli import main
 from bagel_ds.config import RunConfig, make_config
 from bagel_ds.errors import UserError
 from bagel_ds.model.config import BagelConfig, LLMConfig
-from bagel_ds.zero.memory import GIB, MemoryItem, MemoryOptions, MemoryPlan, plan_memory
+from bagel_ds.units import GIB
+from bagel_ds.zero.memory import MemoryItem, MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.zero.memory_parameters import parameter_sizes
 from bagel_ds.zero.memory_suggest import resolved, suggestions
 from bagel_ds.zero.memory_table import table
