@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 from PIL import ImageFile
 
+from bagel_ds.data.file_rows import ReadTask, parsed_rows, read_tasks
 from bagel_ds.data.images import BadImage, decode_rgb
-from bagel_ds.data.index import DataFile, ReadTask, parsed_rows, read_tasks
 from bagel_ds.data.progress import RowProgress
 from bagel_ds.data.records import ParsedRow, decode_record, reason_of
 from bagel_ds.data.sample import TEXT, VIT
@@ -97,7 +97,7 @@ def _each_file_once(stream: GroupStream) -> Iterator[tuple[FileUse, int]]:
 
 
 def _tasks(stream: GroupStream, use: FileUse) -> list[ReadTask]:
-    return read_tasks(DataFile(use.index.path, stream.source, use.folder), use.index)
+    return list(read_tasks(use.index.file, use.index.layout))
 
 
 def _run(tasks: list[ReadTask], rows: int, special: tuple[str, ...], workers: int | None) -> Iterator[_Issues]:

@@ -14,13 +14,14 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from bagel_ds.data.filesystems import open_parquet, version
+from bagel_ds.data.filesystems import open_parquet, parquet_footer, version
 from bagel_ds.data.row_cache import GroupKey, Row, RowCache, Version
 
 # Bytes of rows that are read at once: small batches also avoid Arrow's 2 GiB limit on a nested column of one batch.
@@ -55,11 +56,12 @@ def forget_open_files() -> None:
 os.register_at_fork(after_in_child=forget_open_files)
 
 
-def parquet_layout(path: str) -> tuple[list[int], list[str]]:
-    """(rows of each row group, column names) from the file's footer."""
-    file = _open_parquet(path)
-    metadata = file.metadata
-    return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], file.schema_arrow.names
+def parquet_layout(path: str) -> tuple[list[int], list[str], bytes]:
+    """(rows of each row group, column names, a digest of the file's footer); may be called from several threads."""
+    with open_parquet(path) as file:
+        metadata = file.metadata
+        rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        return rows, file.schema_arrow.names, blake2b(parquet_footer(path), digest_size=16).digest()
 
 
 def parquet_rows(path: str, group: int, columns: Sequence[str]) -> Iterator[Row]:
@@ -79,14 +81,16 @@ def expect_parquet_row(path: str, group: int, row: int, columns: Sequence[str]) 
     rows.expect(GroupKey(path, group, tuple(columns)), row)
 
 
-def jsonl_lines(path: str) -> np.ndarray:
-    """int64 [lines, 2]: offset and length in bytes of every line, without its line break."""
+def jsonl_lines(path: str) -> tuple[np.ndarray, bytes]:
+    """(int64 [lines, 2]: offset and length in bytes of every line, without its line break; a digest of the file)."""
     places, offset = array("q"), 0  # 16 bytes a line, where a list would take 100
+    digest = blake2b(digest_size=16)
     with open(path, "rb") as file:
         for line in file:
             places.extend((offset, len(line.rstrip(b"\r\n"))))
             offset += len(line)
-    return np.array(places, dtype=np.int64).reshape(-1, 2)
+            digest.update(line)
+    return np.array(places, dtype=np.int64).reshape(-1, 2), digest.digest()
 
 
 def jsonl_row(path: str, offset: int, length: int) -> dict[str, Any]:

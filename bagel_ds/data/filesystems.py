@@ -54,6 +54,16 @@ def open_parquet(path: str) -> pq.ParquetFile:
     return pq.ParquetFile(filesystem.open_input_file(inner), buffer_size=_BUFFER_BYTES)
 
 
+def parquet_footer(path: str) -> bytes:
+    """The bytes at a parquet file's end that say where every column of every row group lies. Raises OSError."""
+    filesystem, inner = resolve(path) if is_uri(path) else (fs.LocalFileSystem(), path)
+    with filesystem.open_input_file(inner) as file:
+        size = file.size()
+        length = int.from_bytes(file.read_at(4, size - 8), "little")  # then b"PAR1"
+        footer: bytes = file.read_at(min(length, size - 8), max(size - 8 - length, 0))
+        return footer
+
+
 def version(path: str, fresh: bool = False) -> tuple[str, int, int]:
     """(path, size in bytes, modification time in ns): a file that was replaced is another file. Raises OSError.
 

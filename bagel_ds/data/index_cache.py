@@ -12,43 +12,46 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bagel_ds.data import filesystems
+from bagel_ds.data.file_rows import FileLayout
 
 logger = logging.getLogger("bagel_ds")
 
+Part = TypeVar("Part")
+
 BESIDE_DATA = ".bagel_ds_index"
+_FORMAT = 2  # of an entry
+_ASK_SECONDS = 0.1  # between two looks at a lock that another process holds
 
 
-@dataclass(frozen=True)
-class FileIndex:
+class FileRecords(NamedTuple):
     """What one data file holds, row by row.
 
-    numbers: int32, all rows' records end to end; offsets: int64 [rows + 1] into it (an unusable row is empty);
-    unit_rows: int64 [units], rows of each parquet row group or slice of lines; places: int64 [rows, 3], offset, length
-    and number of each jsonl line, [0, 3] for parquet; bad: (row, reason), row -1 for the file as a whole.
+    numbers: int32, all rows' records end to end; offsets: int64 [rows + 1] into it (an unusable row is empty); bad:
+    (row, reason), row -1 for the file as a whole.
     """
 
-    path: str
     numbers: np.ndarray
     offsets: np.ndarray
-    unit_rows: np.ndarray
-    places: np.ndarray
     bad: tuple[tuple[int, str], ...]
-    columns: tuple[str, ...] = ()
-    digest: str = ""  # of everything above but the folder; equal on every host that holds the same data
 
-    @property
-    def rows(self) -> int:
-        return len(self.offsets) - 1
+
+class Entry(NamedTuple):
+    """A kept index, its records still on disk."""
+
+    layout: FileLayout
+    bad: tuple[tuple[int, str], ...]
+    identity: str  # the file's, when it was indexed
 
 
 def cache_folder(path: str, cache_dir: str | None) -> Path | None:
@@ -69,7 +72,7 @@ def cache_folder(path: str, cache_dir: str | None) -> Path | None:
 def cache_file(folder: Path, path: str, key: str) -> Path:
     """Name of the entry for `path`; `key` is everything but the file that the index depends on."""
     place = path if filesystems.is_uri(path) else os.path.abspath(path)
-    name = hashlib.sha256(f"{place}\n{key}".encode()).hexdigest()[:20]
+    name = hashlib.sha256(f"{place}\n{key} {_FORMAT}".encode()).hexdigest()[:20]
     return folder / f"{Path(path.partition('?')[0]).stem[:80]}-{name}.safetensors"
 
 
@@ -84,8 +87,17 @@ def size_of(path: str) -> int:
     return filesystems.version(path)[1]
 
 
-def load(entry: Path, path: str) -> FileIndex | None:
+def load(entry: Path, path: str) -> Entry | None:
     """The kept index of `path`, or None when there is none or the file has changed since."""
+    return _read(entry, path, _entry)
+
+
+def load_records(entry: Path, path: str) -> FileRecords | None:
+    """The records that belong to `load`'s layout, or None as there."""
+    return _read(entry, path, _records)
+
+
+def _read(entry: Path, path: str, part: Callable[[str, Any, dict[str, Any]], Part]) -> Part | None:
     if not entry.is_file():
         return None
     try:
@@ -93,38 +105,73 @@ def load(entry: Path, path: str) -> FileIndex | None:
             header = json.loads(file.metadata()["index"])
             if header["identity"] != identity(path):
                 return None
-            arrays = {name: file.get_tensor(name) for name in ("numbers", "offsets", "unit_rows", "places")}
+            return part(path, file, header)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError):
         return None  # a damaged entry is made again
-    bad = tuple((row, reason) for row, reason in header["bad"])
-    return FileIndex(path, **arrays, bad=bad, columns=tuple(header["columns"]), digest=header["digest"])
 
 
-def save(entry: Path, index: FileIndex, identity_before: str) -> None:
-    """Keep `index`; `identity_before` is the file's identity from before it was read."""
-    header = {"identity": identity_before, "bad": index.bad, "columns": index.columns, "digest": index.digest}
-    arrays = {name: getattr(index, name) for name in ("numbers", "offsets", "unit_rows", "places")}
+def _entry(path: str, file: Any, header: dict[str, Any]) -> Entry:
+    arrays = {name: file.get_tensor(name) for name in ("unit_rows", "places")}
+    layout = FileLayout(path, **arrays, columns=tuple(header["columns"]), digest=header["digest"])
+    return Entry(layout, _bad(header), header["identity"])
+
+
+def _records(path: str, file: Any, header: dict[str, Any]) -> FileRecords:
+    return FileRecords(file.get_tensor("numbers"), file.get_tensor("offsets"), _bad(header))
+
+
+def _bad(header: dict[str, Any]) -> tuple[tuple[int, str], ...]:
+    return tuple((row, reason) for row, reason in header["bad"])
+
+
+def save(entry: Path, layout: FileLayout, records: FileRecords, identity_before: str) -> bool:
+    """Keep an index; `identity_before` is the file's identity from before it was read. Whether it could be kept."""
+    header = {
+        "identity": identity_before,
+        "bad": records.bad,
+        "columns": layout.columns,
+        "digest": layout.digest,
+    }
+    arrays = {
+        "numbers": records.numbers,
+        "offsets": records.offsets,
+        "unit_rows": layout.unit_rows,
+        "places": layout.places,
+    }
     temporary = entry.with_name(f"{entry.name}.{os.getpid()}.tmp")
     try:
         save_file(arrays, temporary, {"index": json.dumps(header)})
         os.replace(temporary, entry)
     except (OSError, SafetensorError) as error:
-        logger.warning("the index of %s could not be kept in %s: %s", index.path, entry.parent, error)
+        logger.warning("the index of %s could not be kept in %s: %s", layout.path, entry.parent, error)
         temporary.unlink(missing_ok=True)
+        return False
+    return True
 
 
 @contextmanager
-def locked(folders: Iterable[Path], name: str = "") -> Iterator[None]:
-    """Hold every folder's lock of that name; locks end with the process, so a killed run leaves none behind."""
+def locked(folders: Iterable[Path], name: str = "", until: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Hold every folder's lock of that name; locks end with the process, so a killed run leaves none behind.
+
+    `until` is asked while another process holds one: once it says yes, nobody's lock is waited for any longer.
+    """
     with ExitStack() as stack:
         for folder in sorted(set(folders)):
             try:
-                file = stack.enter_context(open(folder / f".lock{name}", "w"))
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    logger.info("another process is indexing into %s; waiting for it", folder)
-                    fcntl.flock(file, fcntl.LOCK_EX)
+                _lock(stack.enter_context(open(folder / f".lock{name}", "w")), folder, until)
             except OSError:  # a file system without locks: two processes may do the same work, nothing worse
                 continue
         yield
+
+
+def _lock(file: IO[str], folder: Path, until: Callable[[], bool]) -> None:
+    told = False
+    while not until():
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if not told:
+                logger.info("another process is indexing into %s; waiting for it", folder)
+                told = True
+            time.sleep(_ASK_SECONDS)

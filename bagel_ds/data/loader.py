@@ -25,11 +25,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from bagel_ds.data.cost import CostModel
+from bagel_ds.data.file_rows import DataFile
 from bagel_ds.data.materialize import LayoutOptions, dataset_labels, materialize
 from bagel_ds.data.packing import Pack
 from bagel_ds.data.plan import ALGORITHM, PackingOptions, Planner, Step
 from bagel_ds.data.sample import SamplePlan
-from bagel_ds.data.sources import GroupStream
+from bagel_ds.data.sources import GroupStream, files_ahead
 from bagel_ds.data.tokenizer import Tokenizer
 from bagel_ds.errors import UserError
 from bagel_ds.model.batch import PackedBatch
@@ -131,7 +132,7 @@ class PlannedData:
         self._labels = dataset_labels(streams)
         groups = [(s.name, s.weight, s.is_mandatory, s.fingerprint) for s in streams]
         budgets = (packing.max_num_tokens, packing.lookahead, packing.data_seed)
-        self._plan = _digest([ALGORITHM, groups, budgets, asdict(cost)])
+        self._plan = _digest([ALGORITHM, groups, budgets, asdict(cost), self.planner.mean_lengths])
         self._rows = _digest([ALGORITHM, packing.data_seed, [s.rows_fingerprint for s in streams]])
         self.fingerprint = _digest([self._plan, noise_seed, repr(layout_options)])
 
@@ -158,10 +159,16 @@ class PlannedData:
         for step in self.planner.steps(1, start):
             yield step.packs[0], materialize(step.packs[0].samples, *self._arguments)
 
+    def files_ahead(self, start: dict[str, Any] | None = None) -> list[DataFile]:
+        """Files that are not indexed yet, in the order in which a run from `start` on will need them."""
+        cursors = start["block"]["groups"] if start else None
+        return files_ahead(self.streams, self.planner.options.data_seed, cursors)
+
     def unusable_rows(self) -> dict[str, int]:
-        """Rows that no sample can be made of, by dataset: those the index names, and those planning has met so far."""
+        """Rows that no sample can be made of, by dataset: of the files indexed so far, and those planning has met."""
         found: Counter[tuple[int, str]] = Counter()
         for number, stream in enumerate(self.streams):
+            stream.tell_bad_rows()
             found.update((number, row.dataset) for row in stream.bad_rows)
             found.update((number, place.dataset) for place in {stream.place(row) for row in stream.too_long})
         return {label: found[key] for key, label in self._labels.items()}
@@ -187,7 +194,7 @@ class PlannedData:
         return self._iterate(tasks, under_way, num_workers, prefetch_factor, pin_memory)
 
     def _place(self, start: dict[str, Any] | None) -> dict[str, Any] | None:
-        if not start or start.get("plan") == self._plan:
+        if not start or (start.get("plan") == self._plan and self.planner.plans_again(start)):
             return start
         if start.get("rows") != self._rows:
             raise UserError(
@@ -196,8 +203,8 @@ class PlannedData:
                 "start from its weights only (--resume_from ... --resume_model_only True with a new checkpoint_dir)"
             )
         logger.warning(
-            "the data plan changed since the checkpoint (token budgets, weights or dropout): it goes on at the same "
-            "place in the data; up to %d packs' samples come a second time",
+            "the data plan changed since the checkpoint (token budgets, weights, dropout, tokenizer, pictures): it "
+            "goes on at the same place in the data; up to %d packs' samples come a second time",
             start["packs"] - start["block"]["first"],
         )
         return self.planner.moved(start)

@@ -13,8 +13,11 @@ empty); the rest are drawn from all groups in proportion to their weights, evenl
 
 from __future__ import annotations
 
+import heapq
+import json
 import math
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, Iterator, NamedTuple, Sequence
 
 import numpy as np
@@ -30,7 +33,7 @@ ALGORITHM = 2  # part of the plan's fingerprint: raise it when the same input wo
 SMALLEST_BLOCK, LARGEST_BLOCK = 32, 256  # packs; powers of two
 SMALLEST_WINDOW = 32  # samples
 WINDOW_PACKS = 2  # and at least so many packs' worth, however short the samples are
-_PROBED_ROWS = 64  # rows per group whose mean length decides the block's size
+PROBED_ROWS = 64  # rows per group whose mean length decides the block's size
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,14 @@ class Step(NamedTuple):
 class _Block(NamedTuple):
     packs: list[Pack]  # in the order of use
     start: dict[str, Any]  # what plans this block again
+    digest: str  # of its samples and their lengths
     epochs_before: list[float]
     epochs_after: list[float]
+
+
+def _digest(packs: Sequence[Pack]) -> str:
+    samples = [[(plan.dataset, plan.epoch, plan.row, plan.length) for plan in pack.samples] for pack in packs]
+    return blake2b(json.dumps(samples).encode(), digest_size=8).hexdigest()
 
 
 class _Intake:
@@ -105,6 +114,28 @@ class _Intake:
     @property
     def epochs(self) -> float:
         return self.order.epoch + self.order.position / self.order.rows_per_epoch
+
+
+def order_of_need(
+    streams: Sequence[Stream], seed: int, cursors: dict[str, Any] | None = None
+) -> Iterator[tuple[float, int, range]]:
+    """(rows before it, group, read unit) of all units, each once, about in the order in which a run needs them.
+
+    `cursors` are those of a state's block. Rows are counted at the pace of a group of weight 1, so that groups of other
+    weights lie side by side.
+    """
+
+    def of(group: int, stream: Stream) -> Iterator[tuple[float, int, range]]:
+        order = RowOrder(stream.units, seed, stream.name)
+        if cursors and stream.name in cursors:
+            order.move_to(*cursors[stream.name][:2])
+        before = 0
+        for unit in order.units_ahead():
+            yield before / (stream.weight or 1.0), group, unit
+            before += len(unit)
+
+    ahead = (of(group, stream) for group, stream in enumerate(streams) if any(map(len, stream.units)))
+    return heapq.merge(*ahead, key=lambda item: item[0])
 
 
 def like_cost_order(llm: NDArray[np.int64], vision: NDArray[np.int64], key: int) -> list[int]:
@@ -159,8 +190,12 @@ class Planner:
                 offset += len(part)
             share = offset / len(block.packs)
             epochs = [a + (b - a) * share for a, b in zip(block.epochs_before, block.epochs_after, strict=True)]
-            state = {"packs": block.start["first"] + offset, "block": block.start}
+            state = {"packs": block.start["first"] + offset, "block": block.start, "samples": block.digest}
             yield Step(tuple(taken), state, dict(zip(names, epochs, strict=True)))
+
+    def plans_again(self, start: dict[str, Any]) -> bool:
+        """Whether the block under way at a state comes out as it did when the state was saved: from equal data."""
+        return next(self._blocks(start["block"])).digest == start["samples"]
 
     def moved(self, start: dict[str, Any]) -> dict[str, Any]:
         """The place of a state that was saved under other options over the same rows.
@@ -197,7 +232,7 @@ class Planner:
         """Tokens per sample of each group (0 where it is never drawn), over the first usable rows in its order."""
         means = dict.fromkeys(range(len(self.streams)), 0.0)
         for group, intake in self._intakes().items():
-            means[group] = sum(intake.next().length for _ in range(_PROBED_ROWS)) / _PROBED_ROWS
+            means[group] = sum(intake.next().length for _ in range(PROBED_ROWS)) / PROBED_ROWS
         return list(means.values())
 
     def _sizes(self) -> tuple[int, int]:
@@ -230,7 +265,7 @@ class Planner:
             key = stable_key(self.options.data_seed, "block", snapshot["first"])
             llm, vision = np.array([pack.llm for pack in packs]), np.array([pack.vision for pack in packs])
             ordered = [packs[i] for i in like_cost_order(llm, vision, key)]
-            yield _Block(ordered, snapshot, before, packer.epochs())
+            yield _Block(ordered, snapshot, _digest(ordered), before, packer.epochs())
 
 
 class _Packer:

@@ -9,7 +9,7 @@ that a reader meets each unit in one window only. It does not know which rows ar
 from __future__ import annotations
 
 import hashlib
-from typing import Sequence
+from typing import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,8 +77,19 @@ class RowOrder:
         self.position += 1
         return self.epoch, row
 
+    def units_ahead(self) -> Iterator[range]:
+        """Every unit once, in the order in which rows of it come next; the window under way is not divided."""
+        window = int(np.searchsorted(self._row_starts, self.position, side="right")) - 1
+        this_epoch = self._order[int(self._unit_starts[window]) :].tolist()
+        following = permutation(len(self._units), self._units_key(self.epoch + 1)).tolist()
+        for unit in dict.fromkeys([*this_epoch, *following]):
+            yield self._units[unit]
+
+    def _units_key(self, epoch: int) -> int:
+        return stable_key(self._seed, self._name, epoch, "units")
+
     def _enter_epoch(self) -> None:
-        order = permutation(len(self._units), stable_key(self._seed, self._name, self.epoch, "units"))
+        order = permutation(len(self._units), self._units_key(self.epoch))
         lengths = np.fromiter((len(self._units[i]) for i in order), np.int64, len(order))
         self._order = order
         self._unit_starts = _window_starts(lengths)

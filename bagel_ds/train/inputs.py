@@ -80,13 +80,20 @@ def sample_options(config: RunConfig, model: BagelConfig, vae: VAEConfig) -> Sam
     )
 
 
-def open_data(config: RunConfig, folder: Path, model: BagelConfig, vae: VAEConfig, progress: bool) -> PlannedData:
-    """The data of the run, indexed where it is not yet, and its plan."""
+def open_data(
+    config: RunConfig,
+    folder: Path,
+    model: BagelConfig,
+    vae: VAEConfig,
+    progress: bool,
+    start: dict[str, Any] | None = None,
+) -> PlannedData:
+    """The data of the run, indexed where it is needed and not yet, and its plan; `start`: the state it goes on from."""
     tokenizer = open_tokenizer(folder, model)
     datasets = load_dataset_config(config.data.dataset_config_file, config.data.dataset_info)
-    streams = open_streams(
-        datasets, tokenizer, sample_options(config, model, vae), config.data.index_cache, progress=progress
-    )
+    options = sample_options(config, model, vae)
+    cursors = start["block"]["groups"] if start else None
+    streams = open_streams(datasets, tokenizer, options, config.data.index_cache, progress, cursors)
     return plan_data(config, streams, tokenizer, model, vae)
 
 

@@ -93,8 +93,10 @@ def prepare(config: RunConfig) -> Prepared:
     memory = together(lambda: plan_run(config, model, vae.config, ds_config, dist.get_world_size()))
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
-    data = one_per_host_first(lambda: open_data(config, model_folder, model, vae.config, progress=is_main()))
-    together(lambda: _check_place(start, data))
+    place = together(lambda: read_trainer(start.folder)["plan_state"]) if start.full else None
+    data = one_per_host_first(lambda: open_data(config, model_folder, model, vae.config, is_main(), place))
+    # That a resumed run's place in the data is one in this run's plan is seen before anything is loaded.
+    together(lambda: data.micro_batches(dist.get_rank(), dist.get_world_size(), start=place).close())
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
     notes = [*ds_notes, *_crowding(config)]
     return Prepared(ds_config, notes, memory, model_folder, model, vae, data, start, weights, claimed)
@@ -142,13 +144,6 @@ def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[Bagel
     if start.parts is not None and config.model.max_latent_size is None:  # the original's default
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_latent_size=32))
     return bagel_config(config, folder, None if start.parts else start.folder, vae.config), vae
-
-
-def _check_place(start: StartPoint, data: PlannedData) -> None:
-    """See that a resumed run's place in the data is one in this run's plan, before anything is loaded."""
-    if start.full:
-        place = read_trainer(start.folder)["plan_state"]
-        data.micro_batches(dist.get_rank(), dist.get_world_size(), start=place).close()
 
 
 def trainable(config: RunConfig, model: BagelConfig) -> set[str]:

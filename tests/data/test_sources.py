@@ -314,7 +314,7 @@ def test_an_image_larger_than_the_position_table_is_a_bad_row(
 def test_units_are_row_groups_and_slices_of_lines(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bagel_ds.data.index.UNIT_LINES", 2)
+    monkeypatch.setattr("bagel_ds.data.file_rows.UNIT_LINES", 2)
     write_parquet(tmp_path / "t2i" / "a.parquet", t2i_rows(5), group_rows=2)
     write_parquet(tmp_path / "t2i" / "b.parquet", t2i_rows(1, 5))
     paths = write_conversations(tmp_path / "talks", [conversation("q", "a")] * 5)

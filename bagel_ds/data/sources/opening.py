@@ -1,23 +1,24 @@
 """From a dataset config to the streams that the planner draws from.
 
-Guarantees: every file is indexed; groups that the modality switches leave without a loss are dropped with one line, and
-every stream returned has at least one usable row in each of its datasets, or `UserError` says what is wrong, all faults
-at once.
+Guarantees: every file is indexed before a row of it is planned; groups that the modality switches leave without a loss
+are dropped with one line, and every stream returned has at least one usable row in each of its datasets, or `UserError`
+says what is wrong, all faults at once.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bagel_ds.data.index import DataFile, index_files
-from bagel_ds.data.index_cache import FileIndex
+from bagel_ds.data.index import DataFile, DataIndex, FileIndex
+from bagel_ds.data.plan import PROBED_ROWS, order_of_need
 from bagel_ds.data.sources.kinds import KINDS
 from bagel_ds.data.sources.source import CE, MSE
-from bagel_ds.data.sources.stream import FileUse, GroupStream, SampleOptions, UnusableRow
+from bagel_ds.data.sources.stream import FileUse, GroupStream, SampleOptions
 from bagel_ds.data.tokenizer import Tokenizer
 from bagel_ds.errors import UserError, all_faults
 
@@ -26,7 +27,8 @@ if TYPE_CHECKING:  # config.py needs the registry of this package
 
 logger = logging.getLogger("bagel_ds")
 
-_NAMED_ROWS = 5
+AT_ONCE_ROWS = 200_000  # to index; where there are more, a run begins with the files of its first rows
+FIRST_ROWS = 8192  # of each group, some windows of the shuffle
 
 
 def open_streams(
@@ -35,17 +37,60 @@ def open_streams(
     options: SampleOptions,
     cache_dir: str | None = None,
     progress: bool = False,
+    cursors: dict[str, Any] | None = None,
 ) -> list[GroupStream]:
-    """One stream per usable group, in the config's order; files that are not indexed yet are indexed first.
+    """One stream per usable group, in the config's order; files that are not indexed yet are indexed.
 
+    Where that is much, only those that the first rows lie in, from `cursors` (of a saved state's block) on; any other
+    is indexed when its first row is asked for (`files_ahead` says in which order), and every row is the same.
     `cache_dir` keeps the index (default: beside the data, else ~/.cache/bagel_ds). Raises `UserError`.
     """
-    streams = index_streams(config, tokenizer, options, cache_dir, progress)
+    index, streams = _open(config, tokenizer, options, cache_dir, progress)
+    index.complete(_first_files(index, streams, options.seed, cursors))
     for stream in streams:
         _report(stream)
     faults = [fault for stream in streams for fault in unusable_datasets(stream)]
     all_faults(faults, f"{config.path} names data that cannot be used:")
     return streams
+
+
+def files_ahead(
+    streams: Sequence[GroupStream], seed: int, cursors: dict[str, Any] | None = None, rows: float = math.inf
+) -> list[DataFile]:
+    """Files that are not indexed yet, in the order in which a run needs them; `rows` ahead at the most.
+
+    `rows` are those of a group of weight 1, see `plan.order_of_need`.
+    """
+    ahead: dict[DataFile, None] = {}
+    for before, group, unit in order_of_need(streams, seed, cursors):
+        if before >= rows:
+            break
+        index = streams[group].index_of(unit.start)
+        if not index.is_indexed:
+            ahead[index.file] = None
+    return list(ahead)
+
+
+def _first_files(
+    index: DataIndex, streams: list[GroupStream], seed: int, cursors: dict[str, Any] | None
+) -> list[DataFile]:
+    """What to index before anything else: everything, unless that would take long."""
+    missing = index.missing()
+    if sum(index.indexes[file].rows for file in missing) <= AT_ONCE_ROWS:
+        return missing
+    needed = files_ahead(streams, seed, cursors, FIRST_ROWS)
+    # Each dataset shows that it can be used, and the mean length of samples is taken where a run begins.
+    for stream in streams:
+        uses = {use.dataset: use for use in reversed(stream.uses) if use.index.rows}
+        needed += [use.index.file for use in uses.values() if not use.index.is_indexed]
+    needed += files_ahead(streams, seed, None, PROBED_ROWS) if cursors else []
+    first = list(dict.fromkeys(needed))
+    if len(first) < len(missing):
+        logger.info(
+            "%d of %d files are indexed first, in which the first rows lie; the others while they are not yet needed",
+            *(len(first), len(missing)),
+        )
+    return first
 
 
 def files_to_index(config: DatasetConfig) -> list[DataFile]:
@@ -63,19 +108,32 @@ def index_streams(
     progress: bool = False,
     workers: int | None = None,
 ) -> list[GroupStream]:
-    """`open_streams` for those who report on rows themselves: datasets without a usable row are no error."""
+    """Streams over a complete index, for those who report on rows: datasets without a usable row are no error."""
+    index, streams = _open(config, tokenizer, options, cache_dir, progress, workers)
+    index.complete()
+    return streams
+
+
+def _open(
+    config: DatasetConfig,
+    tokenizer: Tokenizer,
+    options: SampleOptions,
+    cache_dir: str | None,
+    progress: bool,
+    workers: int | None = None,
+) -> tuple[DataIndex, list[GroupStream]]:
     groups = _groups_with_loss(config, options)
     all_faults([fault for group in groups for fault in _stride_faults(group, options)], f"{config.path}:")
     entries = [(group, entry) for group in groups for entry in group.datasets]
     data_files = [file for group, entry in entries for file in _data_files(group, entry)]
-    indexes = dict(zip(data_files, index_files(data_files, tokenizer, cache_dir, progress, workers), strict=True))
+    index = DataIndex(data_files, tokenizer, cache_dir, progress, workers)
     streams = []
     for number, group in enumerate(groups):
         uses = []
         for entry in group.datasets:
-            found = [indexes[file] for file in _data_files(group, entry)]
+            found = [index.indexes[file] for file in _data_files(group, entry)]
             _compare_parquet_info(group, entry, found)
-            uses += [FileUse(entry.name, index, entry.image_dir) for index in _repeated(group, entry, found)]
+            uses += [FileUse(entry.name, file_index) for file_index in _repeated(group, entry, found)]
         transforms = (group.vae_transform, group.vit_transform)
         stream = GroupStream(
             number,
@@ -84,12 +142,12 @@ def index_streams(
             uses,
             transforms,
             options,
-            tokenizer.special,
+            tokenizer,
             group.weight,
             group.is_mandatory,
         )
         streams.append(stream)
-    return streams
+    return index, streams
 
 
 def _groups_with_loss(config: DatasetConfig, options: SampleOptions) -> list[GroupConfig]:
@@ -194,7 +252,7 @@ def unusable_datasets(stream: GroupStream) -> list[str]:
         if long:
             limit = stream.options.max_num_tokens_per_sample
             text += f" {long} are longer than max_num_tokens_per_sample={limit}; raise it or shrink the images."
-        text += "".join(f" {_words(row)}: {row.reason}." for row in bad[:3])
+        text += "".join(f" {row.words}: {row.reason}." for row in bad[:3])
         faults.append(text)
     return faults
 
@@ -207,15 +265,4 @@ def _report(stream: GroupStream) -> None:
         ", ".join(stream.datasets),
         len(stream.units),
     )
-    for dataset in stream.datasets:
-        bad = [row for row in stream.bad_rows if row.dataset == dataset]
-        for row in bad[:_NAMED_ROWS]:
-            logger.warning("%s: %s %s is skipped: %s", dataset, row.file, _words(row), row.reason)
-        if len(bad) > _NAMED_ROWS:
-            logger.warning("%s: %d more rows are skipped", dataset, len(bad) - _NAMED_ROWS)
-
-
-def _words(row: UnusableRow) -> str:
-    if row.row < 0:
-        return "as a whole"
-    return f"line {row.row}" if row.row_group < 0 else f"row group {row.row_group} row {row.row}"
+    stream.tell_bad_rows()

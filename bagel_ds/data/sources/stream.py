@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -18,12 +19,12 @@ from typing import NamedTuple
 from bagel_ds.data import files
 from bagel_ds.data.draws import Draws, draw_key
 from bagel_ds.data.images import ImageTransform
-from bagel_ds.data.index_cache import FileIndex
-from bagel_ds.data.records import ParsedRow, Record, decode_record, reason_of
+from bagel_ds.data.index import FileIndex
+from bagel_ds.data.records import VERSION, ParsedRow, Record, decode_record, reason_of
 from bagel_ds.data.sample import TEXT, VAE, VIT, BadRow, Entry, SamplePlan
 from bagel_ds.data.sources.kinds import KINDS
 from bagel_ds.data.sources.source import Piece
-from bagel_ds.data.tokenizer import SpecialTokens
+from bagel_ds.data.tokenizer import Tokenizer
 
 logger = logging.getLogger("bagel_ds")
 
@@ -61,7 +62,11 @@ class FileUse:
 
     dataset: str
     index: FileIndex
-    folder: str = ""
+
+    @property
+    def folder(self) -> str:
+        """Where the images lie that lines name."""
+        return self.index.file.folder
 
 
 class RowPlace(NamedTuple):
@@ -86,6 +91,13 @@ class UnusableRow(NamedTuple):
     row: int
     reason: str
 
+    @property
+    def words(self) -> str:
+        """ "<dataset>: <file> row group g row r", for messages."""
+        if self.row < 0:
+            return f"{self.dataset}: {self.file} as a whole"
+        return str(RowPlace(*self[:4]))
+
 
 class GroupStream:
     """See the module. `number` is this stream's place in the list of streams."""
@@ -98,7 +110,7 @@ class GroupStream:
         uses: Sequence[FileUse],
         transforms: tuple[ImageTransform | None, ImageTransform | None],
         options: SampleOptions,
-        special: SpecialTokens,
+        tokenizer: Tokenizer,
         weight: float = 1.0,
         is_mandatory: bool = False,
     ) -> None:
@@ -111,7 +123,8 @@ class GroupStream:
         self.datasets = tuple(dict.fromkeys(use.dataset for use in uses))
         self.vae_transform, self.vit_transform = transforms
         self.options = options
-        self.special = special
+        self.special = tokenizer.special
+        self._text_lengths = f"{VERSION} {tokenizer.fingerprint}"
         self.source = KINDS[kind]
         self.units: list[range] = []
         self._starts: list[int] = []  # first row of each use
@@ -125,7 +138,10 @@ class GroupStream:
                 row += rows
         self.rows = row
         self._unit_starts = [unit.start for unit in self.units]
-        self.bad_rows = self._indexed_bad_rows()
+        self._bad_rows: list[UnusableRow] = []
+        self._told = 0  # of `_bad_rows`
+        once = {(use.dataset, use.index.path): (use, start) for use, start in zip(self.uses, self._starts)}
+        self._unlisted = list(once.values())  # a file used several times is listed once
         self.too_long: set[int] = set()  # rows with a sample longer than max_num_tokens_per_sample, as met so far
         self._found_bad: set[int] = set()
         self._sizes: dict[tuple[str, int, int, int], tuple[int, int, int]] = {}
@@ -137,13 +153,13 @@ class GroupStream:
             VAE: options.vae_cond_dropout_prob,
         }
         self._chances = chances if self.source.conditions_drop and any(chances.values()) else {}
-        self._named: dict[str, int] = {}
+        self._named: Counter[str] = Counter()
 
     @property
     def fingerprint(self) -> str:
         """Of everything a plan depends on; equal on all hosts that hold the same data, wherever it lies."""
         digest = hashlib.blake2b(digest_size=16)
-        settings = (self.number, self.name, self.kind, self.weight, self.is_mandatory)
+        settings = (self.number, self.name, self.kind, self.weight, self.is_mandatory, self._text_lengths)
         digest.update(repr((*settings, self.vae_transform, self.vit_transform, self.options, self.special)).encode())
         for use in self.uses:
             digest.update(f"{use.dataset} {use.index.digest}\n".encode())
@@ -156,6 +172,32 @@ class GroupStream:
         for use in self.uses:
             digest.update(f"{use.dataset} {use.index.digest}\n".encode())
         return digest.hexdigest()
+
+    @property
+    def bad_rows(self) -> list[UnusableRow]:
+        """Rows that no sample can be made of, each once: of the files indexed so far, and those planning has met."""
+        indexed = [(use, start) for use, start in self._unlisted if use.index.is_indexed]
+        if indexed:
+            self._unlisted = [(use, start) for use, start in self._unlisted if not use.index.is_indexed]
+        for use, start in indexed:
+            for row, reason in use.index.bad:
+                place = self.place(start + row) if row >= 0 else RowPlace(use.dataset, use.index.path, -1, -1)
+                self._bad_rows.append(UnusableRow(*place, reason))
+        return self._bad_rows
+
+    def tell_bad_rows(self) -> None:
+        """Name in the log those of `bad_rows` that are new, the first few of each dataset."""
+        rows = self.bad_rows
+        unnamed: Counter[str] = Counter()
+        for row in rows[self._told :]:
+            self._named[row.dataset] += 1
+            if self._named[row.dataset] <= _NAMED_ROWS:
+                logger.warning("%s is skipped: %s", row.words, row.reason)
+            else:
+                unnamed[row.dataset] += 1
+        for dataset, rest in unnamed.items():
+            logger.warning("%s: %d more rows are skipped", dataset, rest)
+        self._told = len(rows)
 
     def plan_sample(self, row: int, epoch: int) -> SamplePlan | None:
         """The sample of `row` in `epoch`, every choice made; None where there is none (see `bad_rows`, `too_long`)."""
@@ -184,6 +226,10 @@ class GroupStream:
             return RowPlace(use.dataset, use.index.path, -1, int(use.index.places[local, 2]))
         unit = bisect.bisect_right(self._unit_starts, row) - 1
         return RowPlace(use.dataset, use.index.path, unit - self._first_units[number], row - self._unit_starts[unit])
+
+    def index_of(self, row: int) -> FileIndex:
+        """The index of the file that a row lies in."""
+        return self.uses[bisect.bisect_right(self._starts, row) - 1].index
 
     def rows_of(self, dataset: str) -> list[range]:
         """Row numbers of one of `datasets`."""
@@ -276,25 +322,14 @@ class GroupStream:
                 return drawn
         raise AssertionError("unreachable")
 
-    def _indexed_bad_rows(self) -> list[UnusableRow]:
-        """Bad rows of the index; a file used several times is listed once."""
-        bad = []
-        once = {(use.dataset, use.index.path): (use, start) for use, start in zip(self.uses, self._starts)}
-        for use, start in once.values():
-            for row, reason in use.index.bad:
-                place = self.place(start + row) if row >= 0 else RowPlace(use.dataset, use.index.path, -1, -1)
-                bad.append(UnusableRow(place.dataset, place.file, place.group, place.row, reason))
-        return bad
-
     def _note_bad(self, row: int, reason: str) -> None:
         if row in self._found_bad:
             return
         self._found_bad.add(row)
         place = self.place(row)
-        self.bad_rows.append(UnusableRow(place.dataset, place.file, place.group, place.row, reason))
-        self._named[place.dataset] = self._named.get(place.dataset, 0) + 1
-        if self._named[place.dataset] <= _NAMED_ROWS:
-            logger.warning("%s is skipped: %s", place, reason)
+        self._bad_rows.append(UnusableRow(*place, reason))
+        if self._named[place.dataset] < _NAMED_ROWS:
+            self.tell_bad_rows()
 
 
 def _image_tokens(stream: GroupStream, kind: str, width: int, height: int, sharing: int) -> tuple[int, int, int]:
