@@ -22,6 +22,7 @@ from bagel_ds.errors import UserError
 from bagel_ds.ranges import Pieces, TensorInfo
 
 EMA, WEIGHT = "ema", "weight"
+_CHUNK_BYTES = 2**24  # written at a time
 
 
 class Held(NamedTuple):
@@ -55,11 +56,32 @@ def open_rank(path: Path, held: Iterable[Held]) -> TensorFileWriter:
 def fill_rank(writer: TensorFileWriter, held: Iterable[Held], pieces: Iterable[tuple[str, Pieces]]) -> None:
     """Write the announced ranges into an open file."""
     announced = {f"{part.kind}/{part.name}": part for part in held}
+    on_host = _HostCopies()
     for kind, (name, ranges) in pieces:
         for piece, values in ranges:
             part = announced[f"{kind}/{name}"]
             assert piece.start == part.start, "one contiguous range per parameter and rank"
-            writer.write(f"{kind}/{name}", 0, values.detach().to("cpu", part.dtype))
+            start = 0
+            for chunk in values.detach().split(_CHUNK_BYTES // values.element_size()):
+                writer.write(f"{kind}/{name}", start, on_host(chunk).to(part.dtype))
+                start += chunk.numel()
+
+
+class _HostCopies:
+    """Device tensors of up to `_CHUNK_BYTES` as host tensors, each until the next call; host tensors as they are.
+
+    They pass through one page-locked buffer: into ordinary memory CUDA would copy in steps that hold up other work.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: Tensor | None = None
+
+    def __call__(self, values: Tensor) -> Tensor:
+        if not values.is_cuda:
+            return values
+        if self._buffer is None:
+            self._buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
+        return self._buffer[: values.nbytes].view(values.dtype).copy_(values)  # returns when it is done
 
 
 class StateFiles:

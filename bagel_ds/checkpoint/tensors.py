@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Iterable, Mapping
 
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import TensorInfo
+from bagel_ds.units import GIB
 
 _TORCH = {
     "F64": torch.float64,
@@ -123,7 +125,7 @@ class TensorFileWriter:
         except OSError as error:
             self._file.close()
             free = shutil.disk_usage(path.parent).free
-            sizes = f"{self.nbytes / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free"
+            sizes = f"{self.nbytes / GIB:.2f} GiB needed, {free / GIB:.2f} GiB free"
             raise OSError(error.errno, f"{error.strerror} ({sizes})", str(path)) from None
 
     def write(self, name: str, start: int, values: Tensor) -> None:
@@ -149,6 +151,11 @@ class TensorFileWriter:
         os.fsync(self._file.fileno())
         self._file.close()
 
+    def discard(self) -> None:
+        """Close a file that is not wanted any more, whatever it holds."""
+        with suppress(OSError):
+            self._file.close()
+
     def __enter__(self) -> TensorFileWriter:
         return self
 
@@ -156,7 +163,7 @@ class TensorFileWriter:
         if error is None:
             self.close()
         else:
-            self._file.close()
+            self.discard()
 
 
 def read_header(path: Path) -> tuple[dict, int]:

@@ -3,17 +3,22 @@
 Guarantees: see `checkpoint/steps.py` for what a checkpoint folder promises. Space for every file is reserved before the
 first byte is written, so a full disk is found while nothing has changed; a save that can't be done is told by one
 exception on every rank. Folders are model folders that this package and the original's inference load.
+
+A save begins, and ends later. In between a thread of each rank writes the states, which nothing may change, and flushes
+files, while the caller computes. No state is copied.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from contextlib import ExitStack
+import time
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,16 +30,25 @@ from bagel_ds.checkpoint.folder import CONFIG_FILES, EMA, MODEL, TOKENIZER_FILES
 from bagel_ds.checkpoint.state import Held, StateFiles
 from bagel_ds.checkpoint.tensors import TensorFileWriter
 from bagel_ds.errors import UserError
-from bagel_ds.ranges import Pieces, TensorInfo
+from bagel_ds.ranges import MASTER, Pieces, TensorInfo, copy_range
 from bagel_ds.train.agreement import SharedFault, everyone, is_main, together
+from bagel_ds.train.background import Background
 from bagel_ds.zero.ema import ShardedEMA
 from bagel_ds.zero.engine import ZeroEngine
-from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ, MASTER
+from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ
 from bagel_ds.zero.weights import frozen_pieces
 
 
 class SaveFault(SharedFault):
     """A checkpoint could not be written; what was saved before is untouched. Raised on every rank."""
+
+
+class Saved(NamedTuple):
+    """What a save made and what it cost this rank, in seconds: of its own work, and of what training waited for it."""
+
+    folder: Path
+    seconds: float
+    without_training: float
 
 
 @dataclass(frozen=True)
@@ -49,59 +63,44 @@ class CheckpointWriter:
 
     def save(self, step: int, engine: ZeroEngine, ema: ShardedEMA | None, trainer: dict[str, Any], last: bool) -> Path:
         """Write step_<step>; call on every rank. Returns the folder. Raises `SaveFault`."""
-        final = self.checkpoint_dir / f"step_{step}"
-        unfinished = steps.unfinished_folder(final)
-        try:
-            self._write(unfinished, engine, ema, trainer)
-            together(lambda: _or_fault(lambda: steps.finish(unfinished, final, last)) if is_main() else None)
-        except SharedFault as fault:
-            if is_main():
-                shutil.rmtree(unfinished, ignore_errors=True)
-            raise SaveFault(f"{final} could not be saved: {fault}") from None
-        if is_main():
-            steps.thin_out(self.checkpoint_dir, self.keep_last, self.delete_previous_state, final)
-        dist.barrier()
-        return final
+        return self.begin(step, engine, ema, trainer, last).finish().folder
 
-    def _write(self, folder: Path, engine: ZeroEngine, ema: ShardedEMA | None, trainer: dict[str, Any]) -> None:
+    def begin(
+        self, step: int, engine: ZeroEngine, ema: ShardedEMA | None, trainer: dict[str, Any], last: bool
+    ) -> PendingSave:
+        """Begin to write step_<step>; call on every rank. Raises `SaveFault`.
+
+        Masters, moments, average and frozen weights must stay as they are until the save is finished.
+        """
+        pending = PendingSave(self, step, last, engine.device)
+        with pending.whole_or_nothing():
+            self._write(pending, engine, ema, trainer)
+        pending.goes_on()
+        return pending
+
+    def _write(self, pending: PendingSave, engine: ZeroEngine, ema: ShardedEMA | None, trainer: dict[str, Any]) -> None:
+        folder, background = pending.unfinished, pending.background
         together(lambda: _or_fault(lambda: _make_empty(folder)) if is_main() else None)
         infos = {name: TensorInfo(self.save_dtype, shape) for name, shape in engine.shapes.items()}
         held = list(_held(engine, ema))
         mine = state_files.rank_file(folder / steps.STATE, dist.get_rank())
-        with ExitStack() as stack:
-            open_files = together(lambda: _or_fault(lambda: self._open(stack, folder, mine, held, infos, ema)))
-            state_files.fill_rank(open_files[mine], held, _pieces(engine, ema))
-            masters = chain(engine.partitions.pieces(MASTER), frozen_pieces(engine.module))
-            stream_tensors(open_files.get(folder / MODEL), infos, masters, engine.device)
-            if ema is not None:
-                averages = chain(ema.pieces(), frozen_pieces(engine.module))
-                stream_tensors(open_files.get(folder / EMA), infos, averages, engine.device)
-        checksums = everyone({str(path.relative_to(folder)): file.checksums for path, file in open_files.items()})
-        by_name = {name: sums for ranks in checksums for name, sums in ranks.items()}
-        together(lambda: _or_fault(lambda: self._complete(folder, trainer, by_name)) if is_main() else None)
-
-    def _open(
-        self,
-        stack: ExitStack,
-        folder: Path,
-        mine: Path,
-        held: list[Held],
-        infos: dict[str, TensorInfo],
-        ema: ShardedEMA | None,
-    ) -> dict[Path, TensorFileWriter]:
-        """This rank's files with their space reserved; they are closed and flushed with `stack`."""
-        files = {mine: stack.enter_context(state_files.open_rank(mine, held))}
+        together(lambda: _or_fault(lambda: _open(pending.files, mine, folder, held, infos, ema)))
+        if engine.states_move is None:
+            # Listed here, so that the thread asks nothing of DeepSpeed: it only reads the memory that these lie in.
+            pieces = background.until_given_up(list(_pieces(engine, ema)))
+            background.add(lambda: state_files.fill_rank(pending.files[mine], held, pieces))
+        else:
+            state_files.fill_rank(pending.files[mine], held, _pieces(engine, ema))
+        masters = chain(engine.partitions.pieces(MASTER), frozen_pieces(engine.module))
+        stream_tensors(pending.files.get(folder / MODEL), infos, masters, engine.device)
+        if ema is not None:
+            averages = chain(ema.pieces(), frozen_pieces(engine.module))
+            stream_tensors(pending.files.get(folder / EMA), infos, averages, engine.device)
         if is_main():
-            for path in (folder / MODEL, folder / EMA)[: 1 if ema is None else 2]:
-                files[path] = stack.enter_context(TensorFileWriter(path, infos))
-        return files
+            background.add(lambda: self._write_rest(folder, trainer))
+        background.add(pending.flush)
 
-    def _complete(self, folder: Path, trainer: dict[str, Any], checksums: dict[str, dict[str, int]]) -> None:
-        self._copy_folder(folder)
-        steps.write_json(folder / steps.TRAINER, trainer)
-        steps.write_manifest(folder, checksums)
-
-    def _copy_folder(self, folder: Path) -> None:
+    def _write_rest(self, folder: Path, trainer: dict[str, Any]) -> None:
         for name in (*CONFIG_FILES, *TOKENIZER_FILES):
             if (self.model_folder / name).is_file():
                 shutil.copyfile(self.model_folder / name, folder / name)
@@ -109,6 +108,66 @@ class CheckpointWriter:
             os.link((self.model_folder / VAE).resolve(), folder / VAE)  # the same 335 MB in every checkpoint
         except OSError:
             shutil.copyfile(self.model_folder / VAE, folder / VAE)
+        steps.write_json(folder / steps.TRAINER, trainer)
+
+
+class PendingSave:
+    """A checkpoint that has begun, on every rank; ended by `finish` or, without one, by `give_up`."""
+
+    def __init__(self, writer: CheckpointWriter, step: int, last: bool, device: torch.device):
+        self._writer, self._last = writer, last
+        self._final = writer.checkpoint_dir / f"step_{step}"
+        self.unfinished = steps.unfinished_folder(self._final)
+        self.files: dict[Path, TensorFileWriter] = {}  # of this rank
+        self.background = Background(device)
+        self._began = self._left = time.monotonic()
+
+    def goes_on(self) -> None:
+        """The caller goes on with something else."""
+        self._left = time.monotonic()
+
+    def flush(self) -> None:
+        for file in self.files.values():
+            file.close()
+
+    def finish(self) -> Saved:
+        """Wait for what is being written and complete the checkpoint. Raises `SaveFault`."""
+        returned = time.monotonic()
+        with self.whole_or_nothing():
+            together(lambda: _or_fault(self.background.wait))
+            mine = {str(path.relative_to(self.unfinished)): file.checksums for path, file in self.files.items()}
+            checksums = {name: found for files in everyone(mine) for name, found in files.items()}
+            together(lambda: _or_fault(lambda: self._complete(checksums)) if is_main() else None)
+        if is_main():
+            writer = self._writer
+            steps.thin_out(writer.checkpoint_dir, writer.keep_last, writer.delete_previous_state, self._final)
+        dist.barrier()
+        now = time.monotonic()
+        idle = max(0.0, returned - max(self._left, self.background.ended))
+        return Saved(self._final, now - self._began - idle, self._left - self._began + now - returned)
+
+    def give_up(self) -> None:
+        """Leave the checkpoint as it is, unfinished; this rank alone."""
+        self.background.give_up()
+        for file in self.files.values():
+            file.discard()
+
+    def _complete(self, checksums: dict[str, dict[str, int]]) -> None:
+        steps.write_manifest(self.unfinished, checksums)
+        steps.finish(self.unfinished, self._final, self._last)
+
+    @contextmanager
+    def whole_or_nothing(self) -> Iterator[None]:
+        """What every rank knows to have failed leaves nothing behind; anything else leaves an unfinished folder."""
+        try:
+            yield
+        except BaseException as error:
+            self.give_up()
+            if not isinstance(error, SharedFault):
+                raise
+            if is_main():
+                shutil.rmtree(self.unfinished, ignore_errors=True)
+            raise SaveFault(f"{self._final} could not be saved: {error}") from None
 
 
 def damage_of(folder: Path) -> str | None:
@@ -135,7 +194,7 @@ def restore_moments(engine: ZeroEngine, state: StateFiles, steps_done: int) -> N
                         if state.has(state_files.WEIGHT, held.name):
                             target.zero_()
                         else:
-                            target.copy_(state.read(kind, *held))
+                            copy_range(target, held, partial(state.read, kind))
 
     together(read)
     engine.partitions.set_step(steps_done)
@@ -154,6 +213,21 @@ def _or_fault(action: Any) -> Any:
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     (folder / steps.STATE).mkdir(parents=True)
+
+
+def _open(
+    files: dict[Path, TensorFileWriter],
+    mine: Path,
+    folder: Path,
+    held: list[Held],
+    infos: dict[str, TensorInfo],
+    ema: ShardedEMA | None,
+) -> None:
+    """Put this rank's files, with their space reserved, into `files`."""
+    files[mine] = state_files.open_rank(mine, held)
+    if is_main():
+        for path in (folder / MODEL, folder / EMA)[: 1 if ema is None else 2]:
+            files[path] = TensorFileWriter(path, infos)
 
 
 def _held(engine: ZeroEngine, ema: ShardedEMA | None) -> Iterator[Held]:

@@ -39,10 +39,12 @@ def optimizer_step(
     learning_rate: float,
     options: LossOptions,
     wants_stop: Callable[[], bool] = lambda: False,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Forward, backward and update over `window` (this rank's micro-batches, as many as accumulation steps).
 
-    `wants_stop` is asked once, after the update; the answer of any rank holds for all.
+    `before_update` is called once, after the last backward pass. `wants_stop` is asked once, after the update; the
+    answer of any rank holds for all.
     """
     totals = window_totals(window, options, engine.device)
     world = dist.get_world_size()
@@ -54,7 +56,7 @@ def optimizer_step(
         sums += torch.stack(means).detach()
         # DeepSpeed averages gradients over ranks; the means are already over all of them.
         engine.backward(weighted(means, options) * world)
-        grad_norm = engine.micro_step(learning_rate)
+        grad_norm = engine.micro_step(learning_rate, before_update)
     assert grad_norm is not None, "a window has as many batches as the engine has accumulation steps"
     all_ranks = torch.cat([sums, sums.new_tensor([wants_stop()])])
     dist.all_reduce(all_ranks)

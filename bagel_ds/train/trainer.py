@@ -10,11 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
-import time
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generator
+from typing import Any, Callable, Generator
 
 import torch
 import torch.distributed as dist
@@ -32,12 +31,13 @@ from bagel_ds.model.parts import part_of
 from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.vae import encode_images
 from bagel_ds.train.agreement import everyone, is_main, local_rank, together
-from bagel_ds.train.checkpoints import CheckpointWriter, SaveFault, restore_moments
+from bagel_ds.train.checkpoints import CheckpointWriter, restore_moments
 from bagel_ds.train.guards import NonFiniteGuard, out_of_memory
 from bagel_ds.train.loss import LossOptions
 from bagel_ds.train.memory import outcome, plan_lines
 from bagel_ds.train.metrics import MetricsLog, SilentMetricsLog, WandbOptions
 from bagel_ds.train.report import StepMeter
+from bagel_ds.train.saving import Saving
 from bagel_ds.train.schedule import learning_rate
 from bagel_ds.train.setup import describe_parameters, prepare, trainable
 from bagel_ds.train.step import StepResult, optimizer_step
@@ -70,13 +70,6 @@ class Trainer:
         self.vae = self.prepared.vae.to(self.engine.device)
         self.loss_options = LossOptions(self.args.ce_weight, self.args.mse_weight, self.args.ce_loss_reweighting)
         self._load()
-        self.checkpoints = CheckpointWriter(
-            Path(self.args.checkpoint_dir),
-            self.prepared.model_folder,
-            DTYPES[config.exported_dtype],
-            self.args.del_previous_state,
-            self.args.keep_last,
-        )
         self.guard = NonFiniteGuard(Path(self.args.results_dir), self.rank, self.args.max_nonfinite)
 
     def run(self) -> None:
@@ -85,6 +78,7 @@ class Trainer:
             closing(self._open_metrics()) as metrics,
             closing(self.batches) as batches,
             closing(self._start_watch()) as watch,
+            closing(self._start_saving(metrics, watch)) as saving,
         ):
             self._show_packs()
             meter = StepMeter(self.prepared.model, self.args.peak_device_tflops, self.prepared.data.unusable_rows)
@@ -93,7 +87,7 @@ class Trainer:
                 with watch.phase(step, "data"):
                     window = list(islice(batches, self.args.gradient_accumulation_steps))
                 with watch.phase(step, "step"):
-                    result = self._step(step, window, stop)
+                    result = self._step(step, window, stop, saving.finish)
                 self.guard.check(step, [micro.batch for micro in window], result)
                 meter.add(window, result)
                 if step % self.args.log_every == 0 or self._is_last() or result.stop:
@@ -103,7 +97,7 @@ class Trainer:
                     stop.remove_files()
                 if self.steps_done % self.args.save_every == 0 or self._is_last() or result.stop:
                     with watch.phase(step, "save"):
-                        self._save(metrics, must=self._is_last() or result.stop)
+                        self._save(saving, must=self._is_last() or result.stop)
                 if result.stop:
                     break
             if meter.host_peak:
@@ -112,7 +106,9 @@ class Trainer:
         logger.info("%s: %d steps", "done" if self._is_last() else "stopped", self.steps_done)
 
     # ------------------------------------------------------------------------------------------------- the verbs
-    def _step(self, step: int, window: list[MicroBatch], stop: StopRequest) -> StepResult:
+    def _step(
+        self, step: int, window: list[MicroBatch], stop: StopRequest, before_update: Callable[[], None]
+    ) -> StepResult:
         batches = [micro.batch for micro in window]
         try:
             result = optimizer_step(
@@ -122,6 +118,7 @@ class Trainer:
                 self._learning_rate(step),
                 self.loss_options,
                 lambda: stop.wanted() is not None,
+                before_update,
             )
         except torch.OutOfMemoryError as error:
             limit, planned = self.config.data.max_num_tokens, self.prepared.memory.gpu_peak
@@ -150,19 +147,9 @@ class Trainer:
     def _is_last(self) -> bool:
         return self.steps_done == self.args.total_steps
 
-    def _save(self, metrics: MetricsLog | SilentMetricsLog, must: bool) -> None:
-        """Save a checkpoint; where that fails and training goes on (`must` False), say so and go on."""
-        began = time.monotonic()
-        try:
-            folder = self.checkpoints.save(
-                self.steps_done, self.engine, self.ema, self._trainer_state(), last=self._is_last()
-            )
-        except SaveFault as fault:
-            if must:
-                raise
-            logger.warning("%s Training goes on; the next try is in %d steps.", fault, self.args.save_every)
-            return
-        metrics.note(f"saved {folder} in {time.monotonic() - began:.1f} s")
+    def _save(self, saving: Saving, must: bool) -> None:
+        """Begin a checkpoint, which the next step finishes before its update; with `must` finish it here."""
+        saving.save(self.steps_done, self._trainer_state(), self._is_last(), must)
 
     def _tidy(self) -> None:
         """Remove the swap files, once no rank of this host uses them, and leave the checkpoint_dir to others."""
@@ -231,6 +218,16 @@ class Trainer:
         }
         folder = Path(self.args.checkpoint_dir)
         return StallWatch(folder, self.rank, self.world_size, self.args.stall_timeout, neighbours)
+
+    def _start_saving(self, metrics: MetricsLog | SilentMetricsLog, watch: StallWatch) -> Saving:
+        writer = CheckpointWriter(
+            Path(self.args.checkpoint_dir),
+            self.prepared.model_folder,
+            DTYPES[self.config.exported_dtype],
+            self.args.del_previous_state,
+            self.args.keep_last,
+        )
+        return Saving(writer, self.engine, self.ema, watch, metrics.note, self.args.save_every)
 
     def _listen_for_stops(self) -> StopRequest:
         folders = [Path(self.args.results_dir), Path(self.args.checkpoint_dir)]

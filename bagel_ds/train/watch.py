@@ -54,6 +54,16 @@ class StallWatch:
         yield
         self._place, self._since = (step, f"after {name}"), time.monotonic()
 
+    @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """A phase inside the one that this rank is in, which then goes on with a timeout of its own."""
+        step, outer = self._place
+        self._place, self._since = (step, name), time.monotonic()
+        try:
+            yield
+        finally:
+            self._place, self._since = (step, outer), time.monotonic()
+
     def close(self) -> None:
         self._closed.set()
         self._thread.join()

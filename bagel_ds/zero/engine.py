@@ -79,12 +79,25 @@ class ZeroEngine:
         """Accumulate the gradient of `loss`, averaged over ranks."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
-    def micro_step(self, learning_rate: float) -> float | None:
+    @property
+    def states_move(self) -> str | None:
+        """Why masters, moments and weights can't be read while a step computes, or None: nothing but the update moves
+        or changes them (a backward pass writes gradients alone, which lie apart in every stage and offload but NVMe).
+        """
+        for part, what in (("optimizer", "the optimizer"), ("param", "weights")):
+            if offload_device(self.ds_config, part) == "nvme":
+                return f"{what} on NVMe and gradients pass through the same buffers"
+        return None
+
+    def micro_step(self, learning_rate: float, before_update: Callable[[], None] = lambda: None) -> float | None:
         """Call after each backward: on the window's last it updates and returns the gradient norm before clipping.
 
-        A norm that is not finite means that nothing was updated, on any rank.
+        A norm that is not finite means that nothing was updated, on any rank. `before_update` is called on every rank
+        when all gradients are there and nothing has changed yet.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
+        if boundary:
+            before_update()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._unpartitioned_norm() if boundary and self.stage == 0 else None

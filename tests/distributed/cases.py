@@ -20,12 +20,13 @@ MANY_RUNS = Path(__file__).with_name("many_runs.py")
 
 @dataclass(frozen=True)
 class Case:
-    """One run: `arguments` of launch/train.py, and what rank 1 sees differently."""
+    """One run: `arguments` of launch/train.py, what rank 1 sees differently, and faults as in faulty_train.py."""
 
     name: str
     arguments: list[str]
     directory: str = str(REPOSITORY)
     on_rank_1: dict[str, Any] = field(default_factory=dict)
+    faults: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

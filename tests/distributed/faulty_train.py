@@ -1,20 +1,23 @@
 """launch/train.py with something going wrong in it, at a place and moment that a test chooses.
 
-The environment variable BAGEL_TEST_FAULTS holds a JSON list of {at, rank?, step?, do, seconds?, marker?}:
-`at` is "load", "step", "save" (files are there, nothing is complete yet) or "export"; `do` is "sleep" (for `seconds`),
-"nan" (in this step's batches), "stop" (SIGSTOP), "oom" or "nothing"; `marker` is a file made when the place is reached.
-Without `rank` it happens on every rank, without `step` every time.
+The environment variable BAGEL_TEST_FAULTS holds a JSON list of {at, rank?, step?, do, seconds?, times?, marker?}:
+`at` is "load", "step", "save" (files are there, nothing is complete yet), "export" or "write" (in the thread that
+writes the states, before it does); `do` is "sleep" (for `seconds`), "nan" (in this step's batches), "stop" (SIGSTOP),
+"oom", "full" (the disk) or "nothing"; `marker` is a file made when the place is reached. Without `rank` it happens on
+every rank, without `step` and `times` every time.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +33,24 @@ def main() -> int:
 
 
 def _faulty_run(faults: list[dict[str, Any]]) -> int:
+    with going_wrong(faults):
+        return run_rank()
+
+
+@contextmanager
+def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
+    """Runs of the trainer in this block meet `faults`."""
+    from bagel_ds.checkpoint import state
     from bagel_ds.train import checkpoints, trainer
 
     load, step = trainer.Trainer._load, trainer.Trainer._step
-    complete, stream = checkpoints.CheckpointWriter._complete, checkpoints.stream_tensors
+    complete, stream, fill = checkpoints.PendingSave._complete, checkpoints.stream_tensors, state.fill_rank
 
     def faulty_load(self: Any) -> None:
         _happen(faults, "load")
         load(self)
 
-    def faulty_step(self: Any, number: int, window: list[Any], stop: Any) -> Any:
+    def faulty_step(self: Any, number: int, window: list[Any], *rest: Any) -> Any:
         done = _happen(faults, "step", number)
         if "nan" in done:
             window[:] = [micro._replace(batch=_not_a_number(micro.batch)) for micro in window]
@@ -49,8 +60,8 @@ def _faulty_run(faults: list[dict[str, Any]]) -> int:
             with _instead(
                 trainer, "optimizer_step", _raise(torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB."))
             ):
-                return step(self, number, window, stop)
-        return step(self, number, window, stop)
+                return step(self, number, window, *rest)
+        return step(self, number, window, *rest)
 
     def faulty_complete(self: Any, *arguments: Any) -> None:
         _happen(faults, "save")
@@ -60,13 +71,19 @@ def _faulty_run(faults: list[dict[str, Any]]) -> int:
         _happen(faults, "export")
         stream(*arguments)
 
+    def faulty_fill(*arguments: Any) -> None:
+        if "full" in _happen(faults, "write"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the disk")
+        fill(*arguments)
+
     with (
         _instead(trainer.Trainer, "_load", faulty_load),
         _instead(trainer.Trainer, "_step", faulty_step),
-        _instead(checkpoints.CheckpointWriter, "_complete", faulty_complete),
+        _instead(checkpoints.PendingSave, "_complete", faulty_complete),
         _instead(checkpoints, "stream_tensors", faulty_stream),
+        _instead(state, "fill_rank", faulty_fill),
     ):
-        return run_rank()
+        yield
 
 
 def _instead(place: Any, name: str, value: Any) -> Any:
@@ -87,7 +104,10 @@ def _happen(faults: list[dict[str, Any]], at: str, step: int | None = None) -> l
     done = []
     for fault in faults:
         rank = int(os.environ["RANK"])
-        if fault["at"] == at and fault.get("rank", rank) == rank and fault.get("step", step) == step:
+        here = fault["at"] == at and fault.get("rank", rank) == rank and fault.get("step", step) == step
+        if here and fault.get("times", 1) > 0:
+            if "times" in fault:
+                fault["times"] -= 1
             if "marker" in fault:
                 Path(fault["marker"]).touch()
             if fault["do"] == "sleep":

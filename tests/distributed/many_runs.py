@@ -1,8 +1,9 @@
 """Runs `bagel_ds.train.main` once per case in the same processes; started by cases.py.
 
-Arguments: a JSON file with a list of cases {name, arguments, directory?, on_rank_1?} and a folder for the results
-(<name>.rank<r>.json with code and output). `on_rank_1` may hold arguments, directory and versions {package: version}
-that only rank 1 sees. What a case leaves unset is as it is for a launch of its own.
+Arguments: a JSON file with a list of cases {name, arguments, directory?, on_rank_1?, faults?} and a folder for the
+results (<name>.rank<r>.json with code and output). `on_rank_1` may hold arguments, directory and versions {package:
+version} that only rank 1 sees; `faults` are those of faulty_train.py. What a case leaves unset is as it is for a launch
+of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import deepspeed
 
 from bagel_ds.train import main as train
 from bagel_ds.train import setup
+from tests.distributed.faulty_train import going_wrong
 
 
 def main(cases_file: str, results: str) -> None:
@@ -51,7 +53,8 @@ def run(case: dict) -> tuple[int, str]:
     real = setup.installed_version
     os.chdir(case.get("directory", os.getcwd()))
     with redirect_stdout(printed), redirect_stderr(printed):
-        with mock.patch.object(setup, "installed_version", lambda name: versions.get(name) or real(name)):
+        patched = mock.patch.object(setup, "installed_version", lambda name: versions.get(name) or real(name))
+        with patched, going_wrong(case.get("faults", [])):
             try:
                 code = train.main(case["arguments"])
             except BaseException:

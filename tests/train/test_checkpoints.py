@@ -67,6 +67,8 @@ class OneGroup:
 class Engine:
     """What `CheckpointWriter` asks of a ZeroEngine."""
 
+    states_move: str | None = None
+
     def __init__(self) -> None:
         self.module = Network()
         self.partitions = OneGroup(self.module)

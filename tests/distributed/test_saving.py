@@ -1,0 +1,134 @@
+"""Saving while the next step computes changes nothing: not what is trained, not what is saved.
+
+Every run here saves after each step, and rank 1 begins to write its states only when the next step waits for them. Were
+an update not to wait, or anything of a step to touch the states before it, files would hold another step's numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bagel_ds.checkpoint.steps import MANIFEST, TRAINER, newest_state, step_folders
+from tests.distributed.cases import Case, Outcome, arguments, losses, run_cases
+from tests.distributed.started import StartedRun, send
+from tests.launch import TRAIN, deepspeed
+
+pytestmark = pytest.mark.distributed
+
+LATE = {"at": "write", "rank": 1, "do": "sleep", "seconds": 1.0}
+FULL = {"at": "write", "rank": 1, "do": "full", "times": 1}
+OTHER_PRESETS = [("zero3", 1), ("zero2", 2), ("zero1", 1), ("zero0", 1), ("zero3_cpu", 2), ("zero2_cpu", 1)]
+
+Runs = tuple[Path, dict[str, list[Outcome]]]
+
+
+def words_of(demo: Path, results: Path, **changed: object) -> list[str]:
+    return arguments(demo, results, **{"precision": "fp32", "max_num_tokens": 448, "save_every": 100, **changed})
+
+
+def late_and_not(demo: Path, folder: Path, preset: str, accumulation: int) -> list[Case]:
+    """Three steps that are all saved, three and two that are saved at their end alone, and a third step from the second
+    that was saved. Each run's results lie in a folder of its name."""
+    config: dict[str, Any] = {"ds_config": preset, "gradient_accumulation_steps": accumulation}
+    runs: dict[str, dict[str, Any]] = {
+        "late": {"total_steps": 3, "save_every": 1},
+        "whole": {"total_steps": 3},
+        "short": {"total_steps": 2},
+        "resumed": {"total_steps": 3, "resume_from": folder / "late" / "checkpoints" / "step_2"},
+    }
+    return [
+        Case(name, words_of(demo, folder / name, **options, **config), faults=[LATE] if name == "late" else [])
+        for name, options in runs.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("saving")
+    cases = late_and_not(demo, folder, "zero3", 2)
+    options = {"ds_config": "zero3", "gradient_accumulation_steps": 2, "save_every": 1}
+    for name, total in (("full", 3), ("full_at_last", 1)):
+        cases.append(Case(name, words_of(demo, folder / name, total_steps=total, **options), faults=[FULL]))
+    return folder, run_cases(folder / "launch", cases, ranks=2)
+
+
+def checksums(results: Path, step: int) -> dict[str, dict[str, int]]:
+    """Of every tensor of a checkpoint, by file; trainer.json, which holds the run's own arguments, left out."""
+    found = json.loads((results / "checkpoints" / f"step_{step}" / MANIFEST).read_text())["checksums"]
+    assert found.pop(TRAINER) and len(found) == 4, "states of two ranks, weights and average"
+    return found
+
+
+def assert_alike(runs: Runs) -> None:
+    folder, outcomes = runs
+    for name in ("late", "whole", "short", "resumed"):
+        assert outcomes[name][0].code == 0, outcomes[name][0].output
+    expected = losses(folder / "whole")
+    assert list(expected) == [0, 1, 2] and losses(folder / "late") == expected
+    assert losses(folder / "resumed") == {2: expected[2]}
+    assert [step for step, _ in step_folders(folder / "late" / "checkpoints")] == [1, 2, 3]
+    assert checksums(folder / "late", 2) == checksums(folder / "short", 2), "saved while the third step computed"
+    assert checksums(folder / "late", 3) == checksums(folder / "whole", 3)
+    assert checksums(folder / "resumed", 3) == checksums(folder / "whole", 3)
+
+
+def test_a_save_that_overlaps_training_changes_neither_losses_nor_files(runs: Runs) -> None:
+    assert_alike(runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "accumulation"), OTHER_PRESETS)
+def test_nor_does_it_under_another_stage_or_offload(preset: str, accumulation: int, demo: Path, tmp_path: Path) -> None:
+    assert_alike(
+        (tmp_path, run_cases(tmp_path / "launch", late_and_not(demo, tmp_path, preset, accumulation), ranks=2))
+    )
+
+
+def test_a_disk_that_fills_while_states_are_written_costs_that_save_alone(runs: Runs) -> None:
+    folder, outcomes = runs
+    main, other = outcomes["full"]
+    assert (main.code, other.code) == (0, 0), main.output
+    assert "step_1 could not be saved: the disk: No space left on device" in main.output
+    assert "Training goes on" in main.output and "saved" in main.output
+    assert losses(folder / "full") == losses(folder / "whole")
+    left = sorted(path.name for path in (folder / "full" / "checkpoints").iterdir() if not path.is_symlink())
+    assert left == ["latest", "step_2", "step_3"]
+    assert checksums(folder / "full", 3) == checksums(folder / "whole", 3)
+
+
+def test_a_disk_that_fills_under_the_last_save_is_an_error(runs: Runs) -> None:
+    folder, outcomes = runs
+    main, other = outcomes["full_at_last"]
+    assert (main.code, other.code) == (2, 2), main.output
+    assert "ERROR: " in main.output and "No space left on device" in main.output
+    assert not list((folder / "full_at_last" / "checkpoints").glob("*step_1")), "neither finished nor unfinished"
+
+
+@pytest.mark.slow
+def test_a_kill_while_the_next_step_waits_for_a_save_leaves_the_one_before_in_charge(
+    demo: Path, tmp_path: Path
+) -> None:
+    marker, results = tmp_path / "writing", tmp_path / "run"
+    words = words_of(demo, results, total_steps=4, save_every=2, auto_resume=True)
+    first = {"at": "write", "rank": 1, "do": "nothing", "times": 1}
+    with StartedRun(words_of(demo, results, total_steps=2, auto_resume=True), results, faults=[first]) as run:
+        assert run.end() == 0, run.output[-4000:]
+    held = {"at": "write", "rank": 1, "do": "sleep", "seconds": 300, "marker": str(marker)}
+    with StartedRun(
+        words_of(demo, results, total_steps=4, save_every=1, auto_resume=True), results, faults=[held]
+    ) as run:
+        run.until(marker.exists, "a state being written")
+        send(run.ranks(), signal.SIGKILL)
+        assert run.process.wait(120) != 0
+        run.all_ended()
+    checkpoints = results / "checkpoints"
+    assert newest_state(checkpoints) == checkpoints / "step_2" and (checkpoints / "latest").read_text() == "step_2\n"
+    assert (checkpoints / ".unfinished-step_3").is_dir()
+    finished = deepspeed(TRAIN, words, ranks=2)
+    assert finished.code == 0 and "removing" in finished.output, finished.output[-4000:]
+    assert [step for step, _ in step_folders(checkpoints)] == [2, 4]
