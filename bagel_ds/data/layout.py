@@ -21,7 +21,7 @@ from bagel_ds.model.batch import CAUSAL, FULL, NOISE, PackedBatch, patchify
 
 @dataclass(frozen=True)
 class LayoutOptions:
-    """Sizes of patches and position tables; see `SampleOptions` for those of the same name."""
+    """What an image becomes: sizes of patches in pixels (latent patches: in cells), of position tables in patches."""
 
     vit_patch_size: int = 14
     latent_patch_size: int = 2

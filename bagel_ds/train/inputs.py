@@ -54,6 +54,11 @@ def bagel_config(config: RunConfig, folder: ModelFolder, weights: Path | None, v
     )
 
 
+def open_datasets(config: RunConfig) -> DatasetConfig:
+    """The dataset YAML of the run."""
+    return load_dataset_config(config.data.dataset_config_file, config.data.dataset_info)
+
+
 def open_tokenizer(folder: Path, model: BagelConfig) -> Tokenizer:
     """The folder's tokenizer. Raises `UserError` where the network's vocabulary is too small for it."""
     tokenizer = load_tokenizer(folder)
@@ -63,6 +68,19 @@ def open_tokenizer(folder: Path, model: BagelConfig) -> Tokenizer:
             f"{model.llm.vocab_size}; they do not belong together. Download or copy the folder again."
         )
     return tokenizer
+
+
+def layout_options(config: RunConfig, model: BagelConfig, vae: VAEConfig) -> LayoutOptions:
+    """How many tokens an image becomes, and at which places."""
+    return LayoutOptions(
+        vit_patch_size=model.vit.patch_size,
+        latent_patch_size=model.latent_patch_size,
+        vae_downsample=vae.downsample,
+        max_latent_size=model.max_latent_size,
+        vit_max_num_patch_per_side=model.vit.max_patches_per_side,
+        interpolate_pos=config.model.interpolate_pos,
+        latent_channels=model.z_channels,
+    )
 
 
 def sample_options(config: RunConfig, model: BagelConfig, vae: VAEConfig) -> SampleOptions:
@@ -75,13 +93,13 @@ def sample_options(config: RunConfig, model: BagelConfig, vae: VAEConfig) -> Sam
         seed=config.data.data_seed,
         visual_und=model.visual_und,
         visual_gen=model.visual_gen,
-        interpolate_pos=config.model.interpolate_pos,
-        **_geometry(model, vae),
+        layout=layout_options(config, model, vae),
     )
 
 
 def open_data(
     config: RunConfig,
+    datasets: DatasetConfig,
     folder: Path,
     model: BagelConfig,
     vae: VAEConfig,
@@ -90,7 +108,6 @@ def open_data(
 ) -> PlannedData:
     """The data of the run, indexed where it is needed and not yet, and its plan; `start`: the state it goes on from."""
     tokenizer = open_tokenizer(folder, model)
-    datasets = load_dataset_config(config.data.dataset_config_file, config.data.dataset_info)
     options = sample_options(config, model, vae)
     cursors = start["block"]["groups"] if start else None
     streams = open_streams(datasets, tokenizer, options, config.data.index_cache, progress, cursors)
@@ -101,15 +118,14 @@ def plan_data(
     config: RunConfig, streams: list[GroupStream], tokenizer: Tokenizer, model: BagelConfig, vae: VAEConfig
 ) -> PlannedData:
     """The plan over open streams."""
-    layout = LayoutOptions(
-        interpolate_pos=config.model.interpolate_pos, latent_channels=model.z_channels, **_geometry(model, vae)
-    )
     packing = PackingOptions(
         max_num_tokens=config.data.max_num_tokens,
         expected_num_tokens=config.data.expected_num_tokens,
         data_seed=config.data.data_seed,
     )
-    return PlannedData(streams, tokenizer, layout, packing, config.training.global_seed, model)
+    return PlannedData(
+        streams, tokenizer, layout_options(config, model, vae), packing, config.training.global_seed, model
+    )
 
 
 @dataclass(frozen=True)
@@ -129,7 +145,7 @@ class DataInputs:
 
     def plan(self, progress: bool) -> PlannedData:
         """The data as training would open it."""
-        return open_data(self.config, self.folder, self.model, self.vae, progress)
+        return open_data(self.config, self.datasets, self.folder, self.model, self.vae, progress)
 
 
 def open_inputs(config: RunConfig) -> DataInputs:
@@ -140,15 +156,4 @@ def open_inputs(config: RunConfig) -> DataInputs:
     weights = path if folder.weight_files("ema") or folder.weight_files("model") else None
     vae = vae_config(TensorFiles([path / VAE]), path / VAE)
     model = bagel_config(config, folder, weights, vae)
-    datasets = load_dataset_config(config.data.dataset_config_file, config.data.dataset_info)
-    return DataInputs(config, datasets, path, model, vae, open_tokenizer(path, model))
-
-
-def _geometry(model: BagelConfig, vae: VAEConfig) -> dict[str, Any]:
-    return {
-        "vit_patch_size": model.vit.patch_size,
-        "latent_patch_size": model.latent_patch_size,
-        "vae_downsample": vae.downsample,
-        "max_latent_size": model.max_latent_size,
-        "vit_max_num_patch_per_side": model.vit.max_patches_per_side,
-    }
+    return DataInputs(config, open_datasets(config), path, model, vae, open_tokenizer(path, model))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bagel_ds.config import RunConfig
-from bagel_ds.data.config import load_dataset_config
+from bagel_ds.data.config import DatasetConfig
 from bagel_ds.errors import UserError
 from bagel_ds.model.config import BagelConfig, VAEConfig
 from bagel_ds.units import GIB
@@ -28,11 +28,15 @@ _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory
 
 
 def plan_run(
-    config: RunConfig, model: BagelConfig, vae: VAEConfig, ds_config: dict[str, Any], world_size: int
+    config: RunConfig,
+    datasets: DatasetConfig,
+    model: BagelConfig,
+    vae: VAEConfig,
+    ds_config: dict[str, Any],
+    world_size: int,
 ) -> MemoryPlan:
     """The plan of this run, with this host's memory as budget. Raises `UserError` where it cannot fit."""
-    data = load_dataset_config(config.data.dataset_config_file, config.data.dataset_info)
-    drawn = [group.vae_transform.max_image_size for group in data.groups if group.vae_transform is not None]
+    drawn = [group.vae_transform.max_image_size for group in datasets.groups if group.vae_transform is not None]
     options = MemoryOptions.of(
         config,
         world_size,

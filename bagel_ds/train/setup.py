@@ -39,7 +39,7 @@ from bagel_ds.train.agreement import (
     together,
 )
 from bagel_ds.train.claim import Claim, claim
-from bagel_ds.train.inputs import bagel_config, open_data
+from bagel_ds.train.inputs import bagel_config, open_data, open_datasets
 from bagel_ds.train.memory import plan_run
 from bagel_ds.train.quiet import quiet_start
 from bagel_ds.train.start import StartPoint, StartWeights, open_start, sound_start
@@ -90,11 +90,12 @@ def prepare(config: RunConfig) -> Prepared:
     start = sound_start(config.training, model_folder, parts)
     model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start))
     ds_notes = ds_notes + one_per_host_first(lambda: _ready_nvme(config, ds_config, model))
-    memory = together(lambda: plan_run(config, model, vae.config, ds_config, dist.get_world_size()))
+    datasets = together(lambda: open_datasets(config))
+    memory = together(lambda: plan_run(config, datasets, model, vae.config, ds_config, dist.get_world_size()))
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
     place = together(lambda: read_trainer(start.folder)["plan_state"]) if start.full else None
-    data = one_per_host_first(lambda: open_data(config, model_folder, model, vae.config, is_main(), place))
+    data = one_per_host_first(lambda: open_data(config, datasets, model_folder, model, vae.config, is_main(), place))
     # That a resumed run's place in the data is one in this run's plan is seen before anything is loaded.
     together(lambda: data.micro_batches(dist.get_rank(), dist.get_world_size(), start=place).close())
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})

@@ -36,7 +36,8 @@ def test_an_image_larger_than_the_table_is_unusable_unless_positions_are_interpo
     vit = {} if kind == "t2i_pretrain" else {"vit_image_transform_args": VIT_ARGS}
     groups = {kind: group({"data_dir": str(tmp_path / "rows")}, **vit)}
     tokenizer = byte_tokenizer(tmp_path / "tokenizer")
-    (stream,) = streams_of(tmp_path, groups, tokenizer, **limits, interpolate_pos=interpolate, **NO_DROPOUT)
+    options = LayoutOptions(**limits, interpolate_pos=interpolate)
+    (stream,) = streams_of(tmp_path, groups, tokenizer, layout=options, **NO_DROPOUT)
     small, large = stream.plan_sample(0, 0), stream.plan_sample(1, 0)
     assert small is not None
     if not interpolate:
@@ -44,7 +45,7 @@ def test_an_image_larger_than_the_table_is_unusable_unless_positions_are_interpo
         assert [(bad.row, named in bad.reason) for bad in stream.bad_rows] == [(1, True)]
         return
     assert large is not None and not stream.bad_rows
-    batch = materialize([large], [stream], tokenizer, LayoutOptions(**limits, interpolate_pos=True), 0)
+    batch = materialize([large], [stream], tokenizer, options, 0)
     assert batch.sample_lens == (large.length,)
     side = next(iter(limits.values()))
     positions = batch.latent_position_ids if "max_latent_size" in limits else batch.vit_position_ids
@@ -55,4 +56,4 @@ def test_a_dataset_of_images_that_are_all_too_large_is_an_error(tmp_path: Path) 
     write_parquet(tmp_path / "rows" / "a.parquet", _rows("t2i_pretrain", (80, 48))[1:])
     groups = {"t2i_pretrain": group({"data_dir": str(tmp_path / "rows")})}
     with pytest.raises(UserError, match="none of its 1 rows can be used.*exceeds max_latent_size 4"):
-        streams_of(tmp_path, groups, byte_tokenizer(tmp_path / "tokenizer"), max_latent_size=4, **NO_DROPOUT)
+        streams_of(tmp_path, groups, byte_tokenizer(tmp_path / "tokenizer"), layout=LayoutOptions(max_latent_size=4))

@@ -27,6 +27,7 @@ from small_data import (
     write_parquet,
 )
 
+from bagel_ds.data.layout import LayoutOptions
 from bagel_ds.data.records import ParsedRow
 from bagel_ds.data.sample import TEXT, VAE, VIT, SamplePlan
 from bagel_ds.data.sources import KINDS, GroupStream
@@ -303,7 +304,7 @@ def test_an_image_larger_than_the_position_table_is_a_bad_row(
 ) -> None:
     rows = edit_rows(1)
     rows.append({**rows[0], "image_list": [picture(40, 40), picture(40, 40)]})
-    stream = _one(tmp_path, "unified_edit", rows, tokenizer, **{limit: value})
+    stream = _one(tmp_path, "unified_edit", rows, tokenizer, layout=LayoutOptions(**{limit: value}))
     for _ in range(3):
         assert stream.plan_sample(0, 0) is None
     assert len(stream.bad_rows) == 1 and reason in stream.bad_rows[0].reason

@@ -33,4 +33,4 @@ def test_llm_qk_norm_decides_whatever_the_folder_says(qk_norm: bool, folder: Mod
 def test_samples_are_planned_with_the_position_ids_they_will_get(interpolates: bool, folder: ModelFolder) -> None:
     config = make_config({"interpolate_pos": interpolates})
     options = sample_options(config, bagel_config(config, folder, None, VAEConfig()), VAEConfig())
-    assert options.interpolate_pos is interpolates
+    assert options.layout.interpolate_pos is interpolates

@@ -18,15 +18,10 @@ from bagel_ds.zero.config import resolve_ds_config
 from bagel_ds.zero.memory import MemoryPlan
 
 
-@pytest.fixture(autouse=True)
-def one_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    group = GroupConfig("t2i_pretrain", "t2i_pretrain", (), ImageTransform(1024, 512, 16), None)
-    monkeypatch.setattr(memory, "load_dataset_config", lambda *_: DatasetConfig((group,), "here"))
-
-
 def plan(config: RunConfig) -> MemoryPlan:
     ds_config, _ = resolve_ds_config(config.training.ds_config, config, 2)
-    return plan_run(config, BagelConfig(), VAEConfig(), ds_config, 2)
+    group = GroupConfig("t2i_pretrain", "t2i_pretrain", (), ImageTransform(1024, 512, 16), None)
+    return plan_run(config, DatasetConfig((group,), "here"), BagelConfig(), VAEConfig(), ds_config, 2)
 
 
 def test_the_7b_on_a_small_host_is_refused_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,8 +170,8 @@ def _groups_with_loss(config: DatasetConfig, options: SampleOptions) -> list[Gro
 
 
 def _stride_faults(group: GroupConfig, options: SampleOptions) -> list[str]:
-    faults = []
-    sides = (("VAE", group.vae_transform, options.latent_stride), ("ViT", group.vit_transform, options.vit_patch_size))
+    faults, layout = [], options.layout
+    sides = (("VAE", group.vae_transform, layout.latent_stride), ("ViT", group.vit_transform, layout.vit_patch_size))
     for name, transform, stride in sides:
         if transform is not None and transform.image_stride % stride:
             faults.append(

@@ -20,6 +20,7 @@ from bagel_ds.data import files
 from bagel_ds.data.draws import Draws, draw_key
 from bagel_ds.data.images import ImageTransform
 from bagel_ds.data.index import FileIndex
+from bagel_ds.data.layout import LayoutOptions
 from bagel_ds.data.records import VERSION, ParsedRow, Record, decode_record, reason_of
 from bagel_ds.data.sample import TEXT, VAE, VIT, BadRow, Entry, SamplePlan
 from bagel_ds.data.sources.kinds import KINDS
@@ -34,7 +35,7 @@ _NAMED_ROWS = 5  # bad rows of a dataset that the log names; all are in `bad_row
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What planning a sample depends on besides its row. Sizes in patches, probabilities 0 to 1."""
+    """What planning a sample depends on besides its row; probabilities 0 to 1."""
 
     max_num_tokens_per_sample: int = 16384
     text_cond_dropout_prob: float = 0.1
@@ -43,17 +44,7 @@ class SampleOptions:
     seed: int = 42
     visual_und: bool = True
     visual_gen: bool = True
-    vit_patch_size: int = 14
-    latent_patch_size: int = 2
-    vae_downsample: int = 8
-    max_latent_size: int = 64
-    vit_max_num_patch_per_side: int = 70
-    interpolate_pos: bool = False
-
-    @property
-    def latent_stride(self) -> int:
-        """Pixels per latent token and side."""
-        return self.latent_patch_size * self.vae_downsample
+    layout: LayoutOptions = LayoutOptions()
 
 
 @dataclass(frozen=True)
@@ -333,15 +324,15 @@ class GroupStream:
 
 
 def _image_tokens(stream: GroupStream, kind: str, width: int, height: int, sharing: int) -> tuple[int, int, int]:
-    options = stream.options
+    layout = stream.options.layout
     if kind == VIT:
-        transform, stride, most = stream.vit_transform, options.vit_patch_size, options.vit_max_num_patch_per_side
+        transform, stride, most = stream.vit_transform, layout.vit_patch_size, layout.vit_max_num_patch_per_side
     else:
-        transform, stride, most = stream.vae_transform, options.latent_stride, options.max_latent_size
+        transform, stride, most = stream.vae_transform, layout.latent_stride, layout.max_latent_size
     assert transform is not None, "a kind's transforms cover what its source arranges"
     width, height = transform.size(width, height, sharing)
     rows, columns = height // stride, width // stride
-    if max(rows, columns) > most and not options.interpolate_pos:  # which spreads any grid over the table
+    if max(rows, columns) > most and not layout.interpolate_pos:  # which spreads any grid over the table
         limit = "vit_max_num_patch_per_side" if kind == VIT else "max_latent_size"
         raise BadRow(f"an image of {width} x {height} pixels after the resize exceeds {limit} {most}")
     return rows * columns, height, width
