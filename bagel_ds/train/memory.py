@@ -20,6 +20,7 @@ from bagel_ds.errors import UserError
 from bagel_ds.model.config import BagelConfig, VAEConfig
 from bagel_ds.units import GIB
 from bagel_ds.zero.memory import MemoryOptions, MemoryPlan, plan_memory
+from bagel_ds.zero.memory_allocator import exact_pinned_memory
 from bagel_ds.zero.memory_report import report_lines, suggestion_lines, verdict
 from bagel_ds.zero.memory_suggest import suggestions
 from bagel_ds.zero.nvme import nvme_folders
@@ -37,6 +38,7 @@ def plan_run(
 ) -> MemoryPlan:
     """The plan of this run, with this host's memory as budget. Raises `UserError` where it cannot fit."""
     drawn = [group.vae_transform.max_image_size for group in datasets.groups if group.vae_transform is not None]
+    cached = config.training.activation_checkpointing == "offload"
     options = MemoryOptions.of(
         config,
         world_size,
@@ -47,6 +49,7 @@ def plan_run(
         gpu_memory=torch.cuda.mem_get_info()[1] / GIB if torch.cuda.is_available() else None,
         host_memory=host_memory_gib(),
         nvme=_free_gib(ds_config),
+        rounds_pinned_memory=cached or not exact_pinned_memory(),  # main.py set it; an older torch may not do it
     )
     plan = plan_memory(model, ds_config, options)
     if not plan.fits and not config.training.ignore_memory_plan:

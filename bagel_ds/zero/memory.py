@@ -8,6 +8,7 @@ device part in host memory.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,16 @@ from bagel_ds.units import GIB, MIB
 from bagel_ds.zero.memory_activations import PackShape
 from bagel_ds.zero.memory_moments import Moment, StepShape, gathering, moments
 from bagel_ds.zero.memory_parameters import parameter_sizes, vae_parameters
-from bagel_ds.zero.memory_states import DEVICE, HOST, NVME, Sharding, State, pinned_excess, states
+from bagel_ds.zero.memory_states import (
+    DEVICE,
+    EXACT_ABOVE_MIB,
+    HOST,
+    NVME,
+    Sharding,
+    State,
+    pinned_excess,
+    states,
+)
 from bagel_ds.zero.memory_traffic import Traffic, step_traffic
 
 # Measured on CPU (torch 2.13, deepspeed 0.19.8): the launcher's two processes, a rank's libraries and data plan, a
@@ -55,7 +65,8 @@ class MemoryOptions:
     num_workers: int = 4
     prefetch_factor: int = 2
     gradient_accumulation_steps: int = 1
-    rounds_pinned_memory: bool = True  # torch rounds page-locked blocks up to powers of two and keeps freed ones
+    # torch rounds page-locked blocks up to powers of two and keeps freed ones; the trainer has it spare the large ones
+    rounds_pinned_memory: bool = False
     vae: VAEConfig = VAEConfig()
     gpu_memory: float | None = None
     host_memory: float | None = None
@@ -65,6 +76,8 @@ class MemoryOptions:
     def of(cls, config: RunConfig, world_size: int, **others: Any) -> MemoryOptions:
         """The options of a training run; `others` are fields of this class."""
         training, data = config.training, config.data
+        # Inputs of layers on the host come and go in each step: their blocks are kept (train/main.py).
+        others.setdefault("rounds_pinned_memory", training.activation_checkpointing == "offload")
         return cls(
             world_size=world_size,
             max_num_tokens=data.max_num_tokens,
@@ -172,8 +185,8 @@ def plan_memory(model: BagelConfig, ds_config: dict[str, Any], run: MemoryOption
     )
     ranks = run.ranks_per_host or run.world_size
     always = [*_rank_states(sharding, shape, run), *_process_states(run, on_cpu, sharding.bf16)]
-    if not on_cpu and run.rounds_pinned_memory:
-        always.append(State("page-locked memory: rounding and cache", HOST, _excess(sharding, always)))
+    if not on_cpu:
+        always.append(State("page-locked memory: rounding and cache", HOST, _excess(sharding, always, run)))
     peaks = moments(sharding, shape)
     if on_cpu:
         always = [_moved(state) for state in always]
@@ -230,9 +243,10 @@ def _process_states(run: MemoryOptions, on_cpu: bool, bf16: bool) -> list[State]
     return found
 
 
-def _excess(sharding: Sharding, found: list[State]) -> int:
-    pieces = sharding.weight_bytes * sharding.share(True) if sharding.pinned("param") else 0
-    return pinned_excess(found, pieces)
+def _excess(sharding: Sharding, found: list[State], run: MemoryOptions) -> int:
+    trains = [p.numel for p in sharding.parameters if p.trains and sharding.pinned("param")]
+    pieces = [sharding.weight_bytes * -(-numel // sharding.world) for numel in trains]
+    return pinned_excess(found, pieces, math.inf if run.rounds_pinned_memory else EXACT_ABOVE_MIB * MIB)
 
 
 def _with_fragmentation(moment: Moment) -> Moment:

@@ -13,9 +13,11 @@ import os
 
 import torch
 
+from bagel_ds.units import MIB
+from bagel_ds.zero.memory_states import EXACT_ABOVE_MIB
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
-LARGE, KEPT, ARENAS = 2**20, 4 * 2**20, 2
-LARGEST_CACHED_MIB = 32  # page-locked blocks above it are exact and are freed at once; a pack's tensors are below
+LARGE, KEPT, ARENAS = MIB, 4 * MIB, 2
 
 
 def return_freed_memory() -> bool:
@@ -29,8 +31,10 @@ def return_freed_memory() -> bool:
     return answers == [1] * len(answers)
 
 
-def exact_pinned_memory(above_mib: int = LARGEST_CACHED_MIB) -> bool:
+def exact_pinned_memory(above_mib: int = EXACT_ABOVE_MIB) -> bool:
     """Page-locked blocks above this size are neither rounded up nor kept; False where this torch can't do that.
+
+    The default leaves a pack's tensors below it.
 
     Meant for loading, which makes blocks that stay and blocks that go once. A step that allocates pinned blocks itself
     (layer inputs kept on the host) should cache them: call again with a size above theirs. What PYTORCH_ALLOC_CONF (or

@@ -183,7 +183,9 @@ def _load(s: Sharding, shape: StepShape) -> Moment:
     """How DeepSpeed lays weights side by side: through host memory.
 
     ZeRO-3 always does so, unless parameters are offloaded; stages 1 and 2 only where a GPU has no room for the weights
-    twice, and then hold them twice on the host.
+    twice, and then hold them twice on the host. With the optimizer on NVMe it first makes zeros in place of a group's
+    gradient, then the gradients' own memory, which is copied where it is to be page-locked. (With an optimizer in host
+    memory all this is less than the moments, which come later.)
     """
     size = 0
     if s.stage == 3 and s.place("param") == DEVICE:
@@ -194,6 +196,10 @@ def _load(s: Sharding, shape: StepShape) -> Moment:
     if s.place("optimizer") == HOST:
         size -= (s.master_bytes + 2 * s.moment_bytes) * s.share(True)  # counted as states, but made after this
     parts = [State("weights on their way to the GPU", HOST, size)] if size > 0 and not s.on_cpu else []
+    if s.place("optimizer") == NVME:
+        copied = s.gradient_bytes * s.share(True) if s.pinned("optimizer") else 0
+        zeros = s.master_bytes * max(s.sub_groups())
+        parts.append(State("gradients being laid out", HOST, max(copied, zeros)))
     return Moment("load", parts)
 
 

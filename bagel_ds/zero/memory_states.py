@@ -15,6 +15,7 @@ from bagel_ds.zero.draft import offload_device, zero_stage
 from bagel_ds.zero.memory_parameters import ParameterSize
 
 DEVICE, HOST, NVME = "gpu", "host", "nvme"
+EXACT_ABOVE_MIB = 32  # page-locked blocks above it are exact and freed at once (memory_allocator.py)
 PARAMETER_IO = 150 * MIB  # measured: threads and handles that read and write parameters on NVMe
 _PLACE = {"none": DEVICE, "cpu": HOST, "nvme": NVME}
 _TYPE_BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "bf16": 2, "float16": 2, "bfloat16": 2}
@@ -190,15 +191,20 @@ def _stage3(s: Sharding) -> Iterator[State]:
         yield State("communication buckets", DEVICE, touched * s.communication_bytes)
 
 
-def pinned_excess(found: list[State], weights_in_pieces: int) -> int:
+def pinned_excess(found: list[State], pieces: list[int], exact_above: float) -> int:
     """Bytes that torch adds to page-locked memory: blocks are rounded up to powers of two and kept when freed.
 
-    `weights_in_pieces` are bytes of parameter partitions that DeepSpeed first pins one by one (rounded up, by a quarter
-    on average) before it moves them to one block; torch keeps those pieces.
+    `pieces` are bytes of the parameter partitions that DeepSpeed first pins one by one, before it moves them to one
+    block; torch keeps them. Blocks of more than `exact_above` bytes are neither rounded nor kept.
     """
-    excess = 0
+    excess = sum(_power_of_two(piece) for piece in pieces if piece <= exact_above)
     for state in found:
-        if state.pinned:
-            block = max(1, state.size // state.pinned)
-            excess += state.pinned * ((1 << (block - 1).bit_length()) - block)
-    return excess + weights_in_pieces * 5 // 4
+        block = max(1, state.size // state.pinned) if state.pinned else 0
+        if 0 < block <= exact_above:
+            excess += state.pinned * (_power_of_two(block) - block)
+    return excess
+
+
+def _power_of_two(size: int) -> int:
+    """The smallest one that is not below `size`."""
+    return 1 << (size - 1).bit_length()

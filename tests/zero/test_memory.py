@@ -121,12 +121,35 @@ def test_a_run_on_cpu_has_all_of_it_in_host_memory() -> None:
     [
         ({"max_num_tokens": 5760}, "gpu_peak"),
         ({"ema": 0.0}, "host_peak"),
-        ({"rounds_pinned_memory": False}, "host_peak"),
         ({"num_workers": 0}, "host_peak"),
     ],
 )
 def test_asking_for_less_takes_less(change: dict[str, Any], smaller: str) -> None:
     assert getattr(plan("zero3_cpu.json", **change), smaller) < getattr(plan("zero3_cpu.json"), smaller)
+
+
+def test_page_locked_memory_that_is_rounded_takes_more() -> None:
+    """So it is where inputs of layers come and go on the host; else the trainer has large blocks exact."""
+    exact, rounded = plan("zero3_cpu.json"), plan("zero3_cpu.json", rounds_pinned_memory=True)
+    assert rounded.host_peak > exact.host_peak + PARAMETERS
+    kept = [items(found, "page-locked memory: rounding and cache")[0].bytes for found in (exact, rounded)]
+    offloaded = plan("zero3_cpu.json", activation_checkpointing="offload")
+    assert items(offloaded, "page-locked memory: rounding and cache")[0].bytes >= kept[1] > kept[0]
+
+
+def test_small_pieces_of_page_locked_memory_are_kept_and_large_ones_not() -> None:
+    """On 8 GPUs the partitions of the 7B's matrices are below 32 MiB, on 2 above."""
+    excess = {
+        world: items(plan("zero3_nvme.json", world), "page-locked memory: rounding and cache")[0].bytes
+        for world in (2, 8)
+    }
+    assert excess[2] < 0.5 * PARAMETERS and excess[8] > 2 * PARAMETERS
+
+
+def test_gradients_are_there_twice_while_they_are_page_locked() -> None:
+    found = plan("zero3_nvme.json")
+    (copied,) = items(found, "gradients being laid out")
+    assert copied.moment == "load" and copied.bytes == pytest.approx(2 * PARAMETERS, rel=0.005)
 
 
 def test_keeping_all_activations_takes_more() -> None:
@@ -145,7 +168,7 @@ def test_frozen_parts_cost_their_weights_alone() -> None:
     frozen = dataclasses.replace(MODEL, freeze_und=True)
     found = plan("zero3_cpu.json", model=frozen, freeze_und=True)
     trainable = sum(parameter.numel for parameter in parameter_sizes(frozen) if parameter.trains)
-    assert items(found, "weights")[0].bytes == pytest.approx(2 * PARAMETERS, rel=0.001)
+    assert items(found, "weights")[0].bytes == pytest.approx(2 * PARAMETERS, rel=0.005)
     assert items(found, "masters")[0].bytes == pytest.approx(4 * trainable, rel=0.001)
 
 
