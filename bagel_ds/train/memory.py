@@ -38,7 +38,6 @@ def plan_run(
 ) -> MemoryPlan:
     """The plan of this run, with this host's memory as budget. Raises `UserError` where it cannot fit."""
     drawn = [group.vae_transform.max_image_size for group in datasets.groups if group.vae_transform is not None]
-    cached = config.training.activation_checkpointing == "offload"
     options = MemoryOptions.of(
         config,
         world_size,
@@ -49,7 +48,7 @@ def plan_run(
         gpu_memory=torch.cuda.mem_get_info()[1] / GIB if torch.cuda.is_available() else None,
         host_memory=host_memory_gib(),
         nvme=_free_gib(ds_config),
-        rounds_pinned_memory=cached or not exact_pinned_memory(),  # main.py set it; an older torch may not do it
+        rounds_pinned_memory=_rounds_pinned_memory(config),
     )
     plan = plan_memory(model, ds_config, options)
     if not plan.fits and not config.training.ignore_memory_plan:
@@ -59,6 +58,13 @@ def plan_run(
             "To start all the same, pass --ignore_memory_plan True."
         )
     return plan
+
+
+def _rounds_pinned_memory(config: RunConfig) -> bool:
+    """What main.py could have torch do about page-locked memory: a torch that is older may not be able to."""
+    if not torch.cuda.is_available():
+        return False
+    return config.training.activation_checkpointing == "offload" or not exact_pinned_memory()
 
 
 def plan_lines(plan: MemoryPlan) -> list[str]:
