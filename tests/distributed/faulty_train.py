@@ -3,8 +3,8 @@
 The environment variable BAGEL_TEST_FAULTS holds a JSON list of {at, rank?, step?, do, seconds?, times?, marker?}:
 `at` is "load", "step", "save" (files are there, nothing is complete yet), "export" or "write" (in the thread that
 writes the states, before it does); `do` is "sleep" (for `seconds`), "nan" (in this step's batches), "stop" (SIGSTOP),
-"oom", "full" (the disk) or "nothing"; `marker` is a file made when the place is reached. Without `rank` it happens on
-every rank, without `step` and `times` every time.
+"oom", "full" (the disk), "late" (of "write": only when the next update waits for it) or "nothing"; `marker` is a file
+made when the place is reached. Without `rank` it happens on every rank, without `step` and `times` every time.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,10 +42,11 @@ def _faulty_run(faults: list[dict[str, Any]]) -> int:
 def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
     """Runs of the trainer in this block meet `faults`."""
     from bagel_ds.checkpoint import state
-    from bagel_ds.train import checkpoints, trainer
+    from bagel_ds.train import background, checkpoints, trainer
 
     load, step = trainer.Trainer._load, trainer.Trainer._step
     complete, stream, fill = checkpoints.PendingSave._complete, checkpoints.stream_tensors, state.fill_rank
+    wait, waited_for = background.Background.wait, threading.Event()
 
     def faulty_load(self: Any) -> None:
         _happen(faults, "load")
@@ -72,9 +74,17 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
         stream(*arguments)
 
     def faulty_fill(*arguments: Any) -> None:
-        if "full" in _happen(faults, "write"):
+        done = _happen(faults, "write")
+        if "full" in done:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the disk")
+        if "late" in done:
+            assert waited_for.wait(300)
+            waited_for.clear()
         fill(*arguments)
+
+    def telling_wait(self: Any) -> None:
+        waited_for.set()
+        wait(self)
 
     with (
         _instead(trainer.Trainer, "_load", faulty_load),
@@ -82,6 +92,7 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
         _instead(checkpoints.PendingSave, "_complete", faulty_complete),
         _instead(checkpoints, "stream_tensors", faulty_stream),
         _instead(state, "fill_rank", faulty_fill),
+        _instead(background.Background, "wait", telling_wait),
     ):
         yield
 

@@ -20,7 +20,7 @@ from tests.launch import TRAIN, deepspeed
 
 pytestmark = pytest.mark.distributed
 
-LATE = {"at": "write", "rank": 1, "do": "sleep", "seconds": 1.0}
+LATE = {"at": "write", "rank": 1, "do": "late"}
 FULL = {"at": "write", "rank": 1, "do": "full", "times": 1}
 OTHER_PRESETS = [("zero3", 1), ("zero2", 2), ("zero1", 1), ("zero0", 1), ("zero3_cpu", 2), ("zero2_cpu", 1)]
 
