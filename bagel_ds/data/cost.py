@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from bagel_ds.data.sample import TEXT, VAE, VIT, SamplePlan
 from bagel_ds.model.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
+from bagel_ds.model.parts import Freezing, trainable_parts
 
 UNIT = 10**6  # costs are whole MFLOP: sums over any pack stay far below 2**53, exact as int64 and as float64
-# How often the forward's operations run in one step with activation checkpointing: forward, again, and twice backward.
-TRAINED_PASSES = 4
-# A frozen part that still runs inside a checkpointed layer: forward, and again.
-FROZEN_PASSES = 2
+# Matrix products of a checkpointed layer in one step, in forwards: forward, again in the backward pass, the gradient of
+# its input; and one more for that of its weights where they train.
+FROZEN_PASSES, TRAINED_PASSES = 3, 4
 # Attention's backward recomputes the scores: 2.5 forwards (Dao, FlashAttention-2, section 4.1). In halves: an integer.
 ATTENTION_HALF_PASSES = 9
 
@@ -84,12 +84,19 @@ def llm_flops_per_token(llm: LLMConfig) -> int:
     return 2 * llm.num_hidden_layers * (attention + mlp)
 
 
-def vit_flops_per_patch(vit: ViTConfig, llm_hidden: int) -> int:
-    """Forward FLOP of one patch: patch embedding, all layers' linear maps, connector."""
-    layer = 4 * vit.hidden_size**2 + 2 * vit.hidden_size * vit.intermediate_size
+def vit_flops_per_patch(vit: ViTConfig, llm_hidden: int, trains: bool = True, connector_trains: bool = True) -> int:
+    """FLOP of one patch in one step: patch embedding, all layers' linear maps, connector.
+
+    Only layers are checkpointed, and where no gradient passes they run once. Pixels need none.
+    """
+    layers = vit.num_layers * (4 * vit.hidden_size**2 + 2 * vit.hidden_size * vit.intermediate_size)
     embedding = vit.num_channels * vit.patch_size**2 * vit.hidden_size
-    connector = vit.hidden_size * llm_hidden + llm_hidden**2
-    return 2 * (vit.num_layers * layer + embedding + connector)
+    return 2 * (
+        layers * (TRAINED_PASSES if trains else 1)
+        + embedding * (1 + trains)
+        + vit.hidden_size * llm_hidden * (1 + connector_trains + trains)
+        + llm_hidden**2 * (1 + connector_trains + (connector_trains or trains))
+    )
 
 
 def vae_flops_per_cell(vae: VAEConfig) -> int:
@@ -133,22 +140,30 @@ class CostModel:
     vae_cell_pixels: int
 
     @classmethod
-    def of(cls, config: BagelConfig | None = None, vae: VAEConfig | None = None) -> CostModel:
-        """The prices of a network; BAGEL-7B-MoT with the FLUX autoencoder by default."""
+    def of(
+        cls, config: BagelConfig | None = None, vae: VAEConfig | None = None, freezing: Freezing = Freezing()
+    ) -> CostModel:
+        """The prices of a network; BAGEL-7B-MoT with the FLUX autoencoder, all of it trained, by default."""
         config, vae = config or BagelConfig(), vae or VAEConfig()
         llm, vit = config.llm, config.vit
-        und_passes = FROZEN_PASSES if config.freeze_und else TRAINED_PASSES
-        vit_half_passes = 2 * FROZEN_PASSES if config.freeze_und else ATTENTION_HALF_PASSES
+        trained = trainable_parts(config, freezing)
+
+        def passes(part: str) -> int:
+            return TRAINED_PASSES if part in trained else FROZEN_PASSES
+
+        # freeze_und stops the gradient of the input, too.
+        und_passes = 2 if config.freeze_und else passes("und_expert")
+        vit_half_passes = ATTENTION_HALF_PASSES if "vit" in trained else 2
         token = llm_flops_per_token(llm)
         heads_width = llm.num_attention_heads * llm.head_dim
         attention = 4 * llm.num_hidden_layers * heads_width  # scores and values, 2 FLOP per multiply-add
         vae_width = vae.channels * vae.channel_multipliers[-1]
         return cls(
             und_token=token * und_passes,
-            gen_token=token * TRAINED_PASSES,
-            ce_token=2 * llm.hidden_size * llm.vocab_size * TRAINED_PASSES,
+            gen_token=token * passes("gen_expert"),
+            ce_token=2 * llm.hidden_size * llm.vocab_size * passes("lm_head"),
             attention_pair=attention * ATTENTION_HALF_PASSES // 2,
-            vit_patch=vit_flops_per_patch(vit, llm.hidden_size) * und_passes,
+            vit_patch=vit_flops_per_patch(vit, llm.hidden_size, "vit" in trained, "connector" in trained),
             vit_pair=4 * vit.num_layers * vit.hidden_size * vit_half_passes // 2,
             vae_cell=vae_flops_per_cell(vae),
             vae_pair=4 * vae_width,

@@ -34,7 +34,6 @@ from bagel_ds.data.sources import GroupStream, files_ahead
 from bagel_ds.data.tokenizer import Tokenizer
 from bagel_ds.errors import UserError
 from bagel_ds.model.batch import PackedBatch
-from bagel_ds.model.config import BagelConfig
 
 logger = logging.getLogger("bagel_ds")
 
@@ -121,9 +120,9 @@ class PlannedData:
         layout_options: LayoutOptions,
         packing: PackingOptions,
         noise_seed: int,
-        model_config: BagelConfig | None = None,
+        cost: CostModel | None = None,
     ) -> None:
-        cost = CostModel.of(model_config)
+        cost = cost or CostModel.of()
         self.planner = Planner(streams, packing, cost)
         self.streams = tuple(streams)
         self.tokenizer = tokenizer

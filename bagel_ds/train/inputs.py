@@ -14,12 +14,14 @@ from bagel_ds.checkpoint.folder import VAE, ModelFolder, latent_side, vae_config
 from bagel_ds.checkpoint.tensors import TensorFiles
 from bagel_ds.config import RunConfig
 from bagel_ds.data.config import DatasetConfig, load_dataset_config
+from bagel_ds.data.cost import CostModel
 from bagel_ds.data.layout import LayoutOptions
 from bagel_ds.data.loader import PackingOptions, PlannedData
 from bagel_ds.data.sources import GroupStream, SampleOptions, open_streams
 from bagel_ds.data.tokenizer import Tokenizer, load_tokenizer
 from bagel_ds.errors import UserError
 from bagel_ds.model.config import BagelConfig, VAEConfig
+from bagel_ds.model.parts import Freezing
 from bagel_ds.preflight import check_data_inputs, resolve_model_path
 
 
@@ -123,9 +125,9 @@ def plan_data(
         expected_num_tokens=config.data.expected_num_tokens,
         data_seed=config.data.data_seed,
     )
-    return PlannedData(
-        streams, tokenizer, layout_options(config, model, vae), packing, config.training.global_seed, model
-    )
+    cost = CostModel.of(model, vae, Freezing(config.training.freeze_llm, config.training.freeze_vit))
+    layout = layout_options(config, model, vae)
+    return PlannedData(streams, tokenizer, layout, packing, config.training.global_seed, cost)
 
 
 @dataclass(frozen=True)

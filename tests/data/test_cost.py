@@ -1,15 +1,27 @@
-"""The prices, against counts made another way: dense masks for attention, module shapes for linear work."""
+"""The prices, against counts made another way: dense masks, and the operations that torch counts in a real step."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 import torch
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from bagel_ds.data import cost
 from bagel_ds.data.cost import UNIT, CostModel, llm_flops_per_token, vae_flops_per_cell, vit_flops_per_patch, work_of
+from bagel_ds.data.layout import LayoutOptions, Loaded, layout
 from bagel_ds.data.sample import TEXT, VAE, VIT, Entry, SamplePlan
+from bagel_ds.data.tokenizer import SpecialTokens
+from bagel_ds.model.bagel import Bagel
+from bagel_ds.model.batch import PackedBatch, normalize_pixels
 from bagel_ds.model.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
+from bagel_ds.model.parts import Freezing, part_of, trainable_parts
+from bagel_ds.model.recompute import recompute
+from bagel_ds.model.vae import AutoEncoder, encode_images
 
 
 def random_plan(seed: int) -> SamplePlan:
@@ -64,9 +76,8 @@ def test_linear_work_is_twice_the_weights_a_token_meets() -> None:
     """The 7B counts are the recorded ones of the real model: 6,525,628,928 in an expert (norms and biases included)."""
     weights = llm_flops_per_token(LLMConfig()) / 2
     assert weights == pytest.approx(6_525_628_928, rel=1e-4)
-    assert vit_flops_per_patch(ViTConfig(), 3584) / 2 == pytest.approx(
-        402_552_736 - 4900 * 1152 + 3584 * 4737, rel=1e-2
-    )
+    forward = vit_flops_per_patch(ViTConfig(), 3584, trains=False, connector_trains=False)
+    assert forward / 2 == pytest.approx(402_552_736 - 4900 * 1152 + 3584 * 4737, rel=1e-2)
 
 
 def test_vae_work_equals_a_convolution_by_convolution_count() -> None:
@@ -89,3 +100,121 @@ def test_a_pack_costs_the_sum_of_its_samples_and_frozen_understanding_costs_less
     assert frozen.vision < trained.vision
     tokens = 1026 + 102
     assert trained.llm == pytest.approx(tokens * llm_flops_per_token(LLMConfig()) * 4 / UNIT, rel=0.1)
+
+
+LLM, VIT_SHAPE, VAE_SHAPE = LLMConfig(256, 1024, 2, 2, 1, 2048), ViTConfig(128, 512, 3, 4), VAEConfig(channels=32)
+PACK = (
+    (
+        Entry(VAE, 0, 16, height=64, width=64),
+        Entry(VIT, 0, 20, height=56, width=70),
+        Entry(VAE, 0, 24, loss=True, height=64, width=96),
+    ),
+    (Entry(VIT, 0, 10, height=28, width=70), Entry(TEXT, 0, 20), Entry(TEXT, 0, 40, loss=True)),
+)
+
+
+def pack_of(samples: tuple[tuple[Entry, ...], ...]) -> PackedBatch:
+    """The samples with empty content."""
+    loaded = [
+        [
+            Loaded(
+                entry.kind,
+                ids=[7] * entry.tokens if entry.kind == TEXT else (),
+                image=None if entry.kind == TEXT else torch.zeros(3, entry.height, entry.width, dtype=torch.uint8),
+                loss=entry.loss,
+            )
+            for entry in sample
+        ]
+        for sample in samples
+    ]
+    return layout(loaded, SpecialTokens(0, 1, 2, 3, 4), LayoutOptions(max_latent_size=8))
+
+
+def network(config: BagelConfig, freezing: Freezing) -> Bagel:
+    bagel, trained = Bagel(config, recompute), trainable_parts(config, freezing)
+    for name, weight in bagel.named_parameters():
+        torch.nn.init.normal_(weight, std=0.02).requires_grad_(part_of(name) in trained)
+    return bagel
+
+
+class Counted(FlopCounterMode):
+    """FLOP by kind: linear maps are products of matrices, attention of batches of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+
+    @property
+    def linear(self) -> int:
+        counts = self.get_flop_counts()["Global"]
+        return counts.get(torch.ops.aten.mm, 0) + counts.get(torch.ops.aten.addmm, 0)
+
+    @property
+    def attention(self) -> int:
+        return self.get_flop_counts()["Global"].get(torch.ops.aten.bmm, 0)
+
+
+def priced(model: CostModel, samples: tuple[tuple[Entry, ...], ...]) -> tuple[int, int]:
+    costs = [model.price(work_of(SamplePlan(0, 0, 0, sample))) for sample in samples]
+    return sum(each.llm for each in costs), sum(each.vision for each in costs)
+
+
+SWITCHES = {
+    "all_trained": (False, Freezing()),
+    "freeze_und": (True, Freezing()),
+    "freeze_vit": (False, Freezing(freeze_vit=True)),
+    "freeze_llm": (False, Freezing(freeze_llm=True)),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_prices_are_the_operations_of_a_real_step_under_every_switch(
+    switch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exactly, but for the small layers around the language model, which are added here; with ZeRO-3's linear layers.
+
+    torch's plain attention, the one it can count, keeps the scores: its backward is 2 forwards, not 2.5.
+    """
+    monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
+    monkeypatch.setattr(cost, "UNIT", 1)
+    freeze_und, freezing = SWITCHES[switch]
+    config = BagelConfig(llm=LLM, vit=VIT_SHAPE, max_latent_size=8, freeze_und=freeze_und)
+    bagel, batch, model = network(config, freezing), pack_of(PACK), CostModel.of(config, VAE_SHAPE, freezing)
+
+    with sdpa_kernel(SDPBackend.MATH), Counted() as whole:
+        output = bagel(batch, torch.zeros_like(batch.noise))
+        (output.ce.sum() + output.mse.sum()).backward()
+    with sdpa_kernel(SDPBackend.MATH), Counted() as vision:
+        patches = normalize_pixels(batch.vit_patches)
+        features = bagel.connector(bagel.vit_model(patches, batch.vit_position_ids, batch.vit_seqlens, recompute))
+        if features.requires_grad:
+            features.sum().backward()
+
+    free = {"attention_pair": 0, "vit_pair": 0, "vae_cell": 0, "vae_pair": 0}
+    llm_linear, vision_linear = priced(dataclasses.replace(model, **free), PACK)
+    assert vision.linear == vision_linear
+    assert whole.linear - vision.linear == llm_linear + small_layers(config, batch)
+    attention = dataclasses.replace(model, und_token=0, gen_token=0, ce_token=0, vit_patch=0, vae_cell=0, vae_pair=0)
+    llm_attention, vision_attention = priced(attention, PACK)
+    runs_backward = "vit" in trainable_parts(config, freezing)
+    assert vision.attention * (9 / 8 if runs_backward else 1) == vision_attention
+    # A text that sees an image is computed as a whole rectangle, of which the upper half is masked.
+    masked = model.attention_pair * 64 * 63 // 2
+    assert (whole.attention - vision.attention) * 9 / 8 == llm_attention + masked
+
+
+def small_layers(config: BagelConfig, batch: PackedBatch) -> int:
+    """FLOP of what is not priced: timestep embedding and the projections of latents; inputs need no gradient."""
+    width, features = config.llm.hidden_size, config.latent_features
+    latents, noised = len(batch.vae_indexes), len(batch.mse_loss_indexes)
+    return 2 * (latents * (2 * 256 * width + 3 * width**2 + 2 * features * width) + noised * 3 * features * width)
+
+
+def test_the_price_of_the_autoencoder_is_what_it_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "UNIT", 1)
+    vae, batch = AutoEncoder(VAE_SHAPE), pack_of(PACK)
+    for weight in vae.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    with sdpa_kernel(SDPBackend.MATH), Counted() as counted:
+        encode_images(vae, batch.images, batch.latent_shapes, batch.posterior_eps, 2)
+    only_images = ((Entry(VAE, 0, 16, height=64, width=64), Entry(VAE, 0, 24, loss=True, height=64, width=96)),)
+    assert counted.get_total_flops() == priced(CostModel.of(BagelConfig(), VAE_SHAPE), only_images)[1]
