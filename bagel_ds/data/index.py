@@ -106,7 +106,8 @@ class DataIndex:
 
     def missing(self, data_files: Iterable[DataFile] | None = None) -> list[DataFile]:
         """Those of the files (default: all) that are not indexed yet."""
-        return [file for file in data_files or self.indexes if not self.indexes[file].is_indexed]
+        asked = self.indexes if data_files is None else data_files
+        return [file for file in asked if not self.indexes[file].is_indexed]
 
     def complete(self, data_files: Iterable[DataFile] | None = None, lock: str = "") -> None:
         """Index what is missing of the files (default: all), in their order, in parallel.
@@ -262,6 +263,9 @@ _worker_tokenizer: Tokenizer | None = None
 def end_with_parent() -> None:
     """Have the kernel kill this process when the one that started it is gone, however it went."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it was gone before it could be asked for
+        os._exit(1)
 
 
 def _start_worker(tokenizer: Tokenizer) -> None:

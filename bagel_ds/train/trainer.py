@@ -23,6 +23,7 @@ import bagel_ds
 from bagel_ds.checkpoint.steps import read_trainer
 from bagel_ds.command_line import duration_seconds
 from bagel_ds.config import RunConfig, wandb_wanted
+from bagel_ds.data.index_background import BackgroundIndex, index_in_background
 from bagel_ds.data.inspect import first_packs, pack_text
 from bagel_ds.data.loader import MicroBatch, primed
 from bagel_ds.model.bagel import Bagel
@@ -30,7 +31,7 @@ from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.parts import part_of
 from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.vae import encode_images
-from bagel_ds.train.agreement import everyone, is_main, local_rank, together
+from bagel_ds.train.agreement import check_equal, everyone, is_main, local_rank, together
 from bagel_ds.train.checkpoints import CheckpointWriter, restore_moments
 from bagel_ds.train.guards import NonFiniteGuard, out_of_memory
 from bagel_ds.train.loss import LossOptions
@@ -77,6 +78,7 @@ class Trainer:
             closing(self.engine),
             closing(self._open_metrics()) as metrics,
             closing(self.batches) as batches,
+            closing(self._index_the_rest()),
             closing(self._start_watch()) as watch,
             closing(self._start_saving(metrics, watch)) as saving,
         ):
@@ -149,6 +151,8 @@ class Trainer:
 
     def _save(self, saving: Saving, must: bool) -> None:
         """Begin a checkpoint, which the next step finishes before its update; with `must` finish it here."""
+        assert self.plan_state is not None
+        check_equal({"the plan of the data (its files, as indexed on each host)": self.plan_state["samples"]})
         saving.save(self.steps_done, self._trainer_state(), self._is_last(), must)
 
     def _tidy(self) -> None:
@@ -210,6 +214,12 @@ class Trainer:
             updates_done=self.steps_done - self.skipped_before,
         )
         return self.engine.start_ema(options, self.prepared.weights.averages)
+
+    def _index_the_rest(self) -> BackgroundIndex:
+        """Index what this run will need later, once per host, in a process beside it."""
+        data = self.prepared.data
+        files = data.files_ahead(self.plan_state) if local_rank() == 0 else []
+        return index_in_background(files, data.tokenizer, self.config.data.index_cache)
 
     def _start_watch(self) -> StallWatch:
         places = everyone((socket.gethostname(), os.getpid()))

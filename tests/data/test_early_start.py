@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from small_data import NO_DROPOUT, byte_tokenizer, config_of, conversation, group, picture, t2i_rows, write_parquet
 
 from bagel_ds.data import shuffle
-from bagel_ds.data.index import DataIndex
+from bagel_ds.data.index import DataFile, DataIndex
 from bagel_ds.data.index_background import index_in_background
 from bagel_ds.data.loader import PackingOptions, PlannedData
 from bagel_ds.data.materialize import LayoutOptions
-from bagel_ds.data.sources import GroupStream, SampleOptions, files_ahead, opening
+from bagel_ds.data.sources import SOURCES, GroupStream, SampleOptions, files_ahead, opening
 from bagel_ds.data.sources.opening import open_streams
 from bagel_ds.data.tokenizer import Tokenizer
 from bagel_ds.errors import UserError
@@ -94,6 +98,14 @@ def test_a_run_begins_with_the_files_of_its_first_rows_and_the_packs_are_the_sam
     assert data.unusable_rows() == whole.unusable_rows() == {"one": FILES, "two": FILES}
 
 
+def test_the_second_process_of_a_host_indexes_nothing_more(
+    folder: Path, tokenizer: Tokenizer, tmp_path: Path, early: None
+) -> None:
+    first, second = (opened(folder, tokenizer, tmp_path / "early") for _ in range(2))
+    assert 0 < indexed(first) == indexed(second) < FILES / 2
+    assert first.fingerprint == second.fingerprint
+
+
 def test_files_ahead_are_in_the_order_in_which_planning_asks_for_them(
     folder: Path, tokenizer: Tokenizer, tmp_path: Path, early: None
 ) -> None:
@@ -163,6 +175,35 @@ def test_a_run_does_itself_what_a_killed_background_process_left(
     background.process.kill()
     assert steps(data, 400) == steps(whole, 400)
     background.close()
+
+
+@pytest.fixture(scope="module")
+def many_rows(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> list[DataFile]:
+    """Files with more rows than one process indexes alone."""
+    folder = tmp_path_factory.mktemp("many")
+    captions = [json.dumps({"caption": f"number {row}"}) for row in range(1000)]
+    table = pa.table({"image": [picture(16, 16)] * len(captions), "captions": captions})
+    files = [DataFile(str(folder / f"{number:02}.parquet"), SOURCES["t2i"]) for number in range(30)]
+    for file in files:
+        pq.write_table(table, file.path)
+    return files
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_the_background_process_takes_its_workers_with_it(
+    many_rows: list[DataFile], tokenizer: Tokenizer, tmp_path: Path, workers: int
+) -> None:
+    """However soon it is killed: one that is left would hold the launch's output open for ever."""
+    background = index_in_background(many_rows, tokenizer, str(tmp_path))
+    assert background.process is not None
+    tree: list[psutil.Process] = []
+    until = time.monotonic() + 120
+    while len(tree) < workers and time.monotonic() < until:
+        started = psutil.Process(background.process.pid).children(recursive=True)
+        tree = [process for process in started if "spawn_main" in " ".join(process.cmdline())]
+    background.close()
+    assert len(tree) >= workers or len(os.sched_getaffinity(0)) < 2
+    assert not psutil.wait_procs(tree, timeout=30)[1]
 
 
 def test_nothing_is_started_where_nothing_is_left(whole: PlannedData, tokenizer: Tokenizer, tmp_path: Path) -> None:

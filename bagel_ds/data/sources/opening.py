@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # config.py needs the registry of this package
 
 logger = logging.getLogger("bagel_ds")
 
-AT_ONCE_ROWS = 200_000  # to index; where there are more, a run begins with the files of its first rows
+AT_ONCE_ROWS = 200_000  # where there are more, a run begins with the files of its first rows
 FIRST_ROWS = 8192  # of each group, some windows of the shuffle
 
 
@@ -41,8 +41,8 @@ def open_streams(
 ) -> list[GroupStream]:
     """One stream per usable group, in the config's order; files that are not indexed yet are indexed.
 
-    Where that is much, only those that the first rows lie in, from `cursors` (of a saved state's block) on; any other
-    is indexed when its first row is asked for (`files_ahead` says in which order), and every row is the same.
+    Where there are many rows, only those that the first rows lie in, from `cursors` (of a saved state's block) on; any
+    other is indexed when its first row is asked for (`files_ahead` says in which order), and every row is the same.
     `cache_dir` keeps the index (default: beside the data, else ~/.cache/bagel_ds). Raises `UserError`.
     """
     index, streams = _open(config, tokenizer, options, cache_dir, progress)
@@ -74,9 +74,9 @@ def files_ahead(
 def _first_files(
     index: DataIndex, streams: list[GroupStream], seed: int, cursors: dict[str, Any] | None
 ) -> list[DataFile]:
-    """What to index before anything else: everything, unless that would take long."""
+    """What to index before anything else; the same for the first process of a host and those that follow it."""
     missing = index.missing()
-    if sum(index.indexes[file].rows for file in missing) <= AT_ONCE_ROWS:
+    if sum(file_index.rows for file_index in index.indexes.values()) <= AT_ONCE_ROWS:
         return missing
     needed = files_ahead(streams, seed, cursors, FIRST_ROWS)
     # Each dataset shows that it can be used, and the mean length of samples is taken where a run begins.
@@ -85,7 +85,7 @@ def _first_files(
         needed += [use.index.file for use in uses.values() if not use.index.is_indexed]
     needed += files_ahead(streams, seed, None, PROBED_ROWS) if cursors else []
     first = list(dict.fromkeys(needed))
-    if len(first) < len(missing):
+    if first and len(first) < len(missing):
         logger.info(
             "%d of %d files are indexed first, in which the first rows lie; the others while they are not yet needed",
             *(len(first), len(missing)),
