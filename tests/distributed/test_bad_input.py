@@ -10,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any, Callable
 
@@ -18,8 +19,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from bagel_ds.data.plan import PROBED_ROWS
+from bagel_ds.data.shuffle import RowOrder
 from tests.distributed.cases import Case, Outcome, arguments, linked_model, own, run_cases
 from tests.launch import TRAIN, cpu_environment, deepspeed
+from tests.small_data import conversation, picture, write_conversations
 
 pytestmark = pytest.mark.distributed
 
@@ -352,6 +356,24 @@ def _relative(demo: Path, folder: Path, name: str, config: dict[str, Any]) -> Pa
     return here
 
 
+def _other_pictures(folder: Path) -> tuple[Path, Path]:
+    """Two working folders with the same lines, and pictures of other sizes for those that no start looks at."""
+    rows = RowOrder([range(256), range(256, 300)], 42, "vlm_sft")
+    late = {row for _, row in islice(iter(rows.next, None), PROBED_ROWS, 300)}
+    group = {"image_transform_args": {"image_stride": 14, "max_image_size": 98, "min_image_size": 28}}
+    dataset = {"name": "lines", "data_dir": "images", "jsonl_path": "lines.jsonl"}
+    config = {"vlm_sft": {**group, "dataset_names": [dataset], "is_mandatory": True}}
+    lines = [conversation("<image> what?", "a thing", image=f"{row}.png") for row in range(300)]
+    places = []
+    for name, side in (("one_host", 42), ("another_host", 98)):
+        here = _relative(folder, folder, name, config)
+        images = {f"{row}.png": picture(side if row in late else 42, 42) for row in range(300)}
+        written = write_conversations(here, lines, images)
+        Path(written["jsonl_path"]).rename(here / "lines.jsonl")
+        places.append(here)
+    return places[0], places[1]
+
+
 def _differing_cases(demo: Path, folder: Path) -> list[Case]:
     rows = demo / "data/bagel_example/t2i"
     one, heavier = _t2i(rows), {"t2i_pretrain": {**_t2i(rows)["t2i_pretrain"], "num_used_data": [1]}}
@@ -365,12 +387,14 @@ def _differing_cases(demo: Path, folder: Path) -> list[Case]:
     other_plan = _relative(demo, folder, "other_plan", heavier)
     no_data = _relative(demo, folder, "no_data", _t2i("nowhere"))
     elsewhere = _relative(demo, folder, "elsewhere", one)
+    one_host, another_host = _other_pictures(folder)
     relative_checkpoints = arguments(demo, folder, **shared, checkpoint_dir="checkpoints")
     return [
         differs("package_version", versions={"transformers": "5.0.1"}),
         differs("argument", arguments=arguments(demo, folder, **shared, checkpoint_dir=folder / "other")),
         differs("plan", directory=str(other_plan)),
         differs("fault_on_one_rank", directory=str(no_data)),
+        Case("pictures", same, str(one_host), {"directory": str(another_host)}),
         Case("checkpoint_dir", relative_checkpoints, str(common), {"directory": str(elsewhere)}),
     ]
 
@@ -379,6 +403,7 @@ _DIFFERING = {
     "package_version": ["the version of transformers differs", "rank 0 on", "rank 1 on", r"5\.0\.1", "same"],
     "argument": ["--checkpoint_dir differs", "rank 1 on", "other", "same"],
     "plan": ["data plan", "differs", "rank 1 on", "same files"],
+    "pictures": ["plan of the data", "as indexed on each host", "differs", "rank 1 on", "same files"],
     "fault_on_one_rank": ["mine", "nowhere", "does not exist"],
     "checkpoint_dir": ["--checkpoint_dir checkpoints", "not the folder that rank 0 writes to", "share"],
 }

@@ -1,4 +1,4 @@
-"""A launch over more rows than are indexed at once trains on the same packs as one whose data are indexed beforehand."""
+"""A launch over more rows than are indexed at once trains on the packs of one whose data were indexed beforehand."""
 
 from __future__ import annotations
 
