@@ -79,7 +79,7 @@ class StartedRun:
 
     def launcher(self) -> int:
         """DeepSpeed's per-host launcher."""
-        return next(p.pid for p in self.processes() if "deepspeed.launcher.launch" in p.cmdline())
+        return next(p.pid for p in self.processes() if _holds(lambda p: "deepspeed.launcher.launch" in p.cmdline(), p))
 
     def waiting(self) -> list[int]:
         """By rank, the processes that the launcher started."""
@@ -87,17 +87,25 @@ class StartedRun:
 
     def ranks(self) -> list[int]:
         """By rank, the processes that train."""
-        ours = {p.pid for p in self.processes() if self._is_ours(p.cmdline())}
+        ours = {p.pid for p in self.processes() if _holds(lambda p: self._is_ours(p.cmdline()), p)}
         command = os.getsid(self.process.pid)
         return self._by_rank(lambda p: p.pid in ours and os.getsid(p.pid) != command and p.ppid() not in ours)
 
     def workers(self) -> list[int]:
         """DataLoader workers of all ranks."""
         ranks = set(self.ranks())
-        return [p.pid for p in self.processes() if p.ppid() in ranks]
+        return [p.pid for p in self.processes() if _holds(lambda p: p.ppid() in ranks, p)]
 
     def _by_rank(self, wanted: Callable[[psutil.Process], bool]) -> list[int]:
-        found = {int(p.environ()["RANK"]): p.pid for p in self.processes() if _holds(wanted, p)}
+        found: dict[int, int] = {}
+
+        def note(process: psutil.Process) -> bool:
+            if wanted(process):
+                found[int(process.environ()["RANK"])] = process.pid
+            return True
+
+        for process in self.processes():
+            _holds(note, process)
         return [found[rank] for rank in sorted(found)]
 
     # ------------------------------------------------------------------------------------------- what is waited for
@@ -150,6 +158,7 @@ def _send(pid: int, number: int) -> None:
 
 
 def _holds(wanted: Callable[[psutil.Process], bool], process: psutil.Process) -> bool:
+    """Whether it is so of a process that may end at any moment."""
     try:
         return wanted(process)
     except (psutil.NoSuchProcess, ProcessLookupError, StopIteration):
