@@ -61,10 +61,23 @@ def fill_rank(writer: TensorFileWriter, held: Iterable[Held], pieces: Iterable[t
         for piece, values in ranges:
             part = announced[f"{kind}/{name}"]
             assert piece.start == part.start, "one contiguous range per parameter and rank"
-            start = 0
-            for chunk in values.detach().split(_CHUNK_BYTES // values.element_size()):
-                writer.write(f"{kind}/{name}", start, on_host(chunk).to(part.dtype))
-                start += chunk.numel()
+            _write(writer, f"{kind}/{name}", 0, values, part.dtype, on_host)
+
+
+def fill_whole(writer: TensorFileWriter, dtype: torch.dtype, pieces: Iterable[Pieces]) -> None:
+    """Write this rank's ranges into an open file of whole tensors of `dtype`, at their places."""
+    on_host = _HostCopies()
+    for name, ranges in pieces:
+        for piece, values in ranges:
+            _write(writer, name, piece.start, values, dtype, on_host)
+
+
+def _write(
+    writer: TensorFileWriter, name: str, start: int, values: Tensor, dtype: torch.dtype, on_host: _HostCopies
+) -> None:
+    for chunk in values.detach().split(_CHUNK_BYTES // values.element_size()):
+        writer.write(name, start, on_host(chunk).to(dtype))
+        start += chunk.numel()
 
 
 class _HostCopies:

@@ -13,12 +13,13 @@ import shutil
 import zlib
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any, Iterable, Mapping, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bagel_ds.checkpoint.crc import joined_crc
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import TensorInfo
 from bagel_ds.units import GIB
@@ -91,14 +92,46 @@ class TensorFiles:
         return torch.from_numpy(raw).view(info.dtype)
 
 
+class Written(NamedTuple):
+    """Elements [start, stop) of a tensor that were written in order, and the CRC-32 of their bytes."""
+
+    start: int
+    stop: int
+    crc: int
+
+
+def joined_checksums(tensors: Mapping[str, TensorInfo], written: Iterable[Mapping[str, Written]]) -> dict[str, int]:
+    """CRC-32 of the bytes of each of `tensors`, of which several writers have each `written` a range, or none."""
+    parts: dict[str, list[Written]] = {name: [] for name in tensors}
+    for ranges in written:
+        for name, part in ranges.items():
+            parts[name].append(part)
+    found = {}
+    for name, info in tensors.items():
+        stop = crc = 0
+        for part in sorted(parts[name]):
+            assert part.start == stop, f"{name}: elements {stop} to {part.start} were not written once"
+            crc = joined_crc(crc, part.crc, (part.stop - part.start) * info.dtype.itemsize)
+            stop = part.stop
+        assert stop == info.numel, f"{name}: no rank has written elements {stop} to {info.numel}"
+        found[name] = crc
+    return found
+
+
 class TensorFileWriter:
     """A safetensors file whose layout is fixed first and whose ranges are then written in any order.
 
-    Its space is reserved at construction (OSError where there is too little). Use as a context manager; on success the
-    file is flushed to disk. Missing ranges read as zeros.
+    Its space is reserved at construction (OSError where there is too little); with `joins` another writer of the same
+    tensors has done so. Use as a context manager; on success the file is flushed to disk. Missing ranges read as zeros.
     """
 
-    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        metadata: Mapping[str, str] | None = None,
+        joins: bool = False,
+    ):
         self._tensors = dict(tensors)
         self._offsets: dict[str, int] = {}
         header: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
@@ -116,9 +149,11 @@ class TensorFileWriter:
         self._data_start = 8 + len(encoded)
         self.path = path
         self.nbytes = self._data_start + position
-        self._checksums = dict.fromkeys(self._tensors, 0)
-        self._written = dict.fromkeys(self._tensors, 0)
-        self._file = open(path, "wb")
+        self.written: dict[str, Written] = {}
+        self._disordered: set[str] = set()
+        self._file = open(path, "r+b" if joins else "wb")
+        if joins:
+            return
         try:
             os.posix_fallocate(self._file.fileno(), 0, self.nbytes)  # a full disk is told now, not half-way
             self._file.write(len(encoded).to_bytes(8, "little") + encoded)
@@ -135,15 +170,19 @@ class TensorFileWriter:
         self._file.seek(self._data_start + self._offsets[name] + start * info.dtype.itemsize)
         raw = values.contiguous().view(torch.uint8).numpy().data
         self._file.write(raw)
-        if start == self._written[name]:
-            self._checksums[name] = zlib.crc32(raw, self._checksums[name])
-            self._written[name] = start + values.numel()
+        before = self.written.get(name, Written(start, start, 0))
+        if start != before.stop:
+            self._disordered.add(name)
+        self.written[name] = Written(before.start, start + values.numel(), zlib.crc32(raw, before.crc))
 
     @property
     def checksums(self) -> dict[str, int]:
         """CRC-32 of the bytes of each tensor that was written whole and in order."""
+        parts = {name: self.written.get(name, Written(0, 0, 0)) for name in self._tensors}
         return {
-            name: self._checksums[name] for name, info in self._tensors.items() if self._written[name] == info.numel
+            name: part.crc
+            for name, part in parts.items()
+            if part[:2] == (0, self._tensors[name].numel) and name not in self._disordered
         }
 
     def close(self) -> None:

@@ -34,6 +34,12 @@ def is_main() -> bool:
     return dist.get_rank() == 0
 
 
+def on_one_host() -> bool:
+    """Whether all ranks run under one kernel, and so see one another's writes at once on any file system."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return len(set(everyone(boot))) == 1
+
+
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 

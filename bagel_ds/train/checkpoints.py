@@ -4,8 +4,10 @@ Guarantees: see `checkpoint/steps.py` for what a checkpoint folder promises. Spa
 first byte is written, so a full disk is found while nothing has changed; a save that can't be done is told by one
 exception on every rank. Folders are model folders that this package and the original's inference load.
 
-A save begins, and ends later. In between a thread of each rank writes the states, which nothing may change, and flushes
-files, while the caller computes. No state is copied.
+A save begins, and ends later. In between a thread of each rank writes the rank's states and its share of the weights,
+which nothing may change, while the caller computes. Nothing is copied or gathered: all ranks write into the same files
+of weights, each at its own places. Ranks on several hosts don't, because not every file system puts together what
+several hosts write into one file: there rank 0 writes the weights, gathered before the caller goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterable, Iterator, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,7 @@ from bagel_ds.checkpoint import steps
 from bagel_ds.checkpoint.export import stream_tensors
 from bagel_ds.checkpoint.folder import CONFIG_FILES, EMA, MODEL, TOKENIZER_FILES, VAE
 from bagel_ds.checkpoint.state import Held, StateFiles
-from bagel_ds.checkpoint.tensors import TensorFileWriter
+from bagel_ds.checkpoint.tensors import TensorFileWriter, joined_checksums
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import MASTER, Pieces, TensorInfo, copy_range
 from bagel_ds.train.agreement import SharedFault, everyone, is_main, together
@@ -60,6 +62,7 @@ class CheckpointWriter:
     save_dtype: torch.dtype
     delete_previous_state: bool
     keep_last: int = 0
+    one_host: bool = True  # of all ranks
 
     def save(self, step: int, engine: ZeroEngine, ema: ShardedEMA | None, trainer: dict[str, Any], last: bool) -> Path:
         """Write step_<step>; call on every rank. Returns the folder. Raises `SaveFault`."""
@@ -84,21 +87,39 @@ class CheckpointWriter:
         infos = {name: TensorInfo(self.save_dtype, shape) for name, shape in engine.shapes.items()}
         held = list(_held(engine, ema))
         mine = state_files.rank_file(folder / steps.STATE, dist.get_rank())
-        together(lambda: _or_fault(lambda: _open(pending.files, mine, folder, held, infos, ema)))
-        if engine.states_move is None:
-            # Listed here, so that the thread asks nothing of DeepSpeed: it only reads the memory that these lie in.
-            pieces = background.until_given_up(list(_pieces(engine, ema)))
-            background.add(lambda: state_files.fill_rank(pending.files[mine], held, pieces))
-        else:
-            state_files.fill_rank(pending.files[mine], held, _pieces(engine, ema))
-        masters = chain(engine.partitions.pieces(MASTER), frozen_pieces(engine.module))
-        stream_tensors(pending.files.get(folder / MODEL), infos, masters, engine.device)
+        together(lambda: _or_fault(lambda: _open(pending, mine, held, infos, ema)))
+        self._write_states(pending, mine, held, engine, ema)
+        weights = {folder / MODEL: chain(engine.partitions.pieces(MASTER), frozen_pieces(engine.module))}
         if ema is not None:
-            averages = chain(ema.pieces(), frozen_pieces(engine.module))
-            stream_tensors(pending.files.get(folder / EMA), infos, averages, engine.device)
+            weights[folder / EMA] = chain(ema.pieces(), frozen_pieces(engine.module))
+        if self.one_host:
+            together(lambda: _or_fault(lambda: _join(pending, infos, list(weights))))
+        for path, pieces in weights.items():
+            if self.one_host:
+                self._write_share(pending, path, pieces, engine)
+            else:
+                stream_tensors(pending.files.get(path), infos, pieces, engine.device)
         if is_main():
             background.add(lambda: self._write_rest(folder, trainer))
         background.add(pending.flush)
+
+    # States are listed by the caller, so that the thread asks nothing of DeepSpeed: it only reads where they lie.
+    def _write_states(
+        self, pending: PendingSave, mine: Path, held: list[Held], engine: ZeroEngine, ema: ShardedEMA | None
+    ) -> None:
+        if engine.states_move is not None:
+            moved = _pieces(engine, ema)
+            together(lambda: _or_fault(lambda: state_files.fill_rank(pending.files[mine], held, moved)))
+            return
+        pieces = pending.background.until_given_up(list(_pieces(engine, ema)))
+        pending.background.add(lambda: state_files.fill_rank(pending.files[mine], held, pieces))
+
+    def _write_share(self, pending: PendingSave, path: Path, pieces: Iterable[Pieces], engine: ZeroEngine) -> None:
+        if engine.states_move is not None:
+            together(lambda: _or_fault(lambda: state_files.fill_whole(pending.files[path], self.save_dtype, pieces)))
+            return
+        listed = pending.background.until_given_up(list(pieces))
+        pending.background.add(lambda: state_files.fill_whole(pending.files[path], self.save_dtype, listed))
 
     def _write_rest(self, folder: Path, trainer: dict[str, Any]) -> None:
         for name in (*CONFIG_FILES, *TOKENIZER_FILES):
@@ -118,7 +139,8 @@ class PendingSave:
         self._writer, self._last = writer, last
         self._final = writer.checkpoint_dir / f"step_{step}"
         self.unfinished = steps.unfinished_folder(self._final)
-        self.files: dict[Path, TensorFileWriter] = {}  # of this rank
+        self.files: dict[Path, TensorFileWriter] = {}  # that this rank writes
+        self.shared: dict[Path, dict[str, TensorInfo]] = {}  # those of them that other ranks write, too
         self.background = Background(device)
         self._began = self._left = time.monotonic()
 
@@ -135,8 +157,7 @@ class PendingSave:
         returned = time.monotonic()
         with self.whole_or_nothing():
             together(lambda: _or_fault(self.background.wait))
-            mine = {str(path.relative_to(self.unfinished)): file.checksums for path, file in self.files.items()}
-            checksums = {name: found for files in everyone(mine) for name, found in files.items()}
+            checksums = self._checksums()
             together(lambda: _or_fault(lambda: self._complete(checksums)) if is_main() else None)
         if is_main():
             writer = self._writer
@@ -151,6 +172,15 @@ class PendingSave:
         self.background.give_up()
         for file in self.files.values():
             file.discard()
+
+    def _checksums(self) -> dict[str, dict[str, int]]:
+        """Of every tensor by file, over all ranks."""
+        alone = {path: file.checksums for path, file in self.files.items() if path not in self.shared}
+        ranks = everyone((alone, {path: self.files[path].written for path in self.shared}))
+        found = {path: sums for files, _ in ranks for path, sums in files.items()}
+        for path, tensors in self.shared.items():
+            found[path] = joined_checksums(tensors, [written[path] for _, written in ranks])
+        return {str(path.relative_to(self.unfinished)): sums for path, sums in found.items()}
 
     def _complete(self, checksums: dict[str, dict[str, int]]) -> None:
         steps.write_manifest(self.unfinished, checksums)
@@ -216,18 +246,21 @@ def _make_empty(folder: Path) -> None:
 
 
 def _open(
-    files: dict[Path, TensorFileWriter],
-    mine: Path,
-    folder: Path,
-    held: list[Held],
-    infos: dict[str, TensorInfo],
-    ema: ShardedEMA | None,
+    pending: PendingSave, mine: Path, held: list[Held], infos: dict[str, TensorInfo], ema: ShardedEMA | None
 ) -> None:
-    """Put this rank's files, with their space reserved, into `files`."""
-    files[mine] = state_files.open_rank(mine, held)
+    """Open the files of this rank, with their space reserved."""
+    pending.files[mine] = state_files.open_rank(mine, held)
     if is_main():
-        for path in (folder / MODEL, folder / EMA)[: 1 if ema is None else 2]:
-            files[path] = TensorFileWriter(path, infos)
+        for path in (pending.unfinished / MODEL, pending.unfinished / EMA)[: 1 if ema is None else 2]:
+            pending.files[path] = TensorFileWriter(path, infos)
+
+
+def _join(pending: PendingSave, infos: dict[str, TensorInfo], paths: list[Path]) -> None:
+    """Open those files on every rank."""
+    for path in paths:
+        pending.shared[path] = infos
+        if path not in pending.files:
+            pending.files[path] = TensorFileWriter(path, infos, joins=True)
 
 
 def _held(engine: ZeroEngine, ema: ShardedEMA | None) -> Iterator[Held]:

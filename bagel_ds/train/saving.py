@@ -36,6 +36,8 @@ class Saving:
         self._pending: PendingSave | None = None
         if engine.states_move is not None and is_main():
             logger.info("saves read the states before training goes on, and overlap it less: %s", engine.states_move)
+        if not writer.one_host and is_main():
+            logger.info("saves gather the weights before training goes on, and overlap it less: ranks on several hosts")
 
     def save(self, step: int, trainer: dict[str, Any], last: bool, must: bool) -> None:
         """Begin to save step_<step>, which `finish` ends; with `must` end it at once. Raises `SaveFault` then."""

@@ -31,7 +31,7 @@ from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.parts import part_of
 from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.vae import encode_images
-from bagel_ds.train.agreement import check_equal, everyone, is_main, local_rank, together
+from bagel_ds.train.agreement import check_equal, everyone, is_main, local_rank, on_one_host, together
 from bagel_ds.train.checkpoints import CheckpointWriter, restore_moments
 from bagel_ds.train.guards import NonFiniteGuard, out_of_memory
 from bagel_ds.train.loss import LossOptions
@@ -236,6 +236,7 @@ class Trainer:
             DTYPES[self.config.exported_dtype],
             self.args.del_previous_state,
             self.args.keep_last,
+            one_host=on_one_host(),
         )
         return Saving(writer, self.engine, self.ema, watch, metrics.note, self.args.save_every)
 

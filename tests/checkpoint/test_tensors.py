@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from bagel_ds.checkpoint.tensors import TensorFiles, TensorFileWriter, read_header
+from bagel_ds.checkpoint.crc import joined_crc
+from bagel_ds.checkpoint.tensors import TensorFiles, TensorFileWriter, Written, joined_checksums, read_header
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import TensorInfo
 
@@ -133,3 +135,41 @@ def test_an_error_while_writing_is_not_hidden(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="disk"):
         with TensorFileWriter(tmp_path / "x.safetensors", {"w": TensorInfo(torch.float32, (2,))}):
             raise KeyError("disk")
+
+
+# ------------------------------------------------------------------------------------------ several writers of a file
+@pytest.mark.parametrize("cuts", [[], [3], [1, 2, 8], [0, 10], [4, 4]])
+def test_several_writers_of_a_file_make_the_one_that_a_single_writer_makes(cuts: list[int], tmp_path: Path) -> None:
+    tensors = {"w": values(torch.bfloat16, 2, 5), "empty": values(torch.float32, 0), "b": values(torch.float32, 4)}
+    infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    with TensorFileWriter(write(tmp_path / "one.safetensors", tensors), infos) as one:
+        for name, tensor in tensors.items():
+            one.write(name, 0, tensor.flatten())
+    edges = [0, *cuts, 10]
+    writers = [
+        TensorFileWriter(tmp_path / "many.safetensors", infos, joins=number > 0) for number in range(len(edges) - 1)
+    ]
+    for writer, low, high in reversed(list(zip(writers, edges, edges[1:]))):
+        for at in range(low, high):  # in order, in pieces
+            writer.write("w", at, tensors["w"].flatten()[at : at + 1])
+    writers[-1].write("b", 0, tensors["b"])
+    for writer in writers:
+        writer.close()
+    assert (tmp_path / "many.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+    found = joined_checksums(infos, [writer.written for writer in writers])
+    files = TensorFiles([tmp_path / "many.safetensors"])
+    assert found == {name: files.checksum(name) for name in infos} == one.checksums
+
+
+@pytest.mark.parametrize(
+    ("ranges", "fault"), [([(0, 4), (6, 10)], "4 to 6"), ([(0, 6), (4, 10)], "once"), ([(0, 9)], "9 to 10")]
+)
+def test_what_was_not_written_once_is_found(ranges: list[tuple[int, int]], fault: str) -> None:
+    written = [{"w": Written(start, stop, 0)} for start, stop in ranges]
+    with pytest.raises(AssertionError, match=fault):
+        joined_checksums({"w": TensorInfo(torch.float32, (10,))}, written)
+
+
+@pytest.mark.parametrize(("first", "second"), [(b"", b"x"), (b"x", b""), (b"abc" * 1000, bytes(70_001))])
+def test_checksums_of_parts_join_to_that_of_the_whole(first: bytes, second: bytes) -> None:
+    assert joined_crc(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)

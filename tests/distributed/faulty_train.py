@@ -1,10 +1,11 @@
 """launch/train.py with something going wrong in it, at a place and moment that a test chooses.
 
 The environment variable BAGEL_TEST_FAULTS holds a JSON list of {at, rank?, step?, do, seconds?, times?, marker?}:
-`at` is "load", "step", "save" (files are there, nothing is complete yet), "export" or "write" (in the thread that
-writes the states, before it does); `do` is "sleep" (for `seconds`), "nan" (in this step's batches), "stop" (SIGSTOP),
-"oom", "full" (the disk), "late" (of "write": only when the next update waits for it) or "nothing"; `marker` is a file
-made when the place is reached. Without `rank` it happens on every rank, without `step` and `times` every time.
+`at` is "load", "step", "save" (files are there, nothing is complete yet), "export" (of a share of the weights), "write"
+(of the states) or "hosts" (ranks seem to run on several); `do` is "sleep" (for `seconds`), "nan" (in this step's
+batches), "stop" (SIGSTOP), "oom", "full" (the disk), "late" (of "write": only when the next update waits for it) or
+"nothing"; `marker` is a file made when the place is reached. Without `rank` it happens on every rank, without `step`
+and `times` every time.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
     from bagel_ds.train import background, checkpoints, trainer
 
     load, step = trainer.Trainer._load, trainer.Trainer._step
-    complete, stream, fill = checkpoints.PendingSave._complete, checkpoints.stream_tensors, state.fill_rank
+    complete, stream, fill = checkpoints.PendingSave._complete, state.fill_whole, state.fill_rank
+    one_host = trainer.on_one_host
     wait, waited_for = background.Background.wait, threading.Event()
 
     def faulty_load(self: Any) -> None:
@@ -82,6 +84,9 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
             waited_for.clear()
         fill(*arguments)
 
+    def faulty_hosts() -> bool:
+        return one_host() and not _happen(faults, "hosts")
+
     def telling_wait(self: Any) -> None:
         waited_for.set()
         wait(self)
@@ -90,8 +95,9 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
         _instead(trainer.Trainer, "_load", faulty_load),
         _instead(trainer.Trainer, "_step", faulty_step),
         _instead(checkpoints.PendingSave, "_complete", faulty_complete),
-        _instead(checkpoints, "stream_tensors", faulty_stream),
+        _instead(state, "fill_whole", faulty_stream),
         _instead(state, "fill_rank", faulty_fill),
+        _instead(trainer, "on_one_host", faulty_hosts),
         _instead(background.Background, "wait", telling_wait),
     ):
         yield

@@ -21,6 +21,7 @@ from tests.launch import TRAIN, deepspeed
 pytestmark = pytest.mark.distributed
 
 LATE = {"at": "write", "rank": 1, "do": "late"}
+HOSTS = {"at": "hosts", "do": "nothing"}
 FULL = {"at": "write", "rank": 1, "do": "full", "times": 1}
 OTHER_PRESETS = [("zero3", 1), ("zero2", 2), ("zero1", 1), ("zero0", 1), ("zero3_cpu", 2), ("zero2_cpu", 1)]
 
@@ -32,8 +33,8 @@ def words_of(demo: Path, results: Path, **changed: object) -> list[str]:
 
 
 def late_and_not(demo: Path, folder: Path, preset: str, accumulation: int) -> list[Case]:
-    """Three steps that are all saved, three and two that are saved at their end alone, and a third step from the second
-    that was saved. Each run's results lie in a folder of its name."""
+    """Three steps that are all saved, three and two that are saved at their end alone, the two with gathered weights,
+    and a third step from the second that was saved. Each run's results lie in a folder of its name."""
     config: dict[str, Any] = {"ds_config": preset, "gradient_accumulation_steps": accumulation}
     runs: dict[str, dict[str, Any]] = {
         "late": {"total_steps": 3, "save_every": 1},
@@ -41,8 +42,9 @@ def late_and_not(demo: Path, folder: Path, preset: str, accumulation: int) -> li
         "short": {"total_steps": 2},
         "resumed": {"total_steps": 3, "resume_from": folder / "late" / "checkpoints" / "step_2"},
     }
+    faults = {"late": [LATE], "short": [HOSTS]}
     return [
-        Case(name, words_of(demo, folder / name, **options, **config), faults=[LATE] if name == "late" else [])
+        Case(name, words_of(demo, folder / name, **options, **config), faults=faults.get(name, []))
         for name, options in runs.items()
     ]
 
@@ -68,6 +70,7 @@ def assert_alike(runs: Runs) -> None:
     folder, outcomes = runs
     for name in ("late", "whole", "short", "resumed"):
         assert outcomes[name][0].code == 0, outcomes[name][0].output
+    assert "ranks on several hosts" in outcomes["short"][0].output
     expected = losses(folder / "whole")
     assert list(expected) == [0, 1, 2] and losses(folder / "late") == expected
     assert losses(folder / "resumed") == {2: expected[2]}

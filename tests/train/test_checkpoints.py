@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from bagel_ds.checkpoint import steps
 from bagel_ds.checkpoint.state import EMA, WEIGHT, Held, StateFiles, rank_file, write_rank
 from bagel_ds.checkpoint.steps import (
+    checksum_fault,
     holds_state,
     manifest_fault,
     newest_state,
@@ -117,8 +120,11 @@ def names(folder: Path) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------------ what is saved
-def test_a_checkpoint_holds_weights_average_state_and_the_model_folder(writer: CheckpointWriter) -> None:
-    folder = save(writer, 3)
+@pytest.mark.parametrize("one_host", [True, False])
+def test_a_checkpoint_holds_weights_average_state_and_the_model_folder(
+    one_host: bool, writer: CheckpointWriter
+) -> None:
+    folder = save(dataclasses.replace(writer, one_host=one_host), 3)
     assert names(folder) == [
         "ae.safetensors",
         "ema.safetensors",
@@ -140,6 +146,14 @@ def test_a_checkpoint_holds_weights_average_state_and_the_model_folder(writer: C
     assert state.has(EMA, "trains") and state.has(WEIGHT, "table")
     assert read_trainer(folder) == trainer_state(3)
     assert manifest_fault(folder) is None and holds_state(folder)
+    sums = json.loads((folder / "manifest.json").read_text())["checksums"]
+    assert checksum_fault(folder, sums) is None
+    assert {name: len(parts) for name, parts in sums.items()} == {
+        "model.safetensors": 2,
+        "ema.safetensors": 2,
+        "state/rank_00000.safetensors": 5,
+        "trainer.json": 1,
+    }
 
 
 def test_the_autoencoder_is_not_copied_again(writer: CheckpointWriter, model_folder: Path) -> None:
@@ -175,8 +189,9 @@ def test_older_states_are_given_up_when_asked_and_weights_stay(writer: Checkpoin
 
 # ------------------------------------------------------------------------------------------------ complete or absent
 _MOMENTS = [
-    (checkpoints, "stream_tensors", 1),
-    (checkpoints, "stream_tensors", 2),
+    (checkpoints.state_files, "fill_rank", 1),
+    (checkpoints.state_files, "fill_whole", 1),
+    (checkpoints.state_files, "fill_whole", 2),
     (steps, "write_json", 1),
     (steps, "write_json", 2),
     (steps, "manifest_fault", 1),
