@@ -88,12 +88,12 @@ class CheckpointWriter:
         held = list(_held(engine, ema))
         mine = state_files.rank_file(folder / steps.STATE, dist.get_rank())
         together(lambda: _or_fault(lambda: _open(pending, mine, held, infos, ema)))
-        self._write_states(pending, mine, held, engine, ema)
         weights = {folder / MODEL: chain(engine.partitions.pieces(MASTER), frozen_pieces(engine.module))}
         if ema is not None:
             weights[folder / EMA] = chain(ema.pieces(), frozen_pieces(engine.module))
         if self.one_host:
             together(lambda: _or_fault(lambda: _join(pending, infos, list(weights))))
+        self._write_states(pending, mine, held, engine, ema)
         for path, pieces in weights.items():
             if self.one_host:
                 self._write_share(pending, path, pieces, engine)
