@@ -16,12 +16,14 @@ from bagel_ds.data.cost import UNIT, CostModel, llm_flops_per_token, vae_flops_p
 from bagel_ds.data.layout import LayoutOptions, Loaded, layout
 from bagel_ds.data.sample import TEXT, VAE, VIT, Entry, SamplePlan
 from bagel_ds.data.tokenizer import SpecialTokens
+from bagel_ds.model.attention import AttentionLayout
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch, normalize_pixels
 from bagel_ds.model.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from bagel_ds.model.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.recompute import recompute
 from bagel_ds.model.vae import AutoEncoder, encode_images
+from bench.cost_packs import SIZES, make_packs
 
 
 def random_plan(seed: int) -> SamplePlan:
@@ -45,6 +47,20 @@ def visible_pairs(plan: SamplePlan) -> int:
     same = split[:, None] == split[None]
     sees = (key <= query) | (same & is_image[:, None])
     return int((sees & (same | ~is_noise[None])).sum())
+
+
+def test_work_is_what_the_batch_of_the_same_samples_holds() -> None:
+    """Over packs of every composition, those that `bench/cost_model.py` times."""
+    size = SIZES["small"]
+    for theme, plans, batch in make_packs(12, size, seed=0):
+        works = [work_of(plan) for plan in plans]
+        mask = AttentionLayout.from_splits(batch.sample_lens, batch.split_lens, batch.attn_modes).dense_mask()
+        assert sum(work.tokens for work in works) == batch.sequence_length == size.tokens, theme
+        assert sum(work.gen_tokens for work in works) == len(batch.vae_indexes), theme
+        assert sum(work.ce_tokens for work in works) == len(batch.ce_loss_indexes), theme
+        assert sum(work.attention_pairs for work in works) == int(mask.sum()), theme
+        assert sum((work.vit_patches for work in works), ()) == batch.vit_seqlens, theme
+        assert sum((work.vae_pixels for work in works), ()) == tuple(x[0].numel() for x in batch.images), theme
 
 
 @pytest.mark.parametrize("seed", range(30))
