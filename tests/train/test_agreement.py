@@ -12,7 +12,14 @@ import pytest
 
 from bagel_ds.errors import UserError
 from bagel_ds.train import agreement
-from bagel_ds.train.agreement import SharedFault, check_equal, check_shared_folder, one_per_host_first, together
+from bagel_ds.train.agreement import (
+    SharedFault,
+    check_equal,
+    check_shared_folder,
+    on_one_host,
+    one_per_host_first,
+    together,
+)
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -120,3 +127,19 @@ def test_a_local_host_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
     gathers(monkeypatch, [None, socket.gethostname()], ["bad", socket.gethostname()])
     with pytest.raises(SharedFault, match="^bad$"):
         together(lambda: 3)
+
+
+@pytest.mark.parametrize(("kernels", "expected"), [(["a", "a"], True), (["a", "b"], False)])
+def test_ranks_under_one_kernel_are_on_one_host(
+    kernels: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gathers(monkeypatch, *kernels)
+    assert on_one_host() is expected
+
+
+def test_a_kernel_that_does_not_tell_is_no_other_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[Any] = []
+    monkeypatch.setattr(agreement, "everyone", lambda value: told.append(value) or [value])
+    monkeypatch.setattr(agreement, "_BOOT_ID", tmp_path / "nothing")
+    assert on_one_host(), "a single rank"
+    assert told == ["that of rank 0"]
