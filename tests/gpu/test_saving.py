@@ -33,9 +33,8 @@ def test_the_thread_reads_what_the_gpu_had_been_asked_to_compute(dtype: torch.dt
 
 
 @pytest.mark.parametrize("preset", ["zero2", "zero2_cpu", "zero3", "zero3_cpu"])
-def test_states_written_during_the_next_step_are_those_of_the_weights_written_before_it(
-    preset: str, demo: Path, tmp_path: Path
-) -> None:
+def test_states_weights_and_average_of_a_checkpoint_are_of_one_step(preset: str, demo: Path, tmp_path: Path) -> None:
+    """They are written one after the other while the next step computes: an update between them would show."""
     train(demo, tmp_path, preset, "--save_every", 1, "--save_dtype", "fp32")
     for step in (1, 2, 3):
         folder = tmp_path / "checkpoints" / f"step_{step}"
