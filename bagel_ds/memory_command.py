@@ -63,7 +63,8 @@ def run(options: argparse.Namespace) -> None:
         host_memory=options.host_memory,
         nvme=options.nvme,
     )
-    plan = plan_memory(model, resolved(config.training.ds_config, config, model, options.world_size), memory)
+    ds_config = resolved(config.training.ds_config, config, model, options.world_size, options.ranks_per_host)
+    plan = plan_memory(model, ds_config, memory)
     better = [] if plan.fits else suggestions(model, config, memory)
     if options.json:
         print(json.dumps(plan.to_json() | {"suggestions": [each.to_json() for each in better]}, indent=1))

@@ -34,14 +34,16 @@ __all__ = [
 ]
 
 
-def resolve_ds_config(name_or_path: str, config: RunConfig, world_size: int) -> tuple[dict[str, Any], list[str]]:
+def resolve_ds_config(
+    name_or_path: str, config: RunConfig, world_size: int, ranks_per_host: int | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """The dict for `deepspeed.initialize` on `world_size` ranks, and one-line remarks for the log.
 
-    Its optimizer and scheduler sections are checked against the arguments and left out: the trainer brings its own
-    AdamW and schedule. Raises UserError naming every fault.
+    `ranks_per_host` None is what the launcher says. The file's optimizer and scheduler sections are checked against
+    the arguments and left out: the trainer brings its own AdamW and schedule. Raises UserError naming every fault.
     """
     path = find_ds_config(name_or_path)
-    draft = Draft(read_ds_config(path), path.name, config, world_size)
+    draft = Draft(read_ds_config(path), path.name, config, world_size, ranks_per_host)
     presets = ds_configs_folder()
     if path.parent.resolve() != presets.resolve() and (presets / path.name).is_file():
         draft.notes.append(f"ds_config is the file {path}, not the preset of the same name")

@@ -15,8 +15,8 @@ from typing import Iterator, NamedTuple
 import torch
 from torch import Tensor
 
-from bagel_ds.ranges import Pieces, WeightSource
-from bagel_ds.zero.partitions import MASTER, Group, Partitions, group_pieces
+from bagel_ds.ranges import MASTER, Pieces, WeightSource, copy_range
+from bagel_ds.zero.partitions import Group, Partitions, group_pieces
 
 _CHUNK = 2**24  # elements rounded at once
 
@@ -49,7 +49,7 @@ class ShardedEMA:
         """Replace the values, which start at the masters, by those of a model file or of a training state."""
         for piece in self.pieces():
             for held, values in piece.ranges:
-                values.copy_(source.read(*held))
+                copy_range(values, held, source.read)
 
     def pieces(self) -> Iterator[Pieces]:
         """This rank's share, name by name in an order all ranks share."""

@@ -114,19 +114,26 @@ def _settle_sharding_group(draft: Draft) -> None:
     if "num_replicate" in given:
         draft.notes.append("num_replicate has no effect: the groups follow from the GPUs and num_shard")
     is_hybrid = training.sharding_strategy == "HYBRID_SHARD"
+    present = zero.get("zero_hpz_partition_size")
     asked = "num_shard" in given or ("sharding_strategy" in given and is_hybrid)
-    if not asked and zero.get("zero_hpz_partition_size") == AUTO:
-        # One copy of the parameters per host; DeepSpeed's launcher says LOCAL_SIZE, torch's the other.
-        group = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
+    source = f"num_shard {group}"
+    if not asked and present == AUTO:
+        group = draft.ranks_per_host or ranks_of_this_host(world)
+        source = f"one copy of the parameters per host of {group}"
         asked = 1 < group < world
-    if not asked or group == world or same(zero.get("zero_hpz_partition_size"), group):
+    if not asked or group == world or (present != AUTO and same(present, group)):
         return
     reason = _why_no_group(draft, group) if is_hybrid else f"sharding_strategy is {training.sharding_strategy}"
     if reason:
-        draft.notes.append(f"num_shard {training.num_shard} has no effect: {reason}")
+        draft.notes.append(f"{source} has no effect: {reason}")
     else:
         zero["zero_hpz_partition_size"] = group
-        draft.notes.append(f"num_shard {group} of {world} GPUs: zero_hpz_partition_size {group} (ZeRO++)")
+        draft.notes.append(f"{source} of {world} GPUs: zero_hpz_partition_size {group} (ZeRO++)")
+
+
+def ranks_of_this_host(world: int) -> int:
+    """As the launcher says it: DeepSpeed's as LOCAL_SIZE, torch's as the other. All of them where none does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
 
 
 def _why_no_group(draft: Draft, group: int) -> str:

@@ -46,11 +46,13 @@ class Suggestion:
         return {"settings": list(self.settings), **{key: found[key] for key in keys}}
 
 
-def resolved(name: str, config: RunConfig, model: BagelConfig, world_size: int) -> dict[str, Any]:
+def resolved(
+    name: str, config: RunConfig, model: BagelConfig, world_size: int, ranks_per_host: int | None = None
+) -> dict[str, Any]:
     """The DeepSpeed configuration of a run that is only planned: `--nvme_path` may be missing."""
     if config.training.nvme_path is None:
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, nvme_path=PLACEHOLDER))
-    ds, _ = resolve_ds_config(name, config, world_size)
+    ds, _ = resolve_ds_config(name, config, world_size, ranks_per_host)
     training = config.training
     freezes = training.freeze_llm or training.freeze_vit or model.freeze_und
     frozen = freezes or not (model.visual_gen and model.visual_und)
@@ -84,7 +86,8 @@ class _Candidate(NamedTuple):
     preset: str
 
     def plan(self, world_size: int) -> MemoryPlan:
-        return plan_memory(self.model, resolved(self.preset, self.config, self.model, world_size), self.run)
+        ds_config = resolved(self.preset, self.config, self.model, world_size, self.run.ranks_per_host)
+        return plan_memory(self.model, ds_config, self.run)
 
 
 def _candidates(

@@ -12,7 +12,7 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 
-from bagel_ds.ranges import Pieces, Range, WeightSource
+from bagel_ds.ranges import Pieces, Range, WeightSource, copy_range
 
 
 def stage3_range(parameter: Any, name: str) -> Range:
@@ -68,9 +68,17 @@ def load_weights(module: nn.Module, source: WeightSource) -> int:
     read = 0
     for name, parameter in module.named_parameters():
         with held_weight(name, parameter, write=True) as (held, tensor):
-            if held.numel:
-                values = source.read(*held)
-                tensor[: held.numel].copy_(values)
-                read += values.nbytes
+            read += copy_range(tensor[: held.numel], held, source.read)
             tensor[held.numel :].zero_()
+        if is_partitioned(parameter):
+            _forget_second_copy(parameter)
     return read
+
+
+def _forget_second_copy(parameter: Any) -> None:
+    """Drop what hpZ keeps per group: it is of what the module was built with.
+
+    The first step would compute with it, and with frozen parameters' for ever. DeepSpeed makes it anew once a parameter
+    has been gathered.
+    """
+    parameter.ds_secondary_tensor = None

@@ -200,6 +200,23 @@ def test_deepspeeds_own_refusals_become_messages() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- FSDP options
+@pytest.mark.parametrize("said_by", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE", None])
+def test_the_hpz_preset_keeps_a_copy_per_host(said_by: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if said_by is not None:
+        monkeypatch.setenv(said_by, "8")
+    ds, (note,) = resolve_ds_config("zero3_hpz", config(), 16, None if said_by else 8)
+    assert ds["zero_optimization"]["zero_hpz_partition_size"] == 8
+    assert "per host of 8" in note
+    check_with_deepspeed(ds)
+
+
+def test_the_hpz_preset_on_one_host_keeps_a_single_copy() -> None:
+    ds, _ = resolve_ds_config("zero3_hpz", config(), 8, 8)
+    assert "zero_hpz_partition_size" not in ds["zero_optimization"]
+
+
 def test_fsdp_options_not_given_do_nothing() -> None:
     ds, notes = resolve_ds_config("zero3", config(), 16)  # num_shard defaults to 8, sharding_strategy to HYBRID_SHARD
     assert "zero_hpz_partition_size" not in ds["zero_optimization"]
@@ -213,8 +230,9 @@ def test_num_shard_of_the_world_or_more_means_all(shard: str) -> None:
     assert notes == []
 
 
-def test_num_shard_below_the_world_is_an_hpz_group() -> None:
-    ds, notes = resolve_ds_config("zero3", config("--num_shard", "2"), 4)
+@pytest.mark.parametrize("preset", ["zero3", "zero3_hpz"])
+def test_num_shard_below_the_world_is_an_hpz_group(preset: str) -> None:
+    ds, notes = resolve_ds_config(preset, config("--num_shard", "2"), 4)
     assert ds["zero_optimization"]["zero_hpz_partition_size"] == 2
     assert len(notes) == 1
     check_with_deepspeed(ds)
