@@ -44,8 +44,12 @@ def measured_run(
     timeout: float = 1800,
     interval: float = 0.1,
     script: str = "marked_train.py",
+    until: str | None = None,
 ) -> Measured:
-    """Run a script of this folder (by default the trainer with marks) under the launcher to its end."""
+    """Run a script of this folder (by default the trainer with marks) under the launcher to its end.
+
+    Where that phase begins, a run is killed that is measured `until` then; its code is 0.
+    """
     port = _free_port()
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
     command = [*launcher, str(REPOSITORY / "bench" / script), *map(str, arguments)]
@@ -64,6 +68,7 @@ def measured_run(
     clock.start()
     lines: list[str] = []
     held: dict[int, int] = {}
+    was_enough = False
     try:
         with MemorySampler(process.pid, interval) as sampler:
             assert process.stdout is not None
@@ -72,6 +77,9 @@ def measured_run(
                 words = line.split()
                 if words[:1] == ["MARK"]:
                     sampler.phase = words[1]
+                    if words[1] == until:
+                        was_enough = True
+                        os.killpg(process.pid, signal.SIGKILL)
                 elif words[:1] == ["HELD"]:
                     held[int(words[1])] = int(words[2])
             process.wait()
@@ -85,7 +93,7 @@ def measured_run(
         for path in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{port}_*"):
             Path(path).unlink(missing_ok=True)
     return Measured(
-        process.returncode,
+        0 if was_enough else process.returncode,
         time.monotonic() - began,
         sampler.peaks,
         [held[rank] for rank in sorted(held)],

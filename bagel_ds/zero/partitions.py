@@ -15,10 +15,10 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bagel_ds.ranges import Pieces, Range, WeightSource
+from bagel_ds.ranges import MASTER, Pieces, Range, WeightSource, copy_range
 from bagel_ds.zero.weights import stage3_range
 
-MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
+EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
 MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 
 
@@ -49,14 +49,17 @@ class Partitions:
         check_internals(self._optimizer, self._stage)
         self.groups: tuple[Group, ...] = tuple(self._find_groups())
         self._after_update: Callable[[Group, Tensor], None] | None = None
+        if self._stage == 3:
+            self._make_moments_before_first_update()
 
     @contextmanager
     def open(self, group: Group, write: bool = False, moments: bool = False) -> Iterator[dict[str, Tensor]]:
         """The group's flat 1-D tensors by "master" and, once Adam has stepped, "exp_avg" and "exp_avg_sq".
 
         A placed range is `flats[key].narrow(0, offset, numel)`. Changes last when opened with write=True; `moments`
-        makes Adam's state where it does not exist yet.
+        makes Adam's state where it does not exist yet, and needs write=True for that.
         """
+        assert write or not moments, "moments that were made and not written would have no swap file"
         swapped = self._is_swapped(group)
         if swapped:
             self._optimizer._optimizer_states_and_gradient_swap_in(group.index)
@@ -78,9 +81,13 @@ class Partitions:
                 state["step"] = step
 
     def pieces(self, key: str) -> Iterator[Pieces]:
-        """This rank's owned share of "master", "exp_avg" or "exp_avg_sq", name by name in an order all ranks share."""
+        """This rank's owned share of "master", "exp_avg" or "exp_avg_sq", name by name in an order all ranks share.
+
+        Moments are zero where no update was made yet.
+        """
         for group in self.groups:
-            with self.open(group) as flats:
+            lacking = key in MOMENTS and EXP_AVG not in self._state(group)
+            with self.open(group, write=lacking, moments=lacking) as flats:
                 yield from group_pieces(group, flats[key])
 
     def on_update(self, callback: Callable[[Group, Tensor], None]) -> None:
@@ -176,9 +183,40 @@ class Partitions:
             state["step"] = torch.zeros((), device=master.device if fused_on_gpu else "cpu")
         else:
             state["step"] = 0
+        if self._is_swapped(group):
+            self._make_swapped_moments(master, state)
+            return
         dtype = torch.float32 if getattr(inner, "fp32_optimizer_states", True) else master.dtype
         for key in MOMENTS:
             state[key] = torch.zeros_like(master, dtype=dtype, requires_grad=False)
+
+    def _make_swapped_moments(self, master: Tensor, state: dict[str, Any]) -> None:
+        """Zeros in two free swap buffers, for a group that is swapped in and will be swapped out.
+
+        In memory of their own they would be 8 bytes per element beside buffers that lie idle.
+        """
+        swapper = self._optimizer.optimizer_swapper
+        aligned = swapper._io_aligned_numel(master.numel())
+        buffers = swapper.swap_buffer_manager.allocate(num_elems=aligned, count=len(MOMENTS), dtype=master.dtype)
+        assert buffers is not None, "offload_optimizer.buffer_count is at least 4: gradient, master and two moments"
+        for key, buffer in zip(MOMENTS, buffers):
+            state[key] = buffer.zero_().narrow(0, 0, master.numel())
+        info = swapper._get_param_swap_info(master)  # finds the new states
+        info.swap_buffers += buffers
+        for tensor, buffer in zip(info.tensors[1:], buffers):
+            tensor.set_buffers(compute_buffer=tensor.compute_tensor, swap_buffer=buffer)
+
+    def _make_moments_before_first_update(self) -> None:
+        """Have an update of a swapped group find its moments: DeepSpeed's Adam would make them in fresh memory."""
+        prepare = self._optimizer._prepare_sub_group
+
+        def prepare_with_moments(index: int, timer_names: Any) -> None:
+            prepare(index, timer_names)
+            group = self.groups[index]
+            if self._is_swapped(group) and EXP_AVG not in self._state(group):
+                self._make_moments(group)
+
+        self._optimizer._prepare_sub_group = prepare_with_moments
 
     def _flats(self, group: Group, moments: bool) -> dict[str, Tensor]:
         state = self._state(group)
@@ -204,8 +242,7 @@ def load_masters(partitions: Partitions, source: WeightSource) -> None:
     for group in partitions.groups:
         with partitions.open(group, write=True) as flats:
             for placed in group.ranges:
-                values = source.read(*placed.range)
-                flats[MASTER].narrow(0, placed.offset, placed.range.numel).copy_(values)
+                copy_range(flats[MASTER].narrow(0, placed.offset, placed.range.numel), placed.range, source.read)
 
 
 _INTERNALS = {
@@ -216,6 +253,7 @@ _INTERNALS = {
         "_optimizer_states_and_gradient_swap_in",
         "_optimizer_states_and_gradient_swap_out",
         "_release_swap_buffers",
+        "_prepare_sub_group",
         "_release_sub_group",
     ),
     2: (
