@@ -36,7 +36,7 @@ logger = logging.getLogger("bagel_ds")
 __all__ = ["DataFile", "DataIndex", "FileIndex", "index_files"]
 
 _POOL_ROWS = 20_000  # below this, starting processes costs more than it saves
-_LAYOUT_THREADS = 16  # that wait for footers, of remote files above all
+_THREADS = 16  # that wait for file systems, remote ones above all
 
 
 class FileIndex:
@@ -74,7 +74,7 @@ class FileIndex:
 
 
 class DataIndex:
-    """The index of a run's files, in `indexes`. Raises OSError where a file is not there."""
+    """The index of a run's files, in `indexes`."""
 
     def __init__(
         self,
@@ -86,20 +86,25 @@ class DataIndex:
     ) -> None:
         self._tokenizer, self._progress, self._workers = tokenizer, progress, workers
         wanted = list(dict.fromkeys(data_files))
-        folders = {file: index_cache.cache_folder(file.path, cache_dir) for file in wanted}
+        parents = {file.path.rpartition("/")[0]: file.path for file in wanted}
+        folders = {parent: index_cache.cache_folder(path, cache_dir) for parent, path in parents.items()}
         self._entries = {
             file: index_cache.cache_file(folder, file.path, f"{file.key} {tokenizer.fingerprint}")
-            for file, folder in folders.items()
-            if folder is not None
+            for file in wanted
+            if (folder := folders[file.path.rpartition("/")[0]]) is not None
         }
-        kept = {file: entry for file in self._entries if (entry := index_cache.load(self._entries[file], file.path))}
-        unknown = [file for file in wanted if file not in kept]
-        self._identities = {file: entry.identity for file, entry in kept.items()}
-        self._identities |= {file: index_cache.identity(file.path) for file in unknown}
-        layouts = {file: entry.layout for file, entry in kept.items()} | self._layouts(unknown)
+        with ThreadPoolExecutor(_THREADS) as pool:
+            kept = dict(zip(wanted, pool.map(self._load, wanted), strict=True))
+            unknown = [file for file in wanted if kept[file] is None]
+            self._identities = dict(zip(unknown, pool.map(_identity, unknown), strict=True))
+            layouts = self._layouts(unknown, pool)
+        for file, entry in kept.items():
+            if entry is not None:
+                self._identities[file], layouts[file] = entry.identity, entry.layout
         self.indexes = {file: FileIndex(file, layouts[file], partial(self._fetch, file)) for file in wanted}
         for file, entry in kept.items():
-            self.indexes[file].found(entry.bad)
+            if entry is not None:
+                self.indexes[file].found(entry.bad)
         for file in unknown:
             if error := layouts[file].error:
                 self.indexes[file].found(((-1, error),), _no_records(((-1, error),)))
@@ -117,19 +122,25 @@ class DataIndex:
         """
         missing = self.missing(data_files)
         folders = {self._entries[file].parent for file in missing if file in self._entries}
-        if missing:
-            with index_cache.locked(folders, lock, until=lambda: self._is_kept(missing[0])):
-                while missing and self._is_kept(missing[0]):
-                    missing.pop(0)
-                left = [file for file in missing if not self._is_kept(file)]
-                if left:
-                    self._make(left)
+        if not missing:
+            return
 
-    def _layouts(self, data_files: Sequence[DataFile]) -> dict[DataFile, FileLayout]:
-        with (
-            ThreadPoolExecutor(_LAYOUT_THREADS) as pool,
-            RowProgress(len(data_files), "reading footers", self._progress, unit="file") as bar,
-        ):
+        def all_kept() -> bool:
+            while missing and self._is_kept(missing[0]):
+                missing.pop(0)
+            return not missing
+
+        with index_cache.locked(folders, lock, until=all_kept):
+            left = [file for file in missing if not self._is_kept(file)]
+            if left:
+                index_cache.sweep(folders)
+                self._make(left)
+
+    def _load(self, file: DataFile) -> index_cache.Entry | None:
+        return index_cache.load(self._entries[file], file.path) if file in self._entries else None
+
+    def _layouts(self, data_files: Sequence[DataFile], pool: ThreadPoolExecutor) -> dict[DataFile, FileLayout]:
+        with RowProgress(len(data_files), "reading footers", self._progress, unit="file") as bar:
             layouts = {}
             for file, layout in zip(data_files, pool.map(layout_of, data_files), strict=True):
                 layouts[file] = layout
@@ -139,11 +150,9 @@ class DataIndex:
     def _is_kept(self, file: DataFile) -> bool:
         """Whether the file is indexed by now, by whomever."""
         index = self.indexes[file]
-        if not index.is_indexed and file in self._entries:
-            entry = index_cache.load(self._entries[file], file.path)
-            if entry is not None:
-                _check_unchanged(file, entry.layout.digest == index.digest)
-                index.found(entry.bad)
+        if not index.is_indexed and (entry := self._load(file)) is not None:
+            _check_unchanged(file, entry.layout.digest == index.digest)
+            index.found(entry.bad)
         return index.is_indexed
 
     def _fetch(self, file: DataFile) -> FileRecords:
@@ -161,7 +170,7 @@ class DataIndex:
     def _make(self, missing: list[DataFile]) -> None:
         began = time.monotonic()
         for file in missing:
-            _check_unchanged(file, self._identities[file] == index_cache.identity(file.path))
+            _check_unchanged(file, self._identities[file] == _identity(file))
         tasks = [task for file in missing for task in read_tasks(file, self.indexes[file].layout)]
         left = Counter(task.file for task in tasks)
         parts: dict[DataFile, list[_Chunk]] = {file: [] for file in missing}
@@ -224,6 +233,13 @@ def _joined(parts: list[_Chunk]) -> FileRecords:
         first += len(part.lengths)
     offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
     return FileRecords(np.concatenate([part.numbers for part in parts]), offsets, tuple(bad))
+
+
+def _identity(file: DataFile) -> str:
+    try:
+        return index_cache.identity(file.path)
+    except OSError:  # gone since it was listed: its layout says so
+        return ""
 
 
 def _check_unchanged(file: DataFile, unchanged: bool) -> None:

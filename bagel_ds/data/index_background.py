@@ -32,6 +32,9 @@ class BackgroundIndex(NamedTuple):
 
     def close(self) -> None:
         if self.process is not None:
+            if self.process.exitcode:
+                code = self.process.exitcode
+                logger.warning("the process that indexed ahead ended with code %d; training did the rest itself", code)
             self.process.kill()  # what it has finished is kept, and nothing else is ever seen
             self.process.join()
 

@@ -31,6 +31,7 @@ Part = TypeVar("Part")
 
 BESIDE_DATA = ".bagel_ds_index"
 _FORMAT = 2  # of an entry
+_ABANDONED_SECONDS = 3600.0  # an entry is written within seconds
 _ASK_SECONDS = 0.1  # between two looks at a lock that another process holds
 
 
@@ -147,6 +148,17 @@ def save(entry: Path, layout: FileLayout, records: FileRecords, identity_before:
         temporary.unlink(missing_ok=True)
         return False
     return True
+
+
+def sweep(folders: Iterable[Path]) -> None:
+    """Remove what killed processes have left half written."""
+    for folder in folders:
+        for path in folder.glob("*.tmp"):
+            try:
+                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                    path.unlink()
+            except OSError:  # another host was faster
+                continue
 
 
 @contextmanager

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import random
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -31,7 +33,7 @@ from small_data import (
 
 from bagel_ds.data import file_rows
 from bagel_ds.data import index as index_module
-from bagel_ds.data.index import DataFile, FileIndex, index_files
+from bagel_ds.data.index import DataFile, DataIndex, FileIndex, index_files
 from bagel_ds.data.index_cache import BESIDE_DATA, locked
 from bagel_ds.data.records import Record, decode_record
 from bagel_ds.data.sources import SOURCES
@@ -335,3 +337,46 @@ def test_of_two_at_a_time_one_indexes_and_the_other_waits(
                 time.sleep(0.01)
         assert [future.result()[0].rows for future in waiting] == [2, 2]
     assert reads == ["a.parquet"]
+
+
+def test_of_two_processes_over_many_files_each_file_is_indexed_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """The second comes while the first is in the middle: it takes what is there and makes nothing again."""
+    paths = [write_parquet(tmp_path / f"{number:02}.parquet", t2i_rows(40)) for number in range(40)]
+    files, cache = [_t2i(path) for path in paths], str(tmp_path / "cache")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, context) as pool:
+        made = [pool.submit(_files_made, files, tokenizer, cache) for _ in range(2)]
+        counts = [future.result(120) for future in made]
+    assert sum(counts) == len(files), counts
+
+
+def _files_made(data_files: list[DataFile], tokenizer: Tokenizer, cache: str) -> int:
+    made: list[DataFile] = []
+    finish = DataIndex._finish
+
+    def noted(self: DataIndex, file: DataFile, parts: list[Any]) -> None:
+        made.append(file)
+        finish(self, file, parts)
+
+    with mock.patch.object(DataIndex, "_finish", noted):
+        index_files(data_files, tokenizer, cache)
+    return len(made)
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = write_parquet(tmp_path / "a.parquet", t2i_rows(2))
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    old, new = cache / "x.safetensors.1.tmp", cache / "x.safetensors.2.tmp"
+    for left in (old, new):
+        left.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    index_files([_t2i(path)], tokenizer, str(cache))
+    assert not old.exists() and new.exists(), "another process may be writing the new one"
+
+
+def test_a_file_that_is_gone_is_reported_as_a_whole(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    fine = write_parquet(tmp_path / "a.parquet", t2i_rows(2))
+    here, gone = index_files([_t2i(fine), _t2i(tmp_path / "b.parquet")], tokenizer, str(tmp_path / "cache"))
+    assert here.rows == 2 and gone.rows == 0
+    assert [row for row, _ in gone.bad] == [-1] and "No such file" in gone.bad[0][1]
