@@ -13,7 +13,7 @@ from bagel_ds.model.parts import Freezing
 from bagel_ds.units import MIB
 from bagel_ds.zero.memory_activations import Activations, PackShape, activations, vae_bytes
 from bagel_ds.zero.memory_gather import Gathered, GatherOptions, gathered
-from bagel_ds.zero.memory_states import DEVICE, HOST, NVME, Sharding, State
+from bagel_ds.zero.memory_states import DEVICE, HOST, NVME, Sharding, State, backward_states
 
 NORM_ELEMENTS = 250_000_000  # DeepSpeed sums gradients' squares in float64, this many at a time
 EXPORT_CHUNK = 64 * MIB  # checkpoint/export.py
@@ -61,9 +61,9 @@ def gathering(sharding: Sharding, shape: StepShape) -> Gathered | None:
 
 def _vae(s: Sharding, shape: StepShape) -> Moment:
     pixels = shape.image_pixels if shape.config.visual_gen else 0
-    return Moment(
-        "autoencoder", [State("autoencoder, one image", DEVICE, vae_bytes(shape.vae, pixels, s.bf16, s.on_cpu))]
-    )
+    image = State("autoencoder, one image", DEVICE, vae_bytes(shape.vae, pixels, s.bf16, s.on_cpu))
+    sums = [state for state in backward_states(s) if state.name == "gradients"]  # of the micro-batches before this one
+    return Moment("autoencoder", [image, *(sums if int(s.ds.get("gradient_accumulation_steps", 1)) > 1 else [])])
 
 
 def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Moment]:
@@ -79,7 +79,8 @@ def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Moment]
         "layer": [State("activations of a decoder layer", DEVICE, needs.layer), *_reduction(s, 0)],
         "head": [
             State("logits chunk and labels", DEVICE, needs.head),
-            *(_reduction(s, head) if _trains(s, "lm_head") else []),
+            # Its gradient is the first: what waits in the bucket is less, so only one beyond it is reduced now.
+            *(_reduction(s, head) if _trains(s, "lm_head") and head > s.bucket else []),
         ],
         "embedding": _reduction(s, head) if _trains(s, "embed_tokens") else [],
         "vit": [State("activations of a ViT layer", DEVICE, needs.vit_layer), *_reduction(s, 0)],
@@ -88,6 +89,7 @@ def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Moment]
     found = []
     for moment, parts in own.items():
         parts = [inputs, kept, *parts] if moment in ("layer", "head") else [inputs, *parts]
+        parts += backward_states(s)
         if live is not None and s.on_cpu:
             found += _one_after_the_other(s, live, moment, names[moment], parts)
             continue

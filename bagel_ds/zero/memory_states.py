@@ -137,10 +137,6 @@ def _stage12(s: Sharding) -> Iterator[State]:
     place = s.place("optimizer")
     share = -(-s.elements(True) // s.world)
     yield State("weights", DEVICE, s.weight_bytes * s.elements(False))
-    if s.stage == 1:
-        yield State("gradients", DEVICE, s.weight_bytes * s.elements(True))
-    elif place == DEVICE:
-        yield State("gradients", DEVICE, s.gradient_bytes * share)
     yield State("masters", place, 4 * share, s.pinned("optimizer") if place == HOST else 0)
     yield State("Adam moments", place, 8 * share)
     if place == HOST:
@@ -151,10 +147,22 @@ def _stage12(s: Sharding) -> Iterator[State]:
         yield State("largest gradient, on its way", HOST, s.weight_bytes * largest, s.pinned("optimizer"))
         if int(s.ds.get("gradient_accumulation_steps", 1)) > 1:
             yield State("gradients", HOST, s.gradient_bytes * share, s.pinned("optimizer"))
+
+
+def backward_states(s: Sharding) -> list[State]:
+    """What stages 1 and 2 hold from a window's first backward pass until the update makes fp32 gradients of it."""
+    if s.stage not in (1, 2):
+        return []
+    found = []
+    if s.stage == 1:
+        found.append(State("gradients", DEVICE, s.weight_bytes * s.elements(True)))
+    elif s.place("optimizer") == DEVICE:
+        found.append(State("gradients", DEVICE, s.gradient_bytes * -(-s.elements(True) // s.world)))
     if s.stage == 2:
         size = s.bucket * (2 if s.zero.get("overlap_comm") else 1)
         touched = min(size, s.elements(True)) if s.on_cpu else size
-        yield State("communication buckets", DEVICE, touched * s.communication_bytes)
+        found.append(State("communication buckets", DEVICE, touched * s.communication_bytes))
+    return found
 
 
 def _stage3(s: Sharding) -> Iterator[State]:
