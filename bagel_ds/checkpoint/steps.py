@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Iterable
 
@@ -22,26 +23,30 @@ from bagel_ds.errors import UserError
 logger = logging.getLogger("bagel_ds")
 
 STATE, TRAINER, MANIFEST, LATEST, FINAL = "state", "trainer.json", "manifest.json", "latest", "step_final"
-UNFINISHED, REPLACED = ".unfinished-", ".replaced-"
+UNFINISHED, REPLACED, GIVEN_UP = ".unfinished-", ".replaced-", ".given-up-state"
 _STEP = re.compile(r"step_(\d+)")
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
 def step_folders(checkpoint_dir: Path) -> list[tuple[int, Path]]:
     """Complete step_N folders by N; links and unfinished folders are none."""
+    return [(step, path) for step, path in _numbered(checkpoint_dir) if (path / MANIFEST).is_file()]
+
+
+def _numbered(checkpoint_dir: Path) -> list[tuple[int, Path]]:
     found = []
     for path in checkpoint_dir.glob("step_*"):
         match = _STEP.fullmatch(path.name)
-        if match and not path.is_symlink() and (path / MANIFEST).is_file():
+        if match and not path.is_symlink() and path.is_dir():
             found.append((int(match.group(1)), path))
     return sorted(found)
 
 
 def newest_state(checkpoint_dir: Path, but_not: Iterable[Path] = ()) -> Path | None:
     """The newest checkpoint that holds training state and whose files have their manifest's sizes."""
-    refused = set(but_not)
-    for _, path in reversed(step_folders(checkpoint_dir)):
-        if holds_state(path) and path not in refused:
+    refused = {path.resolve() for path in but_not}
+    for _, path in reversed(_numbered(checkpoint_dir)):
+        if holds_state(path) and path.resolve() not in refused:
             fault = manifest_fault(path)
             if fault is None:
                 return path
@@ -50,7 +55,8 @@ def newest_state(checkpoint_dir: Path, but_not: Iterable[Path] = ()) -> Path | N
 
 
 def holds_state(folder: Path) -> bool:
-    return (folder / TRAINER).is_file() and any((folder / STATE).glob("rank_*.safetensors"))
+    """Whether a checkpoint has a training state, be it damaged: only `thin_out` takes the folder `state` away."""
+    return (folder / STATE).is_dir()
 
 
 def read_trainer(folder: Path) -> dict[str, Any]:
@@ -74,7 +80,7 @@ def manifest_fault(folder: Path) -> str | None:
         return f"{MANIFEST} can't be read ({type(error).__name__}: {error})"
     for name, size in sizes.items():
         path = folder / name
-        if name.startswith(STATE + "/") and not (folder / STATE).is_dir():
+        if name.startswith(STATE + "/") and not holds_state(folder):
             continue  # given up on purpose by del_previous_state; the weights are still whole
         if not path.is_file():
             return f"{name} is missing"
@@ -84,9 +90,10 @@ def manifest_fault(folder: Path) -> str | None:
 
 
 def state_files(folder: Path) -> list[str]:
-    """Names in the manifest of the files that a resume reads."""
+    """Names in the manifest of the files that a resume reads; none of a state that was given up."""
     checksums = json.loads((folder / MANIFEST).read_text()).get("checksums", {})
-    return sorted(name for name in checksums if name.startswith(STATE + "/") or name == TRAINER)
+    kept = holds_state(folder)
+    return sorted(name for name in checksums if name == TRAINER or (kept and name.startswith(STATE + "/")))
 
 
 def checksum_fault(folder: Path, names: Iterable[str]) -> str | None:
@@ -173,12 +180,20 @@ def thin_out(checkpoint_dir: Path, keep_last: int, delete_previous_state: bool, 
         if older in (newest, saved):
             continue
         if keep_last and older not in folders[-keep_last:]:
-            shutil.rmtree(older, ignore_errors=True)
+            _remove(older, unfinished_folder(older))
         elif delete_previous_state and newest is not None:
-            shutil.rmtree(older / STATE, ignore_errors=True)
+            _remove(older / STATE, older / GIVEN_UP)
     final = checkpoint_dir / FINAL
     if final.is_symlink() and not final.exists():
         final.unlink()  # of an earlier, shorter run whose last checkpoint has just gone
+
+
+def _remove(folder: Path, aside: Path) -> None:
+    """Remove a folder by way of `aside`, so that an interruption leaves nothing that looks like a damaged one."""
+    shutil.rmtree(aside, ignore_errors=True)
+    with suppress(OSError):  # not there, or to be tried again after the next save
+        folder.rename(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _replace(path: Path, write: Any) -> None:

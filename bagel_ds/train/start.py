@@ -16,7 +16,7 @@ from bagel_ds.arguments import TrainingArguments
 from bagel_ds.checkpoint.folder import BagelWeights, ModelFolder
 from bagel_ds.checkpoint.parts import PartsWeights
 from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
-from bagel_ds.checkpoint.steps import STATE, holds_state, manifest_fault, newest_state
+from bagel_ds.checkpoint.steps import MANIFEST, STATE, holds_state, newest_state
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import MASTER, WeightSource
 from bagel_ds.train.agreement import SharedFault, together
@@ -36,6 +36,7 @@ class StartPoint:
     full: bool
     reason: str
     parts: Parts | None = None  # weights come from these instead of `folder`
+    checked: bool = False  # `folder` is a checkpoint that must be as it was saved
 
 
 def find_start(
@@ -51,16 +52,12 @@ def find_start(
     if training.auto_resume:
         newest = newest_state(Path(training.checkpoint_dir), damaged)
         if newest is not None:
-            return StartPoint(newest, True, "auto_resume: the newest complete checkpoint")
+            return StartPoint(newest, True, "auto_resume: the newest complete checkpoint", checked=True)
     if training.resume_from is not None:
         folder = Path(training.resume_from)
         if not folder.is_dir():
             raise UserError(f"--resume_from {folder} does not exist; pass a checkpoint folder such as .../step_1000.")
-        full = holds_state(folder) and not training.resume_model_only
-        if full and (fault := manifest_fault(folder)) is not None:
-            raise UserError(f"--resume_from {folder} is damaged: {fault}. Resume from another checkpoint.")
-        kept = "full training state" if full else "weights alone"
-        return StartPoint(folder, full, f"resume_from: {kept}")
+        return _named_start(folder, training.resume_model_only)
     if training.finetune_from_hf:
         return StartPoint(model_folder, False, "finetune_from_hf: the weights of model_path")
     if parts is not None:
@@ -72,22 +69,36 @@ def find_start(
     )
 
 
+def _named_start(folder: Path, model_only: bool) -> StartPoint:
+    if model_only:
+        return StartPoint(folder, False, "resume_from: weights alone, as resume_model_only says")
+    if holds_state(folder):
+        return StartPoint(folder, True, "resume_from: full training state", checked=True)
+    saved = (folder / MANIFEST).is_file()
+    lacks = "its training state was removed" if saved else "it holds no training state"
+    return StartPoint(folder, False, f"resume_from: weights alone, {lacks}", checked=saved)
+
+
 def sound_start(training: TrainingArguments, model_folder: Path, parts: Parts | None = None) -> StartPoint:
-    """`find_start`, with every byte of a training state compared with its checksum, on all ranks together.
+    """`find_start`, with a checkpoint's files compared with their sizes and those of its training state byte by byte
+    with their checksums, on all ranks together.
 
     auto_resume passes over a damaged checkpoint with a warning; a damaged resume_from is an error that names the
-    newest sound one.
+    newest other one beside it.
     """
     damaged: frozenset[Path] = frozenset()
     while True:
         start = together(partial(find_start, training, model_folder, damaged, parts))
-        fault = damage_of(start.folder) if start.full else None
+        fault = damage_of(start.folder) if start.checked else None
         if fault is None:
             return start
         if not start.reason.startswith("auto_resume"):
-            other = newest_state(start.folder.parent, [start.folder])
-            offer = f"The newest one before it is {other}." if other else "There is no other one beside it."
-            raise SharedFault(f"checkpoint {start.folder} is damaged: {fault}. {offer}")
+            other = newest_state(start.folder.resolve().parent, [start.folder])
+            offer = f"The newest other one beside it is {other}" if other else "There is no other one beside it"
+            raise SharedFault(
+                f"checkpoint --resume_from {start.folder} is damaged: {fault}. {offer}; --resume_model_only True takes "
+                "its weights alone."
+            )
         logger.warning("checkpoint %s is damaged and passed over: %s", start.folder, fault)
         damaged |= {start.folder}
 

@@ -46,6 +46,11 @@ def _remove(path: Path, _: int) -> None:
     path.unlink()
 
 
+def _empty(path: Path, _: int) -> None:
+    for file in path.iterdir():
+        file.unlink()
+
+
 def _change_number(path: Path, _: int) -> None:
     path.write_text(path.read_text().replace('"steps_done": 2', '"steps_done": 3'))
 
@@ -54,15 +59,18 @@ DAMAGE: dict[str, tuple[str, Callable[[Path, int], None], int, str]] = {
     "a_flipped_bit": ("state/rank_00001.safetensors", _flip, -9, "other bytes than were saved, at"),
     "a_flipped_bit_in_a_header": ("state/rank_00000.safetensors", _flip, 8, "rank_00000.safetensors"),
     "a_missing_file": ("state/rank_00001.safetensors", _remove, 0, "is missing"),
+    "a_state_without_files": ("state", _empty, 0, "state/rank_00000.safetensors is missing"),
+    "a_missing_trainer_json": (TRAINER, _remove, 0, "is missing"),
     "a_file_cut_short": ("state/rank_00000.safetensors", _truncate, 0, "its manifest says"),
     "another_number_of_steps": (TRAINER, _change_number, 0, "other bytes than were saved"),
     "a_manifest_that_is_none": (MANIFEST, _flip, 0, "can't be read"),
+    "a_missing_manifest": (MANIFEST, _remove, 0, "can't be read"),
 }
 
 
 @pytest.fixture(scope="module")
 def resumed(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Outcome]]]:
-    """A run with two checkpoints, copied, the newer one damaged, and resumed; ("refused": it is the one named)."""
+    """A run with two checkpoints, copied, the newer one damaged and named ("refused_..."), and then resumed."""
     folder = tmp_path_factory.mktemp("damaged")
     whole = Case("whole", words_of(demo, folder / "whole", total_steps=2, save_every=1))
     outcomes = run_cases(folder / "first", [whole], ranks=2)
@@ -70,13 +78,10 @@ def resumed(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     cases = []
     for name, (file, damage, place, _) in DAMAGE.items():
         shutil.copytree(folder / "whole" / "checkpoints", folder / name / "checkpoints", symlinks=True)
-        damage(folder / name / "checkpoints" / "step_2" / file, place)
+        bad = folder / name / "checkpoints" / "step_2"
+        damage(bad / file, place)
+        cases.append(Case(f"refused_{name}", words_of(demo, folder / "refused", total_steps=3, resume_from=bad)))
         cases.append(Case(name, words_of(demo, folder / name, total_steps=2, auto_resume=True)))
-    bad = folder / "a_flipped_bit" / "checkpoints" / "step_2"
-    bad_copy = folder / "kept" / "step_2"
-    shutil.copytree(bad, bad_copy)
-    shutil.copytree(bad.with_name("step_1"), bad_copy.with_name("step_1"))
-    cases.append(Case("refused", words_of(demo, folder / "refused", total_steps=3, resume_from=bad_copy)))
     return folder, outcomes | run_cases(folder / "second", cases, ranks=2)
 
 
@@ -93,13 +98,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     assert losses(folder / name) == {1: losses(folder / "whole")[1]}, "the second step again, and the same"
 
 
-def test_a_damaged_checkpoint_that_was_asked_for_is_refused_and_the_one_before_it_offered(
-    resumed: tuple[Path, dict[str, list[Outcome]]],
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_checkpoint_that_was_asked_for_is_refused_and_another_offered(
+    name: str, resumed: tuple[Path, dict[str, list[Outcome]]]
 ) -> None:
-    main, other = resumed[1]["refused"]
+    folder, outcomes = resumed
+    main, other = outcomes[f"refused_{name}"]
     assert (main.code, other.code) == (2, 2), main.output
-    assert "step_2 is damaged: state/rank_00001.safetensors holds other bytes" in main.output
-    assert "The newest one before it is" in main.output and "kept/step_1" in main.output
+    file, _, _, reason = DAMAGE[name]
+    assert f"step_2 is damaged: {file}" in main.output and reason in main.output
+    assert f"The newest other one beside it is {folder / name / 'checkpoints' / 'step_1'};" in main.output
 
 
 # -------------------------------------------------------------------------------------------------------- full disks

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +16,27 @@ from safetensors.torch import save_file
 from bagel_ds.arguments import TrainingArguments
 from bagel_ds.checkpoint.folder import ModelFolder
 from bagel_ds.checkpoint.state import EMA, WEIGHT, Held, rank_file, write_rank
+from bagel_ds.checkpoint.steps import write_manifest
 from bagel_ds.demo import write_demo
 from bagel_ds.errors import UserError
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.config import BagelConfig
 from bagel_ds.ranges import MASTER, Pieces, Range
-from bagel_ds.train.start import StartPoint, find_start, open_start
+from bagel_ds.train.start import StartPoint, find_start, open_start, sound_start
+
+STATE_FILE = "state/rank_00000.safetensors"
 
 
 def checkpoint(folder: Path, step: int, state: bool = True) -> Path:
+    """Without `state` it was given up, as del_previous_state does."""
     path = folder / f"step_{step}"
-    path.mkdir(parents=True)
-    files = {"trainer.json": json.dumps({"steps_done": step})}
-    if state:
-        (path / "state").mkdir()
-        files["state/rank_00000.safetensors"] = "state"
+    (path / "state").mkdir(parents=True)
+    files = {"trainer.json": json.dumps({"steps_done": step}), "model.safetensors": "w", STATE_FILE: "state"}
     for name, text in files.items():
         (path / name).write_text(text)
-    sizes = {name: len(text) for name, text in files.items()}
-    (path / "manifest.json").write_text(json.dumps({"files": sizes}))
+    write_manifest(path, {})
+    if not state:
+        shutil.rmtree(path / "state")
     return path
 
 
@@ -66,16 +71,72 @@ def test_resume_model_only_takes_weights_alone(tmp_path: Path) -> None:
     assert (found.folder, found.full) == (other, False) and "weights alone" in found.reason
 
 
-def test_a_folder_without_state_gives_its_weights(tmp_path: Path) -> None:
-    other = checkpoint(tmp_path / "other", 5, state=False)
-    assert not start_of(tmp_path, resume_from=str(other)).full
+def _lost(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
 
 
-def test_a_damaged_resume_from_is_a_message(tmp_path: Path) -> None:
-    other = checkpoint(tmp_path / "other", 5)
-    (other / "state" / "rank_00000.safetensors").write_text("")
-    with pytest.raises(UserError, match=r"--resume_from .*step_5 is damaged: state/rank_.* 0 bytes.*5.*another"):
-        start_of(tmp_path, resume_from=str(other))
+def _cut_short(folder: Path) -> None:
+    (folder / STATE_FILE).write_text("")
+
+
+def _without_checksum(folder: Path) -> None:
+    (folder / "trainer.json").write_text(json.dumps({"steps_done": 7}))
+
+
+DAMAGE = [
+    (_lost("trainer.json"), "trainer.json is missing"),
+    (_lost(STATE_FILE), f"{STATE_FILE} is missing"),
+    (_cut_short, f"{STATE_FILE} has 0 bytes"),
+    (_without_checksum, "trainer.json holds other bytes"),
+    (_lost("manifest.json"), "manifest.json can't be read"),
+]
+
+
+def sound_start_of(tmp_path: Path, **arguments: Any) -> StartPoint:
+    return sound_start(TrainingArguments(checkpoint_dir=str(tmp_path / "ck"), **arguments), tmp_path / "model")
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(("damage", "reason"), DAMAGE)
+def test_a_damaged_checkpoint_that_is_named_is_refused_and_another_offered(
+    damage: Callable[[Path], None], reason: str, tmp_path: Path
+) -> None:
+    named = checkpoint(tmp_path / "other", 5)
+    damage(named)
+    with pytest.raises(UserError, match=rf"--resume_from .*step_5 is damaged: {reason}.*no other one beside it"):
+        sound_start_of(tmp_path, resume_from=str(named))
+    checkpoint(tmp_path / "other", 6)
+    (tmp_path / "other" / "step_final").symlink_to("step_5")
+    for name in ("step_5", "step_final"):
+        with pytest.raises(UserError, match=rf"{name} is damaged: {reason}.*The newest other one .*step_6;"):
+            sound_start_of(tmp_path, resume_from=str(tmp_path / "other" / name))
+    assert not sound_start_of(tmp_path, resume_from=str(named), resume_model_only=True).full, "as the message offers"
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(("damage", "reason"), DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
+    damage: Callable[[Path], None], reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = checkpoint(tmp_path / "ck", 5)
+    damage(checkpoint(tmp_path / "ck", 6))
+    caplog.set_level(logging.WARNING, "bagel_ds")
+    logging.getLogger("bagel_ds").propagate = True
+    assert sound_start_of(tmp_path, auto_resume=True).folder == before
+    assert "step_6" in caplog.text and "passed over" in caplog.text and reason in caplog.text
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_folder_without_state_gives_its_weights_and_says_why(tmp_path: Path) -> None:
+    given_up = checkpoint(tmp_path / "other", 5, state=False)
+    found = sound_start_of(tmp_path, resume_from=str(given_up))
+    assert not found.full and "weights alone, its training state was removed" in found.reason
+    (tmp_path / "model").mkdir()
+    found = sound_start_of(tmp_path, resume_from=str(tmp_path / "model"))
+    assert not found.full and "weights alone, it holds no training state" in found.reason
+    (given_up / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="step_5 is damaged: model.safetensors is missing"):
+        sound_start_of(tmp_path, resume_from=str(given_up))
 
 
 def test_nothing_named_is_a_message(tmp_path: Path) -> None:
