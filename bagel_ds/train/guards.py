@@ -1,7 +1,7 @@
 """What stops a run from going wrong quietly: updates that are not finite, and memory that is not enough.
 
-Guarantees: an update with a gradient that is not finite is skipped on all ranks (DeepSpeed sees the norm of all),
-counted, and its packs are written for replay; past `limit` the run ends with an error that names the samples.
+Guarantees: an update with a loss or gradient that is not finite is skipped on all ranks (DeepSpeed sees the norm of
+all), counted, and its packs are written for replay; past `limit` the run ends with an error that names the samples.
 """
 
 from __future__ import annotations

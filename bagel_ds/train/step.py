@@ -28,8 +28,13 @@ class StepResult(NamedTuple):
     total: float
     grad_norm: float
     tokens: int  # over all ranks
-    applied: bool  # False where a gradient was not finite: nothing was updated on any rank
+    applied: bool  # False where a loss or gradient was not finite: nothing was updated on any rank
     stop: bool  # a rank wants to stop after this step
+
+
+def _spoiled_unless_finite(loss: Tensor) -> Tensor:
+    """A loss that is not finite may have finite gradients: made NaN, they have the update skipped on all ranks."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
 
 
 def optimizer_step(
@@ -55,7 +60,7 @@ def optimizer_step(
         means = partial_means(engine.forward(batch, encode(batch)), batch, totals, options)
         sums += torch.stack(means).detach()
         # DeepSpeed averages gradients over ranks; the means are already over all of them.
-        engine.backward(weighted(means, options) * world)
+        engine.backward(_spoiled_unless_finite(weighted(means, options)) * world)
         grad_norm = engine.micro_step(learning_rate, before_update)
     assert grad_norm is not None, "a window has as many batches as the engine has accumulation steps"
     all_ranks = torch.cat([sums, sums.new_tensor([wants_stop()])])

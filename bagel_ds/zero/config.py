@@ -96,6 +96,8 @@ def _settle_precision(draft: Draft) -> None:
     is_bf16 = precision == "bf16"
     other = "--precision fp32" if is_bf16 else "--precision bf16"
     draft.settle("bf16.enabled", is_bf16, f"--precision is {precision}", f"pass {other}")
+    if draft.section("bf16").get("check_grad_overflow", AUTO) not in (AUTO, True):
+        draft.fault("bf16.check_grad_overflow is off: gradients that are not finite would be applied; remove the key")
     for key in ("fp16", "torch_autocast"):
         if key in draft.ds and draft.section(key).get("enabled", AUTO) not in (AUTO, False):
             draft.fault(f"{key} is enabled, but --precision is {precision}; remove the section")

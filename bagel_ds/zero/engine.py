@@ -101,8 +101,8 @@ class ZeroEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._unpartitioned_norm() if boundary and self.stage == 0 else None
-        if norm is not None and not torch.isfinite(norm):
-            self.module.zero_grad(set_to_none=True)  # stages 1 to 3 skip such an update by themselves
+        if norm is not None and not torch.isfinite(norm) and run_dtype(self.ds_config) == torch.float32:
+            self._drop_gradients()  # every other optimizer of DeepSpeed skips such an update by itself
         self._engine.step()
         if not boundary:
             return None
@@ -136,6 +136,16 @@ class ZeroEngine:
             in_fp32 = not self.ds_config.get("bf16", {}).get("bf16_optimizer_states", False)
             return DeepSpeedCPUAdam(parameters, **options, fp32_optimizer_states=in_fp32)
         return torch.optim.AdamW(parameters, **options, fused=torch.cuda.is_available())
+
+    def _drop_gradients(self) -> None:
+        """Have stage 0's next `step` update nothing."""
+        self.module.zero_grad(set_to_none=True)
+        clip = self._engine.clip_fp32_gradients  # which fails where there is no gradient at all
+
+        def clip_once_more() -> None:
+            self._engine.clip_fp32_gradients = clip
+
+        self._engine.clip_fp32_gradients = clip_once_more
 
     def _unpartitioned_norm(self) -> Tensor:
         """Stage 0 keeps whole gradients, and DeepSpeed does not report their norm."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import signal
 import sys
@@ -44,10 +45,12 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
     """Runs of the trainer in this block meet `faults`."""
     from bagel_ds.checkpoint import state
     from bagel_ds.train import background, checkpoints, trainer
+    from bagel_ds.train import step as step_module
 
     load, step = trainer.Trainer._load, trainer.Trainer._step
     complete, stream, fill = checkpoints.PendingSave._complete, state.fill_whole, state.fill_rank
     one_host = trainer.on_one_host
+    means = step_module.partial_means
     wait, waited_for = background.Background.wait, threading.Event()
 
     def faulty_load(self: Any) -> None:
@@ -65,7 +68,14 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
                 trainer, "optimizer_step", _raise(torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB."))
             ):
                 return step(self, number, window, *rest)
+        if "inf" in done:
+            with _instead(step_module, "partial_means", infinite_means):
+                return step(self, number, window, *rest)
         return step(self, number, window, *rest)
+
+    def infinite_means(*arguments: Any) -> Any:
+        found = means(*arguments)
+        return found._replace(mse=found.mse + math.inf)
 
     def faulty_complete(self: Any, *arguments: Any) -> None:
         _happen(faults, "save")

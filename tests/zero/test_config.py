@@ -114,6 +114,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str, str]] = [
     ({"train_micro_batch_size_per_gpu": 2}, "train_micro_batch_size_per_gpu", "--max_num_tokens"),
     ({"bf16": {"enabled": False}}, "bf16.enabled", "--precision"),
     ({"fp16": {"enabled": True}}, "fp16", "--precision"),
+    ({"bf16": {"check_grad_overflow": False}}, "bf16.check_grad_overflow", "remove the key"),
     ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "torch_autocast", "--precision"),
 ]
 
