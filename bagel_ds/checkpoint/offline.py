@@ -1,12 +1,16 @@
 """From a training checkpoint to a model folder, without GPUs and without the ranks that wrote it.
 
 Guarantees: one tensor is read and written at a time, in pieces of 64 MiB; what is written is the fp32 masters (or
-averages) cast to the dtype asked for, so fp32 weights can be had from a bf16 run; frozen parts are there too.
+averages) cast to the dtype asked for, so fp32 weights can be had from a bf16 run; frozen parts are there too. Files are
+written and flushed beside the model folder before it is made or any of its files replaced; an export that fails or is
+killed leaves no model that lacks weights. Only what an earlier export wrote is replaced.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Iterator
@@ -18,35 +22,117 @@ from bagel_ds.checkpoint.export import CHUNK_BYTES
 from bagel_ds.checkpoint.folder import CONFIG_FILES, EMA, MODEL, TOKENIZER_FILES, VAE
 from bagel_ds.checkpoint.state import EMA as AVERAGE
 from bagel_ds.checkpoint.state import WEIGHT, StateFiles, StateSource
-from bagel_ds.checkpoint.steps import STATE, checksum_fault, holds_state, manifest_fault, state_files
+from bagel_ds.checkpoint.steps import (
+    STATE,
+    checksum_fault,
+    flush_all,
+    holds_state,
+    manifest_fault,
+    state_files,
+    write_json,
+)
 from bagel_ds.checkpoint.tensors import TensorFileWriter, read_header
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import MASTER, TensorInfo, WeightSource
+from bagel_ds.units import GIB
+
+EXPORTED = "export.json"  # where an export names its files
+_UNFINISHED = ".unfinished-export"
 
 
 def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, shard_bytes: int | None = None) -> list[Path]:
     """Write `out` as a model folder; the files written. With `shard_bytes`, weights are cut into files of at most that.
 
-    Raises `UserError` where the checkpoint holds no state or is damaged.
+    Raises `UserError` where the checkpoint holds no state or is damaged, where `out` holds other weights than those of
+    an earlier export, and where it can't be written; what was there is then as it was.
     """
+    _check_replaceable(out)
     if not holds_state(checkpoint):
         raise UserError(f"{checkpoint} holds no training state; pass a checkpoint such as .../checkpoints/step_1000.")
     fault = manifest_fault(checkpoint) or checksum_fault(checkpoint, state_files(checkpoint))
     if fault is not None:
         raise UserError(f"{checkpoint} is damaged: {fault}. Export another checkpoint.")
+    # In a folder that is there already, as it may be a file system of its own.
+    beside = out / _UNFINISHED if out.is_dir() else out.with_name(f"{_UNFINISHED}-{out.name}")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)  # of one that was killed
+        beside.mkdir(parents=True)
+        written = _write_model(checkpoint, beside, dtype, shard_bytes)
+        flush_all(beside)
+        _move(beside, out)
+    except OSError as error:
+        raise UserError(
+            f"{checkpoint} could not be exported to {out}: {error}. Free space there, or pass another --out."
+        ) from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return [out / path.name for path in written]
+
+
+def _write_model(checkpoint: Path, folder: Path, dtype: torch.dtype, shard_bytes: int | None) -> list[Path]:
+    """Write a model folder's files into an empty one; the files of weights."""
     header, _ = read_header(checkpoint / MODEL)
     shapes = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     state = StateFiles(checkpoint / STATE)
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (*CONFIG_FILES, *TOKENIZER_FILES, VAE):
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, out / name)
+    kinds = [(MODEL, MASTER), (EMA, AVERAGE)]
+    stored = [(stem, kind) for stem, kind in kinds if any(state.has(kind, name) for name in shapes)]
+    copied = [path for name in (*CONFIG_FILES, *TOKENIZER_FILES, VAE) if (path := checkpoint / name).is_file()]
+    needed = len(stored) * sum(TensorInfo(dtype, shape).nbytes for shape in shapes.values())
+    _check_room(folder, needed + sum(path.stat().st_size for path in copied))
+    for path in copied:
+        shutil.copyfile(path, folder / path.name)
     written = []
-    for stem, kind in ((MODEL, MASTER), (EMA, AVERAGE)):
+    for stem, kind in stored:
         source = state.source(shapes, kind, WEIGHT)
-        if any(state.has(kind, name) for name in shapes):
-            written += write_weights(out, stem.removesuffix(".safetensors"), source, shapes, dtype, shard_bytes)
+        written += write_weights(folder, stem.removesuffix(".safetensors"), source, shapes, dtype, shard_bytes)
+    files = sorted(path.name for path in folder.iterdir())
+    said = {"checkpoint": str(checkpoint), "dtype": str(dtype).removeprefix("torch."), "files": files}
+    write_json(folder / EXPORTED, said)
     return written
+
+
+def _check_room(folder: Path, needed: int) -> None:
+    """Raise OSError now for what would fail only after many files. Each file reserves its space besides."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        sizes = f"{needed / GIB:.2f} GiB needed, {free / GIB:.2f} GiB free"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({sizes})")
+
+
+def _check_replaceable(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; pass a folder to write, or one that is not there yet.")
+    others = sorted({path.name for path in out.glob("*.safetensors*")} - {VAE, *_exported(out)})
+    if others:
+        raise UserError(
+            f"--out {out} holds weights that no export wrote ({', '.join(others[:3])}{', ...' if others[3:] else ''}); "
+            "pass another folder, or remove them."
+        )
+
+
+def _exported(out: Path) -> list[str]:
+    """Names of the files that the last export into `out` wrote; none where there was no export."""
+    try:
+        return [Path(name).name for name in json.loads((out / EXPORTED).read_text())["files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def _move(beside: Path, out: Path) -> None:
+    """Make the written folder `out`, or replace in `out` what an earlier export wrote.
+
+    In between `out` may lack weights, but holds no old ones beside new ones, and no shards that an index names and that
+    are not there.
+    """
+    if not out.exists():
+        beside.rename(out)
+        return
+    for name in _exported(out):
+        if ".safetensors" in name:
+            (out / name).unlink(missing_ok=True)
+    written = sorted(beside.iterdir(), key=lambda path: (path.name != EXPORTED, path.name.endswith(".index.json")))
+    for path in written:
+        path.replace(out / path.name)
 
 
 def write_weights(

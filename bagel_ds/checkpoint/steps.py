@@ -141,8 +141,7 @@ def finish(unfinished: Path, final: Path, last: bool) -> None:
     fault = manifest_fault(unfinished)
     if fault is not None:
         raise RuntimeError(f"checkpoint {unfinished} is not as it was written: {fault}")
-    for path in (*unfinished.rglob("*"), unfinished):
-        _flush(path)
+    flush_all(unfinished)
     replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
@@ -153,6 +152,12 @@ def finish(unfinished: Path, final: Path, last: bool) -> None:
         _replace(final.parent / FINAL, lambda path: path.symlink_to(final.name))
     _flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def flush_all(folder: Path) -> None:
+    """Have a folder and all that is in it on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
 
 
 def sweep(checkpoint_dir: Path) -> None:

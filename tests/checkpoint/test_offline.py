@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bagel_ds import cli
+from bagel_ds.checkpoint.folder import ModelFolder
 from bagel_ds.checkpoint.offline import export_checkpoint
 from bagel_ds.checkpoint.state import Held, fill_rank, open_rank
 from bagel_ds.checkpoint.steps import write_json, write_manifest
@@ -82,6 +92,112 @@ def test_a_damaged_state_is_refused_by_name(checkpoint: Path, tmp_path: Path) ->
 def test_a_folder_without_state_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no training state"):
         export_checkpoint(tmp_path, tmp_path / "out", torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------- whole or not
+KILLED_AT_THE_THIRD_TENSOR = """
+import os, signal, sys
+from bagel_ds.checkpoint.tensors import TensorFileWriter
+from bagel_ds.cli import main
+write, calls = TensorFileWriter.write, []
+def killed(*arguments):
+    calls.append(arguments)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(*arguments)
+TensorFileWriter.write = killed
+main(sys.argv[1:])
+"""
+
+
+def test_a_killed_export_leaves_no_model_and_the_next_one_makes_it(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["export", str(checkpoint), "--out", str(out)]
+    killed = [sys.executable, "-c", KILLED_AT_THE_THIRD_TENSOR, *words]
+    assert subprocess.run(killed, timeout=120).returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert cli.main(words) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert subprocess.run([*killed, "--save_dtype", "fp32"], timeout=120).returncode == -signal.SIGKILL
+    assert {path.name: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    assert cli.main([*words, "--save_dtype", "fp32"]) == 0
+    assert load_file(out / "model.safetensors")["a"].dtype == torch.float32
+    assert sorted(path.name for path in out.iterdir()) == sorted(before)
+    assert [path.name for path in tmp_path.glob("*out*")] == ["out"]
+
+
+def _full_for_the_second_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.posix_fallocate, []
+
+    def full(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(*arguments)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+
+
+def _full_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
+@pytest.mark.parametrize("fill", [_full_for_the_second_file, _full_from_the_start])
+@pytest.mark.parametrize("there", ["nothing", "a_folder", "an_export"])
+def test_a_full_disk_is_one_message_and_changes_nothing(
+    there: str,
+    fill: Callable[[pytest.MonkeyPatch], None],
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "out"
+    words = ["export", str(checkpoint), "--out", str(out)]
+    if there == "a_folder":
+        out.mkdir()
+    if there == "an_export":
+        assert cli.main(words) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    fill(monkeypatch)
+    assert cli.main([*words, "--save_dtype", "fp32"]) == 2
+    said = capsys.readouterr().err
+    assert "could not be exported to" in said and "No space left on device" in said and "GiB needed" in said
+    assert "pass another --out" in said and "Traceback" not in said
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert out.exists() == (there != "nothing")
+
+
+def test_an_export_replaces_an_earlier_one_and_leaves_what_is_not_its_own(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_checkpoint(checkpoint, out, torch.float32)
+    (out / "README.md").write_text("mine")
+    export_checkpoint(checkpoint, out, torch.bfloat16, shard_bytes=24)
+    assert not (out / "model.safetensors").exists(), "it would be loaded instead of the shards"
+    assert len(ModelFolder(out).weight_files("model")) == 2
+    export_checkpoint(checkpoint, out, torch.float32)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "ema.safetensors",
+        "export.json",
+        "llm_config.json",
+        "model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema-00001-of-00002.safetensors", "other.safetensors"])
+def test_weights_that_no_export_wrote_are_not_replaced(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("precious")
+    with pytest.raises(UserError, match=rf"--out .*out holds weights that no export wrote \({name}\)"):
+        export_checkpoint(checkpoint, tmp_path / "out", torch.float32)
+    assert (tmp_path / "out" / name).read_text() == "precious"
+    with pytest.raises(UserError, match="holds weights that no export wrote"):
+        export_checkpoint(checkpoint, checkpoint, torch.float32)
+    with pytest.raises(UserError, match="is a file"):
+        export_checkpoint(checkpoint, tmp_path / "out" / name, torch.float32)
 
 
 @pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("2GiB", 2**31), ("1024", 1024)])
