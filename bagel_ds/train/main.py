@@ -11,6 +11,8 @@ import os
 import socket
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Sequence
 
 from bagel_ds.config import RunConfig, parse_arguments, wandb_wanted
@@ -26,7 +28,10 @@ _GRACE_SECONDS = 3.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the arguments say, in a session of its own; the exit code."""
-    return run_detached(lambda: run_rank(argv))
+    code = run_detached(lambda: run_rank(argv))
+    if code:
+        _remove_swap_files(argv)  # of ranks that were killed, too
+    return code
 
 
 def run_rank(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +59,7 @@ def _train(config: RunConfig, rank: int) -> int:
     from bagel_ds.train.setup import init_distributed
     from bagel_ds.train.trainer import Trainer
     from bagel_ds.zero.memory_allocator import exact_pinned_memory, return_freed_memory
+    from bagel_ds.zero.swap_folders import leave_folders
 
     quiet_warnings()
     return_freed_memory()
@@ -68,6 +74,8 @@ def _train(config: RunConfig, rank: int) -> int:
         code = _tell(fault, rank == 0 or not isinstance(fault, SharedFault))
     else:
         code = 0
+    finally:
+        leave_folders()
     # Not after another exception: its rank must end at once, while the others may wait in a collective call.
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
@@ -80,6 +88,16 @@ def check_wandb_of(config: RunConfig, rank: int) -> None:
 
     if rank == 0 and wandb_wanted(config):
         check_wandb(WandbOptions(offline=config.training.wandb_offline))
+
+
+def _remove_swap_files(argv: Sequence[str] | None) -> None:
+    """Remove what no living rank holds below --nvme_path, in the process that outlives its rank."""
+    from bagel_ds.zero.swap_folders import sweep_folders
+
+    with suppress(UserError):  # told by the rank
+        nvme_path = parse_arguments(list(sys.argv[1:] if argv is None else argv)).training.nvme_path
+        if nvme_path is not None:
+            sweep_folders(Path(nvme_path))
 
 
 def _tell(fault: UserError, speaks: bool, prefix: str = "") -> int:

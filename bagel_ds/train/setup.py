@@ -47,7 +47,8 @@ from bagel_ds.train.stop import forget_stops
 from bagel_ds.zero.builds import remove_stale_locks
 from bagel_ds.zero.config import check_with_deepspeed, resolve_ds_config
 from bagel_ds.zero.memory import MemoryPlan
-from bagel_ds.zero.nvme import check_nvme, clean_nvme, fit_buffers, nvme_bytes
+from bagel_ds.zero.nvme import check_nvme, fit_buffers, nvme_bytes, nvme_folders
+from bagel_ds.zero.swap_folders import run_folder, sweep_folders, take_folder
 
 logger = logging.getLogger("bagel_ds")
 
@@ -110,7 +111,10 @@ def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
 
 
 def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig) -> list[str]:
-    """Size the swap buffers for this network, see that the disk will do, and remove what a crashed run left there."""
+    """Size the swap buffers for this network, take this run's folder, and see that the disk will do.
+
+    Whatever the preset, what earlier runs left below --nvme_path is removed first.
+    """
     shapes = parameter_shapes(model)
     trains = trainable(config, model)
     numels = {name: math.prod(shape) for name, shape in shapes.items()}
@@ -122,8 +126,13 @@ def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig
     share = ranks_here / dist.get_world_size()
     average = 0 if config.training.ema == 0 else 2 if config.training.ema_dtype == "bf16" else 4
     needed = nvme_bytes(ds_config, sum(numels.values()), trained, average) * share
-    if local_rank() == 0:
-        clean_nvme(ds_config)
+    if config.training.nvme_path is not None:
+        path = Path(config.training.nvme_path)
+        if local_rank() == 0:
+            sweep_folders(path)
+        own = run_folder(path, config.training.checkpoint_dir)
+        if own in nvme_folders(ds_config):
+            take_folder(own, first=local_rank() == 0)
     return check_nvme(ds_config, int(needed))
 
 

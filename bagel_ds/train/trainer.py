@@ -46,7 +46,8 @@ from bagel_ds.train.stop import StopRequest
 from bagel_ds.train.watch import StallWatch
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
-from bagel_ds.zero.nvme import average_folder, clean_nvme
+from bagel_ds.zero.nvme import average_folder
+from bagel_ds.zero.swap_folders import leave_folders
 
 logger = logging.getLogger("bagel_ds")
 
@@ -156,10 +157,9 @@ class Trainer:
         saving.save(self.steps_done, self._trainer_state(), self._is_last(), must)
 
     def _tidy(self) -> None:
-        """Remove the swap files, once no rank of this host uses them, and leave the checkpoint_dir to others."""
+        """Remove the swap files and then, once no rank writes any more, leave the checkpoint_dir to others."""
+        leave_folders()
         dist.barrier()
-        if local_rank() == 0:
-            clean_nvme(self.prepared.ds_config)
         if self.prepared.claim is not None:
             self.prepared.claim.release()
 

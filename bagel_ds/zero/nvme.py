@@ -1,13 +1,12 @@
-"""Parameters and optimizer states on NVMe: where the files lie, what must hold before training, how they go away.
+"""Parameters and optimizer states on NVMe: where the files lie and what must hold before training.
 
 Guarantees: a path that can't work is said before training, with the remedy: too little space, a disk that is memory, a
-missing libaio, settings under which DeepSpeed silently keeps everything in memory. Files are below one folder per run,
-which is removed at the end and, after a crash, at the next start. Needs no deepspeed but to look for libaio.
+missing libaio, settings under which DeepSpeed silently keeps everything in memory. Files are below one folder per run
+and host (swap_folders.py), which goes away however the run ends. Needs no deepspeed but to look for libaio.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.units import GIB, MIB
 from bagel_ds.zero.draft import Draft, offload_device
+from bagel_ds.zero.swap_folders import is_run_folder, run_folder
 
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs", "overlay-tmpfs")
 LARGEST_7B = 152064 * 3584  # embedding of BAGEL-7B-MoT, its largest parameter
@@ -60,12 +60,6 @@ def fit_buffers(ds: dict[str, Any], largest_parameter: int, world_size: int, rec
             f"ds_config: offload_param.buffer_size is {int(given):,} elements, but the largest parameter has "
             f'{largest_parameter:,}, {needed:,} per rank on {world_size}; write "auto" or at least {needed:,}'
         )
-
-
-def run_folder(nvme_path: Path, checkpoint_dir: str) -> Path:
-    """This run's folder below --nvme_path: the same at every start of the same run, apart from other runs'."""
-    name = hashlib.sha256(str(Path(checkpoint_dir).resolve()).encode()).hexdigest()[:12]
-    return nvme_path.expanduser() / f"bagel_ds_{name}"
 
 
 def nvme_folders(ds: dict[str, Any]) -> list[Path]:
@@ -123,9 +117,9 @@ def check_nvme(ds: dict[str, Any], bytes_needed: int) -> list[str]:
 
 
 def clean_nvme(ds: dict[str, Any]) -> None:
-    """Remove the swap files of this run; only folders that `run_folder` named are touched."""
+    """Remove the swap files of a run that holds no folder; only folders that `run_folder` named are touched."""
     for folder in nvme_folders(ds):
-        if folder.name.startswith("bagel_ds_"):
+        if is_run_folder(folder):
             shutil.rmtree(folder, ignore_errors=True)
 
 

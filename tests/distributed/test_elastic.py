@@ -7,6 +7,7 @@ these ten steps in fp32: 5e-8. Training amplifies such differences step by step,
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,10 +120,13 @@ def test_losses_after_resuming_on_nvme_stay_those_of_a_run_that_was_not_stopped(
         case("from_none", "all", 4, "zero3"),
         case("all_on_nvme", "all", 8, "zero3_nvme_all"),
         case("back_to_none", "all", 12, "zero3"),
+        dataclasses.replace(case("broken", "broken", 4, "zero3_nvme"), faults=[{"at": "step", "step": 1, "do": "oom"}]),
     ]
     outcomes = run_cases(tmp_path / "launch", cases, ranks=2)
+    assert [rank.code for rank in outcomes.pop("broken")] == [2, 2]
     for name, (main, _) in outcomes.items():
         assert main.code == 0, f"{name}: {main.output[-4000:]}"
+    assert list((tmp_path / "nvme").iterdir()) == [], "after runs that ended well and one that met an error"
     whole = losses(tmp_path / "whole")
     assert sorted(whole) == list(range(NVME_STEPS))
     assert losses(tmp_path / "stopped") == whole, "same ranks, same stage, same place: the same to the last bit"
