@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
 from tests.distributed.cases import Case, Outcome, losses, run_cases
 from tests.guide_commands import (
@@ -26,6 +27,7 @@ from tests.launch import TRAIN, deepspeed
 
 pytestmark = pytest.mark.distributed
 
+FREEZES = ("--freeze_llm=True", "--freeze_und=True --freeze_vit=True", "--visual_gen=False --freeze_vit=True")
 LOG_LINE = (
     r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] \(step=0000000\) Train Loss mse: \d+\.\d{4}, Train Loss ce: \d+\.\d{4}, "
 )
@@ -129,7 +131,7 @@ def switched(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     """The first guide's command with each of its modality arguments, on the unmodified mixed config."""
     folder = tmp_path_factory.mktemp("switched")
     cases = []
-    for extra in MODALITY_EXTRAS:
+    for extra in (*MODALITY_EXTRAS, *FREEZES):
         name = extra.replace(" ", "").lstrip("-")
         words = _scaled(BAGEL_SINGLE_GPU, demo, folder / name, total_steps="2", save_every="2", **BUDGETS)
         cases.append(Case(name, [*words, *extra.split()]))
@@ -142,10 +144,13 @@ def switched(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         ("visual_und=False", "loss/ce", {"vlm_sft"}),
         ("visual_gen=False", "loss/mse", {"t2i_pretrain", "unified_edit"}),
         ("visual_gen=True--visual_und=True", None, set()),
+        ("freeze_llm=True", None, set()),
+        ("freeze_und=True--freeze_vit=True", None, set()),
+        ("visual_gen=False--freeze_vit=True", "loss/mse", {"t2i_pretrain", "unified_edit"}),
     ],
 )
 def test_modality_switches_on_the_mixed_config(
-    name: str, absent: str | None, dropped: set[str], switched: tuple[Path, dict[str, list[Outcome]]]
+    name: str, absent: str | None, dropped: set[str], demo: Path, switched: tuple[Path, dict[str, list[Outcome]]]
 ) -> None:
     folder, outcomes = switched
     main, other = outcomes[name]
@@ -156,3 +161,13 @@ def test_modality_switches_on_the_mixed_config(
     for line in lines:
         present = {kind for kind in ("loss/ce", "loss/mse") if kind in line}
         assert present == {"loss/ce", "loss/mse"} - {absent}
+    complete = {key: (shape, "BF16") for key, (shape, _) in _tensors(demo / "model" / "ema.safetensors").items()}
+    for file in ("model.safetensors", "ema.safetensors"):  # whatever trained
+        assert _tensors(folder / name / "checkpoints" / "step_2" / file) == complete
+
+
+def _tensors(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype by name."""
+    with safe_open(file, framework="pt") as opened:
+        slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118
+        return {key: (tuple(part.get_shape()), part.get_dtype()) for key, part in slices.items()}
