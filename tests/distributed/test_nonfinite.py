@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.cases import Case, Outcome, arguments, run_cases
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 NAN, INF = "nan", "inf"  # in the gradients; in the loss alone
 CASES: dict[str, tuple[dict[str, Any], str]] = {
