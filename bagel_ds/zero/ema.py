@@ -18,7 +18,7 @@ from torch import Tensor
 from bagel_ds.ranges import MASTER, Pieces, WeightSource, copy_range
 from bagel_ds.zero.partitions import Group, Partitions, group_pieces
 
-_CHUNK = 2**24  # elements rounded at once
+_CHUNK = 2**24  # elements updated at once
 
 
 class EMAOptions(NamedTuple):
@@ -62,12 +62,13 @@ class ShardedEMA:
         if not group.owned or self._updates[group.index] % self._options.every:
             return
         values, weight = self._values[group.index], 1 - self._options.decay**self._options.every
-        if values.dtype == torch.float32:
-            values.lerp_(master.float(), weight)  # exact where the two are equal
-            return
         generator = torch.Generator(values.device).manual_seed(self._updates[group.index] * 100_003 + group.index)
+        # In pieces: masters may be bf16, and an fp32 copy of a whole group is 4 bytes for each of them.
         for chunk, target in zip(values.split(_CHUNK), master.split(_CHUNK)):
-            chunk.copy_(round_stochastically(chunk.float().lerp_(target.float(), weight), generator))
+            if chunk.dtype == torch.float32:
+                chunk.lerp_(target.float(), weight)  # exact where the two are equal
+            else:
+                chunk.copy_(round_stochastically(chunk.float().lerp_(target.float(), weight), generator))
 
     def _allocate(self, group: Group, like: Tensor) -> Tensor:
         if self._options.folder is None:
