@@ -105,5 +105,13 @@ def own(path: Path) -> Path:
 
 def losses(results: Path) -> dict[int, tuple[float, float, float]]:
     """(mse, ce, gradient norm) by step from metrics.jsonl; later lines supersede earlier ones."""
-    lines = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: (line["loss/mse"], line["loss/ce"], line["optim/grad_norm"]) for line in lines}
+    return {line["step"]: (line["loss/mse"], line["loss/ce"], line["optim/grad_norm"]) for line in _metrics(results)}
+
+
+def learning_rates(results: Path) -> dict[int, float]:
+    """The learning rate that each step's update used, as it was logged."""
+    return {line["step"]: line["optim/lr"] for line in _metrics(results)}
+
+
+def _metrics(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.cases import Case, Outcome, arguments, losses, run_cases
+from tests.distributed.cases import Case, Outcome, arguments, learning_rates, losses, run_cases
 from tests.launch import (
     REPOSITORY,
     TRAIN,
@@ -25,11 +25,13 @@ from tests.launch import (
     deepspeed_command,
     free_port,
     remove_shared_memory,
+    shared_memory,
 )
 
 pytestmark = pytest.mark.distributed
 
 LAUNCH_SECONDS = 600
+WARMUP = 3  # steps, of the runs with a cosine after it
 
 
 def test_a_killed_run_started_again_finishes_at_exactly_total_steps(demo: Path, tmp_path: Path) -> None:
@@ -76,6 +78,7 @@ def _run_until(words: list[str], results: Path, step: int) -> None:
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline, "the run did not get far enough"
             time.sleep(0.05)
+        assert shared_memory(port) == [], "the kernel frees what has no name with the last rank, also of a killed run"
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -100,6 +103,7 @@ def resumed(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         return Case(name, arguments(demo, folder / name, **options))
 
     start = "whole/checkpoints/step_2"
+    schedule = {"lr_scheduler": "cosine", "warmup_steps": WARMUP}
     outcomes = run_cases(
         folder / "two",
         [
@@ -111,12 +115,33 @@ def resumed(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
             case("other_budget", start, 6, max_num_tokens=700),
             case("weights_only", start, 1, resume_model_only=True),
             case("finished", "whole/checkpoints/step_6", 6, num_workers=1),
+            case("cosine", None, 6, **schedule),
+            case("cosine_again", "cosine/checkpoints/step_2", 6, **schedule),
         ],
         ranks=2,
     )
-    outcomes |= run_cases(folder / "one", [case("one_rank", start, 4, gradient_accumulation_steps=2)])
+    on_one = [
+        case("one_rank", start, 4, gradient_accumulation_steps=2),
+        case("cosine_on_one", "cosine/checkpoints/step_2", 6, gradient_accumulation_steps=2, **schedule),
+    ]
+    outcomes |= run_cases(folder / "one", on_one)
     outcomes |= run_cases(folder / "back", [case("two_ranks", "one_rank/checkpoints/step_4", 6)], ranks=2)
     return folder, outcomes
+
+
+@pytest.mark.parametrize("name", ["cosine_again", "cosine_on_one"])
+def test_the_learning_rate_goes_on_through_warmup_and_cosine(
+    name: str, resumed: tuple[Path, dict[str, list[Outcome]]]
+) -> None:
+    """Resumed inside the warm-up; on one rank twice as many micro-batches make a step."""
+    folder, outcomes = resumed
+    assert outcomes[name][0].code == 0, outcomes[name][0].output
+    whole = learning_rates(folder / "cosine")
+    assert 0 == whole[0] < whole[1] < whole[2] < whole[WARMUP] > whole[4] > whole[5] > 0
+    assert learning_rates(folder / name) == {step: whole[step] for step in range(2, 6)}
+    if name == "cosine_again":
+        expected = losses(folder / "cosine")
+        assert losses(folder / name) == {step: expected[step] for step in range(2, 6)}
 
 
 @pytest.mark.parametrize("name", ["again", "worker"])
