@@ -1,11 +1,11 @@
 """launch/train.py with something going wrong in it, at a place and moment that a test chooses.
 
 The environment variable BAGEL_TEST_FAULTS holds a JSON list of {at, rank?, step?, do, seconds?, times?, marker?}:
-`at` is "load", "step", "save" (files are there, nothing is complete yet), "export" (of a share of the weights), "write"
-(of the states) or "hosts" (ranks seem to run on several); `do` is "sleep" (for `seconds`), "nan" (in this step's
-batches), "stop" (SIGSTOP), "oom", "full" (the disk), "late" (of "write": only when the next update waits for it) or
-"nothing"; `marker` is a file made when the place is reached. Without `rank` it happens on every rank, without `step`
-and `times` every time.
+`at` is "index", "load", "data", "step", "save" (files are there, nothing is complete yet), "export" (of a share of the
+weights), "write" (of the states) or "hosts" (ranks seem to run on several); `do` is "sleep" (for `seconds`), "nan" (in
+this step's batches), "inf" (a loss that is not finite although its gradients are), "stop" (SIGSTOP), "oom", "full" (the
+disk), "late" (of "write": only when the next update waits for it) or "nothing"; `marker` is a file made when the place
+is reached. Without `rank` it happens on every rank, without `step` and `times` every time.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,13 @@ def _faulty_run(faults: list[dict[str, Any]]) -> int:
 def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
     """Runs of the trainer in this block meet `faults`."""
     from bagel_ds.checkpoint import state
-    from bagel_ds.train import background, checkpoints, trainer
+    from bagel_ds.train import background, checkpoints, setup, trainer
     from bagel_ds.train import step as step_module
 
     load, step = trainer.Trainer._load, trainer.Trainer._step
     complete, stream, fill = checkpoints.PendingSave._complete, state.fill_whole, state.fill_rank
     one_host = trainer.on_one_host
-    means = step_module.partial_means
+    means, open_data = step_module.partial_means, setup.open_data
     wait, waited_for = background.Background.wait, threading.Event()
 
     def faulty_load(self: Any) -> None:
@@ -94,6 +95,14 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
             waited_for.clear()
         fill(*arguments)
 
+    def faulty_open(*arguments: Any) -> Any:
+        _happen(faults, "index")
+        return open_data(*arguments)
+
+    def faulty_islice(*arguments: Any) -> Any:
+        _happen(faults, "data")
+        return islice(*arguments)
+
     def faulty_hosts() -> bool:
         return one_host() and not _happen(faults, "hosts")
 
@@ -102,6 +111,8 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
         wait(self)
 
     with (
+        _instead(setup, "open_data", faulty_open),
+        _instead(trainer, "islice", faulty_islice),
         _instead(trainer.Trainer, "_load", faulty_load),
         _instead(trainer.Trainer, "_step", faulty_step),
         _instead(checkpoints.PendingSave, "_complete", faulty_complete),

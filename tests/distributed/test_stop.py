@@ -90,15 +90,16 @@ def test_signals_to_launcher_group_and_rank_save_and_the_run_goes_on_exactly(dem
 
 
 @pytest.mark.slow
-def test_a_signal_while_loading_ends_the_ranks_at_once(demo: Path, tmp_path: Path) -> None:
-    marker = tmp_path / "loading"
-    fault = {"at": "load", "do": "sleep", "seconds": 300, "marker": str(marker)}
+@pytest.mark.parametrize("phase", ["index", "load"])
+def test_a_signal_before_training_ends_the_ranks_at_once(phase: str, demo: Path, tmp_path: Path) -> None:
+    marker = tmp_path / "before"
+    fault = {"at": phase, "do": "sleep", "seconds": 300, "marker": str(marker)}
     with StartedRun(words_of(demo, tmp_path / "run"), tmp_path / "run", faults=[fault]) as run:
-        run.until(marker.exists, "loading")
+        run.until(marker.exists, phase)
         began = time.monotonic()
         send([run.launcher()], signal.SIGTERM)
         assert run.end() == 1
-        assert time.monotonic() - began < 60, "not the 300 s of loading"
+        assert time.monotonic() - began < 60, "not the 300 s of the phase"
         assert "ended by SIGTERM; nothing was saved" in run.output
         assert saved_steps(run.results) == []
 
@@ -109,6 +110,7 @@ def test_a_signal_while_loading_ends_the_ranks_at_once(demo: Path, tmp_path: Pat
     [
         ("launcher", signal.SIGTERM, 1),
         ("launcher", signal.SIGUSR1, 0),
+        ("one rank", signal.SIGTERM, 0),
         ("command", signal.SIGTERM, -signal.SIGTERM),
         ("group", signal.SIGINT, -signal.SIGINT),
     ],
@@ -126,6 +128,8 @@ def test_a_step_longer_than_the_launchers_patience_is_still_finished_and_saved(
         run.until(marker.exists, "the long step")
         if target == "group":
             os.killpg(run.process.pid, number)
+        elif target == "one rank":
+            send(run.ranks()[1:], number)
         else:
             send([run.launcher() if target == "launcher" else run.process.pid], number)
         assert run.process.wait(120) == code
@@ -134,14 +138,18 @@ def test_a_step_longer_than_the_launchers_patience_is_still_finished_and_saved(
 
 
 @pytest.mark.slow
-def test_a_signal_during_a_save_lets_it_finish(demo: Path, tmp_path: Path) -> None:
-    marker, results = tmp_path / "saving", tmp_path / "run"
-    fault = {"at": "save", "do": "sleep", "seconds": 8, "marker": str(marker)}
+@pytest.mark.parametrize(("phase", "saved"), [("data", [1]), ("save", [2, 3]), ("export", [2, 3])])
+def test_a_signal_while_data_are_awaited_or_saved_lets_that_finish(
+    phase: str, saved: list[int], demo: Path, tmp_path: Path
+) -> None:
+    """What is saved in the end: the save under way, and that of the step after it."""
+    marker, results = tmp_path / "inside", tmp_path / "run"
+    fault = {"at": phase, "do": "sleep", "seconds": 8, "marker": str(marker)}
     with StartedRun(words_of(demo, results, save_every=2), results, faults=[fault]) as run:
-        run.until(marker.exists, "the save")
+        run.until(marker.exists, phase)
         send([run.launcher()], signal.SIGTERM)
         assert run.end() == 1
-        assert saved_steps(results) == [2, 3], "the save under way, and that of the step after it"
+        assert saved_steps(results) == saved
 
 
 @pytest.mark.slow
