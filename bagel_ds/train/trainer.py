@@ -213,7 +213,7 @@ class Trainer:
             folder=average_folder(self.prepared.ds_config, self.rank),
             updates_done=self.steps_done - self.skipped_before,
         )
-        return self.engine.start_ema(options, self.prepared.weights.averages)
+        return together(lambda: self.engine.start_ema(options, self.prepared.weights.averages))
 
     def _index_the_rest(self) -> BackgroundIndex:
         """Index what this run will need later, once per host, in a process beside it."""

@@ -9,13 +9,16 @@ thousand, which rounding to nearest would lose for ever and this keeps on averag
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
 import torch
 from torch import Tensor
 
+from bagel_ds.errors import UserError
 from bagel_ds.ranges import MASTER, Pieces, WeightSource, copy_range
+from bagel_ds.units import GIB
 from bagel_ds.zero.partitions import Group, Partitions, group_pieces
 
 _CHUNK = 2**24  # elements updated at once
@@ -75,7 +78,20 @@ class ShardedEMA:
             return torch.empty_like(like, dtype=self._options.dtype)
         self._options.folder.mkdir(parents=True, exist_ok=True)
         path = self._options.folder / f"group_{group.index}.ema"
+        _reserve(path, like.numel() * self._options.dtype.itemsize)
         return torch.from_file(str(path), shared=True, size=like.numel(), dtype=self._options.dtype)
+
+
+def _reserve(path: Path, nbytes: int) -> None:
+    """Make a file of `nbytes` that has its place on the disk: a full one would end a mapping's writer by SIGBUS."""
+    try:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+    except OSError as error:
+        raise UserError(
+            f"--nvme_path: {path} can't hold {nbytes / GIB:.2f} GiB of the moving average ({error.strerror}); free "
+            "some there, take another disk, or a preset that keeps more in memory (zero3_cpu)."
+        ) from None
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:

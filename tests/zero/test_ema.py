@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Iterator
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bagel_ds.errors import UserError
 from bagel_ds.ranges import MASTER, Range, TensorInfo
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA, round_stochastically
 from bagel_ds.zero.partitions import Group, PlacedRange
@@ -142,3 +145,21 @@ def test_a_resumed_run_keeps_the_rhythm() -> None:
         whole.step(master)
         again.step(master)
     assert torch.equal(values(resumed), values(ema))
+
+
+def test_space_on_nvme_is_reserved_before_anything_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda file, start, count: reserved.append((start, count)))
+    partitions: Any = OneGroup(masters(1)[0])
+    ShardedEMA(partitions, EMAOptions(0.9, dtype=torch.bfloat16, folder=tmp_path))
+    assert reserved == [(0, 7 * 2)]
+
+
+def test_a_full_nvme_disk_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    partitions: Any = OneGroup(masters(1)[0])
+    with pytest.raises(UserError, match="--nvme_path: .*moving average .No space left on device"):
+        ShardedEMA(partitions, EMAOptions(0.9, folder=tmp_path))
