@@ -78,7 +78,12 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
+def shared_memory(port: int) -> list[Path]:
+    """What DeepSpeed has in /dev/shm for CPU runs whose ranks meet at `port`."""
+    return [Path(name) for name in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{port}_*")]
+
+
 def remove_shared_memory(port: int) -> None:
-    """DeepSpeed leaves 66 MiB per rank in /dev/shm after a CPU run."""
-    for path in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{port}_*"):
-        Path(path).unlink(missing_ok=True)
+    """DeepSpeed leaves 66 MiB per rank in /dev/shm after a CPU run, where the trainer has not seen to it."""
+    for path in shared_memory(port):
+        path.unlink(missing_ok=True)

@@ -48,6 +48,7 @@ from bagel_ds.zero.builds import remove_stale_locks
 from bagel_ds.zero.config import check_with_deepspeed, resolve_ds_config
 from bagel_ds.zero.memory import MemoryPlan
 from bagel_ds.zero.nvme import check_nvme, fit_buffers, nvme_bytes, nvme_folders
+from bagel_ds.zero.shared_memory import remove_own_buffers, remove_stale_buffers
 from bagel_ds.zero.swap_folders import run_folder, sweep_folders, take_folder
 
 logger = logging.getLogger("bagel_ds")
@@ -198,5 +199,10 @@ def init_distributed() -> None:
             raise SharedFault(fault) if local_rank() else UserError(fault)
         torch.cuda.set_device(local_rank())
     remove_stale_locks()
+    if local_rank() == 0:
+        remove_stale_buffers()
     with quiet_start():
         deepspeed.init_distributed(verbose=False)
+    if deepspeed.get_accelerator().device_name() == "cpu":
+        dist.barrier()  # all ranks have mapped each other's
+        remove_own_buffers()

@@ -25,14 +25,14 @@ def remove_stale_locks(folders: list[Path] | None = None) -> list[Path]:
     locks = [lock for folder in folders or extension_folders() for lock in folder.rglob("lock") if lock.is_file()]
     removed = []
     for lock in locks:
-        if not _is_open_somewhere(lock):
+        if not is_open_somewhere(lock):
             lock.unlink(missing_ok=True)
             removed.append(lock)
             logger.warning("removed %s, left by a build that was killed", lock)
     return removed
 
 
-def _is_open_somewhere(path: Path) -> bool:
+def is_open_somewhere(path: Path) -> bool:
     """Whether a process of this host has the file open (a builder holds its lock open), or it is gone already."""
     try:
         target = os.stat(path)
