@@ -2,7 +2,7 @@
 
 Guarantees: ids equal the original's (transformers' Qwen2 tokenizer) for every text, special-token strings inside user
 text included; instances can be pickled and forked. Reads tokenizer.json, or vocab.json + merges.txt, with or without
-tokenizer_config.json. Does not resize embeddings and adds no token to a folder that lists its own.
+tokenizer_config.json. A folder that lists its tokens gets no other one, but by `complete_tokenizer`.
 """
 
 from __future__ import annotations
@@ -82,7 +82,24 @@ class Tokenizer:
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """The tokenizer of a model folder. Raises `UserError` when files or one of the special tokens are missing."""
-    folder = Path(folder)
+    return Tokenizer(_open(Path(folder)), str(folder))
+
+
+def complete_tokenizer(folder: Path) -> tuple[Tokenizer, str | None]:
+    """The tokenizer of a language model's folder; special tokens it lacks get the next ids, as the original adds them.
+
+    Also the tokenizer.json that holds them; None where none is lacking. Raises `UserError` as `load_tokenizer` does.
+    """
+    fast = _open(folder)
+    missing = [text for text in _NEEDED if fast.token_to_id(text) is None]
+    if missing:
+        first = fast.get_vocab_size(with_added_tokens=True)
+        fast.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in missing])
+        logger.info("%s: the tokenizer lacks %s, added with the ids from %d", folder, ", ".join(missing), first)
+    return Tokenizer(fast, str(folder)), fast.to_str(pretty=True) if missing else None
+
+
+def _open(folder: Path) -> FastTokenizer:
     whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
     if whole.is_file():
         try:
@@ -100,7 +117,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"No tokenizer in {folder}: expected tokenizer.json, or vocab.json and merges.txt; found:"
             f" {found or 'nothing'}. Copy the tokenizer files of BAGEL-7B-MoT into the model folder."
         )
-    return Tokenizer(fast, str(folder))
+    return fast
 
 
 def _from_vocab(vocab: Path, merges: Path) -> FastTokenizer:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 from torch import Tensor
 
 from bagel_ds.checkpoint.parts import PartsWeights, assemble_folder, missing_parts
+from bagel_ds.data.tokenizer import load_tokenizer
 from bagel_ds.errors import UserError
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.config import BagelConfig, LLMConfig, ViTConfig
@@ -20,9 +22,21 @@ CONFIG = BagelConfig(llm=LLMConfig(32, 48, 2, 4, 2, 64), vit=ViTConfig(24, 32, 2
 PATCHES = "vit_model.vision_model.embeddings.patch_embedding.weight"
 
 
-def shapes() -> dict[str, tuple[int, ...]]:
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+
+
+def shapes(vocabulary: int = CONFIG.llm.vocab_size) -> dict[str, tuple[int, ...]]:
+    config = dataclasses.replace(CONFIG, llm=dataclasses.replace(CONFIG.llm, vocab_size=vocabulary))
     with torch.device("meta"):
-        return {name: tuple(parameter.shape) for name, parameter in Bagel(CONFIG).named_parameters()}
+        return {name: tuple(parameter.shape) for name, parameter in Bagel(config).named_parameters()}
+
+
+def write_tokenizer(folder: Path, words: int, special: tuple[str, ...] = SPECIAL) -> None:
+    """A tokenizer of so many words, one letter each, and special tokens after them."""
+    tokenizer = Tokenizer(models.BPE(vocab={chr(0x4E00 + number): number for number in range(words)}, merges=[]))
+    tokenizer.add_special_tokens(list(special))
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture
@@ -48,7 +62,7 @@ def parts(tmp_path: Path) -> tuple[Path, Path, dict[str, Tensor]]:
             {name: tensor.contiguous() for name, tensor in tensors.items()}, tmp_path / folder / "model.safetensors"
         )
     (tmp_path / "llm" / "config.json").write_text(json.dumps(dataclasses.asdict(CONFIG.llm)))
-    (tmp_path / "llm" / "tokenizer.json").write_text("{}")
+    write_tokenizer(tmp_path / "llm", words=40)
     (tmp_path / "vit" / "config.json").write_text(json.dumps({"vision_config": {"hidden_size": 24}}))
     (tmp_path / "ae.safetensors").write_text("autoencoder")
     return tmp_path / "llm", tmp_path / "vit", stored
@@ -97,6 +111,56 @@ def test_any_range_is_that_part_of_the_whole(parts: tuple[Path, Path, dict[str, 
         start = len(whole) // 3
         assert torch.equal(source.read(name, start, len(whole) - start), whole[start:]), name
         assert whole.numel() == source.info(name).numel
+
+
+def grown(parts: tuple[Path, Path, dict[str, Tensor]], vocabulary: int, seed: int = 1) -> PartsWeights:
+    return PartsWeights(parts[0], parts[1], shapes(vocabulary), True, seed)
+
+
+def test_new_vocabulary_rows_follow_the_stored_ones_and_are_drawn_from_seed_and_name(
+    parts: tuple[Path, Path, dict[str, Tensor]],
+) -> None:
+    spread = json.loads((parts[0] / "config.json").read_text())
+    (parts[0] / "config.json").write_text(json.dumps({**spread, "initializer_range": 0.5}))
+    rows, width = shapes(1064)[EMBEDDING]
+    one, same, other = (grown(parts, rows, seed).read(EMBEDDING).reshape(rows, width) for seed in (1, 1, 2))
+    assert torch.equal(one[:64], parts[2][EMBEDDING]) and one.dtype == torch.bfloat16
+    assert torch.equal(one, same) and not torch.equal(one[64:], other[64:])
+    assert float(one[64:].float().std()) == pytest.approx(0.5, rel=0.05)
+    assert torch.equal(grown(parts, rows).read(HEAD), one.flatten()), "tied tables stay equal"
+    assert "1000 are added" in "".join(grown(parts, rows).description())
+    assert "are added" not in "".join(weights(parts).description())
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_new_rows_are_the_same_on_any_number_of_ranks(parts: tuple[Path, Path, dict[str, Tensor]], ranks: int) -> None:
+    source = grown(parts, 71)
+    whole, share = source.read(EMBEDDING), -(-71 * 32 // ranks)
+    pieces = [source.read(EMBEDDING, start, min(share, 71 * 32 - start)) for start in range(0, 71 * 32, share)]
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_a_table_that_is_not_what_its_own_config_says_is_refused(parts: tuple[Path, Path, dict[str, Tensor]]) -> None:
+    config = json.loads((parts[0] / "config.json").read_text())
+    (parts[0] / "config.json").write_text(json.dumps({**config, "vocab_size": 70}))
+    with pytest.raises(UserError, match="embed_tokens.weight has shape"):
+        grown(parts, 70)
+
+
+@pytest.mark.parametrize(
+    "words, special, vocabulary",
+    [(40, SPECIAL, 64), (59, SPECIAL, 64), (60, SPECIAL, 65), (61, SPECIAL[:3], 66), (40, SPECIAL[:3], 64)],
+)
+def test_the_vocabulary_grows_to_the_tokenizer_and_is_never_cut(
+    parts: tuple[Path, Path, dict[str, Tensor]], tmp_path: Path, words: int, special: tuple[str, ...], vocabulary: int
+) -> None:
+    """A language model that saw no images (Qwen2) lacks the tokens around them."""
+    write_tokenizer(parts[0], words, special)
+    folder = assemble_folder(tmp_path / "out", parts[0], parts[1], tmp_path / "ae.safetensors")
+    assert json.loads((folder / "llm_config.json").read_text())["vocab_size"] == vocabulary
+    found = load_tokenizer(folder)
+    assert found.size == words + 5 and found.special.start_of_image == words + 3 and found.special.eos == words + 2
+    assert [path.name for path in parts[0].iterdir() if path.name.startswith(".")] == []
 
 
 def test_a_part_that_does_not_fit_is_named(parts: tuple[Path, Path, dict[str, Tensor]]) -> None:
