@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Sequence
 
+from bagel_ds.checkpoint.steps import MANIFEST, TRAINER
 from tests.launch import REPOSITORY, Finished, cpu_environment, deepspeed, free_port, run_to_end
 
 MANY_RUNS = Path(__file__).with_name("many_runs.py")
@@ -106,6 +107,14 @@ def own(path: Path) -> Path:
 def losses(results: Path) -> dict[int, tuple[float, float, float]]:
     """(mse, ce, gradient norm) by step from metrics.jsonl; later lines supersede earlier ones."""
     return {line["step"]: (line["loss/mse"], line["loss/ce"], line["optim/grad_norm"]) for line in _metrics(results)}
+
+
+def checksums(results: Path, step: int) -> dict[str, dict[str, int]]:
+    """Of every tensor of a checkpoint of two ranks, by file; trainer.json, which holds the run's own arguments, left
+    out."""
+    found = json.loads((results / "checkpoints" / f"step_{step}" / MANIFEST).read_text())["checksums"]
+    assert found.pop(TRAINER) and len(found) == 4, "states of two ranks, weights and average"
+    return found
 
 
 def learning_rates(results: Path) -> dict[int, float]:
