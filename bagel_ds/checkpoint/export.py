@@ -37,18 +37,25 @@ def stream_tensors(
 ) -> None:
     """Fill `writer` (rank 0's; None elsewhere); call on every rank, with the same names in the same order.
 
-    `device` is where the ranks' process group communicates from.
+    `device` is where the ranks' process group communicates from. What the disk refuses is raised on rank 0, as OSError,
+    once all ranks have made all of their calls: the others know nothing of it.
     """
     missing = set(tensors)
+    refused: OSError | None = None
     for name, ranges in pieces:
         info = tensors[name]
         missing.remove(name)
         step = CHUNK_BYTES // info.dtype.itemsize
         for start in range(0, info.numel, step):
             chunk = _gather(ranges, start, min(step, info.numel - start), info.dtype, device)
-            if writer is not None:
-                writer.write(name, start, chunk.cpu())
+            if writer is not None and refused is None:
+                try:
+                    writer.write(name, start, chunk.cpu())
+                except OSError as error:
+                    refused = error
     assert not missing, f"no rank offered {sorted(missing)[:3]}"
+    if refused is not None:
+        raise refused
 
 
 def _gather(

@@ -98,7 +98,7 @@ class CheckpointWriter:
             if self.one_host:
                 self._write_share(pending, path, pieces, engine)
             else:
-                stream_tensors(pending.files.get(path), infos, pieces, engine.device)
+                self._gather(pending, path, infos, pieces, engine.device)
         if is_main():
             background.add(lambda: self._write_rest(folder, trainer))
         background.add(pending.flush)
@@ -120,6 +120,16 @@ class CheckpointWriter:
             return
         listed = pending.background.until_given_up(list(pieces))
         pending.background.add(lambda: state_files.fill_whole(pending.files[path], self.save_dtype, listed))
+
+    def _gather(
+        self,
+        pending: PendingSave,
+        path: Path,
+        infos: dict[str, TensorInfo],
+        pieces: Iterable[Pieces],
+        device: torch.device,
+    ) -> None:
+        together(lambda: _or_fault(lambda: stream_tensors(pending.files.get(path), infos, pieces, device)))
 
     def _write_rest(self, folder: Path, trainer: dict[str, Any]) -> None:
         for name in (*CONFIG_FILES, *TOKENIZER_FILES):

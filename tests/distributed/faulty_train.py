@@ -2,10 +2,11 @@
 
 The environment variable BAGEL_TEST_FAULTS holds a JSON list of {at, rank?, step?, do, seconds?, times?, marker?}:
 `at` is "index", "load", "data", "step", "save" (files are there, nothing is complete yet), "export" (of a share of the
-weights), "write" (of the states) or "hosts" (ranks seem to run on several); `do` is "sleep" (for `seconds`), "nan" (in
-this step's batches), "inf" (a loss that is not finite although its gradients are), "stop" (SIGSTOP), "oom", "full" (the
-disk), "late" (of "write": only when the next update waits for it) or "nothing"; `marker` is a file made when the place
-is reached. Without `rank` it happens on every rank, without `step` and `times` every time.
+weights), "gather" (of weights from several hosts), "write" (of the states) or "hosts" (ranks seem to run on several);
+`do` is "sleep" (for `seconds`), "nan" (in this step's batches), "inf" (a loss that is not finite although its gradients
+are), "stop" (SIGSTOP), "oom", "full" (the disk), "late" (of "write": only when the next update waits for it) or
+"nothing"; `marker` is a file made when the place is reached. Without `rank` it happens on every rank, without `step`
+and `times` every time.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
 
     load, step = trainer.Trainer._load, trainer.Trainer._step
     complete, stream, fill = checkpoints.PendingSave._complete, state.fill_whole, state.fill_rank
-    one_host = trainer.on_one_host
+    one_host, gather = trainer.on_one_host, checkpoints.stream_tensors
     means, open_data = step_module.partial_means, setup.open_data
     wait, waited_for = background.Background.wait, threading.Event()
 
@@ -95,6 +96,14 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
             waited_for.clear()
         fill(*arguments)
 
+    def faulty_gather(writer: Any, *arguments: Any) -> None:
+        if writer is not None and "full" in _happen(faults, "gather"):
+            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the disk")
+            with _instead(writer, "write", _raise(full)):
+                gather(writer, *arguments)
+            return
+        gather(writer, *arguments)
+
     def faulty_open(*arguments: Any) -> Any:
         _happen(faults, "index")
         return open_data(*arguments)
@@ -116,6 +125,7 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
         _instead(trainer.Trainer, "_load", faulty_load),
         _instead(trainer.Trainer, "_step", faulty_step),
         _instead(checkpoints.PendingSave, "_complete", faulty_complete),
+        _instead(checkpoints, "stream_tensors", faulty_gather),
         _instead(state, "fill_whole", faulty_stream),
         _instead(state, "fill_rank", faulty_fill),
         _instead(trainer, "on_one_host", faulty_hosts),

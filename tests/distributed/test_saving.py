@@ -6,15 +6,14 @@ an update not to wait, or anything of a step to touch the states before it, file
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bagel_ds.checkpoint.steps import MANIFEST, TRAINER, newest_state, step_folders
-from tests.distributed.cases import Case, Outcome, arguments, losses, run_cases
+from bagel_ds.checkpoint.steps import newest_state, step_folders
+from tests.distributed.cases import Case, Outcome, arguments, checksums, losses, run_cases
 from tests.distributed.started import StartedRun, send
 from tests.launch import TRAIN, deepspeed
 
@@ -23,6 +22,7 @@ pytestmark = pytest.mark.distributed
 LATE = {"at": "write", "rank": 1, "do": "late"}
 HOSTS = {"at": "hosts", "do": "nothing"}
 FULL = {"at": "write", "rank": 1, "do": "full", "times": 1}
+FULL_WHILE_GATHERING = {"at": "gather", "do": "full", "times": 1}
 OTHER_PRESETS = [("zero3", 1), ("zero2", 2), ("zero1", 1), ("zero0", 1), ("zero3_cpu", 2), ("zero2_cpu", 1)]
 
 Runs = tuple[Path, dict[str, list[Outcome]]]
@@ -54,16 +54,10 @@ def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("saving")
     cases = late_and_not(demo, folder, "zero3", 2)
     options = {"ds_config": "zero3", "gradient_accumulation_steps": 2, "save_every": 1}
-    for name, total in (("full", 3), ("full_at_last", 1)):
-        cases.append(Case(name, words_of(demo, folder / name, total_steps=total, **options), faults=[FULL]))
+    full = {"full": (3, [FULL]), "full_on_hosts": (3, [HOSTS, FULL_WHILE_GATHERING]), "full_at_last": (1, [FULL])}
+    for name, (total, faults) in full.items():
+        cases.append(Case(name, words_of(demo, folder / name, total_steps=total, **options), faults=faults))
     return folder, run_cases(folder / "launch", cases, ranks=2)
-
-
-def checksums(results: Path, step: int) -> dict[str, dict[str, int]]:
-    """Of every tensor of a checkpoint, by file; trainer.json, which holds the run's own arguments, left out."""
-    found = json.loads((results / "checkpoints" / f"step_{step}" / MANIFEST).read_text())["checksums"]
-    assert found.pop(TRAINER) and len(found) == 4, "states of two ranks, weights and average"
-    return found
 
 
 def assert_alike(runs: Runs) -> None:
@@ -92,16 +86,18 @@ def test_nor_does_it_under_another_stage_or_offload(preset: str, accumulation: i
     )
 
 
-def test_a_disk_that_fills_while_states_are_written_costs_that_save_alone(runs: Runs) -> None:
+@pytest.mark.parametrize("name", ["full", "full_on_hosts"])
+def test_a_disk_that_fills_while_it_is_written_costs_that_save_alone(name: str, runs: Runs) -> None:
+    """The states of rank 1, or on rank 0 the weights that all ranks of several hosts gather there."""
     folder, outcomes = runs
-    main, other = outcomes["full"]
+    main, other = outcomes[name]
     assert (main.code, other.code) == (0, 0), main.output
     assert "step_1 could not be saved: the disk: No space left on device" in main.output
     assert "Training goes on" in main.output and "saved" in main.output
-    assert losses(folder / "full") == losses(folder / "whole")
-    left = sorted(path.name for path in (folder / "full" / "checkpoints").iterdir() if not path.is_symlink())
+    assert losses(folder / name) == losses(folder / "whole")
+    left = sorted(path.name for path in (folder / name / "checkpoints").iterdir() if not path.is_symlink())
     assert left == ["latest", "step_2", "step_3"]
-    assert checksums(folder / "full", 3) == checksums(folder / "whole", 3)
+    assert checksums(folder / name, 3) == checksums(folder / "whole", 3)
 
 
 def test_a_disk_that_fills_under_the_last_save_is_an_error(runs: Runs) -> None:
