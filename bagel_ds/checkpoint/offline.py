@@ -23,6 +23,7 @@ from bagel_ds.checkpoint.folder import CONFIG_FILES, EMA, MODEL, TOKENIZER_FILES
 from bagel_ds.checkpoint.state import EMA as AVERAGE
 from bagel_ds.checkpoint.state import WEIGHT, StateFiles, StateSource
 from bagel_ds.checkpoint.steps import (
+    MANIFEST,
     STATE,
     checksum_fault,
     flush_all,
@@ -102,6 +103,8 @@ def _check_room(folder: Path, needed: int) -> None:
 def _check_replaceable(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; pass a folder to write, or one that is not there yet.")
+    if (out / MANIFEST).exists():
+        raise UserError(f"--out {out} is a checkpoint, which other weights would damage; pass another folder.")
     others = sorted({path.name for path in out.glob("*.safetensors*")} - {VAE, *_exported(out)})
     if others:
         raise UserError(
