@@ -42,7 +42,8 @@ def parse_value(name: str, raw: Any) -> Any:
     wanted = type_name(field)
     if is_optional(field) and raw == "":  # scripts pass "$RESUME" where there is nothing to resume from
         return None
-    if raw is None or (isinstance(raw, str) and raw.strip().lower() in ("none", "null")):
+    is_choice = isinstance(raw, str) and raw.strip().lower() in (field.metadata["choices"] or ())
+    if raw is None or (isinstance(raw, str) and raw.strip().lower() in ("none", "null") and not is_choice):
         if is_optional(field):
             return None
         raise ValueError(f"--{name} expects {_expected(field)}, found None")

@@ -103,6 +103,11 @@ def test_none_stands_for_not_given(word: str) -> None:
     assert "--lr" in fault(f"--lr {word}")
 
 
+@pytest.mark.parametrize("word", ["none", "None"])
+def test_none_is_a_value_where_it_is_one_of_the_choices(word: str) -> None:
+    assert parse_arguments(["--activation_checkpointing", word]).training.activation_checkpointing == "none"
+
+
 def test_an_empty_value_stands_for_not_given_where_that_is_possible() -> None:
     """As a script writes it: RESUME=""; deepspeed ... --resume_from "$RESUME"."""
     assert parse_arguments(["--resume_from", "", "--lr", "1e-5"]).training.resume_from is None
