@@ -16,7 +16,7 @@ from bagel_ds.config import RunConfig, parse_arguments
 from bagel_ds.errors import UserError
 from bagel_ds.model.config import BagelConfig, VAEConfig
 from bagel_ds.zero.memory import MemoryOptions, plan_memory
-from bagel_ds.zero.memory_report import report_lines, suggestion_lines
+from bagel_ds.zero.memory_report import not_compared, report_lines, suggestion_lines
 from bagel_ds.zero.memory_suggest import resolved, suggestions
 
 
@@ -67,7 +67,9 @@ def run(options: argparse.Namespace) -> None:
     plan = plan_memory(model, ds_config, memory)
     better = [] if plan.fits else suggestions(model, config, memory)
     if options.json:
-        print(json.dumps(plan.to_json() | {"suggestions": [each.to_json() for each in better]}, indent=1))
+        unknown = {place: round(size, 2) for place, size in not_compared(plan).items()}
+        found = plan.to_json() | {"not_compared_gib": unknown, "suggestions": [each.to_json() for each in better]}
+        print(json.dumps(found, indent=1))
         return
     for line in report_lines(plan) + ([] if plan.fits else suggestion_lines(better)):
         print(line)

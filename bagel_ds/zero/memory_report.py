@@ -13,6 +13,7 @@ from bagel_ds.zero.memory_states import DEVICE, HOST, NVME
 from bagel_ds.zero.memory_suggest import Suggestion
 
 _TITLES = {DEVICE: "GPU memory, per rank", HOST: "host memory, per host", NVME: "NVMe, per host"}
+_OPTIONS = {DEVICE: "--gpu_memory", HOST: "--host_memory", NVME: "--nvme"}
 _SMALL = 0.02  # of the place's total: items below it are added up
 
 
@@ -32,12 +33,30 @@ def report_lines(plan: MemoryPlan) -> list[str]:
 
 
 def verdict(plan: MemoryPlan) -> str:
-    """One line: fits, or what lacks how much."""
-    if plan.fits:
-        known = any(budget is not None for budget in (plan.gpu_memory, plan.host_memory, plan.nvme_space))
-        return "it fits" if known else "no sizes given to compare with (--gpu_memory, --host_memory, --nvme, in GiB)"
-    lacking = (f"{_TITLES[place].split(',')[0]} lacks {size:.1f} GiB" for place, size in plan.shortfalls.items())
-    return "it does not fit: " + "; ".join(lacking)
+    """One line: fits, or what lacks how much; and what was compared with nothing."""
+    if plan.gpu_memory is plan.host_memory is plan.nvme_space is None:
+        return "no sizes given to compare with (--gpu_memory, --host_memory, --nvme, in GiB)"
+    unknown = [
+        f"{_name(place)}: {size:.0f} GiB needed, not compared (pass {_OPTIONS[place]})"
+        for place, size in not_compared(plan).items()
+    ]
+    lacking = "; ".join(f"{_name(place)} lacks {size:.1f} GiB" for place, size in plan.shortfalls.items())
+    found = f"it does not fit: {lacking}" if lacking else "what was compared fits" if unknown else "it fits"
+    return "; ".join([found, *unknown])
+
+
+def not_compared(plan: MemoryPlan) -> dict[str, float]:
+    """GiB needed by place, where the size of the place was not given."""
+    needs = {
+        DEVICE: (plan.gpu_peak, plan.gpu_memory),
+        HOST: (plan.host_peak, plan.host_memory),
+        NVME: (plan.nvme, plan.nvme_space),
+    }
+    return {place: need / GIB for place, (need, budget) in needs.items() if need and budget is None}
+
+
+def _name(place: str) -> str:
+    return _TITLES[place].split(",")[0]
 
 
 def suggestion_lines(found: Sequence[Suggestion]) -> list[str]:
@@ -48,9 +67,10 @@ def suggestion_lines(found: Sequence[Suggestion]) -> list[str]:
     for suggestion in found:
         plan = suggestion.plan
         nvme = f", NVMe {plan.nvme / GIB:.0f}" if plan.nvme else ""
+        nvme += ", not compared" if NVME in not_compared(plan) else ""
         lines.append(
-            f"  {' '.join(suggestion.settings)}  (GPU {plan.gpu_peak / GIB:.1f}, host {plan.host_peak / GIB:.0f}{nvme} "
-            f"GiB; {plan.traffic.total / GIB:.0f} GiB moved per step)"
+            f"  {' '.join(suggestion.settings)}  (GiB: GPU {plan.gpu_peak / GIB:.1f}, host {plan.host_peak / GIB:.0f}"
+            f"{nvme}; {plan.traffic.total / GIB:.0f} moved per step)"
         )
     return lines
 

@@ -1,7 +1,8 @@
 """Which settings would make a run fit, best first.
 
-Guarantees: every suggestion was planned and fits; none contains another (a setting is named only where it is needed).
-"Best" is the least harm to the result and then to the speed: offload before fewer tokens, those before giving up the
+Guarantees: every suggestion was planned and fits; none is worse than another in all it changes (the same with fewer
+tokens, or with a setting that is not needed), so that the list shows different ways out. "Best" is the least harm to
+the result and then to the speed: offload before a moving average in bf16, that before fewer tokens, those before no
 moving average, that before frozen parts; NVMe costs more than host memory, bf16 masters cost accuracy.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from dataclasses import dataclass
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Iterable, NamedTuple
 
 from bagel_ds.config import RunConfig
 from bagel_ds.errors import UserError
@@ -20,17 +21,17 @@ from bagel_ds.zero.memory import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.zero.memory_parameters import parameter_sizes
 from bagel_ds.zero.nvme import fit_buffers
 
-# Presets in the order in which they are tried, with the harm of taking them.
+# Presets with what they cost in speed and in accuracy.
 PRESETS = (
-    ("zero2.json", 0.0),
-    ("zero3.json", 0.5),
-    ("zero2_cpu.json", 1.5),
-    ("zero3_cpu.json", 2.0),
-    ("zero3_nvme.json", 7.0),
-    ("zero3_nvme_all.json", 8.0),
-    ("zero3_cpu_bf16.json", 9.0),
+    ("zero2.json", 0.0, 0.0),
+    ("zero3.json", 0.5, 0.0),
+    ("zero2_cpu.json", 1.5, 0.0),
+    ("zero3_cpu.json", 2.0, 0.0),
+    ("zero3_nvme.json", 7.0, 0.0),
+    ("zero3_nvme_all.json", 8.0, 0.0),
+    ("zero3_cpu_bf16.json", 2.0, 7.0),
 )
-TOKENS = ((1.0, 0.0), (0.75, 2.5), (0.5, 6.0), (0.25, 14.0))
+TOKENS = ((0.75, 2.5), (0.5, 6.0), (0.25, 14.0))
 LEAST_TOKENS = 2048
 PLACEHOLDER = "nvme"  # stands for --nvme_path while only planning
 
@@ -62,71 +63,116 @@ def resolved(
 
 
 def suggestions(model: BagelConfig, config: RunConfig, run: MemoryOptions, count: int = 5) -> list[Suggestion]:
-    """Up to `count` changed runs that fit the budgets of `run`, best first."""
-    found: list[tuple[float, frozenset[str], Suggestion]] = []
-    for harm, settings, candidate in sorted(_candidates(model, config, run), key=lambda entry: entry[0]):
-        changed = frozenset(settings)
-        if not changed or any(better <= changed for _, better, _ in found):
+    """Up to `count` changed runs that fit the budgets of `run`, best first.
+
+    `run` is `MemoryOptions.of(config, ...)`: its budgets and its machine are kept, the rest follows what is changed.
+    """
+    found: list[tuple[tuple[_Change, ...], Suggestion]] = []
+    as_it_is, *candidates = sorted(itertools.product(*_axes(model, config, run)), key=_harm)
+    assert not _settings(as_it_is)
+    for changes in candidates:
+        if any(_is_no_worse(better, changes) for better, _ in found):
             continue
         try:
-            plan = candidate.plan(run.world_size)
+            plan = _plan(model, config, run, changes)
         except UserError:
             continue  # this preset can't be combined with the run's other arguments
         if plan.fits:
-            found.append((harm, changed, Suggestion(settings, plan)))
+            found.append((changes, Suggestion(_settings(changes), plan)))
             if len(found) == count:
                 break
-    return [suggestion for *_, suggestion in found]
+    return [suggestion for _, suggestion in found]
 
 
-class _Candidate(NamedTuple):
-    model: BagelConfig
-    config: RunConfig
-    run: MemoryOptions
-    preset: str
+class _Change(NamedTuple):
+    """One choice about one thing; `cost` orders it among the other choices: worse in no place is no worse."""
 
-    def plan(self, world_size: int) -> MemoryPlan:
-        ds_config = resolved(self.preset, self.config, self.model, world_size, self.run.ranks_per_host)
-        return plan_memory(self.model, ds_config, self.run)
+    settings: dict[str, Any]  # the trainer's options; empty for as it is
+    cost: tuple[float, ...]
 
 
-def _candidates(
-    model: BagelConfig, config: RunConfig, run: MemoryOptions
-) -> Iterator[tuple[float, tuple[str, ...], _Candidate]]:
-    """Every combination with its harm and the arguments that differ from the run as it is."""
-    present = config.training.ds_config
-    presets = [
-        (present, 0.0),
-        *((name, harm) for name, harm in PRESETS if name.removesuffix(".json") != _stem(present)),
+_AS_IT_IS = _Change({}, (0.0,))
+
+
+def _axes(model: BagelConfig, config: RunConfig, run: MemoryOptions) -> list[list[_Change]]:
+    """What may be changed, and to what; each list begins with the run as it is."""
+    return [
+        _presets(config.training.ds_config),
+        _tokens(run.max_num_tokens),
+        _checkpointing(run.activation_checkpointing),
+        _averages(run),
+        _freezings(model, run),
     ]
-    averages = [(run.ema, 0.0)] + ([(False, 4.5)] if run.ema else [])
-    frozen = _freezings(model, run)
-    for (preset, a), (share, b), (ema, c), (freeze, d) in itertools.product(presets, TOKENS, averages, frozen):
-        tokens = max(LEAST_TOKENS, int(run.max_num_tokens * share) // 256 * 256) if share < 1 else run.max_num_tokens
-        if tokens >= run.max_num_tokens and share < 1:
-            continue
-        settings = [f"--ds_config {preset}"] if preset != present else []
-        settings += [f"--max_num_tokens {tokens}"] if share < 1 else []
-        settings += ["--ema 0"] if ema != run.ema else []
-        settings += [f"--{freeze} True"] if freeze else []
-        changed_run = dataclasses.replace(
-            run,
-            max_num_tokens=tokens,
-            ema=ema,
-            freeze_llm=run.freeze_llm or freeze == "freeze_llm",
-        )
-        changed_model = dataclasses.replace(model, freeze_und=model.freeze_und or freeze == "freeze_und")
-        yield a + b + c + d, tuple(settings), _Candidate(changed_model, config, changed_run, preset)
 
 
-def _freezings(model: BagelConfig, run: MemoryOptions) -> list[tuple[str, float]]:
-    """What could be frozen besides what is: "" for nothing. Only what leaves something to train."""
-    found = [("", 0.0)]
-    if model.visual_gen and not model.freeze_und and not run.freeze_llm:
-        found.append(("freeze_und", 10.0))
-    if not run.freeze_llm and (model.visual_gen or (model.visual_und and not model.freeze_und)):
-        found.append(("freeze_llm", 30.0))
+def _presets(present: str) -> list[_Change]:
+    others = [entry for entry in PRESETS if entry[0].removesuffix(".json") != _stem(present)]
+    return [_Change({}, (0.0, 0.0)), *(_Change({"ds_config": name}, (slow, loss)) for name, slow, loss in others)]
+
+
+def _tokens(present: int) -> list[_Change]:
+    fewer = {max(LEAST_TOKENS, int(present * share) // 256 * 256): harm for share, harm in reversed(TOKENS)}
+    return [_AS_IT_IS, *(_Change({"max_num_tokens": n}, (harm,)) for n, harm in fewer.items() if n < present)]
+
+
+def _checkpointing(present: str) -> list[_Change]:
+    found = [("full", 1.0)] if present == "none" else []
+    found += [("offload", 1.5)] if present != "offload" else []
+    return [_AS_IT_IS, *(_Change({"activation_checkpointing": mode}, (harm,)) for mode, harm in found)]
+
+
+def _averages(run: MemoryOptions) -> list[_Change]:
+    found: list[_Change] = [_AS_IT_IS]
+    if run.ema and run.ema_bytes > 2:
+        found.append(_Change({"ema_dtype": "bf16"}, (2.25,)))
+    if run.ema:
+        found.append(_Change({"ema": 0}, (4.5,)))
     return found
+
+
+def _freezings(model: BagelConfig, run: MemoryOptions) -> list[_Change]:
+    """What could be frozen besides what is. Only what leaves something to train."""
+    found = [_AS_IT_IS]
+    if model.visual_gen and not model.freeze_und and not run.freeze_llm:
+        found.append(_Change({"freeze_und": True}, (10.0,)))
+    if not run.freeze_llm and (model.visual_gen or (model.visual_und and not model.freeze_und)):
+        found.append(_Change({"freeze_llm": True}, (30.0,)))
+    return found
+
+
+def _harm(changes: Iterable[_Change]) -> float:
+    return sum(sum(change.cost) for change in changes)
+
+
+def _settings(changes: Iterable[_Change]) -> tuple[str, ...]:
+    return tuple(f"--{name} {value}" for change in changes for name, value in change.settings.items())
+
+
+def _is_no_worse(one: tuple[_Change, ...], other: tuple[_Change, ...]) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(a <= b for first, second in pairs for a, b in zip(first.cost, second.cost, strict=True))
+
+
+def _plan(model: BagelConfig, config: RunConfig, run: MemoryOptions, changes: tuple[_Change, ...]) -> MemoryPlan:
+    values = {name: value for change in changes for name, value in change.settings.items()}
+    tokens = {"max_num_tokens": values.pop("max_num_tokens")} if "max_num_tokens" in values else {}
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **tokens),
+        training=dataclasses.replace(config.training, **values),
+    )
+    model = dataclasses.replace(model, freeze_und=model.freeze_und or config.training.freeze_und)
+    changed = MemoryOptions.of(config, run.world_size)
+    run = dataclasses.replace(
+        run,
+        rounds_pinned_memory=run.rounds_pinned_memory or changed.rounds_pinned_memory,
+        **{name: getattr(changed, name) for name in _FOLLOWING},
+    )
+    ds_config = resolved(config.training.ds_config, config, model, run.world_size, run.ranks_per_host)
+    return plan_memory(model, ds_config, run)
+
+
+_FOLLOWING = ("max_num_tokens", "activation_checkpointing", "freeze_llm", "ema", "ema_bytes")
 
 
 def _stem(preset: str) -> str:

@@ -1,12 +1,15 @@
 """The table of docs/low_memory.md: which settings train BAGEL-7B-MoT on which machine.
 
 Guarantees: every line is the planner's own answer for one host: full fine-tuning with the moving average where that
-fits, else the best that does. `bagel-ds memory --table` prints it; a test compares the page with it.
+fits with the guides' packs, else the best that does; then the longest packs that fit with these settings, for which its
+numbers are. `bagel-ds memory --table` prints it; a test compares the page with it.
 """
 
 from __future__ import annotations
 
-from bagel_ds.config import RunConfig, make_config
+import dataclasses
+
+from bagel_ds.config import RunConfig, parse_arguments
 from bagel_ds.model.config import BagelConfig
 from bagel_ds.units import GIB
 from bagel_ds.zero.memory import MemoryOptions, MemoryPlan, plan_memory
@@ -15,15 +18,16 @@ from bagel_ds.zero.memory_suggest import resolved, suggestions
 MACHINES = ((1, 24), (2, 24), (4, 24), (2, 40), (4, 80), (8, 80))  # GPUs and GiB of each
 HOST_GIB = (128, 256, 512)
 NVME_GIB = (0, 1000)
-TOKENS = 11520  # the guides' budget
+TOKENS = 11520  # the guides' budget, with which settings are chosen
+MOST_TOKENS, TOKEN_STEP = 36864, 2304  # the default of --max_num_tokens; a divisor of both
 WORKERS = 4
 
 # What moving is taken to run at, GiB/s: one GPU's PCIe 4.0 x16, one good NVMe drive (reads and writes together).
 PCIE, DRIVE = 20, 5
 
 _HEADER = """\
-| GPUs | RAM | NVMe | settings | GPU | host | NVMe used | moved per step | at least |
-|---|---|---|---|---|---|---|---|---|"""
+| GPUs | RAM | NVMe | settings | tokens | GPU | host | NVMe used | moved per step | at least |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def table() -> str:
@@ -32,34 +36,58 @@ def table() -> str:
     for count, gpu in MACHINES:
         for host in HOST_GIB:
             for nvme in NVME_GIB:
-                settings, plan = best_settings(count, gpu, host, nvme)
-                machine = f"| {count} x {gpu} | {host} | {nvme or 'none'} |"
-                lines.append(
-                    f"{machine} {settings} | {_numbers(plan, count)} |" if plan else f"{machine} {settings} | | | | |"
-                )
+                machine = (count, gpu, host, nvme)
+                words = best_settings(*machine)
+                start = f"| {count} x {gpu} | {host} | {nvme or 'none'} |"
+                if words is None:
+                    lines.append(f"{start} does not fit | | | | | |")
+                    continue
+                tokens, plan = longest_packs(*machine, words)
+                lines.append(f"{start} {_markdown(words)} | {tokens:,} | {_numbers(plan, count)} |")
     return "\n".join(lines)
 
 
-def best_settings(count: int, gpu: float, host: float, nvme: float) -> tuple[str, MemoryPlan | None]:
-    """The arguments, as Markdown, to train the 7B with `TOKENS` tokens per pack on `count` GPUs of one host."""
-    model = BagelConfig()
+def best_settings(count: int, gpu: float, host: float, nvme: float) -> tuple[str, ...] | None:
+    """The arguments to train the 7B with `TOKENS` tokens per pack on `count` GPUs of one host; None if none would."""
     for start in ("zero2.json", "zero3.json"):
-        config = _config(start)
-        run = MemoryOptions.of(config, count, gpu_memory=gpu, host_memory=host, nvme=nvme)
-        plan = plan_memory(model, resolved(start, config, model, count), run)
-        if plan.fits:
-            return f"`{start}`", plan
-    found = suggestions(model, config, run, count=1)
+        words = (f"--ds_config {start}",)
+        config, run = _run(count, gpu, host, nvme, words, TOKENS)
+        if _plan(config, run).fits:
+            return words
+    found = suggestions(BagelConfig(), config, run, count=1)
     if not found:
-        return "does not fit", None
-    words = [word.removeprefix("--ds_config ") for word in found[0].settings]
-    if not found[0].settings[0].startswith("--ds_config"):
-        words.insert(0, start)
-    return " ".join(f"`{word}`" for word in words), found[0].plan
+        return None
+    settings = found[0].settings
+    return settings if settings[0].startswith("--ds_config") else (*words, *settings)
 
 
-def _config(preset: str) -> RunConfig:
-    return make_config({"ds_config": preset, "max_num_tokens": TOKENS, "num_workers": WORKERS})
+def longest_packs(
+    count: int, gpu: float, host: float, nvme: float, settings: tuple[str, ...]
+) -> tuple[int, MemoryPlan]:
+    """Tokens of the longest packs with which these settings fit, and the plan with them."""
+    for tokens in range(MOST_TOKENS, 0, -TOKEN_STEP):
+        plan = _plan(*_run(count, gpu, host, nvme, settings, tokens))
+        if plan.fits:
+            return tokens, plan
+    raise AssertionError(f"{settings} fitted {TOKENS} tokens")
+
+
+def _run(
+    count: int, gpu: float, host: float, nvme: float, settings: tuple[str, ...], tokens: int
+) -> tuple[RunConfig, MemoryOptions]:
+    words = [word for setting in settings for word in setting.split()]
+    config = parse_arguments(["--max_num_tokens", str(tokens), "--num_workers", str(WORKERS), *words])
+    return config, MemoryOptions.of(config, count, gpu_memory=gpu, host_memory=host, nvme=nvme)
+
+
+def _plan(config: RunConfig, run: MemoryOptions) -> MemoryPlan:
+    model = dataclasses.replace(BagelConfig(), freeze_und=config.training.freeze_und)
+    return plan_memory(model, resolved(config.training.ds_config, config, model, run.world_size), run)
+
+
+def _markdown(settings: tuple[str, ...]) -> str:
+    shown = [setting.removeprefix("--ds_config ") for setting in settings if "max_num_tokens" not in setting]
+    return " ".join(f"`{setting}`" for setting in shown)
 
 
 def _numbers(plan: MemoryPlan, gpus: int) -> str:
