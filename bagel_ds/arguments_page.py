@@ -49,8 +49,8 @@ holds as it stands.
 - `communication_data_type`, where open, is the run's precision: gradients travel in bf16, as the original's do.
 - `data_types.grad_accum_dtype`, where open, is fp32 for ZeRO 2 and 3 with more than one micro-batch per step, because
   sums in bf16 lose small gradients; this costs 2 more bytes per parameter, divided by the number of GPUs. With one
-  micro-batch there is nothing to sum, and it is bf16. The master weights and AdamW's moments are fp32, but for files that
-  ask for bf16 as zero3_cpu_bf16 does.
+  micro-batch there is nothing to sum, and it is bf16. The master weights and AdamW's moments are fp32, but for files
+  that ask for bf16 as zero3_cpu_bf16 does.
 - `gradient_clipping` is always written: DeepSpeed clips at 1.0 where the file says nothing.
 - Bucket sizes of the presets are 100 to 200 million elements (0.2 to 0.4 GB in bf16), so that buffers stay small beside
   BAGEL's layers of 466 million parameters on a GPU of 24 GB. A larger GPU can afford more.

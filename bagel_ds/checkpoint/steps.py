@@ -42,11 +42,16 @@ def _numbered(checkpoint_dir: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+def states(checkpoint_dir: Path) -> list[Path]:
+    """Checkpoints with a training state, be it damaged, by number of steps."""
+    return [path for _, path in _numbered(checkpoint_dir) if holds_state(path)]
+
+
 def newest_state(checkpoint_dir: Path, but_not: Iterable[Path] = ()) -> Path | None:
     """The newest checkpoint that holds training state and whose files have their manifest's sizes."""
     refused = {path.resolve() for path in but_not}
-    for _, path in reversed(_numbered(checkpoint_dir)):
-        if holds_state(path) and path.resolve() not in refused:
+    for path in reversed(states(checkpoint_dir)):
+        if path.resolve() not in refused:
             fault = manifest_fault(path)
             if fault is None:
                 return path

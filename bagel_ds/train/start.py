@@ -16,7 +16,7 @@ from bagel_ds.arguments import TrainingArguments
 from bagel_ds.checkpoint.folder import BagelWeights, ModelFolder
 from bagel_ds.checkpoint.parts import PartsWeights
 from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
-from bagel_ds.checkpoint.steps import MANIFEST, STATE, holds_state, newest_state
+from bagel_ds.checkpoint.steps import MANIFEST, STATE, holds_state, newest_state, states
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import MASTER, WeightSource
 from bagel_ds.train.agreement import SharedFault, together
@@ -53,6 +53,12 @@ def find_start(
         newest = newest_state(Path(training.checkpoint_dir), damaged)
         if newest is not None:
             return StartPoint(newest, True, "auto_resume: the newest complete checkpoint", checked=True)
+        if held := states(Path(training.checkpoint_dir)):  # to begin anew would bury what may be rescued
+            raise UserError(
+                f"--auto_resume: every checkpoint in {training.checkpoint_dir} is damaged: "
+                f"{', '.join(path.name for path in held)}. Restore one, or move them away to start anew; "
+                "--auto_resume False --resume_from ... --resume_model_only True takes the weights of one alone."
+            )
     if training.resume_from is not None:
         folder = Path(training.resume_from)
         if not folder.is_dir():

@@ -127,6 +127,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_where_every_checkpoint_is_damaged_a_run_does_not_begin_anew(tmp_path: Path) -> None:
+    for step in (5, 6):
+        checkpoint(tmp_path / "ck", step).joinpath("trainer.json").unlink()
+    with pytest.raises(UserError, match="every checkpoint in .*ck is damaged: step_5, step_6. Restore one"):
+        sound_start_of(tmp_path, auto_resume=True, finetune_from_hf=True)
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_a_folder_without_state_gives_its_weights_and_says_why(tmp_path: Path) -> None:
     given_up = checkpoint(tmp_path / "other", 5, state=False)
     found = sound_start_of(tmp_path, resume_from=str(given_up))
