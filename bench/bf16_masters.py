@@ -1,12 +1,13 @@
 """What masters and moments in bf16 cost: the same run with and without them, at several learning rates.
 
-One command: `python bench/bf16_masters.py [--json] [--steps 200] [--lrs 2e-3 2e-4 2e-5]`. It trains the demo's network
+One command: `python bench/bf16_masters.py [--json] [--steps 100] [--lrs 2e-3 2e-5 2e-4]`. It trains the demo's network
 for a while (`--warm` steps), so that weights and gradients are those of a trained one, and goes on from there with
 `zero3_cpu.json` (fp32 masters) and `zero3_cpu_bf16.json` at each learning rate, on one CPU process and on the same
 packs; at the first rate also with `zero3.json` (fp32 masters again, torch's AdamW in place of DeepSpeed's: what the
 order of roundings alone does to a run).
 
-Distance is |w - w_fp32| / |w_fp32 - w_start| over all weights, progress |w - w_start| / |w_fp32 - w_start|; lost is the
+Distance is |w - w_fp32| / |w_fp32 - w_start| over all weights, progress |w - w_start| / |w_fp32 - w_start|; kept is
+the part of the fp32 run's update that is there: (w - w_start) . (w_fp32 - w_start) / |w_fp32 - w_start|^2; lost is the
 share of the weights which the fp32 run moved that are still exactly at their start.
 """
 
@@ -36,19 +37,19 @@ from bench.measured_run import measured_run  # noqa: E402
 
 FP32, BF16, AGAIN = "zero3_cpu.json", "zero3_cpu_bf16.json", "zero3.json"
 WARM_LR = 2e-3  # the demo's
-MEAN_OF = 20  # steps whose losses make one number
+MEAN_OF = 20  # steps whose losses make one number, or half of a shorter run
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--steps", type=int, default=200, help="of each run (default 200)")
-    parser.add_argument("--warm", type=int, default=300, help="steps before them, at 2e-3 (default 300)")
-    parser.add_argument("--lrs", type=float, nargs="*", default=[2e-3, 2e-4, 2e-5], help="learning rates")
+    parser.add_argument("--steps", type=int, default=100, help="of each run (default 100)")
+    parser.add_argument("--warm", type=int, default=100, help="steps before them, at 2e-3 (default 100)")
+    parser.add_argument("--lrs", type=float, nargs="*", default=[2e-3, 2e-5, 2e-4], help="learning rates")
     parser.add_argument("--work", type=Path, help="folder for models and checkpoints (default: a temporary one)")
     options = parser.parse_args()
-    if options.steps < 2 * MEAN_OF:
-        parser.error(f"--steps {options.steps}: losses are means over {MEAN_OF} steps; pass at least {2 * MEAN_OF}")
+    if options.steps < 2 or options.warm < 1:
+        parser.error(f"found --steps {options.steps} --warm {options.warm}; pass at least 2 steps and 1 before them")
     with tempfile.TemporaryDirectory(dir=options.work, prefix="bf16_masters_") as folder:
         report = compare(Path(folder), options.warm, options.steps, options.lrs)
     print(json.dumps(report, indent=1) if options.json else "\n".join(lines(report)))
@@ -74,6 +75,8 @@ def compare(folder: Path, warm: int, steps: int, rates: list[float]) -> dict[str
             for preset in runs
         }
         report["median_weight"] = median_weight(weights, training_state(runs[FP32], steps))
+        for line in rate_lines(f"{rate:g}", report["rates"][f"{rate:g}"]):
+            say(line)
         for results in runs.values():
             shutil.rmtree(results)
     return report
@@ -100,11 +103,12 @@ def losses(results: Path, steps: int) -> dict[str, list[float]]:
     rows = [json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines()]
     total = [row["loss/total"] for row in rows]
     assert len(total) == steps, len(total)
-    return {"losses": [round(sum(total[stop - MEAN_OF : stop]) / MEAN_OF, 4) for stop in (MEAN_OF, steps // 2, steps)]}
+    mean_of = min(MEAN_OF, steps // 2)
+    return {"losses": [round(sum(total[stop - mean_of : stop]) / mean_of, 4) for stop in (mean_of, steps // 2, steps)]}
 
 
 def distances(start: TensorFiles, fp32: Path, other: Path, steps: int) -> dict[str, float]:
-    moved = apart = gone = 0.0
+    moved = apart = gone = along = 0.0
     moved_weights = lost = 0
     states = [training_state(results, steps) for results in (fp32, other)]
     for name in trained(start, states[0]):
@@ -113,11 +117,13 @@ def distances(start: TensorFiles, fp32: Path, other: Path, steps: int) -> dict[s
         moved += float((true - before).square().sum())
         apart += float((found - true).square().sum())
         gone += float((found - before).square().sum())
+        along += float(((found - before) * (true - before)).sum())
         moved_weights += int((true != before).sum())
         lost += int(((true != before) & (found == before)).sum())
     return {
         "distance": round((apart / moved) ** 0.5, 4),
         "progress": round((gone / moved) ** 0.5, 4),
+        "kept": round(along / moved, 4),
         "lost": round(lost / moved_weights, 4),
     }
 
@@ -137,17 +143,22 @@ def median_weight(weights: TensorFiles, state: StateFiles) -> float:
 
 
 def lines(report: dict[str, Any]) -> list[str]:
+    mean_of = min(MEAN_OF, report["steps"] // 2)
     found = [
         f"{report['steps']} steps after {report['warm_steps']} at {WARM_LR:g}; the median weight is "
-        f"{report['median_weight']:.4f}; loss: means of {MEAN_OF} steps at the beginning, half-way and at the end"
+        f"{report['median_weight']:.4f}; loss: means of {mean_of} steps at the beginning, half-way and at the end"
     ]
-    for rate, runs in report["rates"].items():
-        for preset, values in runs.items():
-            shown = ", ".join(f"{loss:.4f}" for loss in values["losses"])
-            found.append(
-                f"lr {rate:6} {preset:20} loss {shown}; distance {values['distance']:.3f}, progress "
-                f"{values['progress']:.3f}, lost {100 * values['lost']:.1f} %"
-            )
+    return found + [line for rate, runs in report["rates"].items() for line in rate_lines(rate, runs)]
+
+
+def rate_lines(rate: str, runs: dict[str, Any]) -> list[str]:
+    found = []
+    for preset, values in runs.items():
+        shown = ", ".join(f"{loss:.4f}" for loss in values["losses"])
+        found.append(
+            f"lr {rate:6} {preset:20} loss {shown}; distance {values['distance']:.3f}, progress "
+            f"{values['progress']:.3f}, kept {values['kept']:.3f}, lost {100 * values['lost']:.1f} %"
+        )
     return found
 
 
