@@ -3,7 +3,7 @@
 Guarantees: every suggestion was planned and fits; none is worse than another in all it changes (the same with fewer
 tokens, or with a setting that is not needed), so that the list shows different ways out. "Best" is the least harm to
 the result and then to the speed: offload before a moving average in bf16, that before fewer tokens, those before no
-moving average, that before frozen parts; NVMe costs more than host memory, bf16 masters cost accuracy.
+moving average, that before frozen parts, and those before bf16 masters; NVMe costs more than host memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from bagel_ds.zero.memory import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.zero.memory_parameters import parameter_sizes
 from bagel_ds.zero.nvme import fit_buffers
 
-# Presets with what they cost in speed and in accuracy.
+# Presets with what they cost in speed and in accuracy. bf16 masters lose most of an update at BAGEL's learning rate
+# (bench/bf16_masters.py), so frozen parts come before them.
 PRESETS = (
     ("zero2.json", 0.0, 0.0),
     ("zero3.json", 0.5, 0.0),
@@ -29,7 +30,7 @@ PRESETS = (
     ("zero3_cpu.json", 2.0, 0.0),
     ("zero3_nvme.json", 7.0, 0.0),
     ("zero3_nvme_all.json", 8.0, 0.0),
-    ("zero3_cpu_bf16.json", 2.0, 7.0),
+    ("zero3_cpu_bf16.json", 2.0, 12.0),
 )
 TOKENS = ((0.75, 2.5), (0.5, 6.0), (0.25, 14.0))
 LEAST_TOKENS = 2048
