@@ -8,6 +8,7 @@ and folder, and not inherited by a forked process. Credentials and endpoints are
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -15,12 +16,15 @@ from pyarrow import fs
 
 _BUFFER_BYTES = 4 * 2**20  # of a column being read; without it all of a row group's column is held at once
 
+_making = threading.Lock()
 _folders: dict[str, tuple[fs.FileSystem, str]] = {}
 _versions: dict[str, tuple[str, int, int]] = {}
 
 
 def forget() -> None:
     """Close what this process has open."""
+    global _making
+    _making = threading.Lock()  # a fork may have happened while a thread of the parent held it
     _folders.clear()
     _versions.clear()
 
@@ -40,8 +44,9 @@ def resolve(uri: str) -> tuple[fs.FileSystem, str]:
     folder, _, name = place.rstrip("/").rpartition("/")
     if folder.endswith("/"):  # scheme://name, or a file in the root folder
         return fs.FileSystem.from_uri(uri)
-    if folder + mark + query not in _folders:
-        _folders[folder + mark + query] = fs.FileSystem.from_uri(folder + mark + query)
+    with _making:  # footers are read by several threads
+        if folder + mark + query not in _folders:
+            _folders[folder + mark + query] = fs.FileSystem.from_uri(folder + mark + query)
     filesystem, inner = _folders[folder + mark + query]
     return filesystem, f"{inner.rstrip('/')}/{name}" if inner else name
 
