@@ -1,12 +1,14 @@
-"""launch/train.py that says on stdout where it is and what the engine holds; started by bench/host_memory.py.
+"""launch/train.py that says on stdout where it is and what the engine holds; started by bench/measured_run.py.
 
 Guarantees: the run itself is the trainer's; only lines "MARK <phase>" (rank 0) and "HELD <rank> <bytes>" (live tensor
-storage of a rank after loading, before the first step) are added, each after a barrier.
+storage of a rank after loading, before the first step) are added, each after a barrier. BAGEL_BENCH_DEVICE_GIB caps
+what a rank may take of its GPU.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 import time
 import warnings
@@ -20,6 +22,7 @@ import torch.distributed as dist  # noqa: E402
 
 import bagel_ds.train.trainer as trainer_module  # noqa: E402
 from bagel_ds.train.main import main  # noqa: E402
+from bagel_ds.units import GIB  # noqa: E402
 from bagel_ds.zero.memory_allocator import return_freed_memory  # noqa: E402
 
 
@@ -64,7 +67,16 @@ class MarkedTrainer(trainer_module.Trainer):
         mark("end")
 
 
+def cap_device_memory() -> None:
+    cap = os.environ.get("BAGEL_BENCH_DEVICE_GIB")
+    if cap and torch.cuda.is_available():
+        device = int(os.environ.get("LOCAL_RANK", "0"))
+        whole = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(float(cap) * GIB / whole, 1.0), device)
+
+
 if __name__ == "__main__":
     return_freed_memory()
+    cap_device_memory()
     trainer_module.Trainer = MarkedTrainer  # type: ignore[misc]
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""One real `deepspeed` launch of the trainer on CPU, with the memory of each phase.
+"""One real `deepspeed` launch of the trainer, on CPU unless told otherwise, with the memory of each phase.
 
 Guarantees: bounded in time, killed as a group, DeepSpeed's leftovers in /dev/shm removed. Phases are those of
 marked_train.py: start (imports, plan), load, loaded, step, export, end.
@@ -16,7 +16,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
+from typing import Mapping, Sequence
 
 from bench.measure import MemorySampler, Peak
 
@@ -45,10 +45,12 @@ def measured_run(
     interval: float = 0.1,
     script: str = "marked_train.py",
     until: str | None = None,
+    device: str = "cpu",
+    environment: Mapping[str, str] | None = None,
 ) -> Measured:
     """Run a script of this folder (by default the trainer with marks) under the launcher to its end.
 
-    Where that phase begins, a run is killed that is measured `until` then; its code is 0.
+    Where that phase begins, a run is killed that is measured `until` then; its code is 0. `device` is "cpu" or "cuda".
     """
     port = _free_port()
     launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(port)]
@@ -57,7 +59,7 @@ def measured_run(
     process = subprocess.Popen(
         command,
         cwd=REPOSITORY,
-        env=_environment(),
+        env={**_environment(device), **(environment or {})},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -101,11 +103,11 @@ def measured_run(
     )
 
 
-def _environment() -> dict[str, str]:
+def _environment(device: str) -> dict[str, str]:
     cache = os.environ.get("TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".cache" / "torch_extensions"))
     return {
         **os.environ,
-        "DS_ACCELERATOR": "cpu",
+        "DS_ACCELERATOR": device,
         "BAGEL_DS_DETACH": "0",  # ranks stay below the launcher, where the sampler finds them
         "OMP_NUM_THREADS": "1",
         "TORCH_EXTENSIONS_DIR": cache,
