@@ -71,8 +71,9 @@ def check_streams(
     CPUs this process may use.
     """
     uses = [(stream, use, start) for stream in streams for use, start in _each_file_once(stream)]
-    tasks = [(number, task) for number, (stream, use, _) in enumerate(uses) for task in _tasks(stream, use)]
-    total = sum(use.index.rows for _, use, _ in uses)
+    indexes = [use.index for _, use, _ in uses]
+    tasks = [(n, task) for n, index in enumerate(indexes) for task in read_tasks(index.file, index.layout)]
+    total = sum(index.rows for index in indexes)
     found: list[list[_Issues]] = [[] for _ in uses]
     results = {(s.name, dataset): DatasetCheck(s.name, dataset, s.kind) for s in streams for dataset in s.datasets}
     with RowProgress(total, "checking", progress) as bar:
@@ -94,10 +95,6 @@ def _each_file_once(stream: GroupStream) -> Iterator[tuple[FileUse, int]]:
             seen.add((use.dataset, use.index.path))
             yield use, first
         first += use.index.rows
-
-
-def _tasks(stream: GroupStream, use: FileUse) -> list[ReadTask]:
-    return list(read_tasks(use.index.file, use.index.layout))
 
 
 def _run(tasks: list[ReadTask], rows: int, special: tuple[str, ...], workers: int | None) -> Iterator[_Issues]:

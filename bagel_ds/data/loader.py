@@ -9,7 +9,6 @@ all of them (`row_cache.py`). Closing the iterator ends its workers.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -17,7 +16,6 @@ import warnings
 from collections import Counter, deque
 from contextlib import closing
 from dataclasses import asdict
-from hashlib import blake2b
 from itertools import count
 from typing import Any, Generator, Iterable, Iterator, NamedTuple, Sequence
 
@@ -28,7 +26,7 @@ from bagel_ds.data.cost import CostModel
 from bagel_ds.data.file_rows import DataFile
 from bagel_ds.data.materialize import LayoutOptions, dataset_labels, materialize
 from bagel_ds.data.packing import Pack
-from bagel_ds.data.plan import ALGORITHM, PackingOptions, Planner, Step
+from bagel_ds.data.plan import ALGORITHM, PackingOptions, Planner, Step, digest_of
 from bagel_ds.data.sample import SamplePlan
 from bagel_ds.data.sources import GroupStream, files_ahead
 from bagel_ds.data.tokenizer import Tokenizer
@@ -131,9 +129,9 @@ class PlannedData:
         self._labels = dataset_labels(streams)
         groups = [(s.name, s.weight, s.is_mandatory, s.fingerprint) for s in streams]
         budgets = (packing.max_num_tokens, packing.lookahead, packing.data_seed)
-        self._plan = _digest([ALGORITHM, groups, budgets, asdict(cost), self.planner.mean_lengths])
-        self._rows = _digest([ALGORITHM, packing.data_seed, [s.rows_fingerprint for s in streams]])
-        self.fingerprint = _digest([self._plan, noise_seed, repr(layout_options)])
+        self._plan = digest_of([ALGORITHM, groups, budgets, asdict(cost), self.planner.mean_lengths])
+        self._rows = digest_of([ALGORITHM, packing.data_seed, [s.rows_fingerprint for s in streams]])
+        self.fingerprint = digest_of([self._plan, noise_seed, repr(layout_options)])
 
     def describe(self) -> list[str]:
         """Lines for the run's plan: each group's rows, length and share, then how they are packed."""
@@ -264,10 +262,6 @@ class _Once:
 
     def __iter__(self) -> Iterator[_Task]:
         return iter(self._tasks)
-
-
-def _digest(parts: list[Any]) -> str:
-    return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _end_workers(batches: Any) -> None:

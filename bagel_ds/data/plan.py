@@ -77,9 +77,13 @@ class _Block(NamedTuple):
     epochs_after: list[float]
 
 
-def _digest(packs: Sequence[Pack]) -> str:
-    samples = [[(plan.dataset, plan.epoch, plan.row, plan.length) for plan in pack.samples] for pack in packs]
-    return blake2b(json.dumps(samples).encode(), digest_size=8).hexdigest()
+def digest_of(parts: list[Any]) -> str:
+    """16 hexadecimal digits that differ where JSON-ready `parts` do."""
+    return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _samples_digest(packs: Sequence[Pack]) -> str:
+    return digest_of([[(plan.dataset, plan.epoch, plan.row, plan.length) for plan in pack.samples] for pack in packs])
 
 
 class _Intake:
@@ -265,7 +269,7 @@ class Planner:
             key = stable_key(self.options.data_seed, "block", snapshot["first"])
             llm, vision = np.array([pack.llm for pack in packs]), np.array([pack.vision for pack in packs])
             ordered = [packs[i] for i in like_cost_order(llm, vision, key)]
-            yield _Block(ordered, snapshot, _digest(ordered), before, packer.epochs())
+            yield _Block(ordered, snapshot, _samples_digest(ordered), before, packer.epochs())
 
 
 class _Packer:

@@ -17,7 +17,7 @@ from small_data import NO_DROPOUT, byte_tokenizer, config_of, conversation, grou
 
 from bagel_ds.data import shuffle
 from bagel_ds.data.index import DataFile, DataIndex
-from bagel_ds.data.index_background import index_in_background
+from bagel_ds.data.index_background import BackgroundIndex, index_in_background
 from bagel_ds.data.loader import PackingOptions, PlannedData
 from bagel_ds.data.materialize import LayoutOptions
 from bagel_ds.data.sources import SOURCES, GroupStream, SampleOptions, files_ahead, opening
@@ -65,6 +65,12 @@ def opened(folder: Path, tokenizer: Tokenizer, cache: Path, **cursors: Any) -> P
     config = config_of(folder / "configs" / cache.name, groups(folder))
     streams = open_streams(config, tokenizer, SampleOptions(**NO_DROPOUT), str(cache), **cursors)
     return PlannedData(streams, tokenizer, LayoutOptions(), PACKING, noise_seed=0)
+
+
+def opened_beside_indexing(folder: Path, tokenizer: Tokenizer, cache: Path) -> tuple[PlannedData, BackgroundIndex]:
+    """Data of which most is being indexed in another process."""
+    data = opened(folder, tokenizer, cache)
+    return data, index_in_background(data.files_ahead(), tokenizer, str(cache))
 
 
 def steps(data: PlannedData, count: int, start: dict[str, Any] | None = None) -> list[Any]:
@@ -138,8 +144,7 @@ def test_a_run_plans_alongside_the_process_that_indexes_what_it_will_need(
     folder: Path, tokenizer: Tokenizer, tmp_path: Path, whole: PlannedData, early: None
 ) -> None:
     cache = tmp_path / "shared"
-    data = opened(folder, tokenizer, cache)
-    background = index_in_background(data.files_ahead(), tokenizer, str(cache))
+    data, background = opened_beside_indexing(folder, tokenizer, cache)
     try:
         assert steps(data, 400) == steps(whole, 400)
     finally:
@@ -151,8 +156,7 @@ def test_the_background_process_indexes_everything_and_ends(
     folder: Path, tokenizer: Tokenizer, tmp_path: Path, early: None
 ) -> None:
     cache = tmp_path / "shared"
-    data = opened(folder, tokenizer, cache)
-    background = index_in_background(data.files_ahead(), tokenizer, str(cache))
+    data, background = opened_beside_indexing(folder, tokenizer, cache)
     assert background.process is not None
     background.process.join(120)
     assert background.process.exitcode == 0
@@ -165,8 +169,7 @@ def test_a_run_does_itself_what_a_killed_background_process_left(
     folder: Path, tokenizer: Tokenizer, tmp_path: Path, whole: PlannedData, early: None
 ) -> None:
     cache = tmp_path / "shared"
-    data = opened(folder, tokenizer, cache)
-    background = index_in_background(data.files_ahead(), tokenizer, str(cache))
+    data, background = opened_beside_indexing(folder, tokenizer, cache)
     assert background.process is not None
     before = len(list(cache.glob("*.safetensors")))
     until = time.monotonic() + 120

@@ -238,10 +238,10 @@ class GroupStream:
 
     def expect(self, row: int) -> None:
         """This process will read `row`, after all those announced before: its row group is then read less often."""
-        use = self.uses[bisect.bisect_right(self._starts, row) - 1]
-        if not len(use.index.places):
+        index = self.index_of(row)
+        if not len(index.places):
             place = self.place(row)
-            files.expect_parquet_row(use.index.path, place.group, place.row, use.index.columns)
+            files.expect_parquet_row(index.path, place.group, place.row, index.columns)
 
     def _read_row(self, row: int) -> ParsedRow | BadRow:
         number = bisect.bisect_right(self._starts, row) - 1
