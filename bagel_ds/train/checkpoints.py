@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -93,33 +93,27 @@ class CheckpointWriter:
             weights[folder / EMA] = chain(ema.pieces(), frozen_pieces(engine.module))
         if self.one_host:
             together(lambda: _or_fault(lambda: _join(pending, infos, list(weights))))
-        self._write_states(pending, mine, held, engine, ema)
+        self._fill(pending, engine, partial(state_files.fill_rank, pending.files[mine], held), _pieces(engine, ema))
         for path, pieces in weights.items():
             if self.one_host:
-                self._write_share(pending, path, pieces, engine)
+                write = partial(state_files.fill_whole, pending.files[path], self.save_dtype)
+                self._fill(pending, engine, write, pieces)
             else:
                 self._gather(pending, path, infos, pieces, engine.device)
         if is_main():
             background.add(lambda: self._write_rest(folder, trainer))
         background.add(pending.flush)
 
-    # States are listed by the caller, so that the thread asks nothing of DeepSpeed: it only reads where they lie.
-    def _write_states(
-        self, pending: PendingSave, mine: Path, held: list[Held], engine: ZeroEngine, ema: ShardedEMA | None
+    def _fill(
+        self, pending: PendingSave, engine: ZeroEngine, write: Callable[[Iterable[Any]], None], pieces: Iterable[Any]
     ) -> None:
+        """`write` pieces in the background, or here where they move while the next step computes."""
         if engine.states_move is not None:
-            moved = _pieces(engine, ema)
-            together(lambda: _or_fault(lambda: state_files.fill_rank(pending.files[mine], held, moved)))
+            together(lambda: _or_fault(lambda: write(pieces)))
             return
-        pieces = pending.background.until_given_up(list(_pieces(engine, ema)))
-        pending.background.add(lambda: state_files.fill_rank(pending.files[mine], held, pieces))
-
-    def _write_share(self, pending: PendingSave, path: Path, pieces: Iterable[Pieces], engine: ZeroEngine) -> None:
-        if engine.states_move is not None:
-            together(lambda: _or_fault(lambda: state_files.fill_whole(pending.files[path], self.save_dtype, pieces)))
-            return
+        # Listed here, so that the thread asks nothing of DeepSpeed: it only reads where they lie.
         listed = pending.background.until_given_up(list(pieces))
-        pending.background.add(lambda: state_files.fill_whole(pending.files[path], self.save_dtype, listed))
+        pending.background.add(lambda: write(listed))
 
     def _gather(
         self,
