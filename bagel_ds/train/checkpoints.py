@@ -205,12 +205,16 @@ class PendingSave:
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is damaged in a checkpoint's training state; its files are read by all ranks, each its share."""
+    """What is damaged in a checkpoint's training state; every rank reads an equal share of its bytes."""
     fault = steps.manifest_fault(folder)
+    names: list[str] = []
+    checked: list[steps.Checked] = []
     if fault is None:
-        share = steps.state_files(folder)[dist.get_rank() :: dist.get_world_size()]
-        fault = steps.checksum_fault(folder, share)
-    return next((found for found in everyone(fault) if found is not None), None)
+        names = steps.state_files(folder)
+        checked, fault = steps.check_share(folder, names, dist.get_rank(), dist.get_world_size())
+    ranks = everyone((checked, fault))
+    faults = [found for _, found in ranks if found is not None]
+    return faults[0] if faults else steps.share_fault(folder, names, [each for parts, _ in ranks for each in parts])
 
 
 def restore_moments(engine: ZeroEngine, state: StateFiles, steps_done: int) -> None:
