@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 from bagel_ds.config import RunConfig, parse_arguments
@@ -50,7 +49,6 @@ def run(options: argparse.Namespace) -> None:
     ranks_per_host = options.ranks_per_host or options.world_size
     if options.world_size % ranks_per_host:
         raise UserError(f"--world_size {options.world_size} is not a multiple of --ranks_per_host {ranks_per_host}")
-    os.environ.setdefault("LOCAL_WORLD_SIZE", str(ranks_per_host))  # as the launcher sets it: hpZ groups follow it
     model, vae = (_released(config), VAEConfig()) if options.model else _from_folder(config)
     memory = MemoryOptions.of(
         config,
@@ -63,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
         host_memory=options.host_memory,
         nvme=options.nvme,
     )
-    ds_config = resolved(config.training.ds_config, config, model, options.world_size, options.ranks_per_host)
+    ds_config = resolved(config.training.ds_config, config, model, options.world_size, ranks_per_host)
     plan = plan_memory(model, ds_config, memory)
     better = [] if plan.fits else suggestions(model, config, memory)
     if options.json:

@@ -33,8 +33,9 @@ from bagel_ds.checkpoint.state import Held, StateFiles
 from bagel_ds.checkpoint.tensors import TensorFileWriter, joined_checksums
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import MASTER, Pieces, TensorInfo, copy_range
-from bagel_ds.train.agreement import SharedFault, everyone, is_main, together
+from bagel_ds.train.agreement import SharedFault, barrier, everyone, is_main, together
 from bagel_ds.train.background import Background
+from bagel_ds.train.out_of_memory import shortage
 from bagel_ds.zero.ema import ShardedEMA
 from bagel_ds.zero.engine import ZeroEngine
 from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ
@@ -166,7 +167,7 @@ class PendingSave:
         if is_main():
             writer = self._writer
             steps.thin_out(writer.checkpoint_dir, writer.keep_last, writer.delete_previous_state, self._final)
-        dist.barrier()
+        barrier()
         now = time.monotonic()
         idle = max(0.0, returned - max(self._left, self.background.ended))
         return Saved(self._final, now - self._began - idle, self._left - self._began + now - returned)
@@ -243,6 +244,8 @@ def _or_fault(action: Any) -> Any:
     try:
         return action()
     except OSError as error:
+        if shortage(error) is not None:
+            raise  # of memory: nothing that the disk says
         raise UserError(
             f"{error.filename or 'the disk'}: {error.strerror}. Free space there, or save elsewhere."
         ) from None

@@ -27,10 +27,10 @@ _asked_to_stop = threading.Event()
 _said: int | None = None  # in a detached rank: where its exit code goes
 
 
-def run_detached(rank_main: Callable[[], int]) -> int:
+def run_detached(rank_main: Callable[[], int], speaks: bool = True) -> int:
     """Run `rank_main` in a detached process and wait for it; its exit code. Call before torch is imported.
 
-    With BAGEL_DS_DETACH=0 it runs right here (for debuggers).
+    With BAGEL_DS_DETACH=0 it runs right here (for debuggers). `speaks` is for one of the ranks that a signal ends.
     """
     if os.environ.get("BAGEL_DS_DETACH") == "0":
         return rank_main()
@@ -45,7 +45,7 @@ def run_detached(rank_main: Callable[[], int]) -> int:
     os.close(said_write)
     os.close(alive_read)
     os.waitpid(middle, 0)
-    return _wait(said_read, group=middle)
+    return _wait(said_read, middle, speaks)
 
 
 def asked_to_stop() -> None:
@@ -108,7 +108,7 @@ def _end_with_parent(alive: int) -> None:
         end_at_once(_KILLED)
 
 
-def _wait(said: int, group: int) -> int:
+def _wait(said: int, group: int, speaks: bool) -> int:
     """In the process that the launcher started: pass signals on, wait for the rank's exit code."""
     lines = os.fdopen(said)
     rank = int(lines.readline())
@@ -132,7 +132,7 @@ def _wait(said: int, group: int) -> int:
         os.killpg(group, signal.SIGKILL)  # DataLoader workers of a rank that was killed
     if not passed_on:
         return _KILLED
-    if os.environ.get("RANK", "0") == "0":
+    if speaks:
         os.write(2, f"ended by {signal.Signals(passed_on[-1]).name}; nothing was saved\n".encode())
     return 128 + passed_on[-1]
 
@@ -153,9 +153,9 @@ class _Launcher:
 
     def __init__(self) -> None:
         self._launcher = os.getppid()
-        self._command = _parent(self._launcher)
-        self._watches_launcher = _is_deepspeed(self._launcher)
-        self._watches_command = self._watches_launcher and _is_deepspeed(self._command)
+        self._command = parent_of(self._launcher)
+        self._watches_launcher = is_deepspeed(self._launcher)
+        self._watches_command = self._watches_launcher and is_deepspeed(self._command)
 
     def sent(self, found: signal.struct_siginfo) -> bool:
         return self._watches_launcher and found.si_pid == self._launcher
@@ -165,17 +165,18 @@ class _Launcher:
             return False
         if os.getppid() != self._launcher:
             return True
-        return self._watches_command and _parent(self._launcher) != self._command
+        return self._watches_command and parent_of(self._launcher) != self._command
 
 
-def _parent(pid: int) -> int:
+def parent_of(pid: int | str) -> int:
+    """The process that has started `pid` ("self" for this one), or that has taken it in; 0 where it has ended."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return 0
 
 
-def _is_deepspeed(pid: int) -> bool:
+def is_deepspeed(pid: int) -> bool:
     """Whether this is `deepspeed`, `ds` or `python -m deepspeed.launcher.launch`."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]

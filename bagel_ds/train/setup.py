@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -23,16 +22,15 @@ from bagel_ds.checkpoint.folder import ModelFolder
 from bagel_ds.checkpoint.steps import read_trainer, sweep
 from bagel_ds.config import RunConfig
 from bagel_ds.data.loader import PlannedData
-from bagel_ds.errors import UserError
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.config import BagelConfig
 from bagel_ds.model.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.vae import AutoEncoder
 from bagel_ds.preflight import check_inputs, installed_version, parts_of, resolve_model_path, starts_from_parts
 from bagel_ds.train.agreement import (
-    SharedFault,
     check_equal,
     check_shared_folder,
+    hosts,
     is_main,
     local_rank,
     one_per_host_first,
@@ -41,20 +39,14 @@ from bagel_ds.train.agreement import (
 from bagel_ds.train.claim import Claim, claim
 from bagel_ds.train.inputs import bagel_config, open_data, open_datasets
 from bagel_ds.train.memory import plan_run
-from bagel_ds.train.quiet import quiet_start
 from bagel_ds.train.start import StartPoint, StartWeights, open_start, sound_start
 from bagel_ds.train.stop import forget_stops
-from bagel_ds.zero.builds import remove_stale_locks
 from bagel_ds.zero.config import check_with_deepspeed, resolve_ds_config
 from bagel_ds.zero.memory import MemoryPlan
 from bagel_ds.zero.nvme import check_nvme, fit_buffers, nvme_bytes, nvme_folders
-from bagel_ds.zero.shared_memory import remove_own_buffers, remove_stale_buffers
 from bagel_ds.zero.swap_folders import run_folder, sweep_folders, take_folder
 
 logger = logging.getLogger("bagel_ds")
-
-# By which DeepSpeed's own, OpenMPI's, MPICH's, MVAPICH's or Slurm's launcher tells a process its rank.
-_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
 @dataclass(frozen=True)
@@ -87,13 +79,15 @@ def prepare(config: RunConfig) -> Prepared:
     if is_main():
         forget_stops([checkpoint_dir, Path(config.training.results_dir)])
     ds_config, ds_notes = together(lambda: _ds_config(config))
+    check_equal({f"{name} of the ds_config": value for name, value in ds_config.items()})
     model_folder = one_per_host_first(lambda: resolve_model_path(config))
     parts = parts_of(config)[:2] if starts_from_parts(config) else None
     start = sound_start(config.training, model_folder, parts)
     model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start))
     ds_notes = ds_notes + one_per_host_first(lambda: _ready_nvme(config, ds_config, model))
     datasets = together(lambda: open_datasets(config))
-    memory = together(lambda: plan_run(config, datasets, model, vae.config, ds_config, dist.get_world_size()))
+    world, here = dist.get_world_size(), hosts().local_size
+    memory = together(lambda: plan_run(config, datasets, model, vae.config, ds_config, world, here))
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
     place = together(lambda: read_trainer(start.folder)["plan_state"]) if start.full else None
@@ -106,7 +100,7 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
-    ds_config, notes = resolve_ds_config(config.training.ds_config, config, dist.get_world_size())
+    ds_config, notes = resolve_ds_config(config.training.ds_config, config, dist.get_world_size(), hosts().group)
     check_with_deepspeed(ds_config)
     return ds_config, notes
 
@@ -123,8 +117,7 @@ def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig
     frozen = not {"und_expert", "gen_expert", "vit"} <= trains
     fit_buffers(ds_config, max(numels.values()), dist.get_world_size(), recomputes_frozen=recomputes and frozen)
     trained = sum(numel for name, numel in numels.items() if part_of(name) in trains)
-    ranks_here = int(os.environ.get("LOCAL_SIZE", "1"))
-    share = ranks_here / dist.get_world_size()
+    share = hosts().local_size / dist.get_world_size()
     average = 0 if config.training.ema == 0 else 2 if config.training.ema_dtype == "bf16" else 4
     needed = nvme_bytes(ds_config, sum(numels.values()), trained, average) * share
     if config.training.nvme_path is not None:
@@ -139,7 +132,7 @@ def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig
 
 def _crowding(config: RunConfig) -> list[str]:
     """A line where this host starts more DataLoader workers than it has cores (instead of torch's, from every rank)."""
-    workers, ranks = config.data.num_workers, int(os.environ.get("LOCAL_SIZE", "1"))
+    workers, ranks = config.data.num_workers, hosts().local_size
     cores = len(os.sched_getaffinity(0))
     if workers * ranks <= cores:
         return []
@@ -178,31 +171,3 @@ def describe_parameters(model: BagelConfig, trains: set[str]) -> list[str]:
     return lines + [
         f"  {part:<16} {count:>16,}  {'trains' if part in trains else 'frozen'}" for part, count in counts.items()
     ]
-
-
-def init_distributed() -> None:
-    """Join the ranks that the launcher started.
-
-    Raises `UserError` where no launcher did, and on every rank of a host with fewer GPUs than ranks.
-    """
-    if not any(name in os.environ for name in _RANK_VARIABLES):
-        raise UserError(
-            "this process is no rank of a launch: start it with the launcher, also on one GPU, as in "
-            "`deepspeed --num_gpus 1 launch/train.py --ds_config zero3.json ...`"
-        )
-    if torch.cuda.is_available() and deepspeed.get_accelerator().device_name() == "cuda":
-        gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_SIZE", local_rank() + 1))
-        if ranks > gpus:
-            fault = (
-                f"this host has {gpus} usable GPU(s), but {ranks} ranks were started on it; pass a smaller --num_gpus"
-            )
-            raise SharedFault(fault) if local_rank() else UserError(fault)
-        torch.cuda.set_device(local_rank())
-    remove_stale_locks()
-    if local_rank() == 0:
-        remove_stale_buffers()
-    with quiet_start():
-        deepspeed.init_distributed(verbose=False)
-    if deepspeed.get_accelerator().device_name() == "cpu":
-        dist.barrier()  # all ranks have mapped each other's
-        remove_own_buffers()

@@ -3,7 +3,7 @@
 Guarantees: when a phase (data, step, save, ...) of this rank lasts longer than the timeout, it prints its Python stacks
 and which ranks are behind or silent, and the process ends with code 1 rather than hanging. Ranks know of each other
 through one small file each in a shared folder, written by a thread, so a rank that is stuck in a collective call still
-reports. A rank whose neighbour on the same host has ended, which NCCL would wait for half an hour, ends too.
+reports. A rank whose neighbour on the same host has ended, for which NCCL would wait until its timeout, ends too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
+from bagel_ds.train import alarm
 from bagel_ds.train.detach import end_at_once, process_state
 
 HEARTBEATS = ".heartbeats"
@@ -86,6 +87,7 @@ class StallWatch:
         if gone and not self._closed.wait(_GONE_SECONDS):
             names = ", ".join(f"rank {rank} (process {self._neighbours[rank]})" for rank in gone)
             print(f"[rank {self._rank}] {names} has ended; so does this rank", file=sys.stderr, flush=True)
+            alarm.sound(f"{names} has ended")
             end_at_once(1)
 
     def _file(self, rank: int) -> Path:
@@ -117,6 +119,7 @@ class StallWatch:
         self._signal_neighbours(ranks, signal.SIGCONT)  # so that one that was stopped can tell, too
         time.sleep(min(5.0, self._timeout))  # for the others, which see the same
         self._signal_neighbours(self._ranks(), signal.SIGKILL)
+        alarm.sound(lines[0])
         end_at_once(1)
 
     def _ranks(self) -> list[dict[str, Any] | None]:

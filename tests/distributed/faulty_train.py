@@ -4,9 +4,10 @@ The environment variable BAGEL_TEST_FAULTS holds a JSON list of {at, rank?, step
 `at` is "index", "load", "data", "step", "save" (files are there, nothing is complete yet), "export" (of a share of the
 weights), "gather" (of weights from several hosts), "write" (of the states) or "hosts" (ranks seem to run on several);
 `do` is "sleep" (for `seconds`), "nan" (in this step's batches), "inf" (a loss that is not finite although its gradients
-are), "stop" (SIGSTOP), "oom", "full" (the disk), "late" (of "write": only when the next update waits for it) or
-"nothing"; `marker` is a file made when the place is reached. Without `rank` it happens on every rank, without `step`
-and `times` every time.
+are), "stop" (SIGSTOP), "oom", "fault" (a `UserError` of this rank), "full" (the disk), "late" (of "write": only when
+the next update waits for it) or "nothing"; `marker` is a file made when the place is reached. Without `rank` it happens
+on every rank, without `step` and `times` every time. The end of the process group waits for all ranks, as under NCCL.
+With BAGEL_TEST_HOST the host of this rank seems to have that name.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -28,18 +30,34 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from bagel_ds.errors import UserError
 from bagel_ds.train.detach import run_detached
+from bagel_ds.train.launcher import Started, started
 from bagel_ds.train.main import run_rank
 
 
 def main() -> int:
     faults = json.loads(os.environ["BAGEL_TEST_FAULTS"])
-    return run_detached(lambda: _faulty_run(faults))
+    by = started()
+    return run_detached(lambda: _faulty_run(faults, by), by.speaks)
 
 
-def _faulty_run(faults: list[dict[str, Any]]) -> int:
-    with going_wrong(faults):
-        return run_rank()
+def _faulty_run(faults: list[dict[str, Any]], by: Started) -> int:
+    if by.launch is not None:
+        os.environ.setdefault("RANK", str(by.launch.rank))  # for `_happen`
+    import deepspeed
+    import torch.distributed as dist
+
+    destroy = deepspeed.comm.destroy_process_group
+
+    def destroy_together() -> None:
+        dist.barrier()
+        destroy()
+
+    if "BAGEL_TEST_HOST" in os.environ:
+        socket.gethostname = lambda: os.environ["BAGEL_TEST_HOST"]
+    with going_wrong(faults), _instead(deepspeed.comm, "destroy_process_group", destroy_together):
+        return run_rank(by=by)
 
 
 @contextmanager
@@ -160,6 +178,8 @@ def _happen(faults: list[dict[str, Any]], at: str, step: int | None = None) -> l
                 Path(fault["marker"]).touch()
             if fault["do"] == "sleep":
                 time.sleep(fault["seconds"])
+            if fault["do"] == "fault":
+                raise UserError("this rank alone has met a fault")
             if fault["do"] == "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
             done.append(fault["do"])

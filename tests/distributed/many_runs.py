@@ -19,8 +19,8 @@ from unittest import mock
 
 import deepspeed
 
+from bagel_ds.train import alarm, failure, setup
 from bagel_ds.train import main as train
-from bagel_ds.train import setup
 from tests.distributed.faulty_train import going_wrong
 
 
@@ -30,7 +30,14 @@ def main(cases_file: str, results: str) -> None:
     # Here no launcher waits for the first rank to end, and the process group lives as long as the processes: one that
     # was ended and made anew hangs after an engine has used it (DeepSpeed keeps what belongs to the first).
     no_wait = mock.patch.object(train, "_GRACE_SECONDS", 0.0)
-    with no_wait, mock.patch.object(deepspeed.comm, "destroy_process_group"):
+    # The same goes for a rank that would end its process because it has failed alone.
+    goes_on = mock.patch.object(failure, "end_at_once", sys.exit)
+    with (
+        no_wait,
+        goes_on,
+        mock.patch.object(deepspeed.comm, "destroy_process_group"),
+        mock.patch.object(alarm, "sound"),
+    ):
         for case in json.loads(Path(cases_file).read_text()):
             mine = {**case, **(case.get("on_rank_1", {}) if rank == 1 else {})}
             code, output = run(mine)
@@ -57,6 +64,8 @@ def run(case: dict) -> tuple[int, str]:
         with patched, going_wrong(case.get("faults", [])):
             try:
                 code = train.main(case["arguments"])
+            except SystemExit as end:
+                code = int(end.code or 0)
             except BaseException:
                 traceback.print_exc()
                 code = 1
