@@ -14,10 +14,15 @@ from pathlib import Path
 import bagel_ds
 from bagel_ds import data_commands, memory_command, run_commands
 from bagel_ds.errors import UserError
+from bagel_ds.output import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    return run_command(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = make_parser()
     options, training = parser.parse_known_args(argv)
     if training and not hasattr(options, "training"):

@@ -97,7 +97,7 @@ class ModelFolder:
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
         except OSError:
             raise UserError(f"{path} does not exist: {self.path} is not a BAGEL model folder. {DOWNLOAD}") from None
         except ValueError as error:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import sys
 
+from bagel_ds.doctor.environment import check_gpu
 from bagel_ds.errors import UserError
-from bagel_ds.preflight import check_gpu
 
 
 def usable_gpus() -> int:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bagel_ds.errors import UserError
+from bagel_ds.waiting import waiting_for
 
 logger = logging.getLogger("bagel_ds")
 
@@ -39,24 +40,30 @@ class Claim:
 def claim(folder: Path, patience: float = _PATIENCE_SECONDS) -> Claim | None:
     """Wait for whoever writes to `folder`, then claim it; None where that can't be. Raises `UserError` in the end."""
     path = folder / FILE
-    began, told = time.monotonic(), False
-    while True:
-        try:
-            claimed = _try(path)
-        except OSError as error:
-            logger.info("%s can't be locked (%s): see to it that one run at a time uses it", folder, error.strerror)
-            return None
-        if claimed is not None:
-            return claimed
-        if time.monotonic() - began > patience:
-            raise UserError(
-                f"checkpoint_dir {folder} is in use by another run ({_holder(path)}). Stop that one (`bagel-ds stop "
-                f"{folder}`), or pass another --checkpoint_dir."
-            )
-        if not told:
+    try:
+        claimed = _try(path)
+        if claimed is None:
             logger.warning("checkpoint_dir %s is in use (%s): waiting for that run to end", folder, _holder(path))
-            told = True
+            with waiting_for(lambda: f"the run that uses {folder} ({_holder(path)})", "it is given ten minutes"):
+                claimed = _wait_and_try(path, patience)
+    except OSError as error:
+        logger.info("%s can't be locked (%s): see to it that one run at a time uses it", folder, error.strerror)
+        return None
+    if claimed is None:
+        raise UserError(
+            f"checkpoint_dir {folder} is in use by another run ({_holder(path)}). Stop that one (`bagel-ds stop "
+            f"{folder}`), or pass another --checkpoint_dir."
+        )
+    return claimed
+
+
+def _wait_and_try(path: Path, patience: float) -> Claim | None:
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
         time.sleep(_POLL_SECONDS)
+        if (claimed := _try(path)) is not None:
+            return claimed
+    return None
 
 
 def _try(path: Path) -> Claim | None:

@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Callable, NoReturn
 
+from bagel_ds.output import say
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL_SECONDS = 0.5
 _KILLED = 137  # as a shell says of a process that was killed
@@ -64,7 +66,7 @@ def end_at_once(code: int) -> NoReturn:
 def process_state(pid: int) -> str | None:
     """The kernel's letter for what a process does ("R" runs, "T" is stopped, ...); None where it has ended."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     except OSError:
         return None
     return None if state in "ZX" else state
@@ -122,7 +124,7 @@ def _wait(said: int, group: int) -> int:
             passed_on.append(found.si_signo)
             _pass_on(rank, found.si_signo)
         elif not passed_on and launcher.is_gone():
-            os.write(2, b"the launcher is gone: stopping after this step\n")
+            say("the launcher is gone: stopping after this step")
             passed_on.append(signal.SIGTERM)
             _pass_on(rank, signal.SIGTERM)
     code = lines.readline().strip() if select.select([lines], [], [], 0)[0] else ""
@@ -133,7 +135,7 @@ def _wait(said: int, group: int) -> int:
     if not passed_on:
         return _KILLED
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"ended by {signal.Signals(passed_on[-1]).name}; nothing was saved\n".encode())
+        say(f"ended by {signal.Signals(passed_on[-1]).name}; nothing was saved")
     return 128 + passed_on[-1]
 
 
@@ -170,7 +172,7 @@ class _Launcher:
 
 def _parent(pid: int) -> int:
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
     except OSError:
         return 0
 

@@ -77,11 +77,11 @@ class _Formatter(logging.Formatter):
         return text if record.exc_info is None else text + "\n" + self.formatException(record.exc_info)
 
 
-def setup_logging(results_dir: Path | str, rank: int) -> logging.Logger:
+def setup_logging(results_dir: Path | str | None, rank: int) -> logging.Logger:
     """Configure the logger "bagel_ds" of this process and return it; calling it again replaces what it set up before.
 
-    Rank 0 writes INFO and up to the console and appends to `results_dir/log.txt`. Every other rank only shows warnings,
-    on the console, with its rank in front. Raises UserError when `results_dir` can't be written.
+    Rank 0 writes INFO and up to the console and appends to `results_dir/log.txt` (None: not yet). Every other rank only
+    shows warnings, on the console, with its rank in front. Raises UserError when `results_dir` can't be written.
     """
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -89,11 +89,12 @@ def setup_logging(results_dir: Path | str, rank: int) -> logging.Logger:
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     handlers: list[logging.Handler] = [_ConsoleHandler()]
-    if rank == 0:
+    if rank == 0 and results_dir is not None:
         try:
             folder = Path(results_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(folder / "log.txt", mode="a", encoding="utf-8"))
+            file = folder / "log.txt"
+            handlers.append(logging.FileHandler(file, mode="a", encoding="utf-8", errors="backslashreplace"))
         except OSError as fault:
             reason = fault.strerror or fault
             raise UserError(

@@ -22,17 +22,29 @@ import bagel_ds
 from bagel_ds.checkpoint.folder import ModelFolder
 from bagel_ds.checkpoint.steps import read_trainer, sweep
 from bagel_ds.config import RunConfig
+from bagel_ds.data.config import DatasetConfig
 from bagel_ds.data.loader import PlannedData
+from bagel_ds.doctor.environment import (
+    SHARED_MEMORY,
+    Verdict,
+    compiler_finding,
+    free_shared_memory,
+    installed_version,
+    refuse_faults,
+    run_findings,
+    shared_memory_size,
+)
 from bagel_ds.errors import UserError
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.config import BagelConfig
 from bagel_ds.model.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.vae import AutoEncoder
-from bagel_ds.preflight import check_inputs, installed_version, parts_of, resolve_model_path, starts_from_parts
+from bagel_ds.preflight import check_inputs, parts_of, resolve_model_path, starts_from_parts
 from bagel_ds.train.agreement import (
     SharedFault,
     check_equal,
     check_shared_folder,
+    from_every_host,
     is_main,
     local_rank,
     one_per_host_first,
@@ -42,13 +54,22 @@ from bagel_ds.train.claim import Claim, claim
 from bagel_ds.train.inputs import bagel_config, open_data, open_datasets
 from bagel_ds.train.memory import plan_run
 from bagel_ds.train.quiet import quiet_start
+from bagel_ds.train.rendezvous import check_meeting_point, let_first_rank_speak, meeting
 from bagel_ds.train.start import StartPoint, StartWeights, open_start, sound_start
 from bagel_ds.train.stop import forget_stops
-from bagel_ds.zero.builds import remove_stale_locks
+from bagel_ds.units import MIB
+from bagel_ds.waiting import waiting_for
+from bagel_ds.zero.builds import build, needed_ops
 from bagel_ds.zero.config import check_with_deepspeed, resolve_ds_config
 from bagel_ds.zero.memory import MemoryPlan
 from bagel_ds.zero.nvme import check_nvme, fit_buffers, nvme_bytes, nvme_folders
-from bagel_ds.zero.shared_memory import remove_own_buffers, remove_stale_buffers
+from bagel_ds.zero.shared_memory import (
+    BUFFER_BYTES,
+    SUMS,
+    leave_out_sums,
+    remove_own_buffers,
+    remove_stale_buffers,
+)
 from bagel_ds.zero.swap_folders import run_folder, sweep_folders, take_folder
 
 logger = logging.getLogger("bagel_ds")
@@ -80,28 +101,36 @@ def prepare(config: RunConfig) -> Prepared:
     check_equal({f"the version of {name}": version for name, version in versions.items()})
     check_equal({f"--{name}": value for name, value in config.values().items()})
     together(lambda: check_inputs(config))
+    ds_config, ds_notes = together(lambda: _ds_config(config))
+    host_notes = together(lambda: _ready_host(config, ds_config))
     checkpoint_dir = Path(config.training.checkpoint_dir)
     check_shared_folder(checkpoint_dir, "checkpoint_dir")
-    claimed = one_per_host_first(lambda: claim(checkpoint_dir) if is_main() else None)
+    claimed = one_per_host_first(
+        lambda: claim(checkpoint_dir) if is_main() else None, "another run still uses the checkpoint_dir"
+    )
     together(lambda: sweep(checkpoint_dir) if is_main() else None)
     if is_main():
         forget_stops([checkpoint_dir, Path(config.training.results_dir)])
-    ds_config, ds_notes = together(lambda: _ds_config(config))
-    model_folder = one_per_host_first(lambda: resolve_model_path(config))
+    one_per_host_first(lambda: build(needed_ops(ds_config)), "it compiles C++ parts of DeepSpeed, once")
+    model_folder = one_per_host_first(lambda: resolve_model_path(config), "it fetches or assembles the model")
     parts = parts_of(config)[:2] if starts_from_parts(config) else None
     start = sound_start(config.training, model_folder, parts)
-    model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start))
-    ds_notes = ds_notes + one_per_host_first(lambda: _ready_nvme(config, ds_config, model))
+    model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start), "it opens the model folder")
+    ds_notes = ds_notes + one_per_host_first(
+        lambda: _ready_nvme(config, ds_config, model), "it makes its folder on NVMe ready"
+    )
     datasets = together(lambda: open_datasets(config))
     memory = together(lambda: plan_run(config, datasets, model, vae.config, ds_config, dist.get_world_size()))
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
     place = together(lambda: read_trainer(start.folder)["plan_state"]) if start.full else None
-    data = one_per_host_first(lambda: open_data(config, datasets, model_folder, model, vae.config, is_main(), place))
+    data = one_per_host_first(
+        lambda: _open_data(config, datasets, model_folder, model, vae, place), "it indexes its data"
+    )
     # That a resumed run's place in the data is one in this run's plan is seen before anything is loaded.
     together(lambda: data.micro_batches(dist.get_rank(), dist.get_world_size(), start=place).close())
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
-    notes = [*ds_notes, *_crowding(config)]
+    notes = [*ds_notes, *from_every_host(host_notes), *_crowding(config)]
     return Prepared(ds_config, notes, memory, model_folder, model, vae, data, start, weights, claimed)
 
 
@@ -109,6 +138,14 @@ def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
     ds_config, notes = resolve_ds_config(config.training.ds_config, config, dist.get_world_size())
     check_with_deepspeed(ds_config)
     return ds_config, notes
+
+
+def _ready_host(config: RunConfig, ds_config: dict[str, Any]) -> list[str]:
+    """Raise `UserError` where this host lacks something that the run needs; looked at by one rank of each."""
+    if local_rank() != 0:
+        return []
+    ranks_here = int(os.environ.get("LOCAL_SIZE", "1"))
+    return refuse_faults(run_findings(config, needed_ops(ds_config), ranks_here))
 
 
 def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig) -> list[str]:
@@ -149,6 +186,13 @@ def _crowding(config: RunConfig) -> list[str]:
     ]
 
 
+def _open_data(
+    config: RunConfig, datasets: DatasetConfig, folder: Path, model: BagelConfig, vae: AutoEncoder, place: Any
+) -> PlannedData:
+    with waiting_for("the data to be opened and planned", "what must be indexed is indexed once"):
+        return open_data(config, datasets, folder, model, vae.config, is_main(), place)
+
+
 def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[BagelConfig, AutoEncoder]:
     folder = ModelFolder(path)
     vae = folder.load_vae()
@@ -180,8 +224,8 @@ def describe_parameters(model: BagelConfig, trains: set[str]) -> list[str]:
     ]
 
 
-def init_distributed() -> None:
-    """Join the ranks that the launcher started.
+def init_distributed() -> list[str]:
+    """Join the ranks that the launcher started; what is to be said of this host.
 
     Raises `UserError` where no launcher did, and on every rank of a host with fewer GPUs than ranks.
     """
@@ -198,11 +242,37 @@ def init_distributed() -> None:
             )
             raise SharedFault(fault) if local_rank() else UserError(fault)
         torch.cuda.set_device(local_rank())
-    remove_stale_locks()
+    on_cpu = deepspeed.get_accelerator().device_name() == "cpu"
     if local_rank() == 0:
         remove_stale_buffers()
-    with quiet_start():
+    notes = _ready_sums() if on_cpu and not dist.is_initialized() else []
+    check_meeting_point()
+    with quiet_start(), meeting():
         deepspeed.init_distributed(verbose=False)
-    if deepspeed.get_accelerator().device_name() == "cpu":
+    if on_cpu:
         dist.barrier()  # all ranks have mapped each other's
         remove_own_buffers()
+    return notes
+
+
+def _ready_sums() -> list[str]:
+    """Have the part that adds up over ranks on the CPU compiled, or left out where it can't be; a note of that."""
+    needed = BUFFER_BYTES * int(os.environ.get("LOCAL_SIZE", "1"))
+    compiler = compiler_finding([SUMS])
+    # By the size of /dev/shm, which is the same for every rank; what is free may change from one to the next.
+    if compiler.verdict is Verdict.FAULT or shared_memory_size() < needed:
+        leave_out_sums()
+        small = f"{SHARED_MEMORY} is smaller than the {needed // MIB} MiB of its buffers"
+        reason = compiler.text if compiler.verdict is Verdict.FAULT else small
+        return [f"ranks add up through gloo, which is slower than DeepSpeed's own way: {reason}"]
+    if local_rank() == 0 and free_shared_memory() < needed:
+        raise UserError(
+            f"{SHARED_MEMORY} is full: {free_shared_memory() // MIB} MiB are free, and ranks on the CPU need "
+            f"{needed // MIB} MiB there to add up; remove what lies there, or give a container more (--shm-size)"
+        )
+    try:
+        build([SUMS])
+    except UserError:
+        let_first_rank_speak()
+        raise
+    return []

@@ -44,6 +44,7 @@ from bagel_ds.train.setup import describe_parameters, prepare, trainable
 from bagel_ds.train.step import StepResult, optimizer_step
 from bagel_ds.train.stop import StopRequest
 from bagel_ds.train.watch import StallWatch
+from bagel_ds.waiting import waiting_for
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.nvme import average_folder
@@ -67,11 +68,14 @@ class Trainer:
         self.plan_state: dict[str, Any] | None = None
         self._take_place()
         # Before the engine: workers are forked, and would share, then double, the memory of all its states.
-        self.batches = primed(self._micro_batches())
-        self.engine = self._build_engine()
+        with waiting_for("the first packs", "DataLoader workers start and read"):
+            self.batches = primed(self._micro_batches())
+        with waiting_for("the network to be built"):
+            self.engine = self._build_engine()
         self.vae = self.prepared.vae.to(self.engine.device)
         self.loss_options = LossOptions(self.args.ce_weight, self.args.mse_weight, self.args.ce_loss_reweighting)
-        self._load()
+        with waiting_for("weights and optimizer states", "minutes for a 7B with offload"):
+            self._load()
         self.guard = NonFiniteGuard(Path(self.args.results_dir), self.rank, self.args.max_nonfinite)
 
     def run(self) -> None:
@@ -265,14 +269,16 @@ class Trainer:
         for pack in first_packs(self.prepared.data, self.args.debug_batches, self.plan_state):
             lines += [*pack_text(pack, self.args.timestep_shift), ""]
         logger.info("the next %d packs:\n\n%s", self.args.debug_batches, "\n".join(lines))
-        Path(self.args.results_dir, "debug_batches.txt").write_text("\n".join(lines), encoding="utf-8")
+        shown = Path(self.args.results_dir, "debug_batches.txt")
+        shown.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
 
     def _open_metrics(self) -> MetricsLog | SilentMetricsLog:
         def open_log() -> MetricsLog | SilentMetricsLog:
             if not is_main():
                 return SilentMetricsLog()
             wandb = self._wandb_options() if wandb_wanted(self.config) else None
-            return MetricsLog(self.args.results_dir, self.steps_done, wandb, total_steps=self.args.total_steps)
+            with waiting_for("Weights & Biases to answer" if wandb else "TensorBoard"):
+                return MetricsLog(self.args.results_dir, self.steps_done, wandb, total_steps=self.args.total_steps)
 
         return together(open_log)
 
@@ -306,4 +312,4 @@ class Trainer:
             packs,
             f"{self.config.data.max_num_tokens:,}",
         )
-        Path(self.args.results_dir, "config.yaml").write_text(self.config.to_yaml())
+        Path(self.args.results_dir, "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
