@@ -278,7 +278,7 @@ def compiler_finding(ops: Sequence[Op]) -> Finding:
     if not missing:
         return Finding("C++ compiler", Verdict.GOOD, "nothing needs to be compiled")
     what = " and ".join(f"{op.name} ({op.purpose})" for op in missing)
-    instead = "; or without compiling: " + " and ".join(dict.fromkeys(op.instead for op in missing))
+    instead = "".join(f"; or {way}" for way in dict.fromkeys(op.instead for op in missing) if way)
 
     def fault(lack: str, remedy: str) -> Finding:
         return Finding(

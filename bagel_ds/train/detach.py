@@ -16,6 +16,7 @@ import select
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Callable, NoReturn
@@ -24,6 +25,7 @@ from bagel_ds.output import say
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL_SECONDS = 0.5
+_TRACEBACK_SECONDS = 1.0  # in which the `deepspeed` command has printed where Ctrl-C met it
 _KILLED = 137  # as a shell says of a process that was killed
 _asked_to_stop = threading.Event()
 _said: int | None = None  # in a detached rank: where its exit code goes
@@ -121,6 +123,8 @@ def _wait(said: int, group: int) -> int:
     while not select.select([lines], [], [], 0)[0] and process_state(rank):
         found = signal.sigtimedwait(listened, _POLL_SECONDS)
         if found is not None and not (passed_on and launcher.sent(found)):
+            if found.si_signo == signal.SIGINT and not passed_on:
+                launcher.let_end()
             passed_on.append(found.si_signo)
             _pass_on(rank, found.si_signo)
         elif not passed_on and launcher.is_gone():
@@ -161,6 +165,14 @@ class _Launcher:
 
     def sent(self, found: signal.struct_siginfo) -> bool:
         return self._watches_launcher and found.si_pid == self._launcher
+
+    def let_end(self) -> None:
+        """After Ctrl-C: the command prints a traceback, which would stand between the lines of the run."""
+        if not self._watches_launcher:
+            return
+        time.sleep(_TRACEBACK_SECONDS)
+        if os.environ.get("RANK", "0") == "0":
+            say("Ctrl-C has ended the launcher: a KeyboardInterrupt above is its own, and no error of this run")
 
     def is_gone(self) -> bool:
         if not self._watches_launcher:

@@ -245,8 +245,8 @@ def init_distributed() -> list[str]:
     on_cpu = deepspeed.get_accelerator().device_name() == "cpu"
     if local_rank() == 0:
         remove_stale_buffers()
-    notes = _ready_sums() if on_cpu and not dist.is_initialized() else []
     check_meeting_point()
+    notes = _ready_sums() if on_cpu and not dist.is_initialized() else []
     with quiet_start(), meeting():
         deepspeed.init_distributed(verbose=False)
     if on_cpu:

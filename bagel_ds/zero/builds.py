@@ -37,7 +37,7 @@ class Op(NamedTuple):
 
     name: str
     purpose: str
-    instead: str  # what does without it
+    instead: str  # what to do otherwise than compile it; "" where nothing must be done
     load: Callable[[], object]
 
 
@@ -45,7 +45,7 @@ def needed_ops(ds_config: dict[str, Any]) -> list[Op]:
     """What a resolved configuration runs."""
     if offload_device(ds_config, "optimizer") == "none":
         return []
-    instead = "a --ds_config that keeps the optimizer on the GPUs, such as zero3.json, compiles nothing"
+    instead = "pass a --ds_config that keeps the optimizer on the GPUs, such as zero3.json"
     return [Op("cpu_adam", "AdamW in host memory", instead, lambda: load_op("CPUAdamBuilder"))]
 
 
@@ -145,5 +145,6 @@ def _failure(op: Op, error: Exception) -> str:
     said = "\n".join(f"    {line}" for line in lines[-_SHOWN_LINES:])
     return (
         f"DeepSpeed's {op.name} ({op.purpose}) can't be built on this machine: {type(error).__name__}\n{said}\n"
-        f"What another compiler or Python has left in {extensions_folder()} can be removed; {op.instead}."
+        f"Remove {extensions_folder()} if another compiler or Python has built there{', or ' * bool(op.instead)}"
+        f"{op.instead}."
     )

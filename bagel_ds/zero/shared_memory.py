@@ -23,12 +23,7 @@ _NAME = "deepspeed_allreduce_buffer"  # + user id, address, port, rank (deepspee
 _YOUNG_SECONDS = 300.0
 
 BUFFER_BYTES = 66 * MIB  # of one rank, written at once
-SUMS = Op(
-    "deepspeed_shm_comm",
-    "sums over ranks on the CPU",
-    "ranks on the CPU can add up through gloo",
-    lambda: load_op("ShareMemCommBuilder"),
-)
+SUMS = Op("deepspeed_shm_comm", "sums over ranks on the CPU", "", lambda: load_op("ShareMemCommBuilder"))
 
 
 def leave_out_sums() -> None:

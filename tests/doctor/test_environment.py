@@ -36,7 +36,7 @@ from bagel_ds.zero.memory import PACK_BYTES_PER_TOKEN
 
 REPOSITORY = Path(__file__).parents[2]
 GOOD_GPU = Finding("GPU", Verdict.GOOD, "a GPU")
-OP = Op("no_such_part", "a part of this test", "nothing else is compiled", lambda: None)
+OP = Op("no_such_part", "a part of this test", "pass another preset", lambda: None)
 
 
 # -------------------------------------------------------------------------------------------------------- versions
