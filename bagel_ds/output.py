@@ -48,11 +48,20 @@ def run_command(command: Callable[[], int]) -> int:
         _to_nowhere(1)
         say(f"the output can't be written: {error.strerror}")
         return 2
+    except UnicodeEncodeError as error:
+        if not any("\udc80" <= letter <= "\udcff" for letter in error.object):  # how Python holds bytes of no text
+            raise
+        shown = error.object.encode("ascii", "backslashreplace").decode()[:300]
+        say(f"the file name {shown} is no text in {sys.getfilesystemencoding()}: rename it, or set PYTHONUTF8=1")
+        return 2
 
 
 def outlive_the_reader() -> None:
     """Have this process and those it forks write to stdout and stderr without ever failing."""
-    sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # one that was closed (`>&-`)
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    sys.stdout, sys.stderr = _lasting(sys.stdout, 1), _lasting(sys.stderr, 2)
 
 
 def say(text: str) -> None:
@@ -82,9 +91,11 @@ class _Lasting(io.TextIOWrapper):
             _to_nowhere(self.fileno())
 
 
-def _lasting(stream: TextIO) -> TextIO:
+def _lasting(stream: TextIO | None, descriptor: int) -> TextIO:
+    if stream is None:
+        return open(descriptor, "w", encoding="utf-8", closefd=False)
     if not isinstance(stream, io.TextIOWrapper) or stream not in (sys.__stdout__, sys.__stderr__):
-        return stream  # there is none, or it is another's
+        return stream  # another's
     return _Lasting(
         stream.buffer,
         encoding=stream.encoding,
