@@ -66,7 +66,7 @@ class DataArguments:
     num_workers: int = option(4, "DataLoader workers per rank; 0 reads in the training process")
     max_num_tokens_per_sample: int = option(16384, "longer samples are skipped, counted and reported")
     expected_num_tokens: int = option(32768, "the least a pack should hold")
-    max_num_tokens: int = option(36864, "hard limit of a pack: lower it first when memory runs out")
+    max_num_tokens: int = option(36864, "hard limit of a pack; what a step holds in memory grows with it")
     prefer_buffer_before: int = option(16384, "the original packer's buffer rule; packs are planned ahead here")
     max_buffer_size: int = option(50, "the original packer's buffer size; packs are planned ahead here")
     data_seed: int = option(42, "seed of the order of samples and of all random choices in them")

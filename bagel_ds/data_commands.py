@@ -11,13 +11,14 @@ import argparse
 import json
 import logging
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from bagel_ds.config import RunConfig, parse_arguments
 from bagel_ds.errors import UserError
+from bagel_ds.output import log_to_stderr
+from bagel_ds.user_folders import settle_user_folders
 
 _EPILOG = (
     "All arguments of the trainer are understood besides (docs/arguments.md): --dataset_config_file and --model_path "
@@ -130,7 +131,7 @@ def _inspect(options: argparse.Namespace) -> None:
             if options.out:
                 _draw(pack, shift, options.out)
     if options.out and text:
-        (options.out / "packs.txt").write_text("\n".join(text), encoding="utf-8")
+        (options.out / "packs.txt").write_text("\n".join(text), encoding="utf-8", errors="backslashreplace")
         logging.getLogger("bagel_ds").info("wrote %s: packs.txt and a picture of each pack", options.out)
     if not options.steps:
         return
@@ -166,15 +167,11 @@ def _draw(pack: Any, shift: float, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- the options
 def _start(options: argparse.Namespace) -> RunConfig:
     """The trainer's configuration behind the rest of the words, its remarks told; the log goes to stderr."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("bagel_ds")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
+    log_to_stderr()
     config = parse_arguments(options.training)
-    for note in config.notes:
-        if "num_tokens" in note:  # the others are about training
-            logger.info(note)
+    # The other remarks are about training.
+    for note in [*settle_user_folders(), *(note for note in config.notes if "num_tokens" in note)]:
+        logging.getLogger("bagel_ds").info(note)
     return config
 
 

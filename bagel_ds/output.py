@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import select
 import signal
@@ -62,6 +63,15 @@ def outlive_the_reader() -> None:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     sys.stdout, sys.stderr = _lasting(sys.stdout, 1), _lasting(sys.stderr, 2)
+
+
+def log_to_stderr() -> None:
+    """Have a command's remarks, and what it waits for, on stderr; its result alone goes to stdout."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("bagel_ds")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
 
 
 def say(text: str) -> None:

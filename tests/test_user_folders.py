@@ -224,3 +224,11 @@ def test_an_unknown_user_without_a_usable_home_can_compile(home: str | None) -> 
         assert place in ran.stdout.splitlines()[0]
         assert f"built in {place}" in ran.stdout
         assert "~" not in os.listdir(folder), "a folder that is called ~"
+
+
+def test_an_index_is_kept_without_a_home(nobody: None, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where nobody has settled the folders, and the data lie where nothing can be written."""
+    from bagel_ds.data import index_cache
+
+    found = index_cache.cache_folder("s3://bucket/rows.parquet", None)
+    assert found is not None and found.is_relative_to(temporary) and found.is_dir()

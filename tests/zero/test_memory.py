@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from bagel_ds.config import RunConfig, make_config, parse_arguments
 from bagel_ds.errors import UserError
 from bagel_ds.model.config import BagelConfig, LLMConfig
 from bagel_ds.units import GIB
+from bagel_ds.zero import memory_table
 from bagel_ds.zero.memory import MemoryItem, MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.zero.memory_parameters import parameter_sizes
 from bagel_ds.zero.memory_report import verdict
@@ -328,5 +330,28 @@ def test_planning_needs_neither_torch_nor_deepspeed() -> None:
 
 
 def test_the_pages_table_is_current() -> None:
-    """`bagel-ds memory --table` prints it; run that and paste it when this fails."""
+    """`python bench/low_memory_page.py` writes it; run that when this fails."""
     assert table() in LOW_MEMORY.read_text()
+
+
+def test_the_table_says_no_answer_twice_and_has_one_for_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table().splitlines()[2:]]
+    answers = [(gpus, *answer) for gpus, _, _, *answer in rows]
+    assert len(set(answers)) == len(answers)
+    machines = Counter(
+        (gpus, host, nvme)
+        for gpus, hosts, nvmes, *_ in rows
+        for host, nvme in itertools.product(hosts.split(", "), nvmes.split(" or "))
+    )
+    expected = itertools.product(memory_table.MACHINES, memory_table.HOST_GIB, memory_table.NVME_GIB)
+    assert machines == Counter((f"{n} x {gpu}", str(host), str(nvme or "none")) for (n, gpu), host, nvme in expected)
+    # Answers that differ keep their rows, also where sizes of RAM with the same answer differ in their NVMe.
+    answer = {(128, 0): "a", (128, 1000): "b", (256, 0): "b", (256, 1000): "b", (512, 0): "c", (512, 1000): "b"}
+    monkeypatch.setattr(memory_table, "MACHINES", ((1, 24),))
+    monkeypatch.setattr(memory_table, "_answer", lambda count, gpu, host, nvme: answer[host, nvme])
+    assert table().splitlines()[2:] == [
+        "| 1 x 24 | 128 | none | a |",
+        "| 1 x 24 | 128, 512 | 1000 | b |",
+        "| 1 x 24 | 256 | none or 1000 | b |",
+        "| 1 x 24 | 512 | none | c |",
+    ]
