@@ -25,7 +25,7 @@ _GRACE_SECONDS = 5.0  # in which a first rank has spoken and the launcher has en
 def check_meeting_point() -> None:
     """Raise `UserError` where rank 0 can't listen. Call before the process group is initialised."""
     named = os.environ.get("MASTER_PORT")
-    if named is None:  # mpirun tells ranks otherwise
+    if named is None or dist.is_initialized():  # mpirun tells ranks otherwise
         return
     is_first = os.environ.get("RANK", "0") == "0"
     if not (named.isdecimal() and 0 < int(named) < 2**16):
