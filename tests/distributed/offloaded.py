@@ -14,14 +14,13 @@ from typing import Any
 from unittest import mock
 
 import deepspeed
-import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from bagel_ds import ranges
 from bagel_ds.config import make_config
-from bagel_ds.ranges import MASTER, TensorInfo
+from bagel_ds.ranges import MASTER
 from bagel_ds.zero import ema
 from bagel_ds.zero.config import resolve_ds_config
 from bagel_ds.zero.ema import EMAOptions
@@ -29,49 +28,9 @@ from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.nvme import clean_nvme, fit_buffers
 from bagel_ds.zero.partitions import MOMENTS
 from bagel_ds.zero.weights import held_weight
+from bench.random_tables import RandomSource, Tables
 
 LEARNING_RATE = 1e-3
-
-
-class Table(nn.Module):
-    """One parameter; its loss is the squared distance from a target that changes with `seed`."""
-
-    def __init__(self, numel: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(numel))
-
-    def forward(self, seed: int) -> Tensor:
-        positions = torch.arange(self.weight.numel(), dtype=torch.float32, device=self.weight.device)
-        target = torch.sin(positions * 0.37 + seed).to(self.weight.dtype)
-        return (self.weight - target).float().square().sum()
-
-
-class Tables(nn.Module):
-    def __init__(self, sizes: list[int]):
-        super().__init__()
-        self.tables = nn.ModuleList([Table(numel) for numel in sizes])
-
-    def forward(self, seed: int) -> Tensor:
-        return torch.stack([table(seed + 7 * i) for i, table in enumerate(self.tables)]).sum()
-
-
-class RandomSource:
-    """A weight source: normal values, the same for the same name."""
-
-    def __init__(self, sizes: list[int]):
-        self._values = {
-            f"tables.{i}.weight": torch.randn(numel, generator=torch.Generator().manual_seed(i))
-            for i, numel in enumerate(sizes)
-        }
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._values
-
-    def info(self, name: str) -> TensorInfo:
-        return TensorInfo(torch.float32, tuple(self._values[name].shape))
-
-    def read(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
-        return self._values[name][start : None if numel is None else start + numel]
 
 
 def configuration(case: dict[str, Any], results: Path) -> dict[str, Any]:
