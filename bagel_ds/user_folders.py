@@ -61,7 +61,7 @@ def replacement() -> Path:
     try:
         base = Path(tempfile.gettempdir()) / f"bagel_ds-{os.getuid()}"
         folder, number = base, 0
-        while not _is_private(folder):  # another user has made it
+        while not _is_private(folder):  # others have made it or could write to it
             number += 1
             folder = base.with_name(f"{base.name}-{number}")
     except OSError as error:
@@ -117,12 +117,8 @@ def _settle_name() -> None:
 
 
 def _is_private(folder: Path) -> bool:
-    """Make the folder; whether it is this user's own and nobody else can write to it."""
+    """Make the folder; whether it is this user's own and nobody else can write, or has written, to it."""
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        return False
-    if found.st_mode & 0o022:
-        folder.chmod(0o700)
-    return True
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022

@@ -164,12 +164,13 @@ def test_a_replacement_belongs_to_this_user_alone(
     """Compiled code is loaded from it: another user who was there first must not choose what is run."""
     first = temporary / f"bagel_ds-{os.getuid()}"
     first.mkdir(mode=0o700)
+    assert replacement() == first
+    second = temporary / f"bagel_ds-{os.getuid()}-1"
     first.chmod(0o777)
-    assert replacement() == first and stat.S_IMODE(first.stat().st_mode) == 0o700
+    assert replacement() == second == replacement() and stat.S_IMODE(second.stat().st_mode) == 0o700
     first.rmdir()
     first.symlink_to(tmp_path)
-    second = temporary / f"bagel_ds-{os.getuid()}-1"
-    assert replacement() == second == replacement()
+    assert replacement() == second
     second.rmdir()
     second.mkdir()
     real = Path.lstat

@@ -60,17 +60,17 @@ class Finding(NamedTuple):
         return f"{self.message}{'; ' if self.remedy else ''}{self.remedy}"
 
 
-def machine_findings() -> list[Finding]:
-    """What any run needs. Call it before torch and DeepSpeed are imported: folders must be settled by then."""
+def machine_findings(config: RunConfig, ranks_here: int) -> list[Finding]:
+    """What a run with `ranks_here` ranks on this machine needs, but for a compiler (`compiler_finding`).
+
+    Call it before torch and DeepSpeed are imported, as folders must be settled by then, and before ranks meet, as NCCL
+    takes shared memory, too.
+    """
     packages = package_findings()
+    folders = [home_finding(), socket_finding(config), shared_memory_finding(config, ranks_here)]
     if any(finding.verdict is Verdict.FAULT for finding in packages):  # torch can't be asked about the GPU
-        return [*packages, home_finding()]
-    return [*packages, home_finding(), gpu_finding()]
-
-
-def run_findings(config: RunConfig, ops: Sequence[Op], ranks_here: int) -> list[Finding]:
-    """What this run needs besides, with `ranks_here` ranks on this machine."""
-    return [compiler_finding(ops), socket_finding(config), shared_memory_finding(config, ranks_here)]
+        return [*packages, *folders]
+    return [*packages, *folders, gpu_finding()]
 
 
 def refuse_faults(findings: Iterable[Finding]) -> list[str]:

@@ -31,7 +31,6 @@ from bagel_ds.doctor.environment import (
     free_shared_memory,
     installed_version,
     refuse_faults,
-    run_findings,
     shared_memory_size,
 )
 from bagel_ds.errors import UserError
@@ -44,7 +43,6 @@ from bagel_ds.train.agreement import (
     SharedFault,
     check_equal,
     check_shared_folder,
-    from_every_host,
     is_main,
     local_rank,
     one_per_host_first,
@@ -102,13 +100,14 @@ def prepare(config: RunConfig) -> Prepared:
     check_equal({f"--{name}": value for name, value in config.values().items()})
     together(lambda: check_inputs(config))
     ds_config, ds_notes = together(lambda: _ds_config(config))
-    host_notes = together(lambda: _ready_host(config, ds_config))
+    together(lambda: refuse_faults([compiler_finding(needed_ops(ds_config))] if local_rank() == 0 else []))
     checkpoint_dir = Path(config.training.checkpoint_dir)
     check_shared_folder(checkpoint_dir, "checkpoint_dir")
     claimed = one_per_host_first(
         lambda: claim(checkpoint_dir) if is_main() else None, "another run still uses the checkpoint_dir"
     )
-    together(lambda: sweep(checkpoint_dir) if is_main() else None)
+    with waiting_for("what an interrupted save has left to be removed"):
+        together(lambda: sweep(checkpoint_dir) if is_main() else None)
     if is_main():
         forget_stops([checkpoint_dir, Path(config.training.results_dir)])
     one_per_host_first(lambda: build(needed_ops(ds_config)), "it compiles C++ parts of DeepSpeed, once")
@@ -130,7 +129,7 @@ def prepare(config: RunConfig) -> Prepared:
     # That a resumed run's place in the data is one in this run's plan is seen before anything is loaded.
     together(lambda: data.micro_batches(dist.get_rank(), dist.get_world_size(), start=place).close())
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
-    notes = [*ds_notes, *from_every_host(host_notes), *_crowding(config)]
+    notes = [*ds_notes, *_crowding(config)]
     return Prepared(ds_config, notes, memory, model_folder, model, vae, data, start, weights, claimed)
 
 
@@ -138,14 +137,6 @@ def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
     ds_config, notes = resolve_ds_config(config.training.ds_config, config, dist.get_world_size())
     check_with_deepspeed(ds_config)
     return ds_config, notes
-
-
-def _ready_host(config: RunConfig, ds_config: dict[str, Any]) -> list[str]:
-    """Raise `UserError` where this host lacks something that the run needs; looked at by one rank of each."""
-    if local_rank() != 0:
-        return []
-    ranks_here = int(os.environ.get("LOCAL_SIZE", "1"))
-    return refuse_faults(run_findings(config, needed_ops(ds_config), ranks_here))
 
 
 def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig) -> list[str]:
@@ -167,7 +158,8 @@ def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig
     if config.training.nvme_path is not None:
         path = Path(config.training.nvme_path)
         if local_rank() == 0:
-            sweep_folders(path)
+            with waiting_for(f"what earlier runs have left in {path} to be removed"):
+                sweep_folders(path)
         own = run_folder(path, config.training.checkpoint_dir)
         if own in nvme_folders(ds_config):
             take_folder(own, first=local_rank() == 0)

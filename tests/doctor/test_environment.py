@@ -24,7 +24,6 @@ from bagel_ds.doctor.environment import (
     home_finding,
     machine_findings,
     refuse_faults,
-    run_findings,
     shared_memory_finding,
     shared_memory_needed,
     socket_finding,
@@ -42,7 +41,7 @@ OP = Op("no_such_part", "a part of this test", "pass another preset", lambda: No
 # -------------------------------------------------------------------------------------------------------- versions
 def test_this_environment_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "gpu_finding", lambda: GOOD_GPU)
-    refuse_faults(machine_findings())
+    refuse_faults(machine_findings(config(), 1))
 
 
 def test_minimum_versions_are_those_of_pyproject() -> None:
@@ -64,7 +63,7 @@ def test_old_and_absent_packages_are_named_with_what_is_needed(monkeypatch: pyte
     versions = {"torch": "2.10.1+cu128", "transformers": None, "deepspeed": "0.19.7"}
     monkeypatch.setattr(environment, "installed_version", versions.get)
     with pytest.raises(UserError) as caught:
-        refuse_faults(machine_findings())
+        refuse_faults(machine_findings(config(), 1))
     message = str(caught.value)
     for word in ("2.10.1+cu128", "2.11", "transformers is not installed", "5.17", "0.19.7", "deepspeed==0.19.8"):
         assert word in message
@@ -74,7 +73,7 @@ def test_builds_and_release_candidates_of_a_sufficient_version_suffice(monkeypat
     versions = {"torch": "2.11.0a0+nv26.1", "transformers": "5.17.0.dev0", "deepspeed": "0.19.8+cu130"}
     monkeypatch.setattr(environment, "installed_version", versions.get)
     monkeypatch.setattr(environment, "gpu_finding", lambda: GOOD_GPU)
-    refuse_faults(machine_findings())
+    refuse_faults(machine_findings(config(), 1))
 
 
 # ------------------------------------------------------------------------------------------------------------- GPU
@@ -319,11 +318,12 @@ def test_what_is_built_needs_no_compiler(nothing_built: Path, monkeypatch: pytes
 
 # ------------------------------------------------------------------------------------------------------ together
 def test_all_faults_of_a_run_come_in_one_message(nothing_built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "gpu_finding", lambda: GOOD_GPU)
     monkeypatch.setattr(shutil, "which", lambda name, **_: "/usr/bin/ninja" if name == "ninja" else None)
     monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "x" * 100)
     shared_memory(monkeypatch, 0, 0)
     with pytest.raises(UserError) as caught:
-        refuse_faults(run_findings(config(), [OP], 2))
+        refuse_faults([*machine_findings(config(), 2), compiler_finding([OP])])
     message = str(caught.value)
     assert message.startswith("This machine isn't ready for the run:") and message.count("\n  - ") == 3
     assert all(word in message for word in ("C++ compiler", "TMPDIR", "/dev/shm"))
@@ -350,4 +350,9 @@ def test_a_home_that_can_be_written_is_good_and_one_that_is_not_there_is_noted(
 def test_faults_of_packages_keep_torch_from_being_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "installed_version", lambda name: None)
     monkeypatch.setattr(environment, "gpu_finding", lambda: pytest.fail("it imports torch"))
-    assert {finding.name for finding in machine_findings()} >= {"Python", "torch", "deepspeed", "home folder"}
+    assert {finding.name for finding in machine_findings(config(), 1)} >= {
+        "Python",
+        "torch",
+        "deepspeed",
+        "home folder",
+    }
