@@ -19,7 +19,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterable, Sequence
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,7 @@ _DEVICE_FILES = Path("/dev")
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
-class Verdict(StrEnum):
+class Verdict(Enum):
     GOOD = "ok"
     NOTE = "note"  # a run goes on, otherwise than one might expect
     FAULT = "fault"

@@ -21,7 +21,6 @@ from bagel_ds.doctor.environment import machine_findings, refuse_faults
 from bagel_ds.errors import UserError
 from bagel_ds.output import outlive_the_reader
 from bagel_ds.train.detach import run_detached
-from bagel_ds.train.metrics import setup_logging
 from bagel_ds.train.quiet import quiet_warnings
 from bagel_ds.waiting import waiting_for
 
@@ -46,7 +45,6 @@ def run_rank(argv: Sequence[str] | None = None) -> int:
         config = parse_arguments(list(sys.argv[1:] if argv is None else argv))
     except UserError as fault:
         return _tell(fault, rank == 0)
-    setup_logging(None, rank)
     try:
         notes = refuse_faults(machine_findings(config, int(os.environ.get("LOCAL_SIZE", "1"))))
     except UserError as fault:
@@ -56,7 +54,10 @@ def run_rank(argv: Sequence[str] | None = None) -> int:
 
 def _train(config: RunConfig, rank: int, notes: list[str]) -> int:
     """`notes` are what is to be said of this host."""
-    # Imported here: torch and DeepSpeed take seconds, and what is above must work without them.
+    # Imported here: torch and DeepSpeed take seconds, and what is above must work without them and on an old Python.
+    from bagel_ds.train.metrics import setup_logging
+
+    setup_logging(None, rank)
     with waiting_for("torch and DeepSpeed to be imported", "minutes from a slow network disk, the first time"):
         import deepspeed
         import torch

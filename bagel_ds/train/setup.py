@@ -101,15 +101,7 @@ def prepare(config: RunConfig) -> Prepared:
     together(lambda: check_inputs(config))
     ds_config, ds_notes = together(lambda: _ds_config(config))
     together(lambda: refuse_faults([compiler_finding(needed_ops(ds_config))] if local_rank() == 0 else []))
-    checkpoint_dir = Path(config.training.checkpoint_dir)
-    check_shared_folder(checkpoint_dir, "checkpoint_dir")
-    claimed = one_per_host_first(
-        lambda: claim(checkpoint_dir) if is_main() else None, "another run still uses the checkpoint_dir"
-    )
-    with waiting_for("what an interrupted save has left to be removed"):
-        together(lambda: sweep(checkpoint_dir) if is_main() else None)
-    if is_main():
-        forget_stops([checkpoint_dir, Path(config.training.results_dir)])
+    claimed = _take_checkpoint_dir(config)
     one_per_host_first(lambda: build(needed_ops(ds_config)), "it compiles C++ parts of DeepSpeed, once")
     model_folder = one_per_host_first(lambda: resolve_model_path(config), "it fetches or assembles the model")
     parts = parts_of(config)[:2] if starts_from_parts(config) else None
@@ -131,6 +123,20 @@ def prepare(config: RunConfig) -> Prepared:
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
     notes = [*ds_notes, *_crowding(config)]
     return Prepared(ds_config, notes, memory, model_folder, model, vae, data, start, weights, claimed)
+
+
+def _take_checkpoint_dir(config: RunConfig) -> Claim | None:
+    """Claim the folder for this run, on rank 0, and put right what earlier ones have left there."""
+    folder = Path(config.training.checkpoint_dir)
+    check_shared_folder(folder, "checkpoint_dir")
+    claimed = one_per_host_first(
+        lambda: claim(folder) if is_main() else None, "another run still uses the checkpoint_dir"
+    )
+    with waiting_for("what an interrupted save has left to be removed"):
+        together(lambda: sweep(folder) if is_main() else None)
+    if is_main():
+        forget_stops([folder, Path(config.training.results_dir)])
+    return claimed
 
 
 def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
