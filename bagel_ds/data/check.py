@@ -21,6 +21,7 @@ from PIL import ImageFile
 
 from bagel_ds.data.file_rows import ReadTask, parsed_rows, read_tasks
 from bagel_ds.data.images import BadImage, decode_rgb
+from bagel_ds.data.index import deaf_to_interrupts
 from bagel_ds.data.progress import RowProgress
 from bagel_ds.data.records import ParsedRow, decode_record, reason_of
 from bagel_ds.data.sample import TEXT, VIT
@@ -104,7 +105,9 @@ def _run(tasks: list[ReadTask], rows: int, special: tuple[str, ...], workers: in
         yield from (_read(task, special) for task in tasks)
         return
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(partial(_read, special=special), tasks)
+        with deaf_to_interrupts():
+            found = pool.map(partial(_read, special=special), tasks)
+        yield from found
 
 
 def _read(task: ReadTask, special: tuple[str, ...]) -> _Issues:

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -270,7 +271,19 @@ def _run(tasks: list[ReadTask], rows: int, tokenizer: Tokenizer, workers: int | 
     # spawn: the calling process may hold threads and a CUDA context, neither of which survives a fork
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (tokenizer,)) as pool:
-        yield from pool.map(_index_in_worker, tasks)
+        with deaf_to_interrupts():
+            found = pool.map(_index_in_worker, tasks)
+        yield from found
+
+
+@contextmanager
+def deaf_to_interrupts() -> Iterator[None]:
+    """Processes started in this block never see Ctrl-C, which a terminal sends to all: this process ends them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker_tokenizer: Tokenizer | None = None
