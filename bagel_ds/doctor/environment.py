@@ -28,7 +28,7 @@ from packaging.version import Version
 from bagel_ds.config import RunConfig
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.units import GIB, MIB
-from bagel_ds.user_folders import settle_user_folders
+from bagel_ds.user_folders import settle_user_folders, write_fault
 from bagel_ds.zero.builds import Op, find_ninja, is_built
 from bagel_ds.zero.memory import PACK_BYTES_PER_TOKEN
 
@@ -231,6 +231,11 @@ def shared_memory_finding(config: RunConfig, ranks_here: int) -> Finding:
     if not needed:
         return Finding(name, Verdict.GOOD, "no DataLoader worker needs shared memory")
     free = free_shared_memory()
+    if free >= needed and (fault := write_fault(SHARED_MEMORY)):
+        remedy = (
+            "DataLoader workers hand over their packs there; mount it so that you may write, or pass --num_workers 0"
+        )
+        return Finding(name, Verdict.FAULT, f"{name} can't be written ({fault})", remedy)
     if free >= needed:
         return Finding(name, Verdict.GOOD, f"{name} has {_size(free)} free, {_size(needed)} needed")
     pack = data.max_num_tokens * PACK_BYTES_PER_TOKEN

@@ -187,6 +187,15 @@ def test_a_machine_without_shared_memory_trains_without_workers(monkeypatch: pyt
     assert shared_memory_finding(config("--num_workers 0"), 8).verdict is Verdict.GOOD
 
 
+def test_shared_memory_that_can_not_be_written_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(environment, "SHARED_MEMORY", tmp_path / "file")
+    shared_memory(monkeypatch, 100 * GIB, 100 * GIB)
+    found = shared_memory_finding(config(), 1)
+    assert found.verdict is Verdict.FAULT and "can't be written (Not a directory)" in found.text
+    assert shared_memory_finding(config("--num_workers 0"), 1).verdict is Verdict.GOOD
+
+
 # ------------------------------------------------------------------------------------------------ temporary files
 @pytest.fixture
 def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
