@@ -21,7 +21,8 @@ from bagel_ds.config import RunConfig
 from bagel_ds.errors import UserError, all_faults
 
 MINIMUM_PYTHON = (3, 11)
-MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17"}
+# Pillow before 13.0 resizes tall images to other pixels (data/images.py).
+MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17", "pillow": "13.0"}
 DEEPSPEED_VERSION = "0.19.8"  # exactly: zero/partitions.py reads its internals
 MINIMUM_DRIVERS = {12: "525.60.13", 13: "580.65.06"}  # NVIDIA's Linux driver, by major CUDA version of the torch build
 _DEVICE_FILES = Path("/dev")

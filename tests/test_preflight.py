@@ -64,17 +64,23 @@ def test_pins_satisfy_the_declared_minima() -> None:
 
 
 def test_old_and_absent_packages_are_named_with_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"torch": "2.10.1+cu128", "transformers": None, "deepspeed": "0.19.7"}
+    versions = {"torch": "2.10.1+cu128", "transformers": None, "deepspeed": "0.19.7", "pillow": "12.3.0"}
     monkeypatch.setattr(preflight, "installed_version", versions.get)
     with pytest.raises(UserError) as caught:
         preflight.check_environment()
     message = str(caught.value)
     for word in ("2.10.1+cu128", "2.11", "transformers is not installed", "5.17", "0.19.7", "deepspeed==0.19.8"):
         assert word in message
+    assert "pillow is 12.3.0, which is too old; at least 13.0 is needed: pip install 'pillow>=13.0'" in message
 
 
 def test_builds_and_release_candidates_of_a_sufficient_version_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"torch": "2.11.0a0+nv26.1", "transformers": "5.17.0.dev0", "deepspeed": "0.19.8+cu130"}
+    versions = {
+        "torch": "2.11.0a0+nv26.1",
+        "transformers": "5.17.0.dev0",
+        "deepspeed": "0.19.8+cu130",
+        "pillow": "13.0.0",
+    }
     monkeypatch.setattr(preflight, "installed_version", versions.get)
     monkeypatch.setattr(preflight, "check_gpu", lambda: None)
     preflight.check_environment()
