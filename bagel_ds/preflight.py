@@ -18,6 +18,7 @@ from pathlib import Path
 from packaging.version import Version
 
 from bagel_ds.config import RunConfig
+from bagel_ds.device import ACCELERATORS, asked_accelerator
 from bagel_ds.errors import UserError, all_faults
 
 MINIMUM_PYTHON = (3, 11)
@@ -61,16 +62,25 @@ def installed_version(package: str) -> str | None:
 
 
 def check_gpu() -> None:
-    """Raise UserError where this machine has an NVIDIA GPU that torch can't use, unless the user asked for the CPU."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or (hidden is not None and hidden.strip() in ("", "-1")):
-        return
-    if not gpu_is_present():
+    """Raise UserError where this machine has an NVIDIA GPU that torch can't use, unless the user asked for the CPU.
+
+    So does a DS_ACCELERATOR that asks for what isn't there, or for what this package can't use.
+    """
+    asked, hidden = asked_accelerator(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if asked not in (None, *ACCELERATORS):
+        raise UserError(
+            f"DS_ACCELERATOR is {asked!r}, expected {' or '.join(ACCELERATORS)}; set one of them, or unset it"
+        )
+    is_hidden = hidden is not None and hidden.strip() in ("", "-1")
+    if asked == "cpu" or (asked is None and (is_hidden or not gpu_is_present())):
         return
     import torch
 
     if torch.cuda.is_available():
         return
+    if is_hidden or not gpu_is_present():
+        where = "CUDA_VISIBLE_DEVICES hides every GPU" if is_hidden else "no NVIDIA GPU was found on this machine"
+        raise UserError(f"DS_ACCELERATOR is cuda, but {where}; unset it, or set DS_ACCELERATOR=cpu to train on the CPU")
     driver = driver_version() or "unknown"
     build = torch.version.cuda
     if build is None:

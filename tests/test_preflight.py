@@ -134,6 +134,28 @@ def test_asking_for_the_cpu_is_heard(
     preflight.check_gpu()
 
 
+@pytest.mark.parametrize("name", ["CPU", "gpu", "xpu", ""])
+def test_an_accelerator_of_another_name_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", name)
+    with pytest.raises(UserError, match=f"DS_ACCELERATOR is '{name}', expected cuda or cpu"):
+        preflight.check_gpu()
+
+
+def test_a_gpu_that_was_asked_for_and_is_not_there_is_missed(
+    unusable_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(UserError, match="torch can't use it"):
+        preflight.check_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES hides every GPU"):
+        preflight.check_gpu()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    (tmp_path / "dev" / "nvidia0").unlink()
+    with pytest.raises(UserError, match="no NVIDIA GPU was found"):
+        preflight.check_gpu()
+
+
 def test_a_usable_gpu_is_fine(unusable_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     preflight.check_gpu()

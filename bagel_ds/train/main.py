@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Sequence
 
 from bagel_ds.config import RunConfig, parse_arguments, wandb_wanted
+from bagel_ds.device import choose_kernels, uses_cuda
 from bagel_ds.errors import UserError
 from bagel_ds.preflight import check_environment
 from bagel_ds.train.detach import run_detached
@@ -51,7 +52,6 @@ def run_rank(argv: Sequence[str] | None = None) -> int:
 def _train(config: RunConfig, rank: int) -> int:
     # Imported here: torch and DeepSpeed take seconds, and what is above must work without them.
     import deepspeed
-    import torch
     import torch.distributed as dist
 
     from bagel_ds.train.agreement import SharedFault, together
@@ -63,7 +63,8 @@ def _train(config: RunConfig, rank: int) -> int:
 
     quiet_warnings()
     return_freed_memory()
-    if torch.cuda.is_available() and config.training.activation_checkpointing != "offload":
+    choose_kernels(config.training.precision)
+    if uses_cuda() and config.training.activation_checkpointing != "offload":
         exact_pinned_memory()
     try:
         init_distributed()

@@ -23,6 +23,7 @@ from bagel_ds.checkpoint.folder import ModelFolder
 from bagel_ds.checkpoint.steps import read_trainer, sweep
 from bagel_ds.config import RunConfig
 from bagel_ds.data.loader import PlannedData
+from bagel_ds.device import uses_cuda
 from bagel_ds.errors import UserError
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.config import BagelConfig
@@ -190,7 +191,7 @@ def init_distributed() -> None:
             "this process is no rank of a launch: start it with the launcher, also on one GPU, as in "
             "`deepspeed --num_gpus 1 launch/train.py --ds_config zero3.json ...`"
         )
-    if torch.cuda.is_available() and deepspeed.get_accelerator().device_name() == "cuda":
+    if uses_cuda():
         gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_SIZE", local_rank() + 1))
         if ranks > gpus:
             fault = (
@@ -203,6 +204,6 @@ def init_distributed() -> None:
         remove_stale_buffers()
     with quiet_start():
         deepspeed.init_distributed(verbose=False)
-    if deepspeed.get_accelerator().device_name() == "cpu":
+    if not uses_cuda():
         dist.barrier()  # all ranks have mapped each other's
         remove_own_buffers()

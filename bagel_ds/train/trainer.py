@@ -26,6 +26,7 @@ from bagel_ds.config import RunConfig, wandb_wanted
 from bagel_ds.data.index_background import BackgroundIndex, index_in_background
 from bagel_ds.data.inspect import first_packs, pack_text
 from bagel_ds.data.loader import MicroBatch, primed
+from bagel_ds.device import uses_cuda
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.parts import part_of
@@ -252,7 +253,7 @@ class Trainer:
                 self.world_size,
                 self.config.data.num_workers,
                 self.config.data.prefetch_factor,
-                pin_memory=torch.cuda.is_available(),
+                pin_memory=uses_cuda(),
                 start=self.plan_state,
             )
         )

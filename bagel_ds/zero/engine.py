@@ -138,7 +138,7 @@ class ZeroEngine:
 
             in_fp32 = not self.ds_config.get("bf16", {}).get("bf16_optimizer_states", False)
             return DeepSpeedCPUAdam(parameters, **options, fp32_optimizer_states=in_fp32)
-        return torch.optim.AdamW(parameters, **options, fused=torch.cuda.is_available())
+        return torch.optim.AdamW(parameters, **options, fused=self.device.type == "cuda")
 
     def _drop_gradients(self) -> None:
         """Have stage 0's next `step` update nothing."""
