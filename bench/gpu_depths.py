@@ -118,7 +118,7 @@ def measure(folder: Path, depth: int, options: Any, device: str) -> dict[str, An
     return {
         "layers": depth,
         "parameters": parameters,
-        "device_gib": max((step.get("memory/device_gib", 0.0) for step in steps), default=0.0),
+        "device_gib": max((step.get("memory/device_reserved_gib", 0.0) for step in steps), default=0.0),
         "planned_device_gib": gib(plan.gpu_peak),
         "host_gib": gib(max(peak.host for peak in found.peaks.values())),
         "planned_host_gib": gib(plan.host_peak),

@@ -147,11 +147,14 @@ class Decoder(nn.Module):
 
 
 class AutoEncoder(nn.Module):
-    def __init__(self, config: VAEConfig = VAEConfig()):
+    """Encoder and, unless `decodes` is False, decoder: training only encodes, and the decoder is the larger part."""
+
+    def __init__(self, config: VAEConfig = VAEConfig(), decodes: bool = True):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        if decodes:
+            self.decoder = Decoder(config)
 
     def moments(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised pixels -> [B, 32, h, w]: mean and log variance of the posterior."""
@@ -165,6 +168,7 @@ class AutoEncoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Inverse of `sample`, then the decoder: [B, 16, h, w] -> [B, 3, H, W], nominally -1..1."""
+        assert hasattr(self, "decoder"), "made with decodes=False"
         return self.decoder(latents / self.config.scale_factor + self.config.shift_factor)
 
 

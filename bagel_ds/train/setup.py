@@ -67,7 +67,7 @@ class Prepared:
     memory: MemoryPlan
     model_folder: Path
     model: BagelConfig
-    vae: AutoEncoder
+    vae: AutoEncoder  # its encoder
     data: PlannedData
     start: StartPoint
     weights: StartWeights
@@ -152,7 +152,7 @@ def _crowding(config: RunConfig) -> list[str]:
 
 def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[BagelConfig, AutoEncoder]:
     folder = ModelFolder(path)
-    vae = folder.load_vae()
+    vae = folder.load_vae(decodes=False)
     if start.parts is not None and config.model.max_latent_size is None:  # the original's default
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_latent_size=32))
     return bagel_config(config, folder, None if start.parts else start.folder, vae.config), vae

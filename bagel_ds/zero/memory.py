@@ -19,7 +19,7 @@ from bagel_ds.model.parts import Freezing
 from bagel_ds.units import GIB, MIB
 from bagel_ds.zero.memory_activations import PackShape
 from bagel_ds.zero.memory_moments import Moment, StepShape, gathering, moments
-from bagel_ds.zero.memory_parameters import parameter_sizes, vae_parameters
+from bagel_ds.zero.memory_parameters import parameter_sizes, vae_encoder_parameters
 from bagel_ds.zero.memory_states import (
     DEVICE,
     EXACT_ABOVE_MIB,
@@ -226,7 +226,7 @@ def _rank_states(sharding: Sharding, shape: StepShape, run: MemoryOptions) -> li
     live = gathering(sharding, shape)
     if live is not None:
         found.append(State("small parameters, always whole", DEVICE, sharding.weight_bytes * live.persistent))
-    return [*found, State("autoencoder weights", DEVICE, 4 * vae_parameters(run.vae))]
+    return [*found, State("encoder of the autoencoder", DEVICE, 4 * vae_encoder_parameters(run.vae))]
 
 
 def _process_states(run: MemoryOptions, on_cpu: bool, bf16: bool) -> list[State]:

@@ -1,7 +1,7 @@
 """launch/train.py on a host that has eight GPUs, if torch is asked; started by test_cpu_on_gpu_host.py.
 
-In a torch that is built for the CPU, whatever is asked of CUDA beyond that fails by itself. At the end it prints which
-kernels it could have taken on a GPU.
+In a torch that is built for the CPU, whatever is asked of CUDA beyond that fails by itself. It prints which parts of
+the autoencoder it holds and, at the end, which kernels it could have taken on a GPU.
 """
 
 from __future__ import annotations
@@ -17,10 +17,19 @@ import torch
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 8
 
+from bagel_ds.train import trainer  # noqa: E402
 from bagel_ds.train.main import main  # noqa: E402
+
+
+class ShownTrainer(trainer.Trainer):
+    def run(self) -> None:
+        print("autoencoder:", *dict(self.vae.named_children()))
+        super().run()
+
 
 if __name__ == "__main__":
     os.environ["BAGEL_DS_DETACH"] = "0"  # so that main runs in this process
+    trainer.Trainer = ShownTrainer
     code = main()
     cudnn, matmul = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     print(f"cuDNN's attention: {torch.backends.cuda.cudnn_sdp_enabled()}; TF32: {cudnn}, {matmul}")

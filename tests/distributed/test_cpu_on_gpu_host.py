@@ -1,4 +1,4 @@
-"""DS_ACCELERATOR=cpu on a host with GPUs is a CPU run throughout: no part pins, plans, measures or computes for CUDA."""
+"""DS_ACCELERATOR=cpu on a host with GPUs is a CPU run throughout: nothing pins, plans, measures or runs for CUDA."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def test_a_run_on_the_cpu_of_a_gpu_host_trains_and_saves(demo: Path, tmp_path: P
     assert finished.code == 0, finished.output[-6000:]
     assert (results / "checkpoints" / "step_final").exists()
     assert "memory peaks: host" in finished.output, "no part of it on a GPU"
+    assert "autoencoder: encoder\n" in finished.output, "training decodes nothing"
     assert "cuDNN's attention: False; TF32: False, False" in finished.output
     (line,) = (json.loads(line) for line in (results / "metrics.jsonl").read_text().splitlines())
     assert not [name for name in line if name.startswith("memory/device")]

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from bagel_ds.device import choose_kernels
 from bagel_ds.model.attention import BACKENDS, AttentionLayout, attend
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
 from bagel_ds.model.recompute import MODES, recompute_mode
@@ -15,7 +16,7 @@ from tests.model.test_bagel import loss_of, pack, tiny
 
 @pytest.fixture(autouse=True)
 def exact_matmul() -> None:
-    torch.backends.cuda.matmul.allow_tf32 = False
+    choose_kernels("fp32")
 
 
 def gradients(mode: str, device: str) -> dict[str, torch.Tensor]:
