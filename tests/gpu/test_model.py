@@ -10,6 +10,7 @@ import torch
 from bagel_ds.model.attention import BACKENDS, AttentionLayout, attend
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
 from bagel_ds.model.recompute import MODES, recompute_mode
+from bagel_ds.model.vae import SpatialAttention
 from tests.model.test_bagel import loss_of, pack, tiny
 
 
@@ -58,3 +59,14 @@ def test_kernels_equal_a_dense_mask(backend: str, dtype: torch.dtype) -> None:
     found = attend(q.to(dtype), k.to(dtype), v.to(dtype), layout, backend).float()
     error = (found - expected).norm() / expected.norm()
     assert error < (1e-4 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_autoencoders_attention_holds_no_matrix_of_all_cells(dtype: torch.dtype) -> None:
+    """128 x 128 cells, as of an image of 1024 x 1024: the matrix would be 0.5 to 1 GiB."""
+    attention = SpatialAttention(512).to("cuda", dtype).requires_grad_(False)
+    x = torch.randn(1, 512, 128, 128, device="cuda", dtype=dtype)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention(x)
+    assert torch.cuda.max_memory_allocated() - before < 12 * x.nbytes

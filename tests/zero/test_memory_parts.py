@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from live_tensors import LiveTensors
+from torch.nn.attention import SDPBackend
 
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE, PackedBatch
@@ -160,6 +161,27 @@ def test_encoding_an_image_is_bounded_closely(bf16: bool) -> None:
     measured = peaks[1] - peaks[0]
     planned = vae_bytes(config, 256**2, bf16, on_cpu=True) - vae_bytes(config, 128**2, bf16, on_cpu=True)
     assert 0.97 * measured < planned < 1.1 * measured
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_autoencoders_attention_takes_a_kernel_without_the_whole_matrix(
+    bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's choice for the very tensors; a GPU's kernels ask the same of them: channels side by side in memory."""
+    seen: list[tuple[torch.Tensor, ...]] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*tensors: torch.Tensor) -> torch.Tensor:
+        seen.append(tensors)
+        return real(*tensors)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    image = torch.zeros(3, 64, 96, dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        encode_images(AutoEncoder(VAEConfig(channels=32)), [image], [(4, 6)], torch.zeros(24, 64), 2)
+    (tensors,) = seen
+    assert [tensor.stride(-1) for tensor in tensors] == [1, 1, 1]
+    assert torch._fused_sdp_choice(*tensors) == SDPBackend.FLASH_ATTENTION.value
 
 
 def test_without_prefetch_and_reuse_only_the_module_in_use_is_whole() -> None:
