@@ -64,7 +64,6 @@ class MemoryOptions:
     ema_place: str | None = None  # "gpu", "host" or "nvme"; None is beside the masters
     num_workers: int = 4
     prefetch_factor: int = 2
-    gradient_accumulation_steps: int = 1
     # torch rounds page-locked blocks up to powers of two and keeps freed ones; the trainer has it spare the large ones
     rounds_pinned_memory: bool = False
     vae: VAEConfig = VAEConfig()
@@ -88,7 +87,6 @@ class MemoryOptions:
             ema_bytes=2 if training.ema_dtype == "bf16" else 4,
             num_workers=data.num_workers,
             prefetch_factor=data.prefetch_factor,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
             **others,
         )
 
@@ -205,7 +203,7 @@ def plan_memory(model: BagelConfig, ds_config: dict[str, Any], run: MemoryOption
         gpu_peak=0 if on_cpu else highest[DEVICE][1],
         host_peak=highest[HOST][1],
         nvme=highest[NVME][1],
-        traffic=step_traffic(sharding, gathering(sharding, shape), ranks, run.gradient_accumulation_steps),
+        traffic=step_traffic(sharding, gathering(sharding, shape), ranks),
         items=tuple(_items(always, peaks, {place: name for place, (name, _) in highest.items()}, per_host)),
         gpu_moments=() if on_cpu else by_moment[DEVICE],
         host_moments=by_moment[HOST],

@@ -22,7 +22,7 @@ from bagel_ds.zero.memory import MemoryItem, MemoryOptions, MemoryPlan, plan_mem
 from bagel_ds.zero.memory_parameters import parameter_sizes
 from bagel_ds.zero.memory_report import verdict
 from bagel_ds.zero.memory_suggest import resolved, suggestions
-from bagel_ds.zero.memory_table import table
+from bagel_ds.zero.memory_table import longest_packs, table
 
 MODEL = BagelConfig()
 PARAMETERS = sum(parameter.numel for parameter in parameter_sizes(MODEL))
@@ -83,6 +83,51 @@ def test_without_sharding_every_gpu_holds_everything_but_the_average() -> None:
     assert sum(item.bytes for item in items(found, *STATES)) == pytest.approx(16 * PARAMETERS, rel=0.005)
     (average,) = items(found, "EMA")
     assert average.bytes == pytest.approx(PARAMETERS, rel=0.005)
+
+
+def test_fp32_masters_beside_fp32_weights_are_counted() -> None:
+    """DeepSpeed has both, 54 GiB over all GPUs (test_memory_deepspeed.py)."""
+    found = plan("zero3.json", 4, precision="fp32")
+    states = sum(item.bytes for item in items(found, *STATES) if item.place == "gpu")
+    assert states == pytest.approx((4 + 4 + 4 + 8) * PARAMETERS / 4, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("preset", "micro_batches", "expected"),
+    [
+        ("zero3_cpu.json", 1, 2 * 2 + 8),  # weights gathered twice; gradients to the host, back and as fp32
+        ("zero3_nvme.json", 1, 2 * 2 + 8),
+        ("zero3_cpu.json", 4, 4 * 2 * 2 + 8 * 4 + 4),
+        ("zero2_cpu.json", 1, 2 + 4),  # updated weights, gradients
+        ("zero2_cpu.json", 4, 2 + 4),  # summed on the GPU
+        ("zero3.json", 1, 0),
+    ],
+)
+def test_pcie_bytes_per_parameter(preset: str, micro_batches: int, expected: float) -> None:
+    found = plan(preset, 1 if "zero2" in preset else 2, gradient_accumulation_steps=micro_batches)
+    assert found.traffic.pcie == pytest.approx(expected * PARAMETERS, rel=0.01)
+
+
+def test_sums_of_micro_batches_are_on_the_gpu_where_deepspeed_makes_them() -> None:
+    """Under zero2_cpu in fp32 until the update, whatever is offloaded."""
+    one, several = plan("zero2_cpu.json"), plan("zero2_cpu.json", gradient_accumulation_steps=2)
+    assert several.gpu_peak - one.gpu_peak == pytest.approx(1.05 * 4 * PARAMETERS / 2, rel=0.01)
+    assert several.host_peak == one.host_peak
+
+
+def test_fp32_gradients_wait_for_nvme_on_the_gpu() -> None:
+    """A bucket of them: 0.37 GiB on one GPU."""
+    on_nvme, on_host = plan("zero3_nvme.json", 1), plan("zero3_cpu.json", 1)
+    (waiting,) = (item for item in on_nvme.items if item.name == "fp32 gradients on their way to NVMe")
+    assert waiting.place == "gpu"
+    peaks = [dict(found.gpu_moments)["decoder layer backward"] for found in (on_nvme, on_host)]
+    assert peaks[0] - peaks[1] == pytest.approx(1.05 * 4 * 1e8, rel=0.02)
+
+
+def test_on_an_odd_number_of_gpus_fp32_gradients_stay_there_until_they_are_on_nvme() -> None:
+    """The swapper of DeepSpeed keeps a whole gradient for its last few elements (test_memory_deepspeed.py)."""
+    (kept,) = (item for item in plan("zero3_nvme.json", 3).items if item.name == "fp32 gradients that are not swapped")
+    assert kept.bytes > 0.85 * 4 * PARAMETERS / 3
 
 
 def test_hpz_keeps_a_second_copy_per_group() -> None:
@@ -325,6 +370,13 @@ def test_a_model_folder_is_read_without_its_weights(tmp_path: Path, capsys: pyte
 def test_planning_needs_neither_torch_nor_deepspeed() -> None:
     code = "import sys, bagel_ds.zero.memory_suggest; sys.exit(bool({'torch', 'deepspeed'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_tables_tokens_fit_where_settings_come_with_fewer_tokens() -> None:
+    machine = (2, 40, 256, 0)
+    settings = ("--ds_config zero2_cpu.json", "--max_num_tokens 8448", "--ema 0")
+    tokens, found = longest_packs(*machine, settings)
+    assert tokens < 11520 and found == replanned(f"{settings[0]} --ema 0 --max_num_tokens {tokens}", machine)
 
 
 def test_the_pages_table_is_current() -> None:
