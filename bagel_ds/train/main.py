@@ -63,7 +63,7 @@ def _train(config: RunConfig, rank: int) -> int:
 
     quiet_warnings()
     return_freed_memory()
-    if torch.cuda.is_available() and config.training.activation_checkpointing != "offload":
+    if torch.cuda.is_available():
         exact_pinned_memory()
     try:
         init_distributed()

@@ -48,7 +48,7 @@ def plan_run(
         gpu_memory=torch.cuda.mem_get_info()[1] / GIB if torch.cuda.is_available() else None,
         host_memory=host_memory_gib(),
         nvme=_free_gib(ds_config),
-        rounds_pinned_memory=_rounds_pinned_memory(config),
+        rounds_pinned_memory=_rounds_pinned_memory(),
     )
     plan = plan_memory(model, ds_config, options)
     if not plan.fits and not config.training.ignore_memory_plan:
@@ -60,11 +60,9 @@ def plan_run(
     return plan
 
 
-def _rounds_pinned_memory(config: RunConfig) -> bool:
-    """What main.py could have torch do about page-locked memory: a torch that is older may not be able to."""
-    if not torch.cuda.is_available():
-        return False
-    return config.training.activation_checkpointing == "offload" or not exact_pinned_memory()
+def _rounds_pinned_memory() -> bool:
+    """Whether main.py could not have torch spare large page-locked blocks: one that is older may not be able to."""
+    return torch.cuda.is_available() and not exact_pinned_memory()
 
 
 def plan_lines(plan: MemoryPlan) -> list[str]:

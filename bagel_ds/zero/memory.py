@@ -18,7 +18,7 @@ from bagel_ds.model.config import BagelConfig, VAEConfig
 from bagel_ds.model.parts import Freezing
 from bagel_ds.units import GIB, MIB
 from bagel_ds.zero.memory_activations import PackShape
-from bagel_ds.zero.memory_moments import Moment, StepShape, gathering, moments
+from bagel_ds.zero.memory_moments import Moment, StepShape, arena, gathering, moments
 from bagel_ds.zero.memory_parameters import parameter_sizes, vae_parameters
 from bagel_ds.zero.memory_states import (
     DEVICE,
@@ -75,8 +75,6 @@ class MemoryOptions:
     def of(cls, config: RunConfig, world_size: int, **others: Any) -> MemoryOptions:
         """The options of a training run; `others` are fields of this class."""
         training, data = config.training, config.data
-        # Inputs of layers on the host come and go in each step: their blocks are kept (train/main.py).
-        others.setdefault("rounds_pinned_memory", training.activation_checkpointing == "offload")
         return cls(
             world_size=world_size,
             max_num_tokens=data.max_num_tokens,
@@ -184,7 +182,8 @@ def plan_memory(model: BagelConfig, ds_config: dict[str, Any], run: MemoryOption
     ranks = run.ranks_per_host or run.world_size
     always = [*_rank_states(sharding, shape, run), *_process_states(run, on_cpu, sharding.bf16)]
     if not on_cpu:
-        always.append(State("page-locked memory: rounding and cache", HOST, _excess(sharding, always, run)))
+        pinned = [*always, *arena(sharding, shape)]
+        always.append(State("page-locked memory: rounding and cache", HOST, _excess(sharding, pinned, run)))
     peaks = moments(sharding, shape)
     if on_cpu:
         always = [_moved(state) for state in always]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from bagel_ds.model.config import BagelConfig, VAEConfig
 from bagel_ds.model.parts import Freezing
 from bagel_ds.units import MIB
-from bagel_ds.zero.memory_activations import Activations, PackShape, activations, vae_bytes
+from bagel_ds.zero.memory_activations import Activations, PackShape, activations, arena_bytes, vae_bytes
 from bagel_ds.zero.memory_gather import Gathered, GatherOptions, gathered
 from bagel_ds.zero.memory_states import DEVICE, HOST, NVME, Sharding, State, backward_states, window_gradients
 
@@ -47,6 +47,7 @@ def moments(sharding: Sharding, shape: StepShape) -> list[Moment]:
             "export", [State("export chunks", DEVICE, 2 * EXPORT_CHUNK), State("export chunks", HOST, EXPORT_CHUNK)]
         ),
     ]
+    found = [Moment(moment.name, [*moment.parts, *arena(sharding, shape)]) for moment in found]
     load = _load(sharding, shape)
     return [*found, load] if load.parts else found
 
@@ -69,27 +70,31 @@ def _vae(s: Sharding, shape: StepShape) -> Moment:
 def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Moment]:
     """The moments of the backward pass, which hold more than those of the forward pass."""
     live = gathering(s, shape)
-    offloaded = shape.checkpointing == "offload"
-    kept = State("activation checkpoints", DEVICE, needs.checkpoints + needs.vit_checkpoints)
-    if offloaded:
-        kept = _on_host(s, shape, needs)
     inputs = State("pack and embeddings", DEVICE, needs.inputs)
     head = shape.config.llm.vocab_size * shape.config.llm.hidden_size
     own = {
-        "layer": [State("activations of a decoder layer", DEVICE, needs.layer), *_reduction(s, 0)],
+        "layer": [
+            *_checkpoints(shape, needs.checkpoints + needs.vit_checkpoints, 2 * needs.input),
+            State("activations of a decoder layer", DEVICE, needs.layer),
+            *_reduction(s, 0),
+        ],
         "head": [
+            *_checkpoints(shape, needs.checkpoints + needs.vit_checkpoints, needs.input),
             State("logits chunk and labels", DEVICE, needs.head),
             # Its gradient is the first: what waits in the bucket is less, so only one beyond it is reduced now.
             *(_reduction(s, head) if _trains(s, "lm_head") and head > s.bucket else []),
         ],
         "embedding": _reduction(s, head) if _trains(s, "embed_tokens") else [],
-        "vit": [State("activations of a ViT layer", DEVICE, needs.vit_layer), *_reduction(s, 0)],
+        "vit": [
+            *_checkpoints(shape, needs.vit_checkpoints, 2 * needs.vit_input),
+            State("activations of a ViT layer", DEVICE, needs.vit_layer),
+            *_reduction(s, 0),
+        ],
     }
     names = {"layer": "decoder layer", "head": "head", "embedding": "embedding", "vit": "ViT layer"}
     found = []
     for moment, parts in own.items():
-        parts = [inputs, kept, *parts] if moment in ("layer", "head") else [inputs, *parts]
-        parts += backward_states(s)
+        parts = [inputs, *parts, *backward_states(s)]
         if live is not None and s.on_cpu:
             found += _one_after_the_other(s, live, moment, names[moment], parts)
             continue
@@ -100,16 +105,19 @@ def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Moment]
     return found
 
 
-def _on_host(s: Sharding, shape: StepShape, needs: Activations) -> State:
-    """Checkpoints kept on the host; on a GPU in page-locked blocks, which torch rounds up to powers of two."""
-    size = 0
-    for total, layers in (
-        (needs.checkpoints, shape.config.llm.num_hidden_layers),
-        (needs.vit_checkpoints, shape.config.vit.num_layers),
-    ):
-        block = total // layers
-        size += layers * (block if s.on_cpu or not block else 1 << (block - 1).bit_length())
-    return State("activation checkpoints", HOST, size)
+def _checkpoints(shape: StepShape, kept: int, moving: int) -> list[State]:
+    """What the device holds of inputs of recomputed layers: `kept`, or where they are on the host those that move."""
+    if shape.checkpointing == "offload":
+        return [State("layer inputs on their way", DEVICE, moving)]
+    return [State("activation checkpoints", DEVICE, kept)]
+
+
+def arena(s: Sharding, shape: StepShape) -> list[State]:
+    """The host memory of offloaded layer inputs; there from the first forward pass on."""
+    if shape.checkpointing != "offload":
+        return []
+    size = arena_bytes(shape.config, shape.pack.tokens, s.weight_bytes)
+    return [State("layer inputs (one page-locked arena)", HOST, size, 0 if s.on_cpu else 1)]
 
 
 def _one_after_the_other(s: Sharding, live: Gathered, moment: str, name: str, parts: list[State]) -> list[Moment]:

@@ -164,11 +164,7 @@ def _plan(model: BagelConfig, config: RunConfig, run: MemoryOptions, changes: tu
     )
     model = dataclasses.replace(model, freeze_und=model.freeze_und or config.training.freeze_und)
     changed = MemoryOptions.of(config, run.world_size)
-    run = dataclasses.replace(
-        run,
-        rounds_pinned_memory=run.rounds_pinned_memory or changed.rounds_pinned_memory,
-        **{name: getattr(changed, name) for name in _FOLLOWING},
-    )
+    run = dataclasses.replace(run, **{name: getattr(changed, name) for name in _FOLLOWING})
     ds_config = resolved(config.training.ds_config, config, model, run.world_size, run.ranks_per_host)
     return plan_memory(model, ds_config, run)
 

@@ -1,6 +1,6 @@
 """Trains on hand-made batches that hold one modality each; started by test_modalities.py.
 
-Arguments: a model folder, a JSON file with {steps, cases: [{name, ds_config, reads_ahead}]} and a folder for the
+Arguments: a model folder, a JSON file with {steps, cases: [{name, ds_config, recompute}]} and a folder for the
 results (<name>.json with losses and gradient norms, <name>.safetensors with the final weights). On two ranks one has
 only text and the other only images to generate, swapped halfway; one rank takes both as two micro-batches.
 """
@@ -70,7 +70,8 @@ def train(case: dict, steps: int, folder: Path, results: Path) -> None:
     ds_config, _ = resolve_ds_config(case["ds_config"], run, world)
     config = bagel_config(folder)
     trains = trainable_parts(config, Freezing())
-    engine = ZeroEngine(lambda: Bagel(config, recompute_mode("full")), lambda name: part_of(name) in trains, ds_config)
+    recompute = recompute_mode(case["recompute"])
+    engine = ZeroEngine(lambda: Bagel(config, recompute), lambda name: part_of(name) in trains, ds_config)
     # An epsilon above rounding: what is compared is the gradient, not Adam's magnification of its last bits.
     engine.start(weights_of(folder, config), AdamOptions(eps=1e-8))
     values = []

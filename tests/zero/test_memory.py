@@ -176,12 +176,33 @@ def test_asking_for_less_takes_less(change: dict[str, Any], smaller: str) -> Non
 
 
 def test_page_locked_memory_that_is_rounded_takes_more() -> None:
-    """So it is where inputs of layers come and go on the host; else the trainer has large blocks exact."""
+    """Under an older torch; where it can, the trainer has large blocks exact."""
     exact, rounded = plan("zero3_cpu.json"), plan("zero3_cpu.json", rounds_pinned_memory=True)
     assert rounded.host_peak > exact.host_peak + PARAMETERS
-    kept = [items(found, "page-locked memory: rounding and cache")[0].bytes for found in (exact, rounded)]
-    offloaded = plan("zero3_cpu.json", activation_checkpointing="offload")
-    assert items(offloaded, "page-locked memory: rounding and cache")[0].bytes >= kept[1] > kept[0]
+
+
+ARENA = "layer inputs (one page-locked arena)"
+
+
+def test_offloaded_layer_inputs_take_one_exact_block_and_leave_the_others_exact() -> None:
+    kept, offloaded = plan("zero3_cpu.json"), plan("zero3_cpu.json", activation_checkpointing="offload")
+    (arena,) = items(offloaded, ARENA)
+    llm, vit = MODEL.llm, MODEL.vit
+    per_token = 2 * (llm.num_hidden_layers * llm.hidden_size + vit.num_layers * vit.hidden_size)
+    assert arena.place == "host" and arena.bytes == pytest.approx(2 * 11520 * per_token, rel=1e-3)
+    load = [dict(found.host_moments).get("load", 0) for found in (kept, offloaded)]
+    assert load[0] == load[1]  # it is made by the first forward pass
+    assert offloaded.host_peak == kept.host_peak + arena.bytes
+
+
+def test_an_arena_of_torch_that_rounds_is_rounded() -> None:
+    exact, rounded = (
+        plan("zero2.json", 8, activation_checkpointing="offload", rounds_pinned_memory=rounds)
+        for rounds in (False, True)
+    )
+    (arena,) = items(exact, ARENA)
+    added = 8 * ((1 << (arena.bytes // 8 - 1).bit_length()) - arena.bytes // 8)
+    assert rounded.host_peak - exact.host_peak == added
 
 
 def test_small_pieces_of_page_locked_memory_are_kept_and_large_ones_not() -> None:
@@ -205,10 +226,22 @@ def test_keeping_all_activations_takes_more() -> None:
 
 
 def test_checkpoints_on_the_host_leave_the_gpu() -> None:
+    """But for two layers' inputs: one is used, the next is on its way."""
     on_gpu, on_host = plan("zero3_cpu.json"), plan("zero3_cpu.json", activation_checkpointing="offload")
     assert on_host.gpu_peak < on_gpu.gpu_peak and on_host.host_peak > on_gpu.host_peak
-    (kept,) = items(on_host, "activation checkpoints")
-    assert kept.place == "host"
+    peaks = [dict(found.gpu_moments)["decoder layer backward"] for found in (on_gpu, on_host)]
+    llm, vit = MODEL.llm, MODEL.vit
+    patches = (11520 // 2) * vit.num_layers * vit.hidden_size
+    less = 2 * (11520 * (llm.num_hidden_layers - 2) * llm.hidden_size + patches)
+    assert peaks[0] - peaks[1] == pytest.approx(1.05 * less, rel=1e-3)
+
+
+def test_a_vit_layers_backward_pass_finds_the_inputs_of_all() -> None:
+    vit = MODEL.vit
+    on_gpu, on_host = plan("zero3_cpu.json"), plan("zero3_cpu.json", activation_checkpointing="offload")
+    peaks = [dict(found.gpu_moments)["ViT layer backward"] for found in (on_gpu, on_host)]
+    less = 2 * (11520 // 2) * (vit.num_layers - 2) * vit.hidden_size
+    assert peaks[0] - peaks[1] == pytest.approx(1.05 * less, rel=1e-3)
 
 
 def test_frozen_parts_cost_their_weights_alone() -> None:
