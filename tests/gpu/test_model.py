@@ -9,9 +9,12 @@ import torch
 
 from bagel_ds.model.attention import BACKENDS, AttentionLayout, attend
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
-from bagel_ds.model.recompute import MODES, recompute_mode
+from bagel_ds.model.offload import OffloadedInputs
+from bagel_ds.model.recompute import MODES, recompute, recompute_mode
 from bagel_ds.model.vae import SpatialAttention
 from tests.model.test_bagel import loss_of, pack, tiny
+from tests.model.test_offload import built
+from tests.model.test_offload import loss_of as loss_of_pack
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +37,22 @@ def test_fp32_gradients_equal_the_cpus(mode: str) -> None:
     for name, expected in on_cpu.items():
         scale = float(expected.abs().max())
         assert float((on_gpu[name] - expected).abs().max()) <= 1e-4 * scale + 1e-7, name
+
+
+def test_layer_inputs_come_back_from_page_locked_memory_as_they_were() -> None:
+    """Packs of changing sizes, wide enough for copies that last; some gradients are summed in no fixed order."""
+    offload = OffloadedInputs(1 << 20)  # which grows
+    offloaded, plain = (built(how, width=1024, inner=2048).cuda() for how in (offload, recompute))
+    for tokens in [(900, 600, 500), (2000, 0, 0), (0, 1500, 3), (0, 0, 2000), (3000, 1000, 1000)]:
+        losses = [loss_of_pack(model, tokens) for model in (offloaded, plain)]
+        assert torch.equal(*losses)
+        for loss in losses:
+            loss.backward()
+        for (name, found), expected in zip(offloaded.named_parameters(), plain.parameters()):
+            assert (found.grad - expected.grad).norm() <= 1e-5 * expected.grad.norm(), name
+        offloaded.zero_grad()
+        plain.zero_grad()
+    assert offload.arena.memory is not None and offload.arena.memory.is_pinned()
 
 
 def test_bf16_loss_is_near_fp32() -> None:

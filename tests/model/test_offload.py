@@ -30,7 +30,7 @@ PACKS = [(9, 6, 5), (30, 0, 12), (4, 25, 0), (0, 0, 20), (0, 7, 0), (1, 1, 1), (
 
 
 def built(how: Recompute, dtype: torch.dtype = torch.float32, **switches: Any) -> Bagel:
-    model = Bagel(network(**SIZES, **switches), how)
+    model = Bagel(network(**{**SIZES, **switches}), how)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -40,7 +40,8 @@ def built(how: Recompute, dtype: torch.dtype = torch.float32, **switches: Any) -
 
 def loss_of(model: Bagel, tokens: tuple[int, int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(sum(tokens))
-    output = model(pack(*tokens), torch.randn(tokens[1], 64, generator=generator))
+    device = model.llm2vae.weight.device
+    output = model(pack(*tokens).to(device), torch.randn(tokens[1], 64, generator=generator).to(device))
     return output.ce.sum() + output.mse.sum()
 
 
