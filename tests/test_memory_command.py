@@ -11,7 +11,11 @@ import huggingface_hub
 import pytest
 
 from bagel_ds.cli import main
-from bagel_ds.model.config import LLMConfig
+from bagel_ds.config import make_config
+from bagel_ds.model.config import BagelConfig, LLMConfig
+from bagel_ds.units import GIB
+from bagel_ds.zero.memory import MemoryOptions, plan_memory
+from bagel_ds.zero.memory_suggest import resolved
 
 SEVEN_B = "memory --model 7b --ds_config zero3_cpu.json --max_num_tokens 11520 --num_workers 1"
 
@@ -20,6 +24,62 @@ def said(words: str | list[str], capsys: pytest.CaptureFixture[str]) -> dict[str
     assert main([*(words.split() if isinstance(words, str) else words), "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     return found
+
+
+def test_the_command_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    words = "memory --model 7b --ds_config zero3_cpu.json --world_size 2 --max_num_tokens 11520 --json"
+    assert main([*words.split(), "--gpu_memory", "24", "--host_memory=128", "--nvme", "1000"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    keys = {
+        "gpu_peak_gib",
+        "host_peak_gib",
+        "nvme_gib",
+        "step_traffic_gib",
+        "fits",
+        "items",
+        "suggestions",
+        "not_compared_gib",
+    }
+    assert keys <= set(found)
+    assert found["fits"] is False and found["suggestions"]
+    run = make_config({"max_num_tokens": 11520, "ds_config": "zero3_cpu.json"})
+    model = BagelConfig()
+    plan = plan_memory(model, resolved("zero3_cpu.json", run, model, 2), MemoryOptions.of(run, 2))
+    assert found["gpu_peak_gib"] == round(plan.gpu_peak / GIB, 3)
+
+
+def test_a_training_command_is_planned_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    """Arguments of the trainer, also hyphenated and as prefixes, change the plan or are accepted without effect."""
+    words = "memory --model 7b --world_size 8 --num_worker 1 --freeze-und True --finetune_from_hf True --lr 2e-5 --json"
+    assert main(words.split()) == 0
+    frozen = json.loads(capsys.readouterr().out)
+    assert main("memory --model 7b --world_size 8 --num_worker 1 --json".split()) == 0
+    assert frozen["gpu_peak_gib"] < json.loads(capsys.readouterr().out)["gpu_peak_gib"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("memory --world_size 2", "--model_path"),
+        ("memory --model 7b --max_num_tokns 5", "--max_num_tokens"),
+        ("memory --model 7b --ds_config zero9", "the presets are"),
+        ("memory --model 7b --world_size 4 --ranks_per_host 3", "not a multiple"),
+        ("memory --model_path no/such/folder", "does not exist"),
+    ],
+)
+def test_a_mistake_is_one_message(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_folder_is_read_without_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llm = {**dataclasses.asdict(LLMConfig()), **small}
+    vit = {**small, "hidden_size": 64, "patch_size": 14}
+    (tmp_path / "llm_config.json").write_text(json.dumps(llm))
+    (tmp_path / "vit_config.json").write_text(json.dumps(vit))
+    assert main(["memory", "--model_path", str(tmp_path), "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gpu_peak_gib"] == 0
 
 
 @pytest.mark.parametrize("option", ["--gpu_memory", "--host-memory", "--nvme"])

@@ -18,7 +18,7 @@ from bagel_ds.model.config import BagelConfig, VAEConfig
 from bagel_ds.model.parts import Freezing
 from bagel_ds.units import GIB, MIB
 from bagel_ds.zero.memory_activations import PackShape
-from bagel_ds.zero.memory_moments import Moment, StepShape, arena, gathering, moments
+from bagel_ds.zero.memory_moments import Moment, StepShape, arena, gathering, moments, offloaded_inputs
 from bagel_ds.zero.memory_parameters import parameter_sizes, vae_parameters
 from bagel_ds.zero.memory_states import (
     DEVICE,
@@ -202,7 +202,7 @@ def plan_memory(model: BagelConfig, ds_config: dict[str, Any], run: MemoryOption
         gpu_peak=0 if on_cpu else highest[DEVICE][1],
         host_peak=highest[HOST][1],
         nvme=highest[NVME][1],
-        traffic=step_traffic(sharding, gathering(sharding, shape), ranks),
+        traffic=step_traffic(sharding, gathering(sharding, shape), ranks, offloaded_inputs(sharding, shape)),
         items=tuple(_items(always, peaks, {place: name for place, (name, _) in highest.items()}, per_host)),
         gpu_moments=() if on_cpu else by_moment[DEVICE],
         host_moments=by_moment[HOST],

@@ -120,6 +120,14 @@ def arena(s: Sharding, shape: StepShape) -> list[State]:
     return [State("layer inputs (one page-locked arena)", HOST, size, 0 if s.on_cpu else 1)]
 
 
+def offloaded_inputs(s: Sharding, shape: StepShape) -> int:
+    """Bytes of layer inputs that a micro-batch sends to the host and fetches again."""
+    if shape.checkpointing != "offload":
+        return 0
+    needs = activations(shape.config, shape.pack, shape.checkpointing, s.weight_bytes)
+    return needs.checkpoints + needs.vit_checkpoints
+
+
 def _one_after_the_other(s: Sharding, live: Gathered, moment: str, name: str, parts: list[State]) -> list[Moment]:
     """On CPU parameters are copied and gradients reduced in turn: each reduction meets what is held at that time."""
     others = [part for part in parts if part.name not in _REDUCTION]

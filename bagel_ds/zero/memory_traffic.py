@@ -23,8 +23,11 @@ class Traffic(NamedTuple):
         return self.network + self.pcie + self.nvme
 
 
-def step_traffic(s: Sharding, live: Gathered | None, ranks: int) -> Traffic:
-    """Of `ranks` ranks; `live` is None unless parameters are gathered (ZeRO-3)."""
+def step_traffic(s: Sharding, live: Gathered | None, ranks: int, layer_inputs: int = 0) -> Traffic:
+    """Of `ranks` ranks; `live` is None unless parameters are gathered (ZeRO-3).
+
+    `layer_inputs` are bytes of one micro-batch that wait on the host for the backward pass.
+    """
     accumulation = s.accumulation
     others = (s.world - 1) / s.world
     trainable, share = s.elements(True), s.share(True)
@@ -33,7 +36,7 @@ def step_traffic(s: Sharding, live: Gathered | None, ranks: int) -> Traffic:
     network = others * (s.weight_bytes * gathers + s.communication_bytes * reductions)
     if s.stage in (0, 1, 2):
         network += others * s.weight_bytes * trainable  # updated weights (stage 0: the other half of the all-reduce)
-    pcie, nvme = 0, 0
+    pcie, nvme = 2 * layer_inputs * accumulation, 0
     if s.place("param") != DEVICE:
         pcie += s.weight_bytes * gathers // s.world
     if s.place("optimizer") != DEVICE:

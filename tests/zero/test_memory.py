@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +12,9 @@ from typing import Any
 import pytest
 
 from bagel_ds.arguments import all_options
-from bagel_ds.cli import main
 from bagel_ds.config import RunConfig, make_config, parse_arguments
 from bagel_ds.errors import UserError
-from bagel_ds.model.config import BagelConfig, LLMConfig
+from bagel_ds.model.config import BagelConfig
 from bagel_ds.units import GIB
 from bagel_ds.zero.memory import MemoryItem, MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.zero.memory_parameters import parameter_sizes
@@ -195,6 +193,16 @@ def test_offloaded_layer_inputs_take_one_exact_block_and_leave_the_others_exact(
     assert offloaded.host_peak == kept.host_peak + arena.bytes
 
 
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_layer_inputs_cross_pcie_twice(micro_batches: int) -> None:
+    kept, offloaded = (
+        plan("zero3.json", activation_checkpointing=how, gradient_accumulation_steps=micro_batches)
+        for how in ("full", "offload")
+    )
+    (inputs,) = items(plan("zero3.json"), "activation checkpoints")
+    assert offloaded.traffic.pcie - kept.traffic.pcie == 2 * 2 * inputs.bytes * micro_batches  # each way, two ranks
+
+
 def test_an_arena_of_torch_that_rounds_is_rounded() -> None:
     exact, rounded = (
         plan("zero2.json", 8, activation_checkpointing="offload", rounds_pinned_memory=rounds)
@@ -344,60 +352,6 @@ def test_a_hopeless_machine_gets_no_suggestion() -> None:
 def test_no_nvme_is_a_budget_of_zero() -> None:
     found = plan("zero3_nvme.json", **budgets(80, 512, 0))
     assert set(found.shortfalls) == {"nvme"} and not found.fits
-
-
-# --------------------------------------------------------------------------------------------------------- the command
-def test_the_command_prints_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
-    words = "memory --model 7b --ds_config zero3_cpu.json --world_size 2 --max_num_tokens 11520 --json"
-    assert main([*words.split(), "--gpu_memory", "24", "--host_memory=128", "--nvme", "1000"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    keys = {
-        "gpu_peak_gib",
-        "host_peak_gib",
-        "nvme_gib",
-        "step_traffic_gib",
-        "fits",
-        "items",
-        "suggestions",
-        "not_compared_gib",
-    }
-    assert keys <= set(found)
-    assert found["fits"] is False and found["suggestions"]
-    assert found["gpu_peak_gib"] == round(plan("zero3_cpu.json").gpu_peak / GIB, 3)
-
-
-def test_a_training_command_is_planned_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
-    """Arguments of the trainer, also hyphenated and as prefixes, change the plan or are accepted without effect."""
-    words = "memory --model 7b --world_size 8 --num_worker 1 --freeze-und True --finetune_from_hf True --lr 2e-5 --json"
-    assert main(words.split()) == 0
-    frozen = json.loads(capsys.readouterr().out)
-    assert main("memory --model 7b --world_size 8 --num_worker 1 --json".split()) == 0
-    assert frozen["gpu_peak_gib"] < json.loads(capsys.readouterr().out)["gpu_peak_gib"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("memory --world_size 2", "--model_path"),
-        ("memory --model 7b --max_num_tokns 5", "--max_num_tokens"),
-        ("memory --model 7b --ds_config zero9", "the presets are"),
-        ("memory --model 7b --world_size 4 --ranks_per_host 3", "not a multiple"),
-        ("memory --model_path no/such/folder", "does not exist"),
-    ],
-)
-def test_a_mistake_is_one_message(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(words.split()) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_a_model_folder_is_read_without_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-    llm = {**dataclasses.asdict(LLMConfig()), **small}
-    vit = {**small, "hidden_size": 64, "patch_size": 14}
-    (tmp_path / "llm_config.json").write_text(json.dumps(llm))
-    (tmp_path / "vit_config.json").write_text(json.dumps(vit))
-    assert main(["memory", "--model_path", str(tmp_path), "--device", "cpu", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["gpu_peak_gib"] == 0
 
 
 def test_planning_needs_neither_torch_nor_deepspeed() -> None:
