@@ -76,26 +76,26 @@ def _unquoted(word: str) -> list[str]:
         parts = shlex.split(word.replace("\\\n", " "))
     except ValueError:
         return [word]
-    if _start(parts) != 0:
+    if _start(parts) != 0 or _script(parts) is None:
         return [word]
     return parts[: next((i for i, part in enumerate(parts) if _SHELL.fullmatch(part)), len(parts))]
 
 
 def _start(words: list[str]) -> int | None:
-    """Where a launcher's line begins: at its program or its script, or at variables before them."""
-    for start, word in enumerate(words):
-        if start and words[start - 1].startswith("-") and "=" not in words[start - 1]:
-            continue  # an option's value
-        behind = next((other for other in words[start:] if not _VARIABLE.fullmatch(other)), "")
-        if Path(behind).name in _PROGRAMS or _is_script(behind):
-            return start
-        if not word.startswith("-"):
-            return None
-    return None
+    """Where a launcher's line begins: at the first word that is neither an option nor its value (a variable, nohup, the
+    launcher itself), if a launcher's program or a script is among such words.
+    """
+    alone = [
+        index
+        for index, word in enumerate(words)
+        if not word.startswith("-") and not (index and words[index - 1].startswith("-") and "=" not in words[index - 1])
+    ]
+    is_launch = any(Path(words[index]).name in _PROGRAMS or _is_script(words[index]) for index in alone)
+    return alone[0] if is_launch else None
 
 
 def _is_script(word: str) -> bool:
-    return word.endswith(".py") and not word.startswith("-")
+    return word.endswith(".py") and not word.startswith("-") and "=" not in word
 
 
 def _script(line: list[str]) -> int | None:

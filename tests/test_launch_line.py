@@ -33,6 +33,8 @@ TRAINING = ["--ds_config", "zero3.json", "--lr", "2e-5"]
         ("torchrun --nproc-per-node 2 -m train.pretrain_unified_navit", (2, 2)),
         ("python -m torch.distributed.run --nproc_per_node 2 train/main.py", (2, 2)),
         ("torchrun train/main.py", (1, 1)),
+        ("nohup deepspeed --no_ssh_check --num_gpus 2 launch/train.py", (2, 2)),
+        ("srun --nodes 1 python3 -m deepspeed.launcher.runner --num_gpus 2 launch/train.py", (2, 2)),
         ("deepspeed launch/train.py", None),
         ("python launch/train.py", None),
         ("launch/train.py", None),

@@ -28,12 +28,12 @@ class Activations(NamedTuple):
     """Bytes. `held` live from the forward to the backward pass of their part; the rest only at their moment."""
 
     checkpoints: int  # inputs of recomputed layers, or with "none" all that their backward needs
-    input: int  # of them, one decoder layer's
+    layer_input: int  # of them, one decoder layer's
     inputs: int  # embeddings, flow and pixels of the pack
     layer: int  # one decoder layer's own while its backward runs
     vit_layer: int
     vit_checkpoints: int
-    vit_input: int
+    vit_layer_input: int
     head: int  # hidden states of labels, their gradient, one chunk of logits
 
 
@@ -53,14 +53,14 @@ def activations(config: BagelConfig, pack: PackShape, mode: str, dtype_bytes: in
     patch_features = vit.num_channels * vit.patch_size**2
     return Activations(
         checkpoints=int(tokens * llm.num_hidden_layers * layers[0]),
-        input=int(tokens * checkpoint),
+        layer_input=int(tokens * checkpoint),
         inputs=int(
             tokens * (share * 4 * width + 12 * config.latent_features) + patches * patch_features * (1 + 2 * share)
         ),
         layer=int(tokens * (transient if mode == "none" else saved + transient)),
         vit_layer=int(patches * (vit_transient if mode == "none" else vit_saved + vit_transient)),
         vit_checkpoints=int(patches * vit.num_layers * layers[1]),
-        vit_input=int(patches * vit_checkpoint),
+        vit_layer_input=int(patches * vit_checkpoint),
         head=head_bytes(pack.labels, llm.vocab_size, width, dtype_bytes),
     )
 

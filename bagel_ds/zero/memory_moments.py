@@ -74,19 +74,19 @@ def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Moment]
     head = shape.config.llm.vocab_size * shape.config.llm.hidden_size
     own = {
         "layer": [
-            *_checkpoints(shape, needs.checkpoints + needs.vit_checkpoints, 2 * needs.input),
+            *_checkpoints(shape, needs.checkpoints + needs.vit_checkpoints, 2 * needs.layer_input),
             State("activations of a decoder layer", DEVICE, needs.layer),
             *_reduction(s, 0),
         ],
         "head": [
-            *_checkpoints(shape, needs.checkpoints + needs.vit_checkpoints, needs.input),
+            *_checkpoints(shape, needs.checkpoints + needs.vit_checkpoints, needs.layer_input),
             State("logits chunk and labels", DEVICE, needs.head),
             # Its gradient is the first: what waits in the bucket is less, so only one beyond it is reduced now.
             *(_reduction(s, head) if _trains(s, "lm_head") and head > s.bucket else []),
         ],
         "embedding": _reduction(s, head) if _trains(s, "embed_tokens") else [],
         "vit": [
-            *_checkpoints(shape, needs.vit_checkpoints, 2 * needs.vit_input),
+            *_checkpoints(shape, needs.vit_checkpoints, 2 * needs.vit_layer_input),
             State("activations of a ViT layer", DEVICE, needs.vit_layer),
             *_reduction(s, 0),
         ],

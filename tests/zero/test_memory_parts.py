@@ -143,7 +143,7 @@ def _peaks(config: BagelConfig, tokens: list[int], mode: str, dtype: torch.dtype
         del output
         loss.backward()
     needs = activations(config, PackShape(sum(tokens), tokens[0], tokens[2]), mode, dtype.itemsize)
-    kept = needs.checkpoints + needs.vit_checkpoints if mode != "offload" else 2 * needs.input
+    kept = needs.checkpoints + needs.vit_checkpoints if mode != "offload" else 2 * needs.layer_input
     return live.peak, needs.inputs + kept + max(needs.layer, needs.head)
 
 
