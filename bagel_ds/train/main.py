@@ -64,7 +64,7 @@ def _train(config: RunConfig, rank: int) -> int:
     quiet_warnings()
     return_freed_memory()
     choose_kernels(config.training.precision)
-    if uses_cuda() and config.training.activation_checkpointing != "offload":
+    if uses_cuda():
         exact_pinned_memory()
     try:
         init_distributed()

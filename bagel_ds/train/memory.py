@@ -49,7 +49,7 @@ def plan_run(
         gpu_memory=torch.cuda.mem_get_info()[1] / GIB if uses_cuda() else None,
         host_memory=host_memory_gib(),
         nvme=_free_gib(ds_config),
-        rounds_pinned_memory=_rounds_pinned_memory(config),
+        rounds_pinned_memory=_rounds_pinned_memory(),
     )
     plan = plan_memory(model, ds_config, options)
     if not plan.fits and not config.training.ignore_memory_plan:
@@ -61,11 +61,9 @@ def plan_run(
     return plan
 
 
-def _rounds_pinned_memory(config: RunConfig) -> bool:
-    """What main.py could have torch do about page-locked memory: a torch that is older may not be able to."""
-    if not uses_cuda():
-        return False
-    return config.training.activation_checkpointing == "offload" or not exact_pinned_memory()
+def _rounds_pinned_memory() -> bool:
+    """Whether main.py could not have torch spare large page-locked blocks: one that is older may not be able to."""
+    return uses_cuda() and not exact_pinned_memory()
 
 
 def plan_lines(plan: MemoryPlan) -> list[str]:

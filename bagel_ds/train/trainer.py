@@ -47,6 +47,7 @@ from bagel_ds.train.stop import StopRequest
 from bagel_ds.train.watch import StallWatch
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
+from bagel_ds.zero.memory_activations import arena_bytes
 from bagel_ds.zero.nvme import average_folder
 from bagel_ds.zero.swap_folders import leave_folders
 
@@ -179,7 +180,9 @@ class Trainer:
     def _build_engine(self) -> ZeroEngine:
         model = self.prepared.model
         trains = trainable(self.config, model)
-        recompute = recompute_mode(self.args.activation_checkpointing)
+        # No pack has more tokens, so this is what the layer inputs take at most ("offload").
+        arena = arena_bytes(model, self.config.data.max_num_tokens, DTYPES[self.args.precision].itemsize)
+        recompute = recompute_mode(self.args.activation_checkpointing, arena)
         return ZeroEngine(
             lambda: Bagel(model, recompute), lambda name: part_of(name) in trains, self.prepared.ds_config
         )

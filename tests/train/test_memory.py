@@ -63,6 +63,19 @@ def test_a_large_host_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.fits and plan_lines(found)[-1].strip() == "it fits"
 
 
+def test_offloaded_layer_inputs_leave_other_page_locked_memory_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "host_memory_gib", lambda: 2000.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(memory, "exact_pinned_memory", lambda: True)
+    rounding = "page-locked memory: rounding and cache"
+    sizes = []
+    for mode in ("full", "offload"):
+        found = plan(parse_arguments(["--ds_config", "zero3_cpu", "--activation_checkpointing", mode]))
+        sizes += [item.bytes for item in found.items if item.name == rounding]
+    assert len(sizes) == 2 and sizes[0] == sizes[1]
+
+
 def test_memory_of_the_host_is_that_of_the_machine_or_of_its_container(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
