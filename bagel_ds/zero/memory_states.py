@@ -15,6 +15,7 @@ from bagel_ds.zero.draft import offload_device, zero_stage
 from bagel_ds.zero.memory_parameters import ParameterSize
 
 DEVICE, HOST, NVME = "gpu", "host", "nvme"
+SECTOR_BYTES = 4096  # zero/swap_io.py
 EXACT_ABOVE_MIB = 32  # page-locked blocks above it are exact and freed at once (memory_allocator.py)
 PARAMETER_IO = 150 * MIB  # measured: threads and handles that read and write parameters on NVMe
 _PLACE = {"none": DEVICE, "cpu": HOST, "nvme": NVME}
@@ -172,8 +173,8 @@ def backward_states(s: Sharding) -> list[State]:
         size = s.bucket * (2 if s.zero.get("overlap_comm") else 1)
         touched = min(size, s.elements(True)) if s.on_cpu else size
         found.append(State("communication buckets", DEVICE, touched * s.weight_bytes))
-    elif s.stage == 3 and s.place("optimizer") == NVME and not s.keeps_fp32_gradients:
-        found.append(State("fp32 gradients that are not swapped", DEVICE, 4 * _unswapped(s)))
+    elif s.stage == 3 and s.place("optimizer") == NVME:
+        found.append(State("fp32 gradients that are not swapped", HOST, 4 * _unswapped(s)))
     return [state for state in found if state.size]
 
 
@@ -198,16 +199,14 @@ def window_gradients(s: Sharding) -> list[State]:
 
 
 def _unswapped(s: Sharding) -> int:
-    """Elements of gradients whose fp32 copies stay where they were made, until the update.
+    """Elements of gradients whose fp32 copies wait in host memory until the update (zero/swap_io.py).
 
-    The optimizer swapper of DeepSpeed 0.19.8 keeps shares of less than 1 MiB (or an aio block), and the last elements
-    of those that are no multiple of its alignment, as a view that holds the whole copy.
+    These are shares of less than 1 MiB (or an aio block), and less than a sector at both ends of the others.
     """
-    aio = s.ds.get("aio", {})
-    least = max(MIB, int(float(aio.get("block_size", MIB)))) // 4
-    alignment = 256 * int(float(aio.get("intra_op_parallelism", 1)))
+    least = max(MIB, int(float(s.ds.get("aio", {}).get("block_size", MIB)))) // 4
+    ends = 2 * SECTOR_BYTES // 4
     shares = [-(-p.numel // s.world) for p in s.parameters if p.trains]
-    return sum(share for share in shares if share < least or share % alignment)
+    return sum(share if share < least else ends for share in shares)
 
 
 def _stage3(s: Sharding) -> Iterator[State]:

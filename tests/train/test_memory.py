@@ -65,7 +65,7 @@ def test_a_large_host_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_offloaded_layer_inputs_leave_other_page_locked_memory_exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "host_memory_gib", lambda: 2000.0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 * 2**30, 80 * 2**30))
     monkeypatch.setattr(memory, "exact_pinned_memory", lambda: True)
     rounding = "page-locked memory: rounding and cache"
