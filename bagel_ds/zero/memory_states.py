@@ -200,8 +200,8 @@ def window_gradients(s: Sharding) -> list[State]:
 def _unswapped(s: Sharding) -> int:
     """Elements of gradients whose fp32 copies stay where they were made, until the update.
 
-    The optimizer swapper of DeepSpeed 0.19.8 keeps shares of less than 1 MiB (or an aio block), and the last elements
-    of those that are no multiple of its alignment, as a view that holds the whole copy.
+    The optimizer swapper of DeepSpeed 0.19.8 does not write shares of less than 1 MiB (or an aio block). Where a share
+    is not a multiple of its alignment, it keeps the last elements as a view, which holds the whole copy.
     """
     aio = s.ds.get("aio", {})
     least = max(MIB, int(float(aio.get("block_size", MIB)))) // 4
