@@ -20,6 +20,7 @@ from bagel_ds.ranges import WeightSource
 from bagel_ds.zero.config import offload_device, zero_stage
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.partitions import Partitions, load_masters
+from bagel_ds.zero.swap_io import use_checked_swapping
 from bagel_ds.zero.weights import full_shape, load_weights
 
 logger = logging.getLogger("bagel_ds")
@@ -43,6 +44,8 @@ class ZeroEngine:
     def __init__(self, build: Callable[[], nn.Module], trainable: Callable[[str], bool], ds_config: dict[str, Any]):
         self.stage = zero_stage(ds_config)
         self.ds_config = ds_config
+        if "nvme" in (offload_device(ds_config, "optimizer"), offload_device(ds_config, "param")):
+            use_checked_swapping()
         self.module = self._construct(build)
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(trainable(name))

@@ -172,8 +172,10 @@ def backward_states(s: Sharding) -> list[State]:
         size = s.bucket * (2 if s.zero.get("overlap_comm") else 1)
         touched = min(size, s.elements(True)) if s.on_cpu else size
         found.append(State("communication buckets", DEVICE, touched * s.weight_bytes))
-    elif s.stage == 3 and s.place("optimizer") == NVME and not s.keeps_fp32_gradients:
-        found.append(State("fp32 gradients that are not swapped", DEVICE, 4 * _unswapped(s)))
+    elif s.stage == 3 and s.place("optimizer") == NVME:
+        shares = [-(-p.numel // s.world) for p in s.parameters if p.trains]
+        small = sum(share for share in shares if 4 * share < MIB)
+        found.append(State("fp32 gradients too small to swap", HOST, 4 * small))
     return [state for state in found if state.size]
 
 
@@ -195,19 +197,6 @@ def window_gradients(s: Sharding) -> list[State]:
         whole = sum(p.numel for p in s.parameters if p.trains and (waits or p.numel > s.bucket))
         found.append(State("whole gradients", DEVICE, s.weight_bytes * whole))
     return found
-
-
-def _unswapped(s: Sharding) -> int:
-    """Elements of gradients whose fp32 copies stay where they were made, until the update.
-
-    The optimizer swapper of DeepSpeed 0.19.8 does not write shares of less than 1 MiB (or an aio block). Where a share
-    is not a multiple of its alignment, it keeps the last elements as a view, which holds the whole copy.
-    """
-    aio = s.ds.get("aio", {})
-    least = max(MIB, int(float(aio.get("block_size", MIB)))) // 4
-    alignment = 256 * int(float(aio.get("intra_op_parallelism", 1)))
-    shares = [-(-p.numel // s.world) for p in s.parameters if p.trains]
-    return sum(share for share in shares if share < least or share % alignment)
 
 
 def _stage3(s: Sharding) -> Iterator[State]:

@@ -22,6 +22,7 @@ STAGE0 = "deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer"
 ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
 SWAPPED_STATES = "deepspeed.runtime.swap_tensor.optimizer_utils.OptimizerSwapper"
 SWAPPED_WEIGHTS = "deepspeed.runtime.swap_tensor.partitioned_param_swapper.AsyncPartitionedParameterSwapper"
+SWAPPER = "deepspeed.runtime.swap_tensor.partitioned_optimizer_swapper.PartitionedOptimizerSwapper"
 
 READ = {
     f"{STAGE3}.step": "89aab0f80f1a80b3",
@@ -43,6 +44,14 @@ READ = {
     f"{ENGINE}.clip_fp32_gradients": "c3ad53cbce68a72f",
     f"{SWAPPED_STATES}._io_aligned_numel": "fa9698a7c142dd47",
     f"{SWAPPED_STATES}._get_param_swap_info": "d20846aaae414b6e",
+    f"{SWAPPED_STATES}._adjust_for_misaligned_lengths": "1e87ad5071059ae9",
+    f"{SWAPPED_STATES}._swap_out_gradients": "313e76c2d1573d87",
+    f"{SWAPPER}.__init__": "f9518a39bec8e9b1",
+    f"{SWAPPER}.swap_in_optimizer_state": "6b96e0d0e495be29",
+    "deepspeed.ops.op_builder.builder.OpBuilder.load": "47d513ddccc5335a",
+    f"{SWAPPED_WEIGHTS}._configure_aio": "74d489dc31c4ae00",
+    f"{SWAPPED_WEIGHTS}.reserve_partitioned_swap_space": "40a03f904eef777c",
+    f"{SWAPPED_WEIGHTS}.swap_out_partitioned_params": "747b5adc9b463dd5",
     f"{SWAPPED_WEIGHTS}.swap_in": "38b5aefce087a2d3",
     f"{SWAPPED_WEIGHTS}.swap_out_and_release": "90832b179cd3642d",
     f"{SWAPPED_WEIGHTS}.remove_partition_and_release_buffers": "27535405f0aaa7c2",
