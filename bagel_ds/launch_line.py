@@ -1,8 +1,8 @@
 """A training command as pasted from a script: the trainer's words, and how many ranks its launcher starts.
 
-Guarantees: understands `deepspeed` and `torchrun` (also as `python -m ...`) with variables before them, the script by
-path or as -m/--module, and a command quoted as one word with its line breaks. Words without a launcher stay as they
-are. What the launcher's words don't say is None, never guessed.
+Guarantees: understands `deepspeed` and `torchrun` (also as `python -m ...`) after variables or words such as nohup, the
+script by path or as -m/--module, and a command quoted as one word with its line breaks. Words without a launcher stay
+as they are. A number of ranks that the launcher leaves to the machine is None, never guessed.
 """
 
 from __future__ import annotations

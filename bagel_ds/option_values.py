@@ -1,4 +1,4 @@
-"""Values of the sub-commands' own options, as argparse reads them: what is refused, and in which words."""
+"""Types of the sub-commands' options for argparse, with messages that say what is expected."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def not_negative(word: str) -> int:
 
 
 def gibibytes(word: str) -> float:
-    """A size that memory can have."""
+    """A size in GiB, above 0."""
     value = _number(word)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"expected GiB as a number above 0, such as 24, found {word!r}")
@@ -23,7 +23,7 @@ def gibibytes(word: str) -> float:
 
 
 def gibibytes_or_none(word: str) -> float:
-    """A size, or 0 where there is nothing of the kind."""
+    """A size in GiB, or 0 for none."""
     value = _number(word)
     if not value >= 0:
         raise argparse.ArgumentTypeError(
@@ -33,7 +33,7 @@ def gibibytes_or_none(word: str) -> float:
 
 
 def _number(word: str) -> float:
-    """NaN where the word is no finite number: it is neither above, below nor equal to anything."""
+    """NaN where the word is not a finite number, as no comparison with NaN is true."""
     try:
         value = float(word)
     except ValueError:

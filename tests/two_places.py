@@ -18,10 +18,15 @@ from torch.utils._pytree import tree_iter
 
 
 class _WithoutDeviceGuard(TorchFunctionMode):
-    """`Tensor.copy_` as an operator: the method would first switch to the target's device, which isn't there."""
+    """`copy_` and slices as operators: Tensor's own methods would first switch to a device that isn't there."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (torch.ops.aten.copy_.default if func is torch.Tensor.copy_ else func)(*args, **(kwargs or {}))
+        if func is torch.Tensor.copy_:
+            func = torch.ops.aten.copy_.default
+        elif func is torch.Tensor.__getitem__ and isinstance(args[1], slice):
+            begin, end, _ = args[1].indices(args[0].numel())
+            func, args = torch.narrow, (args[0], 0, begin, end - begin)
+        return func(*args, **(kwargs or {}))
 
 
 class TwoPlaces(TorchDispatchMode):

@@ -1,8 +1,8 @@
 """Inputs of recomputed layers in host memory between the forward and the backward pass.
 
-Guarantees: only what checkpointing saves is moved, each tensor twice: out while its layer computes, and back while the
-layer after it does its backward pass, on a stream of their own. Values come back bit for bit. All of them lie in one
-arena, page-locked for a GPU, which serves every pass again and grows only where a pass needs more than it has.
+Guarantees: moves only what checkpointing saves, and each tensor twice: out while its layer computes, and back while the
+next layer does its backward pass, on a stream of its own. Values come back bit for bit. All tensors lie in one arena,
+page-locked for a GPU, which every pass uses again; it grows only if a pass needs more than it has.
 """
 
 from __future__ import annotations

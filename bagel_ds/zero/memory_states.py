@@ -15,7 +15,6 @@ from bagel_ds.zero.draft import offload_device, zero_stage
 from bagel_ds.zero.memory_parameters import ParameterSize
 
 DEVICE, HOST, NVME = "gpu", "host", "nvme"
-SECTOR_BYTES = 4096  # zero/swap_io.py
 EXACT_ABOVE_MIB = 32  # page-locked blocks above it are exact and freed at once (memory_allocator.py)
 PARAMETER_IO = 150 * MIB  # measured: threads and handles that read and write parameters on NVMe
 _PLACE = {"none": DEVICE, "cpu": HOST, "nvme": NVME}
@@ -174,7 +173,9 @@ def backward_states(s: Sharding) -> list[State]:
         touched = min(size, s.elements(True)) if s.on_cpu else size
         found.append(State("communication buckets", DEVICE, touched * s.weight_bytes))
     elif s.stage == 3 and s.place("optimizer") == NVME:
-        found.append(State("fp32 gradients that are not swapped", HOST, 4 * _unswapped(s)))
+        shares = [-(-p.numel // s.world) for p in s.parameters if p.trains]
+        small = sum(share for share in shares if 4 * share < MIB)
+        found.append(State("fp32 gradients too small to swap", HOST, 4 * small))
     return [state for state in found if state.size]
 
 
@@ -196,17 +197,6 @@ def window_gradients(s: Sharding) -> list[State]:
         whole = sum(p.numel for p in s.parameters if p.trains and (waits or p.numel > s.bucket))
         found.append(State("whole gradients", DEVICE, s.weight_bytes * whole))
     return found
-
-
-def _unswapped(s: Sharding) -> int:
-    """Elements of gradients whose fp32 copies wait in host memory until the update (zero/swap_io.py).
-
-    These are shares of less than 1 MiB (or an aio block), and less than a sector at both ends of the others.
-    """
-    least = max(MIB, int(float(s.ds.get("aio", {}).get("block_size", MIB)))) // 4
-    ends = 2 * SECTOR_BYTES // 4
-    shares = [-(-p.numel // s.world) for p in s.parameters if p.trains]
-    return sum(share if share < least else ends for share in shares)
 
 
 def _stage3(s: Sharding) -> Iterator[State]:

@@ -1,6 +1,6 @@
 """Trains on hand-made batches; started by test_modalities.py and test_offload_equality.py.
 
-Arguments: a model folder, a JSON file with {steps, cases: [{name, ds_config, recompute, mixed}]} and a folder for the
+Arguments: a model folder, a JSON file with {steps, cases: [{name, ds_config, mixed, recompute}]} and a folder for the
 results (<name>.json with losses and gradient norms, <name>.safetensors with the final weights). Unless `mixed`, on two
 ranks one has only text and the other only images to generate, swapped halfway; one rank takes both as two
 micro-batches. Mixed batches hold text, an image to read and an image to generate.

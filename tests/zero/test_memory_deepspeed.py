@@ -77,6 +77,8 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "get_accelerator", _GPU)
         monkeypatch.setattr(module, "get_norm_dtype", lambda: torch.double)
         monkeypatch.setattr(module, "dist", SimpleNamespace(get_rank=lambda group=None: 0))
+    # As use_checked_swapping has it, for this test only.
+    monkeypatch.setattr(PartitionedOptimizerSwapper, "_adjust_for_misaligned_lengths", _cut_gradients)
 
 
 def parameters(numel: int = NUMEL) -> list[Any]:
@@ -229,14 +231,16 @@ def test_gradients_on_their_way_take_what_they_take_of_the_gpu(window: Window) -
     assert stays == pytest.approx(parts.get("gradients", 0), abs=4096)
 
 
-@pytest.mark.parametrize("numel", [1024, 2**18 - 1, 2**18, 2**19, 2**19 + 128, 2**19 + 512, 2**19 + 1024])
+@pytest.mark.parametrize("numel", [2**19, 2**19 + 512, 2**19 + 1, 2**18 - 1, 1024])
 def test_gradients_that_are_not_swapped_leave_the_gpu(numel: int) -> None:
+    """Small ones and the ends of others (zero/swap_io.py), for which DeepSpeed itself keeps whole gradients there."""
     window = Window(3, "nvme", numel=numel)
     with TwoPlaces():
-        _, _, left = stage3_window(window)
-    assert left == pytest.approx(0, abs=4 * 512)  # a norm's scalar for each
-    (kept,) = backward_states(window.sharding)
-    assert kept.place == "host" and kept.size == 4 * COUNT * (numel if numel < 2**18 else 2048)
+        moved, _, left = stage3_window(window)
+    assert moved == pytest.approx(offloaded_gradient_bytes(window.sharding))
+    assert left < 4096  # norms
+    planned = sum(state.size for state in backward_states(window.sharding))
+    assert planned == (4 * COUNT * numel if 4 * numel < 2**20 else 0)
 
 
 @pytest.mark.parametrize("device", ["none", "cpu"])

@@ -51,7 +51,7 @@ CASES = (
     Case("zero3_cpu_bf16"),
     Case("zero3", options={"activation_checkpointing": "offload"}),
     Case("zero3_nvme"),
-    Case("zero3_nvme", ranks=3),  # most shares are no multiple of what the swapper writes
+    Case("zero3_nvme", ranks=3),
     Case("zero3_nvme_all"),
     Case("zero3", "213M"),
     Case("zero3_cpu", "213M"),
