@@ -36,7 +36,7 @@ def choose_kernels(precision: str) -> None:
 
     cuDNN's attention, which torch prefers on H100 and newer, builds a plan for every new shape (up to three times, as
     recomputation and the backward pass run in threads of their own) and keeps all of them, while every pack brings
-    about 20 new shapes; the flash kernel is as fast and has no plans. fp32 means fp32: torch lets cuDNN's convolutions
+    about 20 new shapes; torch's other kernels have no plans. fp32 means fp32: by itself torch lets cuDNN's convolutions
     (the autoencoder's) round their inputs to TF32, which has 10 bits of mantissa.
     """
     import torch

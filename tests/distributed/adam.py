@@ -1,8 +1,9 @@
 """Three updates of a small network under each DeepSpeed configuration; started by test_adam.py.
 
 Arguments: a JSON file with a list of cases {name, ds_config, precision, rates, resumes} and a folder for the results:
-<name>.<step>.safetensors with the masters after each update, where it resumes, <name>.resumed.safetensors with those
-of an engine that takes up the state after the second one and makes the third, <name>.json with the gradient norms.
+<name>.<step>.safetensors with the masters after each update and <name>.json with the gradient norms. A case that
+resumes also gives <name>.resumed.safetensors: the masters of an engine that takes up the state after the second update
+and makes the third.
 
 Loss and weights are linear in each other, so the gradient is what `gradients` draws, whatever the weights round to.
 """
@@ -36,7 +37,7 @@ from bagel_ds.zero.partitions import MOMENTS
 UPDATES = 3
 # On both sides of stage3_param_persistence_threshold (100,000); sizes that no number of ranks divides.
 SHAPES = {"first": (7,), "second": (301, 333), "third": (100,), "fourth": (13, 17), "fifth": (1,), "sixth": (64, 65)}
-# The first and the last gradient are clipped at 1.0 (norms of about 280 and 15), the second is not (0.43).
+# The first and the last gradient are clipped at 1.0 (norms of about 200 and 12 on one rank), the second is not (0.4).
 SCALES = (2.0**-3, 2.0**-12, 2.0**-7)
 
 
