@@ -60,14 +60,22 @@ def resolve_model_path(config: RunConfig) -> Path:
     path = Path(config.model.model_path)
     if path.is_dir() or not is_hub_id(config.model.model_path):
         return path
+    return hub_folder(config.model.model_path, "--model_path")
+
+
+def hub_folder(name: str, option: str, patterns: tuple[str, ...] | None = None) -> Path:
+    """Where the files of a model on the hub lie after a download: all of them, or those that match.
+
+    Raises UserError, which names `option`.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        with waiting_for(f"{config.model.model_path} to be downloaded", "30 GB, once; it goes on where it was cut off"):
-            return Path(snapshot_download(config.model.model_path))
+        with waiting_for(f"{name} to be downloaded", "30 GB for the 7B, once; it goes on where it was cut off"):
+            return Path(snapshot_download(name, allow_patterns=patterns and list(patterns)))
     except Exception as fault:  # the hub's own errors, and those of whatever http library it brings
         raise UserError(
-            f"--model_path {config.model.model_path}: no such folder here, and the hub gave no model of that id "
+            f"{option} {name}: no such folder here, and the hub gave no model of that id "
             f"({type(fault).__name__}: {' '.join(str(fault).split())[:300]}); check the network, or pass a folder"
         ) from None
 

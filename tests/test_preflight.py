@@ -116,10 +116,10 @@ def test_a_hub_model_is_downloaded_and_a_failure_is_one_message(
     import huggingface_hub
 
     run = config("--model_path ByteDance-Seed/BAGEL-7B-MoT")
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path / name))
     assert preflight.resolve_model_path(run) == tmp_path / "ByteDance-Seed/BAGEL-7B-MoT"
 
-    def offline(name: str) -> str:
+    def offline(name: str, allow_patterns: None) -> str:
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)

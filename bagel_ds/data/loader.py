@@ -215,7 +215,7 @@ class PlannedData:
             sampler=_Once(tasks),
             num_workers=num_workers,
             prefetch_factor=prefetch_factor if num_workers else None,
-            pin_memory=pin_memory and torch.cuda.is_available(),
+            pin_memory=pin_memory,
             collate_fn=_as_is,
             worker_init_fn=_start_worker,
             multiprocessing_context="fork" if num_workers else None,

@@ -26,6 +26,7 @@ from typing import NamedTuple
 from packaging.version import Version
 
 from bagel_ds.config import RunConfig
+from bagel_ds.device import ACCELERATORS, asked_accelerator
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.units import GIB, MIB
 from bagel_ds.user_folders import settle_user_folders, write_fault
@@ -33,7 +34,8 @@ from bagel_ds.zero.builds import Op, find_ninja, is_built
 from bagel_ds.zero.memory import PACK_BYTES_PER_TOKEN
 
 MINIMUM_PYTHON = (3, 11)
-MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17"}
+# Pillow before 13.0 resizes tall images to other pixels (data/images.py).
+MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17", "pillow": "13.0"}
 DEEPSPEED_VERSION = "0.19.8"  # exactly: zero/partitions.py reads its internals
 MINIMUM_DRIVERS = {12: "525.60.13", 13: "580.65.06"}  # NVIDIA's Linux driver, by major CUDA version of the torch build
 SHARED_MEMORY = Path("/dev/shm")  # through which DataLoader workers hand over their packs
@@ -116,16 +118,27 @@ def installed_version(package: str) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------------ GPU
 def gpu_finding() -> Finding:
-    """Whether torch can use the NVIDIA GPU of this machine, where there is one and nobody asked for the CPU."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or (hidden is not None and hidden.strip() in ("", "-1")):
+    """Whether torch can use the NVIDIA GPU of this machine, where there is one and nobody asked for the CPU.
+
+    A DS_ACCELERATOR that asks for what isn't there, or for what this package can't use, is a fault, too.
+    """
+    asked, hidden = asked_accelerator(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if asked not in (None, *ACCELERATORS):
+        expected = f"DS_ACCELERATOR is {asked!r}, expected {' or '.join(ACCELERATORS)}"
+        return Finding("GPU", Verdict.FAULT, expected, "set one of them, or unset it")
+    is_hidden = hidden is not None and hidden.strip() in ("", "-1")
+    if asked == "cpu" or (asked is None and is_hidden):
         return Finding("GPU", Verdict.GOOD, "the CPU was asked for")
-    if not gpu_is_present():
+    if asked is None and not gpu_is_present():
         return Finding("GPU", Verdict.GOOD, "there is no NVIDIA GPU")
     import torch
 
     if torch.cuda.is_available():
         return Finding("GPU", Verdict.GOOD, f"{torch.cuda.device_count()} GPU(s), driver {driver_version()}")
+    if is_hidden or not gpu_is_present():
+        where = "CUDA_VISIBLE_DEVICES hides every GPU" if is_hidden else "no NVIDIA GPU was found on this machine"
+        remedy = "unset it, or set DS_ACCELERATOR=cpu to train on the CPU"
+        return Finding("GPU", Verdict.FAULT, f"DS_ACCELERATOR is cuda, but {where}", remedy)
     unusable = "This machine has an NVIDIA GPU, but torch can't use it"
     on_cpu = "To train on the CPU all the same, set DS_ACCELERATOR=cpu."
     driver = driver_version() or "unknown"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Sequence
 
 from bagel_ds.config import RunConfig, parse_arguments, wandb_wanted
+from bagel_ds.device import choose_kernels, uses_cuda
 from bagel_ds.doctor.environment import machine_findings, refuse_faults
 from bagel_ds.errors import UserError
 from bagel_ds.output import outlive_the_reader
@@ -60,7 +61,6 @@ def _train(config: RunConfig, rank: int, notes: list[str]) -> int:
     setup_logging(None, rank)
     with waiting_for("torch and DeepSpeed to be imported", "minutes from a slow network disk, the first time"):
         import deepspeed
-        import torch
         import torch.distributed as dist
 
         from bagel_ds.train.agreement import SharedFault, from_every_host, together
@@ -71,7 +71,8 @@ def _train(config: RunConfig, rank: int, notes: list[str]) -> int:
 
     quiet_warnings()
     return_freed_memory()
-    if torch.cuda.is_available() and config.training.activation_checkpointing != "offload":
+    choose_kernels(config.training.precision)
+    if uses_cuda():
         exact_pinned_memory()
     try:
         notes += init_distributed()

@@ -24,6 +24,7 @@ from bagel_ds.checkpoint.steps import read_trainer, sweep
 from bagel_ds.config import RunConfig
 from bagel_ds.data.config import DatasetConfig
 from bagel_ds.data.loader import PlannedData
+from bagel_ds.device import uses_cuda
 from bagel_ds.doctor.environment import (
     SHARED_MEMORY,
     Verdict,
@@ -85,7 +86,7 @@ class Prepared:
     memory: MemoryPlan
     model_folder: Path
     model: BagelConfig
-    vae: AutoEncoder
+    vae: AutoEncoder  # its encoder
     data: PlannedData
     start: StartPoint
     weights: StartWeights
@@ -193,7 +194,7 @@ def _open_data(
 
 def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[BagelConfig, AutoEncoder]:
     folder = ModelFolder(path)
-    vae = folder.load_vae()
+    vae = folder.load_vae(decodes=False)
     if start.parts is not None and config.model.max_latent_size is None:  # the original's default
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_latent_size=32))
     return bagel_config(config, folder, None if start.parts else start.folder, vae.config), vae
@@ -232,7 +233,7 @@ def init_distributed() -> list[str]:
             "this process is no rank of a launch: start it with the launcher, also on one GPU, as in "
             "`deepspeed --num_gpus 1 launch/train.py --ds_config zero3.json ...`"
         )
-    if torch.cuda.is_available() and deepspeed.get_accelerator().device_name() == "cuda":
+    if uses_cuda():
         gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_SIZE", local_rank() + 1))
         if ranks > gpus:
             fault = (
@@ -240,14 +241,13 @@ def init_distributed() -> list[str]:
             )
             raise SharedFault(fault) if local_rank() else UserError(fault)
         torch.cuda.set_device(local_rank())
-    on_cpu = deepspeed.get_accelerator().device_name() == "cpu"
     if local_rank() == 0:
         remove_stale_buffers()
     check_meeting_point()
-    notes = _ready_sums() if on_cpu and not dist.is_initialized() else []
+    notes = [] if uses_cuda() or dist.is_initialized() else _ready_sums()
     with quiet_start(), meeting():
         deepspeed.init_distributed(verbose=False)
-    if on_cpu:
+    if not uses_cuda():
         dist.barrier()  # all ranks have mapped each other's
         remove_own_buffers()
     return notes

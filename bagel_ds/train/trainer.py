@@ -26,6 +26,7 @@ from bagel_ds.config import RunConfig, wandb_wanted
 from bagel_ds.data.index_background import BackgroundIndex, index_in_background
 from bagel_ds.data.inspect import first_packs, pack_text
 from bagel_ds.data.loader import MicroBatch, primed
+from bagel_ds.device import uses_cuda
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.parts import part_of
@@ -47,6 +48,7 @@ from bagel_ds.train.watch import StallWatch
 from bagel_ds.waiting import waiting_for
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
+from bagel_ds.zero.memory_activations import arena_bytes
 from bagel_ds.zero.nvme import average_folder
 from bagel_ds.zero.swap_folders import leave_folders
 
@@ -182,7 +184,9 @@ class Trainer:
     def _build_engine(self) -> ZeroEngine:
         model = self.prepared.model
         trains = trainable(self.config, model)
-        recompute = recompute_mode(self.args.activation_checkpointing)
+        # No pack has more tokens, so this is what the layer inputs take at most ("offload").
+        arena = arena_bytes(model, self.config.data.max_num_tokens, DTYPES[self.args.precision].itemsize)
+        recompute = recompute_mode(self.args.activation_checkpointing, arena)
         return ZeroEngine(
             lambda: Bagel(model, recompute), lambda name: part_of(name) in trains, self.prepared.ds_config
         )
@@ -256,7 +260,7 @@ class Trainer:
                 self.world_size,
                 self.config.data.num_workers,
                 self.config.data.prefetch_factor,
-                pin_memory=torch.cuda.is_available(),
+                pin_memory=uses_cuda(),
                 start=self.plan_state,
             )
         )

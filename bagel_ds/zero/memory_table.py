@@ -76,6 +76,7 @@ def longest_packs(
     count: int, gpu: float, host: float, nvme: float, settings: tuple[str, ...]
 ) -> tuple[int, MemoryPlan]:
     """Tokens of the longest packs with which these settings fit, and the plan with them."""
+    settings = tuple(setting for setting in settings if "max_num_tokens" not in setting)
     for tokens in range(MOST_TOKENS, 0, -TOKEN_STEP):
         plan = _plan(*_run(count, gpu, host, nvme, settings, tokens))
         if plan.fits:

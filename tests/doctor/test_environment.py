@@ -60,17 +60,23 @@ def test_pins_satisfy_the_declared_minima() -> None:
 
 
 def test_old_and_absent_packages_are_named_with_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"torch": "2.10.1+cu128", "transformers": None, "deepspeed": "0.19.7"}
+    versions = {"torch": "2.10.1+cu128", "transformers": None, "deepspeed": "0.19.7", "pillow": "12.3.0"}
     monkeypatch.setattr(environment, "installed_version", versions.get)
     with pytest.raises(UserError) as caught:
         refuse_faults(machine_findings(config(), 1))
     message = str(caught.value)
     for word in ("2.10.1+cu128", "2.11", "transformers is not installed", "5.17", "0.19.7", "deepspeed==0.19.8"):
         assert word in message
+    assert "pillow is 12.3.0, which is too old; at least 13.0 is needed: pip install 'pillow>=13.0'" in message
 
 
 def test_builds_and_release_candidates_of_a_sufficient_version_suffice(monkeypatch: pytest.MonkeyPatch) -> None:
-    versions = {"torch": "2.11.0a0+nv26.1", "transformers": "5.17.0.dev0", "deepspeed": "0.19.8+cu130"}
+    versions = {
+        "torch": "2.11.0a0+nv26.1",
+        "transformers": "5.17.0.dev0",
+        "deepspeed": "0.19.8+cu130",
+        "pillow": "13.0.0",
+    }
     monkeypatch.setattr(environment, "installed_version", versions.get)
     monkeypatch.setattr(environment, "gpu_finding", lambda: GOOD_GPU)
     refuse_faults(machine_findings(config(), 1))
@@ -124,6 +130,28 @@ def test_asking_for_the_cpu_is_heard(
 ) -> None:
     monkeypatch.setenv(name, value)
     environment.check_gpu()
+
+
+@pytest.mark.parametrize("name", ["CPU", "gpu", "xpu", ""])
+def test_an_accelerator_of_another_name_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", name)
+    with pytest.raises(UserError, match=f"DS_ACCELERATOR is '{name}', expected cuda or cpu"):
+        environment.check_gpu()
+
+
+def test_a_gpu_that_was_asked_for_and_is_not_there_is_missed(
+    unusable_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(UserError, match="torch can't use it"):
+        environment.check_gpu()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES hides every GPU"):
+        environment.check_gpu()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    (tmp_path / "dev" / "nvidia0").unlink()
+    with pytest.raises(UserError, match="no NVIDIA GPU was found"):
+        environment.check_gpu()
 
 
 def test_a_usable_gpu_is_fine(unusable_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
