@@ -6,10 +6,10 @@ A batch's text ids say which rows it was made of. What the maker's `options` say
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Sequence
 
 import torch
@@ -50,7 +50,7 @@ class Rows:
 
 @dataclass
 class Maker:
-    """In place of `BatchMaker`."""
+    """In place of `BatchMaker`. `options` may be (what happens, at which of the batches that a process makes)."""
 
     options: Any
     made: int = 0
@@ -61,38 +61,39 @@ class Maker:
 
     def __call__(self, task: PackTask) -> PackedBatch:
         self.made += 1
-        if self.made == 3 or self.options not in ("killed", "stopped"):
-            self._do(self.options)
-        length = sum(plan.length for plan in task.plans)
-        batch = empty(sample_lens=tuple(plan.length for plan in task.plans))
-        changed: dict[str, Any] = {
-            "split_lens": batch.sample_lens,
-            "attn_modes": (CAUSAL,) * len(task.plans),
-            "position_ids": torch.arange(length),
-            "text_ids": torch.tensor([plan.epoch * 1000 + plan.row for plan in task.plans]),
-        }
-        if self.options == "unsendable":
-            changed["samples"] = ((lambda: None),)
-        return empty(**{"sample_lens": batch.sample_lens, **changed})
+        what, at = self.options if isinstance(self.options, tuple) else (self.options, self.made)
+        if at == self.made:
+            _happen(what)
+        lengths = tuple(plan.length for plan in task.plans)
+        return empty(
+            sample_lens=lengths,
+            split_lens=lengths,
+            attn_modes=(CAUSAL,) * len(lengths),
+            position_ids=torch.arange(sum(lengths)),
+            text_ids=torch.tensor([plan.epoch * 1000 + plan.row for plan in task.plans]),
+            images=(torch.zeros(3, 512, 512, dtype=torch.uint8),) if what in ("large", "limited") else (),
+            samples=(lambda: None,) if what == "unsendable" and at == self.made else (),
+        )
 
-    def _do(self, what: Any) -> None:
-        if what == "broken":
-            raise RuntimeError("a bug in the worker")
-        if what == "refused":
-            raise UserError("this data can't be used")
-        if what == "signals":
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                os.kill(os.getpid(), number)
-        if what == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if what == "stopped":
-            os.kill(os.getpid(), signal.SIGSTOP)
-        if what == "exits":
-            os._exit(3)
-        if isinstance(what, Path):  # where the test waits for the worker that then hangs
-            what.write_text(str(os.getpid()))
-            while True:
-                time.sleep(1)
+
+def _happen(what: Any) -> None:
+    if what == "broken":
+        raise RuntimeError("a bug in the worker")
+    if what == "refused":
+        raise UserError("this data can't be used")
+    if what == "signals":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+    if what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if what == "exits":
+        os._exit(3)
+    if what == "limited":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+    if what == "hangs":
+        time.sleep(1000)
 
 
 def empty(**changed: Any) -> PackedBatch:

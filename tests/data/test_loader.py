@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import signal
 from collections import Counter, deque
 from typing import Any, Iterator, Sequence
 
@@ -139,6 +140,55 @@ def test_the_fingerprint_tells_data_options_and_layout_apart() -> None:
 def test_a_bug_while_materializing_is_not_hidden(workers: int) -> None:
     with pytest.raises(RuntimeError, match="a bug in the worker"):
         next(data("broken").micro_batches(0, 1, workers))
+    assert not worker_processes()
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize(
+    ("what", "error", "expected"),
+    [
+        (
+            "killed",
+            UserError,
+            r"data worker 0 \(process \d+\) was ended by SIGKILL .*while it made a pack of one: /data/",
+        ),
+        (
+            "exits",
+            UserError,
+            r"ended with code 3 while it made a pack of one: /\S+ row group 0 row \d+; .* more\.$",
+        ),
+        ("unsendable", RuntimeError, "(?s)data worker 0 .* failed while it made a pack of .*pickle"),
+        ("limited", RuntimeError, "(?s)data worker 0 .* failed while it made a pack of .*File too large"),
+        ("refused", UserError, "^this data can't be used$"),
+        ("broken", RuntimeError, "(?s)stand_in.py.*RuntimeError: a bug in the worker"),
+    ],
+)
+def test_a_worker_that_cannot_deliver_is_an_error_with_its_own_words(
+    what: str, error: type[Exception], expected: str, at: int
+) -> None:
+    """At the first batch as at a later one."""
+    batches = data((what, at)).micro_batches(0, 1, 2, prefetch_factor=1)
+    assert len(list(itertools.islice(batches, 2 * (at - 1)))) == 2 * (at - 1)
+    with pytest.raises(error, match=expected):
+        next(batches)
+    assert not worker_processes()
+
+
+@pytest.mark.parametrize("what", ["hangs", "stopped"])
+def test_waiting_for_a_worker_that_hangs_can_be_interrupted(what: str) -> None:
+    def interrupt(*_: Any) -> None:
+        raise InterruptedError
+
+    batches = data((what, 1)).micro_batches(0, 1, 2)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)  # again where the workers are only starting
+    try:
+        with pytest.raises(InterruptedError):
+            next(batches)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    batches.close()
     assert not worker_processes()
 
 

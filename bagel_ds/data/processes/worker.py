@@ -187,6 +187,9 @@ class _Server:
                 f"the process that data workers are started from (process {self._process.pid}) ended with code {code}; "
                 "what it printed is above"
             ) from None
+        except BaseException:  # interrupted: the next question would get the answer to this one
+            self.close()
+            raise
 
     def _tell_threads(self, names: list[str]) -> None:
         if names:
