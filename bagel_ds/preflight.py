@@ -19,6 +19,7 @@ from packaging.version import Version
 
 from bagel_ds.config import RunConfig
 from bagel_ds.errors import UserError, all_faults
+from bagel_ds.liveness import timed_elsewhere
 
 MINIMUM_PYTHON = (3, 11)
 MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17"}
@@ -167,7 +168,8 @@ def resolve_model_path(config: RunConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(config.model.model_path))
+        with timed_elsewhere():
+            return Path(snapshot_download(config.model.model_path))
     except Exception as fault:  # the hub's own errors, and those of whatever http library it brings
         raise UserError(
             f"--model_path {config.model.model_path}: no such folder here, and the hub gave no model of that id "

@@ -55,6 +55,7 @@ class _BatchWorker:
 
     def __init__(self, number: int, maker: Callable[[PackTask], PackedBatch], device: int | None) -> None:
         self._worker = start_worker(_make_batches, shared=maker, name=f"data worker {number}")
+        self._worker.doing = self._doing
         self._given: deque[PackTask] = deque()
         self._made: SimpleQueue[PackedBatch | BaseException] = SimpleQueue()
         self._device = device
@@ -84,7 +85,7 @@ class _BatchWorker:
             if self._device is not None:
                 torch.cuda.set_device(self._device)
             while True:
-                received = self._worker.receive(self._doing, receive_batch)
+                received = self._worker.receive(receive_batch)
                 assert isinstance(received, ReceivedBatch)
                 batch = received.batch()
                 self._given.popleft()
@@ -93,9 +94,10 @@ class _BatchWorker:
             self._made.put(error)
 
     def _doing(self) -> str:
-        if not self._given:
+        given = list(self._given)  # the main thread adds to them
+        if not given:
             return "it had nothing to do"
-        places = [str(address.place) for address in self._given[0].addresses]
+        places = [str(address.place) for address in given[0].addresses]
         rest = f" and {len(places) - _NAMED_SAMPLES} more" if len(places) > _NAMED_SAMPLES else ""
         return f"it made a pack of {'; '.join(places[:_NAMED_SAMPLES])}{rest}"
 

@@ -48,6 +48,7 @@ def index_in_background(
         return BackgroundIndex(None)
     logger.info("%d more files are indexed while training goes on", len(data_files))
     process = start_worker(_index, list(data_files), cache_dir, name="indexing process", shared=tokenizer)
+    process.doing = lambda: "it indexed ahead"
     return BackgroundIndex(process)
 
 

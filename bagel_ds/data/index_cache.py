@@ -24,6 +24,7 @@ from safetensors.numpy import save_file
 
 from bagel_ds.data import filesystems
 from bagel_ds.data.file_rows import FileLayout
+from bagel_ds.liveness import going_on
 
 logger = logging.getLogger("bagel_ds")
 
@@ -186,4 +187,5 @@ def _lock(file: IO[str], folder: Path, until: Callable[[], bool]) -> None:
             if not told:
                 logger.info("another process is indexing into %s; waiting for it", folder)
                 told = True
+            going_on()  # the other one does, or it would end
             time.sleep(_ASK_SECONDS)

@@ -18,6 +18,7 @@ from typing import Any, Callable, TypeVar
 import torch.distributed as dist
 
 from bagel_ds.errors import UserError
+from bagel_ds.liveness import going_on
 
 logger = logging.getLogger("bagel_ds")
 
@@ -89,6 +90,8 @@ def _wait_for(work: Future[Any] | None) -> None:
         busy = sorted({host for is_busy, host in states if is_busy})
         if not busy:
             return
+        if work is None or work.done():
+            going_on()  # a host that doesn't is ended by its own watch
         now = time.monotonic()
         if is_main() and now - told >= _TELL_SECONDS and busy != [socket.gethostname()]:
             logger.info("waiting for %s, busy for %.0f s (indexing data?)", ", ".join(busy), now - began)

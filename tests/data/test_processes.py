@@ -53,7 +53,7 @@ def seen(**arguments: Any) -> Any:
     found = start_worker(functions.surroundings, name="looking", **arguments)
     try:
         assert found.connection.poll(LONG)
-        return found.receive(lambda: "it looked around")
+        return found.receive()
     finally:
         found.end()
 
@@ -138,7 +138,7 @@ def test_workers_start_while_a_native_thread_enters_python_all_the_time(tmp_path
             if not worker.connection.poll(60):
                 os.write(1, f"worker {{number}} hangs".encode())
                 os._exit(1)
-            assert worker.receive(lambda: "it greeted") == number
+            assert worker.receive() == number
             worker.end()
         os.write(1, f"{{number + 1}} greetings, {{entered > 10_000}}".encode())
         os._exit(0)
@@ -170,9 +170,9 @@ def test_they_start_from_an_interactive_interpreter_and_from_any_thread(tmp_path
     thread = threading.Thread(target=lambda: found.append(start_worker(functions.greet_twice, 1, name="greeting")))
     thread.start()
     thread.join()
-    assert found[0].receive(str) == 1
+    assert found[0].receive() == 1
     found[0].send("more")
-    print(found[0].receive(str))
+    print(found[0].receive())
     """
     command = [sys.executable, "-"] if where == "stdin" else script(tmp_path, text)
     ended = subprocess.run(
@@ -237,7 +237,7 @@ def test_all_end_when_the_process_that_started_them_or_the_server_is_killed(
     from bagel_ds.data.processes import start_worker
     from tests.data import worker_functions as functions
     workers = [start_worker(functions.stay, {busy!r}, name="staying") for _ in range(2)]
-    print(*[worker.receive(str) for worker in workers], flush=True)
+    print(*[worker.receive() for worker in workers], flush=True)
     time.sleep(100)
     """
     starter = subprocess.Popen(script(tmp_path, text), env=environment(), stdout=subprocess.PIPE, text=True)
@@ -265,7 +265,7 @@ def test_they_end_with_a_starter_that_has_forked_and_so_keeps_their_connection_o
     from bagel_ds.data.processes import start_worker
     from tests.data import worker_functions as functions
     worker = start_worker(functions.stay, "sleeping", name="staying")
-    print(worker.receive(str), flush=True)
+    print(worker.receive(), flush=True)
     if os.fork() == 0:
         os.close(1)
         os.close(2)
@@ -281,14 +281,14 @@ def test_they_end_with_a_starter_that_has_forked_and_so_keeps_their_connection_o
 
 def test_stop_signals_are_left_to_the_starter() -> None:
     found = start_worker(functions.greet_twice, "a", name="greeting")
-    assert found.receive(str) == "a"
+    assert found.receive() == "a"
     server = psutil.Process(found.pid).parent()
     assert server is not None
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         for pid in (found.pid, server.pid):
             os.kill(pid, number)
     found.send("b")
-    assert found.receive(str) == "b"
+    assert found.receive() == "b"
     found.end()
     assert not psutil.pid_exists(found.pid), "and reaped"
 
@@ -307,8 +307,9 @@ def test_a_worker_that_is_lost_is_named_with_its_end(
     own_server: None, what: str, expected: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     found = start_worker(functions.lost, what, name="counting process 0")
+    found.doing = lambda: "it counted"
     with pytest.raises(WorkerLost) as fault:
-        found.receive(lambda: "it counted")
+        found.receive()
     assert f"counting process 0 (process {found.pid}) {expected}" in str(fault.value)
     found.end()
     assert not psutil.pid_exists(found.pid)
@@ -319,12 +320,12 @@ def test_a_worker_that_is_lost_is_named_with_its_end(
 
 def test_a_lost_server_is_an_error_and_the_next_worker_gets_another_one(own_server: None) -> None:
     found = start_worker(functions.greet_twice, 1, name="greeting")
-    assert found.receive(str) == 1
+    assert found.receive() == 1
     server = psutil.Process(found.pid).parent()
     assert server is not None
     server.kill()
     with pytest.raises(WorkerLost, match="was ended by SIGKILL"):
-        found.receive(lambda: "it greeted")
+        found.receive()
     found.end()
     until_ended(server)
     assert seen()["parent"] != server.pid
@@ -344,9 +345,9 @@ def test_stacks_of_workers_are_shown_also_of_one_that_is_stopped(
 ) -> None:
     found = [start_worker(functions.stay, how, name=f"{how} process") for how in ("sleeping", "stopped")]
     for one in found:
-        assert one.receive(str) == one.pid
+        assert one.receive() == one.pid
     try:
-        assert processes.show_stacks() == [f"{one.name} (process {one.pid})" for one in found]
+        assert processes.show_stacks() == [f"{one.name}: it had nothing to do" for one in found]
         output, deadline = "", time.monotonic() + LONG
         while output.count("in stay") < 2 and time.monotonic() < deadline:
             output += capfd.readouterr().err

@@ -31,13 +31,14 @@ def in_order(
     `name` and `doing` are for messages: "indexing process 3" ... "it read a.parquet". Raises as `Worker.receive` does.
     """
     left = deque(enumerate(tasks))
-    busy: dict[Connection, tuple[Worker, int, Task]] = {}
+    busy: dict[Connection, tuple[Worker, int]] = {}
     done: dict[int, Result] = {}
 
     def give(worker: Worker) -> None:
         if left:
             number, task = left.popleft()
-            busy[worker.connection] = worker, number, task
+            busy[worker.connection] = worker, number
+            worker.doing = partial(doing, task)
             worker.send(task)
 
     workers: list[Worker] = []
@@ -49,8 +50,8 @@ def in_order(
             while number not in done:
                 for connection in wait(list(busy)):
                     assert isinstance(connection, Connection)
-                    worker, finished, task = busy.pop(connection)
-                    done[finished] = worker.receive(partial(doing, task))
+                    worker, finished = busy.pop(connection)
+                    done[finished] = worker.receive()
                     give(worker)
             yield done.pop(number)
     finally:

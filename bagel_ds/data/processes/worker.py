@@ -67,10 +67,11 @@ def answer_tasks(
 
 
 class Worker:
-    """A process that `start_worker` has started."""
+    """A process that `start_worker` has started. `doing` says what it was asked for, as in "it read a.parquet"."""
 
     def __init__(self, server: _Server, pid: int, connection: Connection, name: str) -> None:
-        self.pid, self.connection, self.name = pid, connection, name
+        self.pid, self.connection, self.name = pid, connection, f"{name} (process {pid})"
+        self.doing: Callable[[], str] = lambda: "it had nothing to do"
         self._server, self._ending = server, threading.Lock()
         self._code: int | None = None  # known once it has ended
 
@@ -79,19 +80,16 @@ class Worker:
         with suppress(OSError):
             self.connection.send(value)
 
-    def receive(self, doing: Callable[[], str], receive: Callable[[Connection], Any] = Connection.recv) -> Any:
-        """What it sends next; `doing` says what it was asked for, as in "it indexed a.parquet".
-
-        Raises `WorkerFailed`, `WorkerLost`, or the `UserError` that it met.
-        """
+    def receive(self, receive: Callable[[Connection], Any] = Connection.recv) -> Any:
+        """What it sends next. Raises `WorkerFailed`, `WorkerLost`, or the `UserError` that it met."""
         try:
             found = receive(self.connection)
         except (EOFError, OSError):
-            raise WorkerLost(f"{self.name} (process {self.pid}) {self._how_it_ended()} while {doing()}.") from None
+            raise WorkerLost(f"{self.name} {self._how_it_ended()} while {self.doing()}.") from None
         if isinstance(found, _Failure):
             if found.is_user_error:
                 raise UserError(found.text)
-            raise WorkerFailed(f"{self.name} (process {self.pid}) failed while {doing()}:\n{found.text}")
+            raise WorkerFailed(f"{self.name} failed while {self.doing()}:\n{found.text}")
         return found
 
     def ended(self, patience: float = 0.0) -> int | None:
@@ -219,13 +217,13 @@ def start_worker(function: Callable[..., None], *arguments: Any, name: str, shar
 
 
 def show_stacks() -> list[str]:
-    """Have every worker of this process print its stacks to stderr; their names."""
+    """Have every worker of this process print its stacks to stderr; which they are, and what they do."""
     found = list(_server.workers.values()) if _server is not None and _server.is_usable() else []
     for worker in found:
         with suppress(ProcessLookupError):
             os.kill(worker.pid, signal.SIGCONT)
             os.kill(worker.pid, SHOW_STACKS)
-    return [f"{worker.name} (process {worker.pid})" for worker in found]
+    return [f"{worker.name}: {worker.doing()}" for worker in found]
 
 
 def _running() -> _Server:
