@@ -12,6 +12,7 @@ from pathlib import Path
 
 from bagel_ds.config import RunConfig
 from bagel_ds.errors import UserError, all_faults
+from bagel_ds.liveness import timed_elsewhere
 from bagel_ds.waiting import waiting_for
 
 
@@ -71,7 +72,8 @@ def hub_folder(name: str, option: str, patterns: tuple[str, ...] | None = None) 
     from huggingface_hub import snapshot_download
 
     try:
-        with waiting_for(f"{name} to be downloaded", "30 GB for the 7B, once; it goes on where it was cut off"):
+        usual = "30 GB for the 7B, once; it goes on where it was cut off"
+        with timed_elsewhere(), waiting_for(f"{name} to be downloaded", usual):
             return Path(snapshot_download(name, allow_patterns=patterns and list(patterns)))
     except Exception as fault:  # the hub's own errors, and those of whatever http library it brings
         raise UserError(

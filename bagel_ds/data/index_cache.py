@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from bagel_ds import user_folders
 from bagel_ds.data import filesystems
 from bagel_ds.data.file_rows import FileLayout
+from bagel_ds.liveness import going_on
 from bagel_ds.waiting import waiting_for
 
 logger = logging.getLogger("bagel_ds")
@@ -184,6 +185,7 @@ def _lock(file: IO[str], folder: Path, until: Callable[[], bool]) -> None:
     logger.info("another process is indexing into %s; waiting for it", folder)
     with waiting_for(f"the process that indexes into {folder}", "its files are not indexed a second time"):
         while not (until() or _try_lock(file)):
+            going_on()  # the other one does, or it would end
             time.sleep(_ASK_SECONDS)
 
 

@@ -17,6 +17,7 @@ from typing import Any, Callable, TypeVar
 import torch.distributed as dist
 
 from bagel_ds.errors import UserError
+from bagel_ds.liveness import going_on
 from bagel_ds.waiting import waiting_for
 
 Result = TypeVar("Result")
@@ -92,6 +93,8 @@ def _wait_for(work: Future[Any] | None, what: str) -> None:
             busy = sorted({host for is_busy, host in states if is_busy})
             if not busy:
                 return
+            if work is None or work.done():
+                going_on()  # a host that doesn't is ended by its own watch
             time.sleep(min(0.05 + (time.monotonic() - began) / 10, 1.0))
 
 

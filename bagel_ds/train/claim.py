@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bagel_ds.errors import UserError
+from bagel_ds.liveness import going_on
 from bagel_ds.waiting import waiting_for
 
 logger = logging.getLogger("bagel_ds")
@@ -60,6 +61,7 @@ def claim(folder: Path, patience: float = _PATIENCE_SECONDS) -> Claim | None:
 def _wait_and_try(path: Path, patience: float) -> Claim | None:
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
+        going_on()
         time.sleep(_POLL_SECONDS)
         if (claimed := _try(path)) is not None:
             return claimed
@@ -70,7 +72,7 @@ def _try(path: Path) -> Claim | None:
     """The claim, or None where another process has it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        # Not flock: forked DataLoader workers would hold it on after the rank is killed.
+        # Not flock: a forked process would hold it on after this one is killed.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         is_current = os.path.samestat(os.fstat(descriptor), os.stat(path))
     except (BlockingIOError, PermissionError, FileNotFoundError):

@@ -135,7 +135,7 @@ def _wait(said: int, group: int) -> int:
     if code:
         return int(code)
     with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)  # DataLoader workers of a rank that was killed
+        os.killpg(group, signal.SIGKILL)  # what a rank that was killed has started
     if not passed_on:
         return _KILLED
     if os.environ.get("RANK", "0") == "0":

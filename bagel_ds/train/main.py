@@ -12,11 +12,12 @@ import os
 import socket
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Sequence
 
 from bagel_ds.config import RunConfig, parse_arguments, wandb_wanted
+from bagel_ds.data.processes import start_server
 from bagel_ds.device import choose_kernels, uses_cuda
 from bagel_ds.doctor.environment import machine_findings, refuse_faults
 from bagel_ds.errors import UserError
@@ -55,6 +56,8 @@ def run_rank(argv: Sequence[str] | None = None) -> int:
 
 def _train(config: RunConfig, rank: int, notes: list[str]) -> int:
     """`notes` are what is to be said of this host."""
+    if config.data.num_workers:
+        start_server()  # which then imports torch while this process does
     # Imported here: torch and DeepSpeed take seconds, and what is above must work without them and on an old Python.
     from bagel_ds.train.metrics import setup_logging
 
@@ -66,6 +69,7 @@ def _train(config: RunConfig, rank: int, notes: list[str]) -> int:
         from bagel_ds.train.agreement import SharedFault, from_every_host, together
         from bagel_ds.train.setup import init_distributed
         from bagel_ds.train.trainer import Trainer
+        from bagel_ds.train.watch import start_watch
         from bagel_ds.zero.memory_allocator import exact_pinned_memory, return_freed_memory
         from bagel_ds.zero.swap_folders import leave_folders
 
@@ -76,9 +80,10 @@ def _train(config: RunConfig, rank: int, notes: list[str]) -> int:
         exact_pinned_memory()
     try:
         notes += init_distributed()
-        together(lambda: setup_logging(config.training.results_dir, dist.get_rank()))
-        together(lambda: check_wandb_of(config, dist.get_rank()))
-        Trainer(dataclasses.replace(config, notes=(*config.notes, *from_every_host(notes)))).run()
+        with closing(start_watch(config)) as watch:
+            together(lambda: setup_logging(config.training.results_dir, dist.get_rank()))
+            together(lambda: check_wandb_of(config, dist.get_rank()))
+            Trainer(dataclasses.replace(config, notes=(*config.notes, *from_every_host(notes))), watch).run()
     except UserError as fault:
         code = _tell(fault, rank == 0 or not isinstance(fault, SharedFault))
     else:

@@ -174,7 +174,7 @@ def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig
 
 
 def _crowding(config: RunConfig) -> list[str]:
-    """A line where this host starts more DataLoader workers than it has cores (instead of torch's, from every rank)."""
+    """A line where this host starts more data workers than it has cores."""
     workers, ranks = config.data.num_workers, int(os.environ.get("LOCAL_SIZE", "1"))
     cores = len(os.sched_getaffinity(0))
     if workers * ranks <= cores:

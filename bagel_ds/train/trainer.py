@@ -8,8 +8,6 @@ in checkpoints.py and metrics.py.
 from __future__ import annotations
 
 import logging
-import os
-import socket
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -32,7 +30,7 @@ from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.parts import part_of
 from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.vae import encode_images
-from bagel_ds.train.agreement import check_equal, everyone, is_main, local_rank, on_one_host, together
+from bagel_ds.train.agreement import check_equal, is_main, local_rank, on_one_host, together
 from bagel_ds.train.checkpoints import CheckpointWriter, restore_moments
 from bagel_ds.train.guards import NonFiniteGuard, out_of_memory
 from bagel_ds.train.loss import LossOptions
@@ -58,35 +56,38 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Trainer:
-    """Build with the process group initialised; `run` trains to `total_steps` and returns."""
+    """Build with the process group initialised, under its watch; `run` trains to `total_steps` and returns."""
 
-    def __init__(self, config: RunConfig):
-        self.config, self.args = config, config.training
+    def __init__(self, config: RunConfig, watch: StallWatch):
+        self.config, self.args, self.watch = config, config.training, watch
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.prepared = prepare(config)
+        with watch.phase(0, "setup"):
+            self.prepared = prepare(config)
+        watch.share(Path(self.args.checkpoint_dir))  # which is this run's by now
         self._say_plan([*config.notes, *self.prepared.notes])
         self.steps_done: int = 0
         self.skipped_before: int = 0  # updates that were not finite, before this process resumed
         self.plan_state: dict[str, Any] | None = None
         self._take_place()
-        # Before the engine: workers are forked, and would share, then double, the memory of all its states.
-        with waiting_for("the first packs", "DataLoader workers start and read"):
+        # Before minutes of loading: what is wrong with the data shows here.
+        with watch.phase(self.steps_done, "data"), waiting_for("the first packs", "DataLoader workers start and read"):
             self.batches = primed(self._micro_batches())
-        with waiting_for("the network to be built"):
+        with watch.phase(self.steps_done, "engine"), waiting_for("the network to be built"):
             self.engine = self._build_engine()
         self.vae = self.prepared.vae.to(self.engine.device)
         self.loss_options = LossOptions(self.args.ce_weight, self.args.mse_weight, self.args.ce_loss_reweighting)
-        with waiting_for("weights and optimizer states", "minutes for a 7B with offload"):
+        usual = "minutes for a 7B with offload"
+        with watch.phase(self.steps_done, "load"), waiting_for("weights and optimizer states", usual):
             self._load()
         self.guard = NonFiniteGuard(Path(self.args.results_dir), self.rank, self.args.max_nonfinite)
 
     def run(self) -> None:
         with (
+            closing(self.watch) as watch,
             closing(self.engine),
             closing(self._open_metrics()) as metrics,
             closing(self.batches) as batches,
             closing(self._index_the_rest()),
-            closing(self._start_watch()) as watch,
             closing(self._start_saving(metrics, watch)) as saving,
         ):
             self._show_packs()
@@ -228,14 +229,6 @@ class Trainer:
         data = self.prepared.data
         files = data.files_ahead(self.plan_state) if local_rank() == 0 else []
         return index_in_background(files, data.tokenizer, self.config.data.index_cache)
-
-    def _start_watch(self) -> StallWatch:
-        places = everyone((socket.gethostname(), os.getpid()))
-        neighbours = {
-            rank: pid for rank, (host, pid) in enumerate(places) if host == socket.gethostname() and rank != self.rank
-        }
-        folder = Path(self.args.checkpoint_dir)
-        return StallWatch(folder, self.rank, self.world_size, self.args.stall_timeout, neighbours)
 
     def _start_saving(self, metrics: MetricsLog | SilentMetricsLog, watch: StallWatch) -> Saving:
         writer = CheckpointWriter(

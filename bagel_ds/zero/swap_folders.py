@@ -115,7 +115,7 @@ def _locked(folder: Path, kind: int) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        # Not flock: forked DataLoader workers would hold it on after the rank is killed.
+        # Not flock: a forked process would hold it on after the rank is killed.
         fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(descriptor), os.stat(folder / _LOCK)):
             return descriptor
