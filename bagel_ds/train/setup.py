@@ -39,8 +39,10 @@ from bagel_ds.train.agreement import (
     together,
 )
 from bagel_ds.train.claim import Claim, claim
+from bagel_ds.train.earlier import check_unoccupied, set_aside
 from bagel_ds.train.inputs import bagel_config, open_data, open_datasets
 from bagel_ds.train.memory import plan_run
+from bagel_ds.train.metrics import setup_logging
 from bagel_ds.train.quiet import quiet_start
 from bagel_ds.train.start import StartPoint, StartWeights, open_start, sound_start
 from bagel_ds.train.stop import forget_stops
@@ -83,9 +85,7 @@ def prepare(config: RunConfig) -> Prepared:
     checkpoint_dir = Path(config.training.checkpoint_dir)
     check_shared_folder(checkpoint_dir, "checkpoint_dir")
     claimed = one_per_host_first(lambda: claim(checkpoint_dir) if is_main() else None)
-    together(lambda: sweep(checkpoint_dir) if is_main() else None)
-    if is_main():
-        forget_stops([checkpoint_dir, Path(config.training.results_dir)])
+    together(lambda: _ready_folders(config, claimed) if is_main() else None)
     ds_config, ds_notes = together(lambda: _ds_config(config))
     model_folder = one_per_host_first(lambda: resolve_model_path(config))
     parts = parts_of(config)[:2] if starts_from_parts(config) else None
@@ -96,13 +96,53 @@ def prepare(config: RunConfig) -> Prepared:
     memory = together(lambda: plan_run(config, datasets, model, vae.config, ds_config, dist.get_world_size()))
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
-    place = together(lambda: read_trainer(start.folder)["plan_state"]) if start.full else None
+    saved = together(lambda: _saved_run(config, start))
+    place = None if saved is None else saved["plan_state"]
     data = one_per_host_first(lambda: open_data(config, datasets, model_folder, model, vae.config, is_main(), place))
     # That a resumed run's place in the data is one in this run's plan is seen before anything is loaded.
     together(lambda: data.micro_batches(dist.get_rank(), dist.get_world_size(), start=place).close())
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
     notes = [*ds_notes, *_crowding(config)]
+    notes += together(lambda: _set_aside(config, saved, start) if is_main() else [])
     return Prepared(ds_config, notes, memory, model_folder, model, vae, data, start, weights, claimed)
+
+
+def _ready_folders(config: RunConfig, claimed: Claim | None) -> None:
+    """Refuse what would replace an earlier run's checkpoints, before anything there is touched; then tidy up."""
+    training = config.training
+    folders = [Path(training.checkpoint_dir), Path(training.results_dir)]
+    named = [training.resume_from, config.model.model_path, *parts_of(config)]
+    try:
+        check_unoccupied(training, [Path(name) for name in named if name is not None])
+    except UserError:
+        if claimed is not None:
+            claimed.release()
+        raise
+    if not training.start_anew:  # which moves all that is there aside, once nothing else can go wrong
+        sweep(folders[0])
+    forget_stops(folders)
+
+
+def _saved_run(config: RunConfig, start: StartPoint) -> dict[str, Any] | None:
+    """trainer.json of the training state that the run goes on from; None where it starts at step 0."""
+    if not start.full:
+        return None
+    saved = read_trainer(start.folder)
+    done, total = saved["steps_done"], config.training.total_steps
+    if done > total:
+        raise UserError(
+            f"--total_steps {total}: {start.folder} has {done} steps behind it already, so there is nothing to train; "
+            f"pass a larger --total_steps (it counts the steps of the whole run), or start from an earlier checkpoint"
+        )
+    return saved
+
+
+def _set_aside(config: RunConfig, saved: dict[str, Any] | None, start: StartPoint) -> list[str]:
+    """Move an earlier run's files aside; lines for the run's plan, in a log.txt of its own."""
+    made = set_aside(config.training, saved, start.folder)
+    if made:
+        setup_logging(config.training.results_dir, dist.get_rank())
+    return [f"moved what an earlier run left to {folder}" for folder in made]
 
 
 def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
