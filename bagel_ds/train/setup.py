@@ -38,6 +38,7 @@ from bagel_ds.train.agreement import (
     one_per_host_first,
     together,
 )
+from bagel_ds.train.changes import changes, describe_data
 from bagel_ds.train.claim import Claim, claim
 from bagel_ds.train.earlier import check_unoccupied, set_aside
 from bagel_ds.train.inputs import bagel_config, open_data, open_datasets
@@ -70,6 +71,7 @@ class Prepared:
     model: BagelConfig
     vae: AutoEncoder
     data: PlannedData
+    described_data: dict[str, str]  # for trainer.json: what a resumed run compares
     start: StartPoint
     weights: StartWeights
     claim: Claim | None  # rank 0's, of the checkpoint_dir
@@ -99,12 +101,15 @@ def prepare(config: RunConfig) -> Prepared:
     saved = together(lambda: _saved_run(config, start))
     place = None if saved is None else saved["plan_state"]
     data = one_per_host_first(lambda: open_data(config, datasets, model_folder, model, vae.config, is_main(), place))
+    described = describe_data(data)
+    if saved is not None and is_main() and (differences := changes(saved, config.values(), described)):
+        logger.info("changed since %s was saved:\n  %s", start.folder.name, "\n  ".join(differences))
     # That a resumed run's place in the data is one in this run's plan is seen before anything is loaded.
-    together(lambda: data.micro_batches(dist.get_rank(), dist.get_world_size(), start=place).close())
+    together(lambda: data.place(place))
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
     notes = [*ds_notes, *_crowding(config)]
     notes += together(lambda: _set_aside(config, saved, start) if is_main() else [])
-    return Prepared(ds_config, notes, memory, model_folder, model, vae, data, start, weights, claimed)
+    return Prepared(ds_config, notes, memory, model_folder, model, vae, data, described, start, weights, claimed)
 
 
 def _ready_folders(config: RunConfig, claimed: Claim | None) -> None:

@@ -19,7 +19,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import bagel_ds
 from bagel_ds.checkpoint.steps import read_trainer
 from bagel_ds.command_line import duration_seconds
 from bagel_ds.config import RunConfig, wandb_wanted
@@ -32,6 +31,7 @@ from bagel_ds.model.parts import part_of
 from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.vae import encode_images
 from bagel_ds.train.agreement import check_equal, everyone, is_main, local_rank, on_one_host, together
+from bagel_ds.train.changes import keep_config, versions
 from bagel_ds.train.checkpoints import CheckpointWriter, restore_moments
 from bagel_ds.train.guards import NonFiniteGuard, out_of_memory
 from bagel_ds.train.loss import LossOptions
@@ -171,7 +171,8 @@ class Trainer:
             "plan_state": self.plan_state,
             "world_size": self.world_size,
             "arguments": self.config.values(),
-            "versions": {"bagel_ds": bagel_ds.__version__, "torch": torch.__version__},
+            "versions": versions(),
+            "data": self.prepared.described_data,
         }
 
     # ------------------------------------------------------------------------------------------------- the set-up
@@ -306,4 +307,4 @@ class Trainer:
             packs,
             f"{self.config.data.max_num_tokens:,}",
         )
-        Path(self.args.results_dir, "config.yaml").write_text(self.config.to_yaml())
+        keep_config(Path(self.args.results_dir), self.config.to_yaml())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def other_run(tmp_path: Path) -> str:
     return str(checkpoint(tmp_path / "other", 50))
 
 
-FORGOTTEN = {
+FORGOTTEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "from the model": lambda folder: {"finetune_from_hf": True},
     "with the last one kept": lambda folder: {"finetune_from_hf": True, "keep_last": 2},
     "with states removed": lambda folder: {"finetune_from_hf": True, "del_previous_state": True},
@@ -192,20 +193,24 @@ def _gone(folder: Path) -> None:
     (folder / "latest").write_text("step_50\n")
 
 
+def _linked_to_another(folder: Path) -> None:
+    (folder / "latest").unlink()
+    (folder / "latest").symlink_to("step_10")
+
+
 def _incomplete(folder: Path) -> None:
     (folder / "step_20" / MANIFEST).unlink()
     (folder / "latest").write_text("step_20\n")
 
 
-LATEST = {
+LATEST: dict[str, tuple[Callable[[Path], object], str]] = {
     "another complete one": (lambda folder: (folder / "latest").write_text("step_20\n"), "names step_20, a complete"),
-    "a link to another": (lambda folder: [(folder / "latest").unlink(), (folder / "latest").symlink_to("step_10")],
-                          "names step_10, a complete"),
+    "a link to another": (_linked_to_another, "names step_10, a complete"),
     "none": (lambda folder: (folder / "latest").unlink(), "is missing or names no step"),
     "empty": (lambda folder: (folder / "latest").write_text(""), "is missing or names no step"),
     "one that is gone": (_gone, "names step_50, which is not there"),
     "one that is incomplete": (_incomplete, "names step_20, which is not there or not complete"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.usefixtures("one_rank")
