@@ -29,11 +29,12 @@ from bagel_ds.checkpoint.steps import (
     flush_all,
     holds_state,
     manifest_fault,
+    pointed_to,
     state_files,
     write_json,
 )
 from bagel_ds.checkpoint.tensors import TensorFileWriter, read_header
-from bagel_ds.errors import UserError
+from bagel_ds.errors import UserError, disk_fault
 from bagel_ds.ranges import MASTER, TensorInfo, WeightSource
 from bagel_ds.units import GIB
 
@@ -47,6 +48,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, shard_byt
     Raises `UserError` where the checkpoint holds no state or is damaged, where `out` holds other weights than those of
     an earlier export, and where it can't be written; what was there is then as it was.
     """
+    checkpoint = pointed_to(checkpoint) or checkpoint if checkpoint.is_file() else checkpoint  # as step_final may be
     _check_replaceable(out)
     if not holds_state(checkpoint):
         raise UserError(f"{checkpoint} holds no training state; pass a checkpoint such as .../checkpoints/step_1000.")
@@ -63,7 +65,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, shard_byt
         _move(beside, out)
     except OSError as error:
         raise UserError(
-            f"{checkpoint} could not be exported to {out}: {error}. Free space there, or pass another --out."
+            f"{checkpoint} could not be exported to {out}: {disk_fault(error, 'pass another --out')}"
         ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -7,15 +7,16 @@ complete training state. An interrupted save leaves what was there before in cha
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import re
 import shutil
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Iterator
 
 from bagel_ds.checkpoint.tensors import TensorFiles
 from bagel_ds.errors import UserError
@@ -194,7 +195,10 @@ def write_manifest(folder: Path, checksums: dict[str, dict[str, int]]) -> None:
 
 
 def finish(unfinished: Path, final: Path, last: bool) -> None:
-    """Flush, check and rename a written folder, then move `latest` (and `step_final`) to it."""
+    """Flush, check and rename a written folder, then move `latest` (and `step_final`) to it.
+
+    From the rename on the checkpoint is saved, whatever fails then: that is a warning.
+    """
     fault = manifest_fault(unfinished)
     if fault is not None:
         raise RuntimeError(f"checkpoint {unfinished} is not as it was written: {fault}")
@@ -203,12 +207,39 @@ def finish(unfinished: Path, final: Path, last: bool) -> None:
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
-    unfinished.rename(final)
-    _replace(final.parent / LATEST, lambda path: path.write_text(final.name + "\n"))
+    try:
+        unfinished.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
+    with _may_fail(f"{final} is saved, but {LATEST} could not be moved to it"):
+        _replace(final.parent / LATEST, lambda path: path.write_text(final.name + "\n"))
     if last:
-        _replace(final.parent / FINAL, lambda path: path.symlink_to(final.name))
-    _flush(final.parent)
+        mark_final(final)
+    with _may_fail(f"{final} is saved, but may be lost if this host loses its power now"):
+        _flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def mark_final(final: Path) -> None:
+    """Have `step_final` lead to a run's last checkpoint: a link, or its name as text where links can't be made."""
+    pointer = final.parent / FINAL
+    try:
+        _replace(pointer, lambda path: path.symlink_to(final.name))
+    except OSError as error:
+        with _may_fail(f"{final} is the final checkpoint, but {FINAL} could not be moved to it"):
+            _replace(pointer, lambda path: path.write_text(final.name + "\n"))
+            logger.warning("%s is the final checkpoint; %s is a text file that names it (%s)", final, pointer, error)
+
+
+@contextmanager
+def _may_fail(what: str) -> Iterator[None]:
+    """Report what the file system refuses inside, and go on."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s (%s)", what, error)
 
 
 def flush_all(folder: Path) -> None:
@@ -248,7 +279,8 @@ def thin_out(checkpoint_dir: Path, keep_last: int, delete_previous_state: bool, 
         elif delete_previous_state and newest is not None:
             _remove(older / STATE, older / GIVEN_UP)
     final = checkpoint_dir / FINAL
-    if final.is_symlink() and not final.exists():
+    named = pointed_to(final)
+    if named is not None and not named.exists():
         final.unlink()  # of an earlier, shorter run whose last checkpoint has just gone
 
 
@@ -268,15 +300,22 @@ def _beside(name: str) -> str:
 def _replace(path: Path, write: Any) -> None:
     beside = path.with_name(_beside(path.name))
     beside.unlink(missing_ok=True)
-    write(beside)
-    if not beside.is_symlink():
-        _flush(beside)
-    beside.replace(path)
+    try:
+        write(beside)
+        if not beside.is_symlink():
+            _flush(beside)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or not path.is_dir():
+            raise  # some file systems have no flush of folders; that of a file must work
     finally:
         os.close(descriptor)

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +33,8 @@ class Claim:
     descriptor: int
 
     def release(self) -> None:
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # the lock is what counts, and the file of an ended run is taken over
+            self.path.unlink(missing_ok=True)
         os.close(self.descriptor)
 
 

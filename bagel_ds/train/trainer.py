@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bagel_ds.checkpoint.steps import read_trainer
+from bagel_ds.checkpoint.steps import mark_final, read_trainer
 from bagel_ds.command_line import duration_seconds
 from bagel_ds.config import RunConfig, wandb_wanted
 from bagel_ds.data.index_background import BackgroundIndex, index_in_background
@@ -84,6 +84,8 @@ class Trainer:
             closing(self._start_saving(metrics, watch)) as saving,
         ):
             self._show_packs()
+            if self._is_last():
+                self._say_that_nothing_is_left()
             meter = StepMeter(self.prepared.model, self.args.peak_device_tflops, self.prepared.data.unusable_rows)
             stop = self._listen_for_stops()
             for step in range(self.steps_done, self.args.total_steps):
@@ -155,6 +157,13 @@ class Trainer:
         assert self.plan_state is not None
         check_equal({"the plan of the data (its files, as indexed on each host)": self.plan_state["samples"]})
         saving.save(self.steps_done, self._trainer_state(), self._is_last(), must)
+
+    def _say_that_nothing_is_left(self) -> None:
+        """The run was complete when it started; as a longer one that was stopped here it has no `step_final` yet."""
+        last = self.prepared.start.folder
+        logger.info("nothing is left to train: %s is the last of --total_steps %d", last, self.args.total_steps)
+        if is_main() and last.resolve().parent == Path(self.args.checkpoint_dir).resolve():
+            mark_final(last.resolve())
 
     def _tidy(self) -> None:
         """Remove the swap files and then, once no rank writes any more, leave the checkpoint_dir to others."""

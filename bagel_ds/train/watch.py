@@ -16,7 +16,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
@@ -67,11 +67,9 @@ class StallWatch:
     def close(self) -> None:
         self._closed.set()
         self._thread.join()
-        self._file(self._rank).unlink(missing_ok=True)
-        try:
+        with suppress(OSError):  # other ranks are still in the folder, or there was none
+            self._file(self._rank).unlink(missing_ok=True)
             self._folder.rmdir()
-        except OSError:
-            pass  # other ranks are still in it, or there was none
 
     def _run(self) -> None:
         while not self._closed.wait(self._interval):
