@@ -21,15 +21,29 @@ def extension_folders() -> list[Path]:
 
 
 def remove_stale_locks(folders: list[Path] | None = None) -> list[Path]:
-    """Remove the build locks of processes that are gone; returns them."""
-    locks = [lock for folder in folders or extension_folders() for lock in folder.rglob("lock") if lock.is_file()]
+    """Remove the locks that killed builds of DeepSpeed's parts have left; returns them. Others' builds are not ours."""
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
+
     removed = []
-    for lock in locks:
-        if not is_open_somewhere(lock):
-            lock.unlink(missing_ok=True)
-            removed.append(lock)
-            logger.warning("removed %s, left by a build that was killed", lock)
+    for lock in (lock for folder in folders or extension_folders() for lock in _locks(folder)):
+        # torch's lock is an empty file in the folder of the part, which is named after it.
+        if lock.parent.name not in ALL_OPS or not lock.is_file() or is_open_somewhere(lock):
+            continue
+        try:
+            if lock.stat().st_size == 0:
+                lock.unlink()
+                removed.append(lock)
+                logger.warning("removed %s, left by a build that was killed", lock)
+        except FileNotFoundError:  # another rank was faster
+            continue
+        except OSError as error:
+            logger.warning("%s, left by a build that was killed, can't be removed: %s", lock, error.strerror)
     return removed
+
+
+def _locks(folder: Path) -> list[Path]:
+    """Where torch puts them: <folder>/<part>/lock, or <folder>/<python and CUDA>/<part>/lock."""
+    return sorted([*folder.glob("*/lock"), *folder.glob("*/*/lock")])
 
 
 def is_open_somewhere(path: Path) -> bool:
