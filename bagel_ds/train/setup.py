@@ -39,7 +39,7 @@ from bagel_ds.train.agreement import (
     together,
 )
 from bagel_ds.train.changes import changes, describe_data
-from bagel_ds.train.claim import Claim, claim
+from bagel_ds.train.claim import Claim, claim, remember
 from bagel_ds.train.earlier import check_unoccupied, set_aside
 from bagel_ds.train.inputs import bagel_config, open_data, open_datasets
 from bagel_ds.train.memory import plan_run
@@ -126,6 +126,7 @@ def _ready_folders(config: RunConfig, claimed: Claim | None) -> None:
     if not training.start_anew:  # which moves all that is there aside, once nothing else can go wrong
         sweep(folders[0])
     forget_stops(folders)
+    remember(folders[1], folders[0])
 
 
 def _saved_run(config: RunConfig, start: StartPoint) -> dict[str, Any] | None:

@@ -218,6 +218,15 @@ def test_shard_sizes(text: str, size: int) -> None:
     assert _bytes_of(text) == size
 
 
+@pytest.mark.parametrize("text", ["0", "0GB", "0.0GiB", "0.1B"])
+def test_a_shard_size_of_nothing_is_refused_before_anything_is_written(
+    text: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", str(checkpoint), "--out", str(tmp_path / "out"), "--max_shard_size", text]) == 2
+    assert f"--max_shard_size {text}: no tensor fits that; pass a size such as 5GB" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_shard_size_that_is_none_is_a_message() -> None:
     with pytest.raises(UserError, match="--max_shard_size five"):
         _bytes_of("five")
