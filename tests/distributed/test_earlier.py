@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from bagel_ds.train.claim import claim
 from tests.distributed.cases import Case, Outcome, arguments, run_cases
+from tests.distributed.started import StartedRun
+from tests.train.test_start import checkpoint
 
 pytestmark = pytest.mark.distributed
 
@@ -93,3 +96,17 @@ def test_start_anew_leaves_the_earlier_run_whole_beside_the_new_one(
     assert lr(results / "config.yaml") == 1e-4 and lr(records / "config.yaml") == 1e-3
     kept = [yaml.safe_load((records / f"config_{n}.yaml").read_text())["training"] for n in (1, 2)]
     assert [config["auto_resume"] for config in kept] == [False, True]
+
+
+def test_a_run_that_waited_its_turn_does_not_begin_over_what_the_other_saved(demo: Path, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    held = claim(checkpoints)
+    assert held is not None
+    with StartedRun(arguments(demo, tmp_path, total_steps=1), tmp_path, ranks=1) as run:
+        run.until(lambda: "waiting for that run to end" in run.output, "waiting")
+        checkpoint(checkpoints, 5)
+        held.release()
+        assert run.end() == 2
+        assert "holds checkpoints of an earlier run (step_5)" in run.output and "Traceback" not in run.output
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step_5"]
