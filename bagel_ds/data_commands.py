@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 import re
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +18,9 @@ from typing import Any
 
 from bagel_ds.config import RunConfig, parse_arguments
 from bagel_ds.errors import UserError
+from bagel_ds.option_values import at_least_one, not_negative
+from bagel_ds.output import log_to_stderr
+from bagel_ds.user_folders import settle_user_folders
 
 _EPILOG = (
     "All arguments of the trainer are understood besides (docs/arguments.md): --dataset_config_file and --model_path "
@@ -39,15 +41,15 @@ def add_commands(commands: Any) -> None:
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
     inspect = _command(commands, "inspect", _inspect, "show the first packs as training will see them, and their plan")
-    inspect.add_argument("--packs", type=_not_negative, default=4, help="packs to show (default 4)")
+    inspect.add_argument("--packs", type=not_negative, default=4, help="packs to show (default 4)")
     inspect.add_argument(
         "--pack", type=Path, help="a pack that a run has kept, as in results_dir/nonfinite, instead of the plan's"
     )
     inspect.add_argument("--out", type=Path, help="folder for packs.txt and a picture of each pack")
-    inspect.add_argument("--world_size", "--world-size", type=_at_least_one, default=1, help="ranks (default 1)")
+    inspect.add_argument("--world_size", "--world-size", type=at_least_one, default=1, help="ranks (default 1)")
     inspect.add_argument(
         "--steps",
-        type=_not_negative,
+        type=not_negative,
         default=100,
         help="micro-steps of all ranks to plan for the numbers (default 100)",
     )
@@ -61,7 +63,7 @@ def _command(commands: Any, name: str, run: Any, help: str) -> argparse.Argument
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--workers", type=_at_least_one, help="processes (default: the CPUs this one may use)")
+    parser.add_argument("--workers", type=at_least_one, help="processes (default: the CPUs this one may use)")
 
 
 # ------------------------------------------------------------------------------------------------------ the commands
@@ -223,15 +225,11 @@ def _draw(pack: Any, shift: float, folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------- the options
 def _start(options: argparse.Namespace) -> RunConfig:
     """The trainer's configuration behind the rest of the words, its remarks told; the log goes to stderr."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger = logging.getLogger("bagel_ds")
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
+    log_to_stderr()
     config = parse_arguments(options.training)
-    for note in config.notes:
-        if "num_tokens" in note:  # the others are about training
-            logger.info(note)
+    # The other remarks are about training.
+    for note in [*settle_user_folders(), *(note for note in config.notes if "num_tokens" in note)]:
+        logging.getLogger("bagel_ds").info(note)
     return config
 
 
@@ -241,17 +239,3 @@ def _shard(word: str) -> tuple[int, int]:
     if not 1 <= number <= shares:
         raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, such as 1/4, found {word!r}")
     return number, shares
-
-
-def _at_least_one(word: str) -> int:
-    return _whole_number(word, 1)
-
-
-def _not_negative(word: str) -> int:
-    return _whole_number(word, 0)
-
-
-def _whole_number(word: str, least: int) -> int:
-    if not word.isdecimal() or int(word) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, found {word!r}")
-    return int(word)

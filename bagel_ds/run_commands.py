@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bagel_ds.errors import UserError
+from bagel_ds.output import log_to_stderr
 
 _HEADER_BYTES = 2**20  # of a safetensors file, at the most; --max_shard_size counts tensors
 
@@ -53,6 +54,7 @@ def _export(options: argparse.Namespace) -> None:
 
     from bagel_ds.checkpoint.offline import export_checkpoint
 
+    log_to_stderr()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.save_dtype]
     limit = None if options.max_shard_size is None else _bytes_of(options.max_shard_size)
     written = export_checkpoint(options.checkpoint, options.out, dtype, limit)

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from bagel_ds import cli
@@ -184,3 +191,20 @@ def test_the_commands_need_no_deepspeed(words: list[str], monkeypatch: pytest.Mo
     command: list[Any] = [sys.executable, "-c", code, "inspect", *words, "--packs", "1", "--steps", "1"]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_ctrl_c_ends_a_check_and_its_processes_without_a_traceback(words: list[str]) -> None:
+    """A terminal sends it to all of them, most of all while they are still importing."""
+    command = [sys.executable, "-m", "bagel_ds.cli", "check", *words, "--workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, env=environment, **streams)  # type: ignore[call-overload]
+    timer = threading.Timer(180, os.killpg, (process.pid, signal.SIGKILL))
+    timer.start()
+    while not any("spawn_main" in " ".join(child.cmdline()) for child in psutil.Process(process.pid).children()):
+        assert process.poll() is None, "it ended before it started processes"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, said = process.communicate()
+    timer.cancel()
+    assert process.returncode == 130 and printed == "" and "Traceback" not in said, said

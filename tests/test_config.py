@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bagel_ds.arguments import all_options, is_optional, type_name
-from bagel_ds.command_line import SYNONYMS
+from bagel_ds.command_line import SYNONYMS, duration_seconds, duration_text
 from bagel_ds.config import ATTENTION_BACKENDS, RunConfig, parse_arguments, wandb_wanted
 from bagel_ds.errors import UserError
 from tests.guide_commands import BLOCKMOVING, GUIDE_COMMANDS, MODALITY_EXTRAS, WANDB_EXTRA, arguments
@@ -332,3 +332,22 @@ def test_the_nearest_name_knows_what_others_call_it(word: str, meant: str) -> No
 
 def test_synonyms_lead_to_options_and_are_none_themselves() -> None:
     assert set(SYNONYMS.values()) <= set(OPTIONS) and not set(SYNONYMS) & set(OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0s"),
+        (59, "59s"),
+        (59.6, "1m"),
+        (90, "2m"),
+        (3600, "1h0m"),
+        (13_799, "3h50m"),
+        (86_399, "1d0h"),
+        (200_000, "2d7h"),
+    ],
+)
+def test_a_duration_is_written_as_it_is_read(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
+    read = duration_seconds(text)
+    assert read is not None and abs(read - seconds) <= (30 if seconds < 86_000 else 3600)

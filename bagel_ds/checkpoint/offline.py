@@ -38,6 +38,7 @@ from bagel_ds.checkpoint.tensors import TensorFileWriter, read_header
 from bagel_ds.errors import UserError, disk_fault
 from bagel_ds.ranges import MASTER, TensorInfo, WeightSource
 from bagel_ds.units import GIB
+from bagel_ds.waiting import waiting_for
 
 EXPORTED = "export.json"  # where an export names its files
 _UNFINISHED = ".unfinished-export"
@@ -53,7 +54,8 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, shard_byt
     _check_replaceable(out, checkpoint)
     if not holds_state(checkpoint):
         raise UserError(f"{checkpoint} holds no training state; pass a checkpoint such as .../checkpoints/step_1000.")
-    fault = manifest_fault(checkpoint) or checksum_fault(checkpoint, state_files(checkpoint))
+    with waiting_for(f"all bytes of {checkpoint}'s training state to be compared", "before any is written"):
+        fault = manifest_fault(checkpoint) or checksum_fault(checkpoint, state_files(checkpoint))
     if fault is not None:
         raise UserError(f"{checkpoint} is damaged: {fault}. Export another checkpoint.")
     # In a folder that is there already, as it may be a file system of its own.

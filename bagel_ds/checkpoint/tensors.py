@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bagel_ds.checkpoint.crc import joined_crc
 from bagel_ds.errors import NO_SPACE, UserError
+from bagel_ds.liveness import going_on
 from bagel_ds.ranges import TensorInfo
 from bagel_ds.units import GIB
 
@@ -80,6 +81,7 @@ class TensorFiles:
         found = 0
         for start in range(offset, offset + info.nbytes, _CHECKSUM_BYTES):
             found = zlib.crc32(mapped[start : min(start + _CHECKSUM_BYTES, offset + info.nbytes)].data, found)
+            going_on()
         return found
 
     def read(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:

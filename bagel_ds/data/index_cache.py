@@ -23,8 +23,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from bagel_ds import user_folders
 from bagel_ds.data import filesystems
 from bagel_ds.data.file_rows import FileLayout
+from bagel_ds.liveness import going_on
+from bagel_ds.waiting import waiting_for
 
 logger = logging.getLogger("bagel_ds")
 
@@ -59,7 +62,7 @@ class Entry(NamedTuple):
 
 def cache_folder(path: str, cache_dir: str | None) -> Path | None:
     """Where the index of `path` is kept: `cache_dir`, else beside the data, else ~/.cache/bagel_ds, else nowhere."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bagel_ds"
+    home = user_folders.cache_folder() / "bagel_ds"
     beside = [] if filesystems.is_uri(path) else [Path(path).parent / BESIDE_DATA]
     for folder in [Path(cache_dir)] if cache_dir else [*beside, home]:
         try:
@@ -180,13 +183,18 @@ def locked(folders: Iterable[Path], name: str = "", until: Callable[[], bool] = 
 
 
 def _lock(file: IO[str], folder: Path, until: Callable[[], bool]) -> None:
-    told = False
-    while not until():
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if not told:
-                logger.info("another process is indexing into %s; waiting for it", folder)
-                told = True
+    if until() or _try_lock(file):
+        return
+    logger.info("another process is indexing into %s; waiting for it", folder)
+    with waiting_for(f"the process that indexes into {folder}", "its files are not indexed a second time"):
+        while not (until() or _try_lock(file)):
+            going_on()  # the other one does, or it would end
             time.sleep(_ASK_SECONDS)
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bagel_ds.errors import UserError
+from bagel_ds.liveness import going_on
+from bagel_ds.waiting import waiting_for
 
 logger = logging.getLogger("bagel_ds")
 
@@ -43,24 +45,31 @@ class Claim:
 def claim(folder: Path, patience: float = _PATIENCE_SECONDS) -> Claim | None:
     """Wait for whoever writes to `folder`, then claim it; None where that can't be. Raises `UserError` in the end."""
     path = folder / FILE
-    began, told = time.monotonic(), False
-    while True:
-        try:
-            claimed = _try(path)
-        except OSError as error:
-            logger.info("%s can't be locked (%s): see to it that one run at a time uses it", folder, error.strerror)
-            return None
-        if claimed is not None:
-            return claimed
-        if time.monotonic() - began > patience:
-            raise UserError(
-                f"checkpoint_dir {folder} is in use by another run ({_holder(path)}). Stop that one (`bagel-ds stop "
-                f"{folder}`), or pass another --checkpoint_dir."
-            )
-        if not told:
+    try:
+        claimed = _try(path)
+        if claimed is None:
             logger.warning("checkpoint_dir %s is in use (%s): waiting for that run to end", folder, _holder(path))
-            told = True
+            with waiting_for(lambda: f"the run that uses {folder} ({_holder(path)})", "it is given ten minutes"):
+                claimed = _wait_and_try(path, patience)
+    except OSError as error:
+        logger.info("%s can't be locked (%s): see to it that one run at a time uses it", folder, error.strerror)
+        return None
+    if claimed is None:
+        raise UserError(
+            f"checkpoint_dir {folder} is in use by another run ({_holder(path)}). Stop that one (`bagel-ds stop "
+            f"{folder}`), or pass another --checkpoint_dir."
+        )
+    return claimed
+
+
+def _wait_and_try(path: Path, patience: float) -> Claim | None:
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        going_on()
         time.sleep(_POLL_SECONDS)
+        if (claimed := _try(path)) is not None:
+            return claimed
+    return None
 
 
 class RunFound(NamedTuple):
@@ -115,7 +124,7 @@ def _try(path: Path) -> Claim | None:
     """The claim, or None where another process has it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        # Not flock: forked DataLoader workers would hold it on after the rank is killed.
+        # Not flock: a forked process would hold it on after this one is killed.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         is_current = os.path.samestat(os.fstat(descriptor), os.stat(path))
     except (BlockingIOError, PermissionError, FileNotFoundError):

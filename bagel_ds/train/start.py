@@ -22,6 +22,7 @@ from bagel_ds.ranges import MASTER, WeightSource
 from bagel_ds.train.agreement import SharedFault, is_main, together
 from bagel_ds.train.checkpoints import damage_of
 from bagel_ds.units import GIB, MIB
+from bagel_ds.waiting import waiting_for
 
 logger = logging.getLogger("bagel_ds")
 
@@ -96,7 +97,8 @@ def sound_start(training: TrainingArguments, model_folder: Path, parts: Parts | 
     damaged: frozenset[Path] = frozenset()
     while True:
         start = together(partial(find_start, training, model_folder, damaged, parts))
-        fault = damage_of(start.folder) if start.checked else None
+        with waiting_for(f"all bytes of {start.folder}'s training state to be compared", "once per resume"):
+            fault = damage_of(start.folder) if start.checked else None
         if fault is None:
             _compare_with_latest(training, start)
             return start

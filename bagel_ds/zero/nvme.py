@@ -143,7 +143,7 @@ def file_system(path: Path) -> str:
     """Type of the file system that `path` lies on, as the kernel names it."""
     best, kind = "", "unknown"
     resolved = str(path.resolve())
-    for line in Path("/proc/mounts").read_text().splitlines():
+    for line in Path("/proc/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         _, mount, name = line.split()[:3]
         mount = mount.replace("\\040", " ")
         inside = resolved == mount or resolved.startswith(mount.rstrip("/") + "/")

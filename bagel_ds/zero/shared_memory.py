@@ -14,13 +14,24 @@ import re
 import time
 from pathlib import Path
 
-from bagel_ds.zero.builds import is_open_somewhere
+from bagel_ds.units import MIB
+from bagel_ds.zero.builds import Op, is_open_somewhere, load_op
 
 logger = logging.getLogger("bagel_ds")
 
 FOLDER = Path("/dev/shm")
 _NAME = "deepspeed_allreduce_buffer"  # + user id, address, port, rank (deepspeed/ops/csrc/cpu/comm/shm.cpp)
 _YOUNG_SECONDS = 300.0
+
+BUFFER_BYTES = 66 * MIB  # of one rank, written at once
+SUMS = Op("deepspeed_shm_comm", "sums over ranks on the CPU", "", lambda: load_op("ShareMemCommBuilder"))
+
+
+def leave_out_sums() -> None:
+    """Have DeepSpeed add up through gloo. Every rank of the host must decide the same, or they wait for each other."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__[SUMS.name] = False
 
 
 def remove_own_buffers(folder: Path = FOLDER) -> None:

@@ -51,9 +51,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     read: list[str] = []
     original: Callable[..., Any] = index_module._index_chunk
 
-    def noted(task: Any, tokenizer: Tokenizer) -> Any:
+    def noted(tokenizer: Tokenizer, task: Any) -> Any:
         read.append(os.path.basename(task.file.path))
-        return original(task, tokenizer)
+        return original(tokenizer, task)
 
     monkeypatch.setattr(index_module, "_index_chunk", noted)
     return read

@@ -91,7 +91,7 @@ def test_asking_for_the_cpu_wins_over_any_gpu(monkeypatch: pytest.MonkeyPatch) -
 def test_a_gpu_that_torch_cannot_use_is_an_error_not_a_cpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("bagel_ds.preflight.gpu_is_present", lambda: True)
+    monkeypatch.setattr("bagel_ds.doctor.environment.gpu_is_present", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="torch can't use it"):
         usable_gpus()
