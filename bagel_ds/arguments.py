@@ -95,6 +95,9 @@ class TrainingArguments:
 
     global_seed: int = option(4396, "seed of weights made anew")
     auto_resume: bool = option(False, "continue from the newest complete checkpoint in checkpoint_dir, if there is one")
+    start_anew: bool = option(
+        False, "(ours) where checkpoint_dir holds an earlier run, move it aside to earlier_N and start again at step 0"
+    )
     resume_from: str | None = option(None, "checkpoint or model folder to continue from when auto_resume finds none")
     resume_model_only: bool = option(False, "take only the weights of resume_from, not its optimizer and data state")
     finetune_from_ema: bool = option(False, "start from ema.safetensors rather than model.safetensors")

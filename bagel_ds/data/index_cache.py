@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -35,6 +36,7 @@ Part = TypeVar("Part")
 BESIDE_DATA = ".bagel_ds_index"
 _FORMAT = 2  # of an entry
 _ABANDONED_SECONDS = 3600.0  # an entry is written within seconds
+_TEMPORARY = re.compile(r".+-[0-9a-f]{20}\.safetensors\.\d+\.tmp")  # an entry's name and a process
 _ASK_SECONDS = 0.1  # between two looks at a lock that another process holds
 
 
@@ -154,11 +156,12 @@ def save(entry: Path, layout: FileLayout, records: FileRecords, identity_before:
 
 
 def sweep(folders: Iterable[Path]) -> None:
-    """Remove what killed processes have left half written."""
+    """Remove what killed processes have left half written: files of the names that `save` gives, and no others."""
     for folder in folders:
         for path in folder.glob("*.tmp"):
             try:
-                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                old = time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
+                if old and _TEMPORARY.fullmatch(path.name) and path.is_file():
                     path.unlink()
             except OSError:  # another host was faster
                 continue

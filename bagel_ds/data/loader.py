@@ -150,16 +150,23 @@ class PlannedData:
     ) -> Generator[MicroBatch, None, None]:
         """Batches of `rank`, without end, from the beginning or from the `state` of an earlier `MicroBatch`.
 
-        Under other options than the state's (budgets, weights, dropout) it goes on at the same place in the data, see
-        `Planner.moved`. Raises `UserError` at once where `start` belongs to other data.
+        Under other options than the state's (budgets, weights, dropout, what trains) it goes on at the same place in
+        the data, see `Planner.moved`. Raises `UserError` at once where `start` belongs to other data.
         """
-        start = self._place(start)
+        place = self.place(start)
+        if place is not start and start and rank == 0:
+            logger.warning(
+                "the data plan changed since the checkpoint: it goes on at the same place in the data; up to %d packs' "
+                "samples come a second time",
+                start["packs"] - start["block"]["first"],
+            )
         under_way: deque[Step] = deque()
-        steps = self.planner.steps(world_size, start)
+        steps = self.planner.steps(world_size, place)
         tasks = planned_tasks(steps, rank, world_size, max(num_workers, 1), under_way)
         return self._iterate(tasks, under_way, num_workers, prefetch_factor, pin_memory)
 
-    def _place(self, start: dict[str, Any] | None) -> dict[str, Any] | None:
+    def place(self, start: dict[str, Any] | None) -> dict[str, Any] | None:
+        """`start`, or the place in this plan that follows it where options changed. Raises `UserError`."""
         if not start or (start.get("plan") == self._plan and self.planner.plans_again(start)):
             return start
         if start.get("rows") != self._rows:
@@ -168,11 +175,6 @@ class PlannedData:
                 "the data files or data_seed changed, so its place in the data means nothing here. Restore them, or "
                 "start from its weights only (--resume_from ... --resume_model_only True with a new checkpoint_dir)"
             )
-        logger.warning(
-            "the data plan changed since the checkpoint (token budgets, weights, dropout, tokenizer, pictures): it "
-            "goes on at the same place in the data; up to %d packs' samples come a second time",
-            start["packs"] - start["block"]["first"],
-        )
         return self.planner.moved(start)
 
     def _iterate(

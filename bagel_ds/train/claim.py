@@ -12,8 +12,10 @@ import logging
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bagel_ds.errors import UserError
 from bagel_ds.liveness import going_on
@@ -22,6 +24,7 @@ from bagel_ds.waiting import waiting_for
 logger = logging.getLogger("bagel_ds")
 
 FILE = ".in_use"
+_POINTER = ".checkpoint_dir"  # in a results_dir
 _PATIENCE_SECONDS = 600.0
 _POLL_SECONDS = 0.5
 
@@ -34,7 +37,8 @@ class Claim:
     descriptor: int
 
     def release(self) -> None:
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # the lock is what counts, and the file of an ended run is taken over
+            self.path.unlink(missing_ok=True)
         os.close(self.descriptor)
 
 
@@ -66,6 +70,54 @@ def _wait_and_try(path: Path, patience: float) -> Claim | None:
         if (claimed := _try(path)) is not None:
             return claimed
     return None
+
+
+class RunFound(NamedTuple):
+    """A run that uses a folder, as far as this host can tell; `sure` where it holds its lock."""
+
+    sure: bool
+    what: str
+
+
+def remember(results_dir: Path, checkpoint_dir: Path) -> None:
+    """Let `find_run` lead from a run's results_dir to the folder that it has claimed."""
+    with suppress(OSError):  # only `bagel-ds stop` needs it, and takes the checkpoint_dir as well
+        (results_dir / _POINTER).write_text(f"{checkpoint_dir.resolve()}\n")
+
+
+def find_run(folder: Path) -> RunFound | None:
+    """The run whose results_dir or checkpoint_dir `folder` is; None where there is none. Not in that run's process."""
+    found = _found(folder / FILE)
+    try:
+        claimed = Path((folder / _POINTER).read_text().strip())
+    except FileNotFoundError:
+        return found
+    except (OSError, ValueError) as error:
+        return found or RunFound(False, f"{folder / _POINTER} can't be read: {error}")
+    if not claimed.is_dir():
+        return found or RunFound(False, f"its checkpoint_dir {claimed} can't be seen from here")
+    return found or _found(claimed / FILE)
+
+
+def _found(path: Path) -> RunFound | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return RunFound(False, f"{path} can't be read: {error.strerror}")
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return RunFound(True, _holder(path))
+    except OSError as error:
+        return RunFound(False, f"{path} can't be locked: {error.strerror}")
+    finally:
+        os.close(descriptor)
+    holder = _holder(path)
+    if holder.endswith(f" on {socket.gethostname()}"):
+        return None  # that process has ended without removing its file
+    return RunFound(False, f"locks don't show whether it still runs: {holder}")
 
 
 def _try(path: Path) -> Claim | None:

@@ -49,9 +49,12 @@ from bagel_ds.train.agreement import (
     one_per_host_first,
     together,
 )
-from bagel_ds.train.claim import Claim, claim
+from bagel_ds.train.changes import changes, describe_data
+from bagel_ds.train.claim import Claim, claim, remember
+from bagel_ds.train.earlier import check_unoccupied, set_aside
 from bagel_ds.train.inputs import bagel_config, open_data, open_datasets
 from bagel_ds.train.memory import plan_run
+from bagel_ds.train.metrics import setup_logging
 from bagel_ds.train.quiet import quiet_start
 from bagel_ds.train.rendezvous import check_meeting_point, let_first_rank_speak, meeting
 from bagel_ds.train.start import StartPoint, StartWeights, open_start, sound_start
@@ -88,6 +91,7 @@ class Prepared:
     model: BagelConfig
     vae: AutoEncoder  # its encoder
     data: PlannedData
+    described_data: dict[str, str]  # for trainer.json: what a resumed run compares
     start: StartPoint
     weights: StartWeights
     claim: Claim | None  # rank 0's, of the checkpoint_dir
@@ -115,15 +119,59 @@ def prepare(config: RunConfig) -> Prepared:
     memory = together(lambda: plan_run(config, datasets, model, vae.config, ds_config, dist.get_world_size()))
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
-    place = together(lambda: read_trainer(start.folder)["plan_state"]) if start.full else None
+    saved = together(lambda: _saved_run(config, start))
+    place = None if saved is None else saved["plan_state"]
     data = one_per_host_first(
         lambda: _open_data(config, datasets, model_folder, model, vae, place), "it indexes its data"
     )
+    described = describe_data(data)
+    if saved is not None and is_main() and (differences := changes(saved, config.values(), described)):
+        logger.info("changed since %s was saved:\n  %s", start.folder.name, "\n  ".join(differences))
     # That a resumed run's place in the data is one in this run's plan is seen before anything is loaded.
-    together(lambda: data.micro_batches(dist.get_rank(), dist.get_world_size(), start=place).close())
+    together(lambda: data.place(place))
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
     notes = [*ds_notes, *_crowding(config)]
-    return Prepared(ds_config, notes, memory, model_folder, model, vae, data, start, weights, claimed)
+    notes += together(lambda: _set_aside(config, saved, start) if is_main() else [])
+    return Prepared(ds_config, notes, memory, model_folder, model, vae, data, described, start, weights, claimed)
+
+
+def _ready_folders(config: RunConfig, claimed: Claim | None) -> None:
+    """Refuse what would replace an earlier run's checkpoints, before anything there is touched; then tidy up."""
+    training = config.training
+    folders = [Path(training.checkpoint_dir), Path(training.results_dir)]
+    named = [training.resume_from, config.model.model_path, *parts_of(config)]
+    try:
+        check_unoccupied(training, [Path(name) for name in named if name is not None])
+    except UserError:
+        if claimed is not None:
+            claimed.release()
+        raise
+    if not training.start_anew:  # which moves all that is there aside, once nothing else can go wrong
+        sweep(folders[0])
+    forget_stops(folders)
+    remember(folders[1], folders[0])
+
+
+def _saved_run(config: RunConfig, start: StartPoint) -> dict[str, Any] | None:
+    """trainer.json of the training state that the run goes on from; None where it starts at step 0."""
+    if not start.full:
+        return None
+    saved = read_trainer(start.folder)
+    done, total = saved["steps_done"], config.training.total_steps
+    if done > total:
+        raise UserError(
+            f"--total_steps {total}: {start.folder} has {done} steps behind it already, so there is nothing to train; "
+            f"pass a larger --total_steps (it counts the steps of the whole run), or start from an earlier checkpoint"
+        )
+    return saved
+
+
+def _set_aside(config: RunConfig, saved: dict[str, Any] | None, start: StartPoint) -> list[str]:
+    """Move an earlier run's files aside; lines for the run's plan, in a log.txt of its own."""
+    made = set_aside(config.training, saved, start.folder)
+    if made:
+        setup_logging(config.training.results_dir, dist.get_rank())
+    return [f"moved what an earlier run left to {folder}" for folder in made]
 
 
 def _take_checkpoint_dir(config: RunConfig) -> Claim | None:
@@ -134,9 +182,7 @@ def _take_checkpoint_dir(config: RunConfig) -> Claim | None:
         lambda: claim(folder) if is_main() else None, "another run still uses the checkpoint_dir"
     )
     with waiting_for("what an interrupted save has left to be removed"):
-        together(lambda: sweep(folder) if is_main() else None)
-    if is_main():
-        forget_stops([folder, Path(config.training.results_dir)])
+        together(lambda: _ready_folders(config, claimed) if is_main() else None)
     return claimed
 
 

@@ -44,7 +44,10 @@ class StopRequest:
     def remove_files(self) -> None:
         """Once the run has stopped, so that the next start goes on."""
         for path in self._files:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s can't be removed (%s): remove it before the next start", path, error.strerror)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
@@ -59,9 +62,15 @@ class StopRequest:
 
 
 def forget_stops(folders: list[Path]) -> None:
-    """Remove stop files that were meant for an earlier run; one written from now on holds."""
+    """Remove stop files that were meant for an earlier run; one written from now on holds. Raises `UserError`."""
     for folder in folders:
-        (folder / STOP_FILE).unlink(missing_ok=True)
+        path = folder / STOP_FILE
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{path} asks this run to stop and can't be removed ({error.strerror}); remove it, or pass another one"
+            ) from None
 
 
 def write_stop_file(folder: Path) -> Path:

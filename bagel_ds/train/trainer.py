@@ -17,8 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import bagel_ds
-from bagel_ds.checkpoint.steps import read_trainer
+from bagel_ds.checkpoint.steps import mark_final, read_trainer
 from bagel_ds.command_line import duration_seconds
 from bagel_ds.config import RunConfig, wandb_wanted
 from bagel_ds.data.index_background import BackgroundIndex, index_in_background
@@ -31,6 +30,7 @@ from bagel_ds.model.parts import part_of
 from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.vae import encode_images
 from bagel_ds.train.agreement import check_equal, is_main, local_rank, on_one_host, together
+from bagel_ds.train.changes import keep_config, versions
 from bagel_ds.train.checkpoints import CheckpointWriter, restore_moments
 from bagel_ds.train.guards import NonFiniteGuard, out_of_memory
 from bagel_ds.train.loss import LossOptions
@@ -91,6 +91,8 @@ class Trainer:
             closing(self._start_saving(metrics, watch)) as saving,
         ):
             self._show_packs()
+            if self._is_last():
+                self._say_that_nothing_is_left()
             meter = StepMeter(self.prepared.model, self.args.peak_device_tflops, self.prepared.data.unusable_rows)
             stop = self._listen_for_stops()
             for step in range(self.steps_done, self.args.total_steps):
@@ -163,6 +165,13 @@ class Trainer:
         check_equal({"the plan of the data (its files, as indexed on each host)": self.plan_state["samples"]})
         saving.save(self.steps_done, self._trainer_state(), self._is_last(), must)
 
+    def _say_that_nothing_is_left(self) -> None:
+        """The run was complete when it started; as a longer one that was stopped here it has no `step_final` yet."""
+        last = self.prepared.start.folder
+        logger.info("nothing is left to train: %s is the last of --total_steps %d", last, self.args.total_steps)
+        if is_main() and last.resolve().parent == Path(self.args.checkpoint_dir).resolve():
+            mark_final(last.resolve())
+
     def _tidy(self) -> None:
         """Remove the swap files and then, once no rank writes any more, leave the checkpoint_dir to others."""
         leave_folders()
@@ -178,7 +187,8 @@ class Trainer:
             "plan_state": self.plan_state,
             "world_size": self.world_size,
             "arguments": self.config.values(),
-            "versions": {"bagel_ds": bagel_ds.__version__, "torch": torch.__version__},
+            "versions": versions(),
+            "data": self.prepared.described_data,
         }
 
     # ------------------------------------------------------------------------------------------------- the set-up
@@ -309,4 +319,4 @@ class Trainer:
             packs,
             f"{self.config.data.max_num_tokens:,}",
         )
-        Path(self.args.results_dir, "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
+        keep_config(Path(self.args.results_dir), self.config.to_yaml())

@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
@@ -98,11 +98,9 @@ class StallWatch:
         listen(None)
         if self._folder is None:
             return
-        self._file(self._rank).unlink(missing_ok=True)
-        try:
+        with suppress(OSError):  # other ranks are still in the folder
+            self._file(self._rank).unlink(missing_ok=True)
             self._folder.rmdir()
-        except OSError:
-            pass  # other ranks are still in it
 
     def _run(self) -> None:
         while not self._closed.wait(self._interval):

@@ -70,7 +70,7 @@ def build(ops: Sequence[Op]) -> None:
     find_ninja()
     for op in ops:
         with _alone(op):
-            remove_stale_locks()
+            remove_stale_locks(extensions_folder(), op.name)
             with waiting_for(f"DeepSpeed's {op.name} to be compiled", _USUAL):
                 if not is_built(op):
                     logger.info(
@@ -90,14 +90,20 @@ def find_ninja() -> str | None:
     return shutil.which("ninja")
 
 
-def remove_stale_locks(folder: Path | None = None) -> list[Path]:
-    """Remove the build locks of processes that are gone; returns them."""
+def remove_stale_locks(folder: Path, part: str) -> list[Path]:
+    """Remove the locks that killed builds of the part have left; returns them. Other parts' builds are not ours."""
     removed = []
-    for lock in (folder or extensions_folder()).rglob("lock"):
-        if lock.is_file() and not is_open_somewhere(lock):
-            lock.unlink(missing_ok=True)
-            removed.append(lock)
-            logger.warning("removed %s, left by a build that was killed", lock)
+    for lock in [folder / part / "lock", *folder.glob(f"*/{part}/lock")]:  # the second with Python and CUDA between
+        try:
+            # torch's lock is an empty file.
+            if lock.is_file() and lock.stat().st_size == 0 and not is_open_somewhere(lock):
+                lock.unlink()
+                removed.append(lock)
+                logger.warning("removed %s, left by a build that was killed", lock)
+        except FileNotFoundError:  # another process was faster
+            continue
+        except OSError as error:
+            logger.warning("%s, left by a build that was killed, can't be removed: %s", lock, error.strerror)
     return removed
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from pathlib import Path
 
@@ -36,20 +37,27 @@ def leave_out_sums() -> None:
 def remove_own_buffers(folder: Path = FOLDER) -> None:
     """Remove the names of this run's buffers. Call when every rank has joined: ranks find them by name only once."""
     meeting = f"{os.environ.get('MASTER_ADDR', '')}_{os.environ.get('MASTER_PORT', '')}"
-    for path in folder.glob(f"{_NAME}_{os.getuid()}_{meeting}_*"):
-        path.unlink(missing_ok=True)
+    for path in _buffers(folder):
+        if path.name.rpartition("_")[0] == f"{_NAME}_{os.getuid()}_{meeting}":
+            path.unlink(missing_ok=True)
 
 
 def remove_stale_buffers(folder: Path = FOLDER) -> list[Path]:
     """Remove this user's buffers that no living process has open or maps; returns them."""
     removed, mapped = [], _mapped_inodes()
-    for path in folder.glob(f"{_NAME}_{os.getuid()}_*"):
+    for path in _buffers(folder):
         if _is_old(path, mapped) and not is_open_somewhere(path):
             path.unlink(missing_ok=True)
             removed.append(path)
     if removed:
         logger.info("removed %d buffers from %s, left by runs that have ended", len(removed), folder)
     return removed
+
+
+def _buffers(folder: Path) -> list[Path]:
+    """This user's: DeepSpeed names them <name>_<user id>_<address>_<port>_<rank>."""
+    name = re.compile(rf"{_NAME}_{os.getuid()}_.*_\d+_\d+")
+    return [path for path in folder.glob(f"{_NAME}_*") if name.fullmatch(path.name) and path.is_file()]
 
 
 def _is_old(path: Path, mapped: set[int]) -> bool:

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import shutil
 import socket
 import time
@@ -24,6 +25,7 @@ from bagel_ds.waiting import waiting_for
 logger = logging.getLogger("bagel_ds")
 
 _PREFIX, _LOCK = "bagel_ds_", ".in_use"
+_OURS = re.compile(rf"{_PREFIX}([0-9a-f]{{12}}|gone_[0-9a-f]{{32}})")
 _PATIENCE_SECONDS = 30.0  # for the ranks of an earlier start that are just ending
 _POLL_SECONDS = 0.1
 _held: dict[Path, int] = {}  # this process's locks, by folder: they are the process's own, also for the kernel
@@ -36,7 +38,8 @@ def run_folder(nvme_path: Path, checkpoint_dir: str) -> Path:
 
 
 def is_run_folder(folder: Path) -> bool:
-    return folder.name.startswith(_PREFIX)
+    """Whether the name is one that `run_folder` gives, or that of such a folder while it is being removed."""
+    return _OURS.fullmatch(folder.name) is not None
 
 
 def take_folder(folder: Path, first: bool, patience: float = _PATIENCE_SECONDS) -> None:
@@ -82,7 +85,7 @@ def leave_folders() -> None:
 def sweep_folders(nvme_path: Path) -> list[Path]:
     """Remove the folders that no living rank holds; returns them. Not while this process holds one itself."""
     assert not _held, "closing a second descriptor of a locked file would release the lock"
-    folders = sorted(nvme_path.glob(f"{_PREFIX}*"))
+    folders = sorted(filter(is_run_folder, nvme_path.glob(f"{_PREFIX}*")))
     removed = [folder for folder in folders if not folder.is_symlink() and _remove_unheld(folder)]
     for folder in removed:
         logger.info("removed %s, left by a run that has ended", folder)

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from bagel_ds.data import loader
+from bagel_ds.data.cost import CostModel
 from bagel_ds.data.loader import MicroBatch, PackingOptions, PlannedData
 from bagel_ds.data.plan import Step
 from bagel_ds.errors import UserError
+from bagel_ds.model.parts import Freezing
 from tests.data.stand_in import Maker, Rows
 
 WORKERS = (0, 2)
@@ -27,14 +29,14 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "BatchMaker", Maker)
 
 
-def data(options: Any = "", **changes: Any) -> PlannedData:
+def data(options: Any = "", cost: CostModel | None = None, **changes: Any) -> PlannedData:
     streams: Any = [
         Rows(fingerprint=changes.pop("fingerprint", "a")),
         Rows(name="more", weight=0.5, is_mandatory=False),
     ]
     packing = PackingOptions(**({"max_num_tokens": 300, "expected_num_tokens": 250, "lookahead": 32} | changes))
     tokenizer: Any = None
-    return PlannedData(streams, tokenizer, options, packing, noise_seed=1)
+    return PlannedData(streams, tokenizer, options, packing, noise_seed=1, cost=cost)
 
 
 def first(batches: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
@@ -121,6 +123,21 @@ def test_a_loader_under_other_budgets_says_what_it_does(caplog: pytest.LogCaptur
         moved = first(data(max_num_tokens=250).micro_batches(0, 1, start=state), 2)
     assert "goes on at the same place in the data; up to 3 packs" in caplog.text
     assert moved[-1].state["packs"] == 5
+
+
+def test_what_trains_changes_costs_and_is_not_blamed_on_the_data(caplog: pytest.LogCaptureFixture) -> None:
+    """The plan's digest holds the cost model, which depends on what is frozen."""
+    state = first(data().micro_batches(0, 1), 3)[-1].state
+    frozen = data(cost=CostModel.of(freezing=Freezing(freeze_llm=True)))
+    logging.getLogger("bagel_ds").propagate = True
+    with caplog.at_level(logging.INFO, "bagel_ds"):
+        assert frozen.place(state) != state, "the plan is another"
+        frozen.micro_batches(1, 2, start=state).close()
+        assert caplog.messages == [], "rank 0 reports it"
+        frozen.micro_batches(0, 2, start=state).close()
+    (line,) = caplog.messages
+    assert "the data plan changed since the checkpoint: it goes on" in line
+    assert not any(word in line for word in ("budgets", "weights", "dropout", "tokenizer", "pictures"))
 
 
 def test_the_fingerprint_tells_data_options_and_layout_apart() -> None:

@@ -160,21 +160,34 @@ def test_ranks_that_start_at_once_compile_once(tmp_path: Path, folder: Path) -> 
 
 # ----------------------------------------------------------------------------------------------------- torch's locks
 def test_a_lock_without_a_builder_is_removed_and_a_held_one_stays(tmp_path: Path) -> None:
-    stale, held = tmp_path / "async_io" / "lock", tmp_path / "cpu_adam" / "lock"
+    stale, held = tmp_path / "py311_cpu" / "cpu_adam" / "lock", tmp_path / "cpu_adam" / "lock"
     for lock in (stale, held):
-        lock.parent.mkdir()
+        lock.parent.mkdir(parents=True)
         lock.touch()
     with held.open():
-        assert remove_stale_locks(tmp_path) == [stale]
+        assert remove_stale_locks(tmp_path, "cpu_adam") == [stale]
     assert held.exists() and not stale.exists()
+
+
+def test_locks_of_others_stay(tmp_path: Path) -> None:
+    """Of other parts, of other programs, and what has the name but is no lock of torch's."""
+    full, deep = tmp_path / "cpu_adam" / "lock", tmp_path / "a" / "b" / "cpu_adam" / "lock"
+    mine = [tmp_path / "lock", tmp_path / "my_extension" / "lock", tmp_path / "async_io" / "lock", deep, full]
+    stale = tmp_path / "py311_cpu" / "cpu_adam" / "lock"
+    for lock in (*mine, stale):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    full.write_text("not torch's, whose lock is empty")
+    assert remove_stale_locks(tmp_path, "cpu_adam") == [stale]
+    assert all(lock.exists() for lock in mine)
 
 
 def test_ranks_that_remove_the_same_locks_do_not_trip_over_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    locks = [tmp_path / name / "lock" for name in ("async_io", "cpu_adam")]
+    locks = [tmp_path / name / "cpu_adam" / "lock" for name in ("py311_cpu", "py312_cpu")]
     for lock in locks:
-        lock.parent.mkdir()
+        lock.parent.mkdir(parents=True)
         lock.touch()
     look = builds.is_open_somewhere
 
@@ -184,4 +197,4 @@ def test_ranks_that_remove_the_same_locks_do_not_trip_over_each_other(
         return look(path)
 
     monkeypatch.setattr(builds, "is_open_somewhere", another_rank_is_faster)
-    assert remove_stale_locks(tmp_path) == []
+    assert remove_stale_locks(tmp_path, "cpu_adam") == []
