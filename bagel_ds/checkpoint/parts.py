@@ -205,7 +205,7 @@ def _seed_of(seed: int, name: str) -> int:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}). Download or copy it again.") from None
     if not isinstance(found, dict) or not found:

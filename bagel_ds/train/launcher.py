@@ -112,9 +112,7 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
         )
     by_slurm = any(place.launcher == _SLURM.launcher for place in agreeing)
     address = environ.get("MASTER_ADDR") or _address(first.world_size, local_size, environ if by_slurm else {})
-    port = _number("MASTER_PORT", environ) if environ.get("MASTER_PORT") else _port(environ if by_slurm else {})
-    if not 0 < port < 2**16:
-        raise UserError(f"MASTER_PORT must be a number from 1 to 65535, found {port}")
+    port = _given_port(environ["MASTER_PORT"]) if "MASTER_PORT" in environ else _port(environ if by_slurm else {})
     return Launch(first.rank, first.world_size, local_rank, local_size, address, port, first.launcher)
 
 
@@ -176,6 +174,12 @@ def _address(world_size: int, local_size: int | None, slurm: Mapping[str, str]) 
         return "127.0.0.1"
     hosts = slurm.get("SLURM_STEP_NODELIST") or slurm.get("SLURM_JOB_NODELIST") or slurm.get("SLURM_NODELIST")
     return None if not hosts else first_slurm_host(hosts)
+
+
+def _given_port(named: str) -> int:
+    if not (named.isdecimal() and 0 < int(named) < 2**16):
+        raise UserError(f"MASTER_PORT (--master_port) {named}: expected a whole number from 1 to 65535, such as 29500")
+    return int(named)
 
 
 def _port(slurm: Mapping[str, str]) -> int:

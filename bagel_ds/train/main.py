@@ -7,21 +7,26 @@ rank has met alone by that rank, which then ends at once (failure.py).
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Sequence
 
 from bagel_ds.config import RunConfig, parse_arguments, wandb_wanted
+from bagel_ds.data.processes import start_server
+from bagel_ds.device import choose_kernels, uses_cuda
+from bagel_ds.doctor.environment import machine_findings, refuse_faults
 from bagel_ds.errors import UserError
-from bagel_ds.preflight import check_environment
+from bagel_ds.output import outlive_the_reader
 from bagel_ds.train.detach import end_at_once, run_detached
 from bagel_ds.train.launcher import Launch, LauncherProcess, Started, check_address, started
 from bagel_ds.train.quiet import quiet_warnings
+from bagel_ds.waiting import waiting_for
 
 logger = logging.getLogger("bagel_ds")
 
@@ -33,6 +38,7 @@ _CLOSING_SECONDS = 60.0  # for ranks that have nothing left to do but leave one 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the arguments say, in a session of its own; the exit code."""
+    outlive_the_reader()
     by = started()
     code = run_detached(lambda: run_rank(argv, by), by.speaks)
     if code:
@@ -53,40 +59,50 @@ def run_rank(argv: Sequence[str] | None = None, by: Started | None = None) -> in
     except UserError as fault:
         return _tell(fault, rank == 0)
     try:
-        check_environment()
+        notes = refuse_faults(machine_findings(config, launch.local_size or 1))
     except UserError as fault:
         return _tell(fault, not launch.local_rank, f"host {socket.gethostname()}: " if rank else "")
-    return _train(config, launch, launcher)
+    return _train(config, launch, launcher, notes)
 
 
-def _train(config: RunConfig, launch: Launch, launcher: LauncherProcess | None) -> int:
-    # Imported here: torch and DeepSpeed take seconds, and what is above must work without them.
-    import torch
-
-    from bagel_ds.train import alarm
-    from bagel_ds.train.agreement import SharedFault, together
-    from bagel_ds.train.failure import ending_alone
+def _train(config: RunConfig, launch: Launch, launcher: LauncherProcess | None, notes: list[str]) -> int:
+    """`notes` are what is to be said of this host."""
+    if config.data.num_workers:
+        start_server()  # which then imports torch while this process does
+    # Imported here: torch and DeepSpeed take seconds, and what is above must work without them and on an old Python.
     from bagel_ds.train.metrics import setup_logging
-    from bagel_ds.train.out_of_memory import memory_fault
-    from bagel_ds.train.process_group import join_ranks
-    from bagel_ds.train.trainer import Trainer
-    from bagel_ds.zero.memory_allocator import exact_pinned_memory, return_freed_memory
-    from bagel_ds.zero.swap_folders import leave_folders
+
+    setup_logging(None, launch.rank)
+    with waiting_for("torch and DeepSpeed to be imported", "minutes from a slow network disk, the first time"):
+        from bagel_ds.train import alarm
+        from bagel_ds.train.agreement import SharedFault, from_every_host, together
+        from bagel_ds.train.failure import ending_alone
+        from bagel_ds.train.out_of_memory import memory_fault
+        from bagel_ds.train.process_group import join_ranks
+        from bagel_ds.train.trainer import Trainer
+        from bagel_ds.train.watch import start_watch
+        from bagel_ds.zero.memory_allocator import exact_pinned_memory, return_freed_memory
+        from bagel_ds.zero.swap_folders import leave_folders
 
     quiet_warnings()
     return_freed_memory()
-    if torch.cuda.is_available() and config.training.activation_checkpointing != "offload":
+    choose_kernels(config.training.precision)
+    if uses_cuda():
         exact_pinned_memory()
+
+    def explain(error: BaseException) -> UserError | None:
+        return memory_fault(error, config.data.max_num_tokens)
+
     try:
-        with ending_alone(lambda error: memory_fault(error, config.data.max_num_tokens)):
+        with ending_alone(explain):
             joined = join_ranks(launch, config.training.stall_timeout, launcher)
-            together(lambda: setup_logging(config.training.results_dir, launch.rank))
-            for warning in joined.warnings if launch.rank == 0 else []:
-                logger.warning(warning)
-            for note in joined.notes:
-                logger.info(note)
-            together(lambda: check_wandb_of(config, launch.rank))
-            Trainer(config).run()
+            # The watch sees to this rank until it has ended.
+            with closing(start_watch(config)) as watch, ending_alone(explain):
+                together(lambda: setup_logging(config.training.results_dir, launch.rank))
+                _say(joined.warnings, joined.notes, launch.rank)
+                together(lambda: check_wandb_of(config, launch.rank))
+                lines = (*config.notes, *from_every_host(notes + joined.of_host))
+                Trainer(dataclasses.replace(config, notes=lines), watch).run()
     except UserError as fault:
         alarm.close()
         code = _tell(fault, launch.rank == 0 or not isinstance(fault, SharedFault))
@@ -97,6 +113,13 @@ def _train(config: RunConfig, launch: Launch, launcher: LauncherProcess | None) 
         leave_folders()
     _leave_group(code)
     return code
+
+
+def _say(warnings: list[str], notes: list[str], rank: int) -> None:
+    for warning in warnings if rank == 0 else []:
+        logger.warning(warning)
+    for note in notes:
+        logger.info(note)
 
 
 def _leave_group(code: int) -> None:

@@ -8,12 +8,7 @@ over a gloo group of its own (agreement.py), not over NCCL.
 from __future__ import annotations
 
 import json
-import logging
 import os
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -22,29 +17,42 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from bagel_ds.device import uses_cuda
+from bagel_ds.doctor.environment import (
+    SHARED_MEMORY,
+    Verdict,
+    compiler_finding,
+    free_shared_memory,
+    shared_memory_size,
+)
 from bagel_ds.errors import UserError
 from bagel_ds.train import agreement, alarm
 from bagel_ds.train.agreement import SharedFault
 from bagel_ds.train.hosts import Hosts, RankInfo, gpu_of, network_interface, rank_info, threads_of
 from bagel_ds.train.launcher import Launch, LauncherProcess, check_address, read_launch
 from bagel_ds.train.quiet import quiet_start
-from bagel_ds.zero.builds import remove_stale_locks
-from bagel_ds.zero.shared_memory import remove_own_buffers, remove_stale_buffers
+from bagel_ds.train.rendezvous import check_meeting_point, let_first_rank_speak, meet
+from bagel_ds.units import MIB
+from bagel_ds.zero.builds import build
+from bagel_ds.zero.shared_memory import (
+    BUFFER_BYTES,
+    SUMS,
+    leave_out_sums,
+    remove_own_buffers,
+    remove_stale_buffers,
+)
 
-logger = logging.getLogger("bagel_ds")
-
-_MEET_SECONDS = 600.0  # for all ranks to be started
-_TELL_SECONDS = 15.0  # of waiting for them before a line says so
 _LEAST_TIMEOUT = 600.0  # of a collective call; as torch has it for NCCL
 _BEHIND_WATCH = 60.0  # the stall watch comes first: it knows where each rank is
 _MOST_TIMEOUT = 24 * 24 * 3600.0  # sockets count milliseconds in 31 bits
 
 
 class Joined(NamedTuple):
-    """What the log says of it on rank 0."""
+    """What the log says of it."""
 
-    notes: list[str]
-    warnings: list[str]
+    notes: list[str]  # on rank 0
+    warnings: list[str]  # on rank 0
+    of_host: list[str]
 
 
 def join_ranks(launch: Launch, stall_timeout: float, launcher: LauncherProcess | None = None) -> Joined:
@@ -53,12 +61,13 @@ def join_ranks(launch: Launch, stall_timeout: float, launcher: LauncherProcess |
     Raises `UserError` where they don't meet, and `SharedFault` where a host has fewer GPUs than ranks.
     """
     if dist.is_initialized():
-        return Joined([], [])
+        return Joined([], [], [])
     check_address(launch)
     launch = _with_address(launch)
     os.environ.update(launch.environment())
-    with _met(launch) as store:
-        hosts = _exchange(store, launch)
+    check_meeting_point(launch)
+    store, said = meet(launch, json.dumps(rank_info(launch, visible_gpus())))
+    hosts = _hosts(launch, said)
     alarm.listen(store, hosts)
     agreement.enter(hosts)
     _take_place(hosts)
@@ -67,15 +76,16 @@ def join_ranks(launch: Launch, stall_timeout: float, launcher: LauncherProcess |
     os.environ["OMP_NUM_THREADS"] = str(threads.number)  # for DeepSpeed's parts, which bring an OpenMP of their own
     torch.set_num_threads(threads.number)
     set_timeouts(collective_timeout(stall_timeout))
-    remove_stale_locks()
     if hosts.local_rank == 0:
         remove_stale_buffers()
+    of_host = [] if uses_cuda() else _ready_sums(hosts)
     with quiet_start():
         deepspeed.init_distributed(verbose=False, timeout=collective_timeout(stall_timeout))
     agreement.barrier()  # makes the group, on all ranks
-    if deepspeed.get_accelerator().device_name() == "cpu":
+    if not uses_cuda():
         remove_own_buffers()  # all ranks have mapped each other's
-    return Joined([hosts.describe(launch.launcher), *network, threads.describe()], _hidden_gpus(hosts, launcher))
+    notes = [hosts.describe(launch.launcher), *network, threads.describe()]
+    return Joined(notes, _hidden_gpus(hosts, launcher), of_host)
 
 
 def collective_timeout(stall_timeout: float) -> timedelta:
@@ -99,71 +109,19 @@ def _with_address(launch: Launch) -> Launch:
     return launch
 
 
-@contextmanager
-def _met(launch: Launch) -> Iterator[dist.Store]:
-    """The store that all ranks have come to; on rank 0 it lives in this process and goes on to serve torch."""
-    where = f"{launch.address}:{launch.port}"
-    waits_for = f"the other {launch.world_size - 1} rank(s)" if launch.rank == 0 else f"rank 0 at {where}"
-    done = threading.Event()
-    teller = threading.Thread(target=_tell_of_waiting, args=(f"rank {launch.rank} waits for {waits_for}", done))
-    teller.daemon = True
-    teller.start()
-    # A client that finds no one tries twice.
-    patience = timedelta(seconds=_MEET_SECONDS / (1 if launch.rank == 0 else 2))
-    try:
-        store = next(dist.rendezvous("env://", timeout=patience))[0]
-        # torchrun's own store may outlive its ranks, which it starts again with --max_restarts.
-        yield dist.PrefixStore(f"bagel_ds/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
-        raise UserError(_why_not_met(launch, where, str(error))) from None
-    finally:
-        done.set()
-
-
-def _tell_of_waiting(what: str, done: threading.Event) -> None:
-    began = time.monotonic()
-    while not done.wait(_TELL_SECONDS):
-        print(f"{what}, for {time.monotonic() - began:.0f} s now", flush=True)
-
-
-def _why_not_met(launch: Launch, where: str, error: str) -> str:
-    if "address already in use" in error:
-        return (
-            f"port {launch.port} of this host is taken, most often by another run: pass a free one as --master_port to "
-            "`deepspeed` or torchrun, or as MASTER_PORT to what else starts the ranks"
-        )
-    said = " ".join(error.split("\n")[0].split())
-    return (
-        f"the {launch.world_size} ranks of this launch ({launch.launcher}) did not meet at {where}: {said} See that "
-        "all are started, on every host, that MASTER_ADDR is rank 0's host and that no firewall closes MASTER_PORT."
-    )
-
-
-def _exchange(store: dist.Store, launch: Launch) -> Hosts:
-    """What every rank says of itself."""
-    own = json.dumps(rank_info(launch, visible_gpus()))
-    store.set(_key(launch.rank), own)
-    found = store.multi_get([_key(rank) for rank in range(launch.world_size)])
+def _hosts(launch: Launch, said: list[bytes]) -> Hosts:
+    """From what every rank says of itself."""
     infos = []
-    for content in found:
+    for content in said:
         values = RankInfo(*json.loads(content))
         infos.append(values._replace(gpus=tuple(values.gpus), cores=tuple(values.cores)))
     return Hosts(launch.rank, tuple(infos))
 
 
-def _key(rank: int) -> str:
-    return f"rank/{rank}"
-
-
 # ----------------------------------------------------------------------------------------------- GPUs and the network
-def on_gpus() -> bool:
-    """Whether ranks compute on NVIDIA GPUs."""
-    return deepspeed.get_accelerator().device_name() == "cuda" and torch.cuda.is_available()
-
-
 def visible_gpus() -> tuple[str, ...]:
     """An id of each GPU that this process sees, the same on every rank that sees it; makes no context on any."""
-    if not on_gpus():
+    if not uses_cuda():
         return ()
     return tuple(str(torch.cuda.get_device_properties(number).uuid) for number in range(torch.cuda.device_count()))
 
@@ -171,7 +129,7 @@ def visible_gpus() -> tuple[str, ...]:
 def _take_place(hosts: Hosts) -> None:
     """Set this rank's GPU and what torch and DeepSpeed read of its place from the environment."""
     device = hosts.local_rank
-    if on_gpus():
+    if uses_cuda():
         try:
             device = gpu_of(hosts)
         except UserError as fault:
@@ -210,3 +168,27 @@ def _hidden_gpus(hosts: Hosts, launcher: LauncherProcess | None) -> list[str]:
         f"or a hostfile, and this run is on GPU {given or '0 and those after it'}. To train on those that you named, "
         f"take `--include {host}:{numbers}` instead of --num_gpus"
     ]
+
+
+# --------------------------------------------------------------------------------------------- ranks on the CPU
+def _ready_sums(hosts: Hosts) -> list[str]:
+    """Have the part that adds up over ranks on the CPU compiled, or left out where it can't be; a note of that."""
+    needed = BUFFER_BYTES * len(hosts.here)
+    compiler = compiler_finding([SUMS])
+    # By the size of /dev/shm, which is the same for every rank; what is free may change from one to the next.
+    if compiler.verdict is Verdict.FAULT or shared_memory_size() < needed:
+        leave_out_sums()
+        small = f"{SHARED_MEMORY} is smaller than the {needed // MIB} MiB of its buffers"
+        reason = compiler.text if compiler.verdict is Verdict.FAULT else small
+        return [f"ranks add up through gloo, which is slower than DeepSpeed's own way: {reason}"]
+    if hosts.local_rank == 0 and free_shared_memory() < needed:
+        raise UserError(
+            f"{SHARED_MEMORY} is full: {free_shared_memory() // MIB} MiB are free, and ranks on the CPU need "
+            f"{needed // MIB} MiB there to add up; remove what lies there, or give a container more (--shm-size)"
+        )
+    try:
+        build([SUMS])
+    except UserError:
+        let_first_rank_speak(hosts.local_rank == 0)
+        raise
+    return []

@@ -1,8 +1,8 @@
 """Parameters and optimizer states on NVMe: where the files lie and what must hold before training.
 
-Guarantees: a path that can't work is said before training, with the remedy: too little space, a disk that is memory, a
-missing libaio, settings under which DeepSpeed silently keeps everything in memory. Files are below one folder per run
-and host (swap_folders.py), which goes away however the run ends. Needs no deepspeed but to look for libaio.
+Guarantees: a path that can't work is reported before training, with the remedy: too little space, a disk that is
+memory, settings under which DeepSpeed silently keeps everything in memory. Files are below one folder per run and host
+(swap_folders.py), which goes away however the run ends. Needs no deepspeed.
 """
 
 from __future__ import annotations
@@ -19,12 +19,17 @@ from bagel_ds.zero.swap_folders import is_run_folder, run_folder
 
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs", "overlay-tmpfs")
 LARGEST_7B = 152064 * 3584  # embedding of BAGEL-7B-MoT, its largest parameter
+SWAPPED_FROM_BYTES = MIB  # of one rank's share of a tensor; what is smaller stays in memory (DeepSpeed 0.19.8)
 LAYER_WEIGHTS = 14  # matrices of one decoder layer: q, k, v, o, gate, up and down of each expert
 
 
 def settle_nvme(draft: Draft, part: str) -> None:
     """Fill path and buffers of one offload section ("optimizer" or "param") whose device is nvme."""
     section = draft.section("zero_optimization", f"offload_{part}")
+    aio = draft.section("aio")
+    if aio.get("intra_op_parallelism", "auto") == "auto":
+        # DeepSpeed lays tensors out at multiples of 1024 bytes times this number; 4096 is a whole sector (swap_io.py).
+        aio["intra_op_parallelism"] = 4
     path = draft.config.training.nvme_path
     if section.get("nvme_path", "auto") == "auto":
         if path is None:
@@ -44,6 +49,7 @@ def fit_buffers(ds: dict[str, Any], largest_parameter: int, world_size: int, rec
     if offload_device(ds, "param") != "nvme":
         return
     section = ds["zero_optimization"]["offload_param"]
+    _refuse_persistent_on_nvme(ds, largest_parameter, world_size)
     buffers = LAYER_WEIGHTS + 2 if recomputes_frozen else 8
     if int(section.setdefault("buffer_count", buffers)) < (buffers if recomputes_frozen else 5):
         raise UserError(
@@ -59,6 +65,18 @@ def fit_buffers(ds: dict[str, Any], largest_parameter: int, world_size: int, rec
         raise UserError(
             f"ds_config: offload_param.buffer_size is {int(given):,} elements, but the largest parameter has "
             f'{largest_parameter:,}, {needed:,} per rank on {world_size}; write "auto" or at least {needed:,}'
+        )
+
+
+def _refuse_persistent_on_nvme(ds: dict[str, Any], largest_parameter: int, world_size: int) -> None:
+    """DeepSpeed gathers persistent parameters after each step without reading them from NVMe first."""
+    persistent = int(float(ds["zero_optimization"].get("stage3_param_persistence_threshold", 100_000)))
+    itemsize = 2 if ds.get("bf16", {}).get("enabled") else 4
+    most = SWAPPED_FROM_BYTES // itemsize * world_size - world_size  # elements of a parameter that stays in memory
+    if min(persistent, largest_parameter) > most:
+        raise UserError(
+            f"ds_config: stage3_param_persistence_threshold is {persistent:,}, but on {world_size} ranks parameters of "
+            f"more than {most:,} elements go to NVMe, where DeepSpeed can't keep them gathered; write {most:,} or less"
         )
 
 
@@ -93,7 +111,7 @@ def check_nvme(ds: dict[str, Any], bytes_needed: int) -> list[str]:
     for folder in nvme_folders(ds):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
+            probe = folder / f".bagel_ds_probe_{os.getpid()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -109,8 +127,6 @@ def check_nvme(ds: dict[str, Any], bytes_needed: int) -> list[str]:
                 "free some there, take another disk, or a preset that keeps more in memory (zero3_cpu)"
             )
         notes.append(f"NVMe: {folder} ({kind}), {_size(free)} free, {_size(bytes_needed)} needed")
-    if nvme_folders(ds):
-        faults += _library_faults()
     faults += _silent_faults(ds)
     all_faults(faults, "Offload to NVMe can't work as configured:")
     return notes
@@ -127,7 +143,7 @@ def file_system(path: Path) -> str:
     """Type of the file system that `path` lies on, as the kernel names it."""
     best, kind = "", "unknown"
     resolved = str(path.resolve())
-    for line in Path("/proc/mounts").read_text().splitlines():
+    for line in Path("/proc/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         _, mount, name = line.split()[:3]
         mount = mount.replace("\\040", " ")
         inside = resolved == mount or resolved.startswith(mount.rstrip("/") + "/")
@@ -140,19 +156,14 @@ def _size(count: int) -> str:
     return f"{count / GIB:.0f} GiB" if count >= 10 * GIB else f"{count / MIB:.0f} MiB"
 
 
-def _library_faults() -> list[str]:
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if os.environ.get("DS_BUILD_AIO") == "1" or AsyncIOBuilder().is_compatible(verbose=False):
-        return []
-    return ["libaio is missing, which DeepSpeed swaps with: apt-get install libaio-dev (as root), then start again"]
-
-
 def _silent_faults(ds: dict[str, Any]) -> list[str]:
     """Settings under which DeepSpeed keeps in memory what it was told to swap (DEEPSPEED.md)."""
     faults = []
-    block = int(ds.get("aio", {}).get("block_size", 2**20))
-    if nvme_folders(ds) and block > 2**20:
+    aio = ds.get("aio", {}) if nvme_folders(ds) else {}
+    if aio.get("use_gds"):
+        faults.append("aio.use_gds is not supported: transfers that fail would go unnoticed; remove the key")
+    block = int(aio.get("block_size", 2**20))
+    if block > SWAPPED_FROM_BYTES:
         faults.append(
             f"aio.block_size {block:,}: shards below it silently stay in memory; use 1048576 or less in the ds_config"
         )

@@ -48,7 +48,7 @@ def main(cases_file: str, results: str) -> None:
 
 
 class _Printed(io.StringIO):
-    """What a case prints; DeepSpeed's look for libaio wants the number of a file to redirect."""
+    """What a case prints; DeepSpeed's checks of its ops want the number of a file to redirect."""
 
     def fileno(self) -> int:
         return 2

@@ -1,8 +1,9 @@
-"""Trains on hand-made batches that hold one modality each; started by test_modalities.py.
+"""Trains on hand-made batches; started by test_modalities.py and test_offload_equality.py.
 
-Arguments: a model folder, a JSON file with {steps, cases: [{name, ds_config, reads_ahead}]} and a folder for the
-results (<name>.json with losses and gradient norms, <name>.safetensors with the final weights). On two ranks one has
-only text and the other only images to generate, swapped halfway; one rank takes both as two micro-batches.
+Arguments: a model folder, a JSON file with {steps, cases: [{name, ds_config, mixed, recompute}]} and a folder for the
+results (<name>.json with losses and gradient norms, <name>.safetensors with the final weights). Unless `mixed`, on two
+ranks one has only text and the other only images to generate, swapped halfway; one rank takes both as two
+micro-batches. Mixed batches hold text, an image to read and an image to generate.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 from bagel_ds.checkpoint.export import export_tensors
 from bagel_ds.config import make_config
 from bagel_ds.data.layout import LayoutOptions, Loaded, layout
-from bagel_ds.data.sample import TEXT, VAE
+from bagel_ds.data.sample import TEXT, VAE, VIT
 from bagel_ds.data.tokenizer import load_tokenizer
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch
@@ -32,16 +33,23 @@ from bagel_ds.train.loss import LossOptions
 from bagel_ds.train.step import optimizer_step
 from bagel_ds.zero.config import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
+from bagel_ds.zero.nvme import clean_nvme, fit_buffers
 from bagel_ds.zero.weights import frozen_pieces
 from tests.recordings import bagel_config, weights_of
 
 SIDES = ((4, 6), (5, 3))  # latent tokens of a batch's images: rows, columns
+MIXED = "mixed"
 
 
 def batch_of(kind: str, step: int, folder: Path, config: BagelConfig) -> tuple[PackedBatch, Tensor]:
     """The step's batch of one kind, and its clean latent tokens; equal wherever it is made."""
     special, options = load_tokenizer(folder).special, LayoutOptions(max_latent_size=config.max_latent_size)
     generator = torch.Generator().manual_seed(1000 * step + len(kind))
+    read = []
+    if kind == MIXED:
+        pixels = torch.randint(0, 256, (3, 14 * (5 + step % 3), 14 * 9), dtype=torch.uint8, generator=generator)
+        ids = torch.randint(0, 500, (30 + step,), generator=generator).tolist()
+        read = [Loaded(VIT, image=pixels), Loaded(TEXT, ids=ids, loss=True)]
     if kind == TEXT:
         lengths = [40 + step % 7, 25]
         ids = [torch.randint(0, 500, (length,), generator=generator).tolist() for length in lengths]
@@ -53,7 +61,7 @@ def batch_of(kind: str, step: int, folder: Path, config: BagelConfig) -> tuple[P
         noise = torch.randn(rows * columns, config.latent_features, generator=generator)
         image = torch.zeros(3, rows * options.latent_stride, columns * options.latent_stride, dtype=torch.uint8)
         timestep = float(torch.randn((), generator=generator))
-        samples.append([Loaded(VAE, image=image, loss=True, timestep=timestep, noise=noise)])
+        samples.append([*read, Loaded(VAE, image=image, loss=True, timestep=timestep, noise=noise)])
     tokens = sum(rows * columns for rows, columns in SIDES)
     return layout(samples, special, options), torch.randn(tokens, config.latent_features, generator=generator)
 
@@ -66,27 +74,33 @@ def kinds(step: int, steps: int) -> tuple[str, str]:
 def train(case: dict, steps: int, folder: Path, results: Path) -> None:
     world, rank = dist.get_world_size(), dist.get_rank()
     accumulation = 2 // world
-    run = make_config({"precision": "fp32", "gradient_accumulation_steps": accumulation})
+    nvme = str(results / "nvme")
+    run = make_config({"precision": "fp32", "gradient_accumulation_steps": accumulation, "nvme_path": nvme})
     ds_config, _ = resolve_ds_config(case["ds_config"], run, world)
     config = bagel_config(folder)
+    weights = weights_of(folder, config)
+    fit_buffers(ds_config, max(weights.info(name).numel for name in weights.names), world)
     trains = trainable_parts(config, Freezing())
-    engine = ZeroEngine(lambda: Bagel(config, recompute_mode("full")), lambda name: part_of(name) in trains, ds_config)
+    recompute = recompute_mode(case.get("recompute", "full"))
+    engine = ZeroEngine(lambda: Bagel(config, recompute), lambda name: part_of(name) in trains, ds_config)
     # An epsilon above rounding: what is compared is the gradient, not Adam's magnification of its last bits.
-    engine.start(weights_of(folder, config), AdamOptions(eps=1e-8))
+    engine.start(weights, AdamOptions(eps=1e-8))
     values = []
     for step in range(steps):
-        mine = kinds(step, steps) if world == 1 else (kinds(step, steps)[rank],)
+        both = (MIXED, MIXED) if case.get("mixed") else kinds(step, steps)
+        mine = both if world == 1 else (both[rank],)
         made = [batch_of(kind, step, folder, config) for kind in mine]
         latents = iter([tokens for _, tokens in made])
         window = [batch for batch, _ in made]
         result = optimizer_step(engine, lambda _, latents=latents: next(latents), window, 1e-4, LossOptions())
         values.append([result.ce, result.mse, result.grad_norm])
     infos = {name: TensorInfo(torch.float32, shape) for name, shape in engine.shapes.items()}
-    weights = chain(engine.partitions.pieces(MASTER), frozen_pieces(engine.module))
-    export_tensors(results / f"{case['name']}.safetensors", infos, weights, engine.device)
+    final = chain(engine.partitions.pieces(MASTER), frozen_pieces(engine.module))
+    export_tensors(results / f"{case['name']}.safetensors", infos, final, engine.device)
     if rank == 0:
         (results / f"{case['name']}.json").write_text(json.dumps(values))
     engine.close()
+    clean_nvme(ds_config)
 
 
 def main(model: str, cases_file: str, results: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -39,13 +38,11 @@ def plain(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 def test_a_preset_trains_and_its_losses_are_those_of_zero3(
     preset: str, demo: Path, plain: list[dict], tmp_path: Path
 ) -> None:
-    if "nvme" in preset and not os.path.exists("/usr/include/libaio.h"):
-        pytest.skip("libaio is not installed")
     found = train(demo, tmp_path, preset)
     assert [line["step"] for line in found] == [0, 1, 2, 3]
     for ours, theirs in zip(found, plain):
         assert ours["loss/total"] == pytest.approx(theirs["loss/total"], rel=2e-2)
-        assert ours["memory/device_gib"] > 0
+        assert ours["memory/device_reserved_gib"] >= ours["memory/device_gib"] > 0
     assert (tmp_path / "checkpoints" / "step_final" / "ema.safetensors").exists()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -14,11 +13,10 @@ from typing import Any
 
 import pytest
 
-from bagel_ds.errors import UserError
 from bagel_ds.train import process_group
 from bagel_ds.train.hosts import Hosts
 from bagel_ds.train.launcher import LauncherProcess, read_launch
-from bagel_ds.train.process_group import collective_timeout, join_ranks
+from bagel_ds.train.process_group import collective_timeout
 from tests.launch import cpu_environment, free_port
 from tests.train.conftest import rank_on
 
@@ -117,29 +115,6 @@ def test_ranks_of_mpirun_ask_mpi_where_to_meet(launch_of: Any, monkeypatch: pyte
     monkeypatch.setenv("LOCAL_RANK", "")
     found = process_group._with_address(dataclasses.replace(launch_of(1, 4000), address=None))
     assert (found.rank, found.world_size, found.local_rank, found.address, found.port) == (1, 2, 0, "10.1.1.1", 4000)
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_that_do_not_come_are_told_of_and_then_a_message(
-    rank: int, launch_of: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(process_group, "_MEET_SECONDS", 2.0)
-    monkeypatch.setattr(process_group, "_TELL_SECONDS", 0.3)
-    with pytest.raises(
-        UserError, match=r"the 2 ranks of this launch .* did not meet at 127\.0\.0\.1:\d+.*all are started"
-    ):
-        join_ranks(launch_of(rank, free_port()), stall_timeout=0)
-    waits_for = "the other 1 rank(s)" if rank == 0 else "rank 0 at 127.0.0.1"
-    assert f"rank {rank} waits for {waits_for}" in capfd.readouterr().out
-
-
-def test_a_port_that_is_taken_is_a_message(launch_of: Any) -> None:
-    with socket.socket() as other:
-        other.bind(("", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        with pytest.raises(UserError, match=f"port {port} of this host is taken.*--master_port"):
-            join_ranks(launch_of(0, port), stall_timeout=0)
 
 
 # ----------------------------------------------------------------------------------------------- GPUs that were dropped

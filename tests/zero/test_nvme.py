@@ -65,6 +65,18 @@ def test_a_buffer_that_is_too_small_is_refused(tmp_path: Path) -> None:
         fit_buffers(ds, LARGEST_7B, 2)
 
 
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_parameters_that_persist_and_swap_are_refused(tmp_path: Path, world: int) -> None:
+    most = 2**20 // 2 * world - world  # bf16
+    for threshold, largest in ((most, 10**9), (10**9, most)):
+        ds = changed("zero3_nvme_all", tmp_path, "offload_param", buffer_size=10**9)
+        ds["zero_optimization"]["stage3_param_persistence_threshold"] = threshold
+        fit_buffers(ds, largest, world)
+    ds["zero_optimization"]["stage3_param_persistence_threshold"] = most + 1
+    with pytest.raises(UserError, match=f"stage3_param_persistence_threshold is {most + 1:,}.*write {most:,} or less"):
+        fit_buffers(ds, 10**9, world)
+
+
 def test_two_runs_use_two_folders_and_a_run_finds_its_own_again(tmp_path: Path) -> None:
     (one,) = nvme_folders(resolved("zero3_nvme_all", tmp_path))
     assert [one] == nvme_folders(resolved("zero3_nvme", tmp_path))
@@ -93,7 +105,8 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
 
 
 SILENT = [
-    ("zero3_nvme_all", "aio", {"block_size": 2**23}, "block_size"),
+    ("zero3_nvme_all", "aio", {"block_size": 2**20 + 1}, "block_size"),
+    ("zero3_nvme_all", "aio", {"use_gds": True}, "use_gds"),
     ("zero3_nvme_all", "offload_param", {"max_in_cpu": 10**9}, "max_in_cpu"),
     ("zero3_nvme", "offload_optimizer", {"buffer_count": 2}, "buffer_count"),
     ("zero3_nvme", "offload_optimizer", {"pipeline_read": True}, "pipeline_read"),

@@ -1,0 +1,361 @@
+"""Reads and writes of swap files for DeepSpeed's NVMe offload.
+
+Guarantees: every byte asked for has moved when `wait` returns, as counted by the kernel, or `wait` raises a `UserError`
+that names the file; any address, length and sector size gives the right bytes. Data moves past the page cache
+(O_DIRECT) where the file system can. It stands in for DeepSpeed's async_io op, which never looks at the result of a
+request: a read into an address that is not a multiple of the sector moves nothing there and is counted as done
+(DeepSpeed 0.19.8, csrc/aio and csrc/pin_memory). It needs neither libaio nor a compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import mmap
+import os
+import threading
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, Callable, Iterator, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bagel_ds.errors import UserError
+from bagel_ds.units import MIB
+
+logger = logging.getLogger("bagel_ds")
+
+SECTOR = 4096  # bytes; drives have sectors of 512 or 4096, and a multiple of 4096 suits both
+REQUEST = 8 * MIB  # bytes of one system call
+BOUNCE = MIB  # bytes that one thread copies at a time where an address is not aligned
+MOST_THREADS = 8
+
+
+class SwapHandle:
+    """What DeepSpeed's swappers call instead of `async_io.aio_handle`, with the same arguments.
+
+    `queue_depth` is the number of requests in flight (8 at most, each of 8 MiB). The other arguments tune the op that
+    this class stands in for.
+    """
+
+    def __init__(
+        self,
+        block_size: int = MIB,
+        queue_depth: int = MOST_THREADS,
+        single_submit: bool = False,
+        overlap_events: bool = True,
+        intra_op_parallelism: int = 1,
+    ):
+        threads = max(1, min(queue_depth, MOST_THREADS))
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="swap")
+        self._pending: list[_Transfer] = []
+
+    def async_pread(self, buffer: Tensor, path: str, file_offset: int = 0) -> int:
+        """Begin to fill a contiguous CPU tensor from `path`; it must live until `wait`. Returns 0."""
+        return self._begin(buffer, path, file_offset, write=False)
+
+    def async_pwrite(self, buffer: Tensor, path: str, file_offset: int = 0) -> int:
+        """Begin to write a contiguous CPU tensor to `path`; it must not change until `wait`. Returns 0."""
+        return self._begin(buffer, path, file_offset, write=True)
+
+    def wait(self) -> int:
+        """Wait for all that was begun since the last call; returns the number of tensors.
+
+        Raises UserError where a file could not be read or written in full. All requests have ended by then.
+        """
+        pending, self._pending = self._pending, []
+        faults = [fault for transfer in pending for fault in transfer.finish()]
+        if faults:
+            raise faults[0]
+        return len(pending)
+
+    def new_cpu_locked_tensor(self, numel: int, example: Tensor) -> Tensor:
+        """A zeroed 1-D tensor of the example's dtype: see `locked_tensor`."""
+        return locked_tensor(numel, example.dtype)
+
+    def free_cpu_locked_tensor(self, tensor: Tensor) -> bool:
+        """Whether this memory is ours. It goes away with its last tensor."""
+        return tensor.data_ptr() in _locked
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in page-locked memory, ours or torch's, so that DeepSpeed needs no copy of it."""
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        ours = any(start <= begin and end <= start + size for start, size in list(_locked.items()))
+        return tensor.device.type == "cpu" and (ours or tensor.is_pinned())
+
+    def _begin(self, buffer: Tensor, path: str, file_offset: int, write: bool) -> int:
+        assert buffer.device.type == "cpu" and buffer.is_contiguous(), f"{path}: swapped tensors lie on the host"
+        assert file_offset % SECTOR == 0, f"{path}: offset {file_offset} in the file is not a multiple of {SECTOR}"
+        self._pending.append(_Transfer(self._pool, buffer, path, file_offset, write))
+        return 0
+
+
+class _Request(NamedTuple):
+    """`nbytes` from `address` to `position` in the file, or back."""
+
+    address: int
+    position: int
+    nbytes: int
+
+
+class _Transfer:
+    """One tensor on its way, cut into requests; holds the tensor and the file until it is done."""
+
+    def __init__(self, pool: ThreadPoolExecutor, buffer: Tensor, path: str, position: int, write: bool):
+        self._buffer, self._write = buffer, write
+        self._file = _SwapFile(path, write)
+        _say_if_copied(buffer, path)
+        self._futures: list[Future[None]] = [
+            pool.submit(self._file.move, request, write)
+            for request in _requests(buffer.data_ptr(), position, buffer.nbytes)
+        ]
+
+    def finish(self) -> Iterator[UserError]:
+        """Wait for the requests and close the file; the faults that came up."""
+        errors = [future.exception() for future in self._futures]
+        self._file.close()
+        for error in errors:
+            if isinstance(error, OSError):
+                yield _fault(self._file.path, self._buffer.nbytes, self._write, error)
+            elif error is not None:
+                raise error
+
+
+def _requests(address: int, position: int, nbytes: int) -> Iterator[_Request]:
+    for begin in range(0, nbytes, REQUEST):
+        yield _Request(address + begin, position + begin, min(REQUEST, nbytes - begin))
+
+
+class _SwapFile:
+    """An open swap file. Every thread of a handle uses it; positions are given with each call."""
+
+    def __init__(self, path: str, write: bool):
+        self.path = path
+        self._flags = os.O_RDWR | os.O_CREAT if write else os.O_RDONLY
+        self._descriptor = -1
+        self._fault: OSError | None = None
+        self._lock = threading.Lock()
+        self.direct = os.path.dirname(path) not in _without_direct
+        try:
+            self._descriptor = self._open()
+        except OSError as error:
+            self._fault = error  # raised where the transfer is waited for, with its name
+
+    def _open(self) -> int:
+        if self.direct:
+            try:
+                return os.open(self.path, self._flags | os.O_DIRECT, 0o600)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._give_up_direct()
+        return os.open(self.path, self._flags, 0o600)
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def move(self, request: _Request, write: bool) -> None:
+        """Move all bytes of a request or raise OSError. O_DIRECT wants whole sectors at aligned addresses; the rest
+        goes through a buffer of this thread."""
+        if self._fault is not None:
+            raise self._fault
+        whole = request.nbytes - request.nbytes % SECTOR if request.address % SECTOR == 0 else 0
+        if whole:
+            self._exactly(_memory(request.address, whole), request.position, write, whole)
+        for begin in range(whole, request.nbytes, BOUNCE):
+            count = min(BOUNCE, request.nbytes - begin)
+            self._move_copied(request.address + begin, request.position + begin, count, write)
+
+    def _move_copied(self, address: int, position: int, nbytes: int, write: bool) -> None:
+        buffer, start = _bounce_buffer()
+        sectors = memoryview(buffer)[: -(-nbytes // SECTOR) * SECTOR]
+        if write:
+            ctypes.memmove(start, address, nbytes)
+            self._exactly(sectors, position, write, len(sectors))
+        else:
+            self._exactly(sectors, position, write, nbytes)
+            ctypes.memmove(address, start, nbytes)
+
+    def _exactly(self, memory: memoryview, position: int, write: bool, needed: int) -> None:
+        """Move at least `needed` bytes of `memory`: the kernel may move fewer at a time."""
+        done = 0
+        while done < needed:
+            moved = self._some(memory[done:], position + done, write)
+            if moved <= 0:
+                raise OSError(errno.EIO, f"{done:,} of {needed:,} bytes at {position:,} moved, then the file ended")
+            done += moved
+
+    def _some(self, memory: memoryview, position: int, write: bool) -> int:
+        call = os.pwritev if write else os.preadv
+        try:
+            return call(self._descriptor, [memory], position)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self.direct:
+                raise
+        with self._lock:  # other threads may use the descriptor: it keeps its number
+            if self.direct:
+                self._give_up_direct()
+                plain = os.open(self.path, self._flags, 0o600)
+                os.dup2(plain, self._descriptor)
+                os.close(plain)
+        return call(self._descriptor, [memory], position)
+
+    def _give_up_direct(self) -> None:
+        self.direct = False
+        folder = os.path.dirname(self.path)
+        if folder not in _without_direct:
+            _without_direct.add(folder)
+            logger.warning(
+                "NVMe: the file system of %s can't read and write past the page cache (O_DIRECT); swapping goes on "
+                "through the cache, which is slower. A folder on a local ext4 or xfs disk is faster.",
+                folder,
+            )
+
+
+def _fault(path: str, nbytes: int, write: bool, error: OSError) -> UserError:
+    what = f"--nvme_path: {path} could not be {'written' if write else 'read'} ({nbytes:,} bytes): "
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"{what}{error.strerror}. Free some there, take another disk, or a preset that keeps more in memory "
+            "(zero3_cpu), and resume from the last checkpoint."
+        )
+    return UserError(
+        f"{what}{error.strerror}. Training can't go on with what was there before. Check the drive (dmesg, smartctl), "
+        "make sure that nothing else removes these files, and resume from the last checkpoint."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+_locked: dict[int, int] = {}  # address -> bytes of page-locked memory
+_without_direct: set[str] = set()  # folders whose file system refuses O_DIRECT
+_said: set[str] = set()
+_threads = threading.local()
+
+
+def locked_tensor(numel: int, dtype: torch.dtype) -> Tensor:
+    """A zeroed 1-D CPU tensor that begins at a page; locked in RAM where the limits of this process allow that."""
+    nbytes = max(1, numel * dtype.itemsize)
+    memory = mmap.mmap(-1, nbytes)
+    tensor = torch.frombuffer(memory, dtype=dtype, count=numel) if numel else torch.empty(0, dtype=dtype)
+    address = _address(memory)
+    if ctypes.CDLL(None, use_errno=True).mlock(ctypes.c_void_p(address), ctypes.c_size_t(nbytes)) != 0:
+        _say_once(
+            "NVMe: swap buffers could not be locked in memory (%s); raise `ulimit -l` to keep the system from swapping "
+            "them out",
+            os.strerror(ctypes.get_errno()),
+        )
+    _locked[address] = nbytes
+    weakref.finalize(memory, _locked.pop, address, None)
+    return tensor
+
+
+def _address(memory: mmap.mmap) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+
+
+def _memory(address: int, nbytes: int) -> memoryview:
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
+def _bounce_buffer() -> tuple[mmap.mmap, int]:
+    """This thread's aligned buffer of BOUNCE bytes, and its address."""
+    if not hasattr(_threads, "buffer"):
+        _threads.buffer = mmap.mmap(-1, BOUNCE)
+        _threads.start = _address(_threads.buffer)
+    return _threads.buffer, _threads.start
+
+
+def _say_if_copied(buffer: Tensor, path: str) -> None:
+    if buffer.nbytes >= MIB and buffer.data_ptr() % SECTOR:
+        _say_once(
+            "NVMe: %s and others are swapped through a copy, because their buffer does not begin at a multiple of "
+            "4096 bytes. Leave aio.intra_op_parallelism out of the ds_config or set it to a multiple of 4.",
+            os.path.basename(path),
+        )
+
+
+def _say_once(message: str, *values: Any) -> None:
+    if message not in _said:
+        _said.add(message)
+        logger.info(message, *values)
+
+
+# ---------------------------------------------------------------------------------------------- into DeepSpeed's place
+def use_checked_swapping() -> None:
+    """Have every NVMe swapper that DeepSpeed makes from now on in this process read and write through `SwapHandle`."""
+    from deepspeed.ops.op_builder.builder import OpBuilder
+    from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
+    from deepspeed.runtime.zero import partition_parameters
+
+    OpBuilder._loaded_ops["async_io"] = SimpleNamespace(aio_handle=SwapHandle)
+    OptimizerSwapper._adjust_for_misaligned_lengths = _cut_gradients
+    AsyncPartitionedParameterSwapper.reserve_partitioned_swap_space = _reserve_swap_space
+    if not hasattr(partition_parameters._no_gather_coalesced, "copies_swapped"):
+        partition_parameters._no_gather_coalesced = _copying_swapped(partition_parameters._no_gather_coalesced)
+
+
+def _cut_gradients(swapper: Any, tensors: list[Tensor], offsets: list[int]) -> tuple[list[Tensor], list[int]]:
+    """Cut gradients so that what is swapped begins and ends at whole sectors of the group's buffer.
+
+    `offsets` are elements in that buffer. What lies outside, less than a sector at each end, stays in memory, as do
+    pieces too small to be swapped. DeepSpeed's own method leaves the beginning unaligned, and keeps small pieces as
+    views, which keep whole gradients alive on the device.
+    """
+    cut: list[Tensor] = []
+    places: list[int] = []
+    for tensor, offset in zip(tensors, offsets):
+        if not swapper.is_swappable_tensor(tensor=tensor):
+            cut.append(tensor.cpu())
+            places.append(offset)
+            continue
+        step = SECTOR // tensor.element_size()
+        begin, end = -offset % step, tensor.numel() - (offset + tensor.numel()) % step
+        for first, last in ((0, begin), (begin, end), (end, tensor.numel())):
+            if first < last:
+                piece = tensor.narrow(0, first, last - first)
+                cut.append(piece if swapper.is_swappable_tensor(tensor=piece) else piece.to("cpu", copy=True))
+                places.append(offset + first)
+    return cut, places
+
+
+def _copying_swapped(gather: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`gather`, which gives a single rank its whole parameters, with copies of those that lie in a swap buffer.
+
+    Under activation checkpointing autograd holds on to a weight's memory until the backward pass of its layer is done.
+    On a CPU a single rank's weight would be the swap buffer itself, which by then holds another parameter.
+    """
+
+    def gather_and_copy(parameters: Any) -> Any:
+        parameters = list(parameters)
+        handle = gather(parameters)
+        for parameter in parameters:
+            held = parameter.ds_tensor
+            if getattr(held.final_location, "value", None) == "nvme" and parameter.data_ptr() == held.data_ptr():
+                parameter.data = parameter.data.clone()
+        return handle
+
+    gather_and_copy.copies_swapped = True  # type: ignore[attr-defined]
+    return gather_and_copy
+
+
+def _reserve_swap_space(swapper: Any, partition_num_elems: list[int]) -> None:
+    """Make the buffer through which updated parameters of one group go to NVMe.
+
+    DeepSpeed sizes it for the group with the most elements, but each swapped parameter is padded to
+    `numel_alignment`: a group with fewer elements in more parameters can need more. Every one of those has at least
+    `min_aio_bytes`, which bounds their number.
+    """
+    from deepspeed.runtime.swap_tensor.utils import SwapBufferPool
+
+    numel = sum(swapper._io_aligned_numel(count) for count in partition_num_elems)
+    padded = numel * swapper.swap_element_size // swapper.min_aio_bytes + 1
+    room = swapper._io_aligned_numel(numel) + padded * swapper.numel_alignment
+    buffer = locked_tensor(room, swapper.dtype)
+    swapper.partitioned_swap_buffer = buffer
+    swapper.partitioned_swap_pool = SwapBufferPool([buffer], aio_handle=swapper.aio_write_handle)

@@ -1,0 +1,98 @@
+"""Trains random tables under several presets and writes what each left; started by test_offload_equality.py.
+
+Arguments: a JSON file with a list of cases (fields of `Case`, as written by the test) and a folder for the results:
+<name>.json with the gradient norms and, for each rank, <name>.rank<r>.safetensors with its masters, moments, average
+and weights. Every element of every table has a gradient that is different in each step and on each rank.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bagel_ds import ranges
+from bagel_ds.config import make_config
+from bagel_ds.ranges import MASTER
+from bagel_ds.zero import ema
+from bagel_ds.zero.config import resolve_ds_config
+from bagel_ds.zero.ema import EMAOptions
+from bagel_ds.zero.engine import AdamOptions, ZeroEngine
+from bagel_ds.zero.nvme import clean_nvme, fit_buffers
+from bagel_ds.zero.partitions import MOMENTS
+from bagel_ds.zero.weights import held_weight
+from bench.random_tables import RandomSource, Tables
+
+LEARNING_RATE = 1e-3
+
+
+def configuration(case: dict[str, Any], results: Path) -> dict[str, Any]:
+    """The case's preset with its changes to the ZeRO section, for this number of ranks."""
+    run = make_config(
+        {
+            "precision": case["precision"],
+            "gradient_accumulation_steps": case["accumulation"],
+            "max_grad_norm": 1.0,
+            "nvme_path": str(results / "nvme"),
+        }
+    )
+    ds_config, _ = resolve_ds_config(case["preset"], run, dist.get_world_size())
+    ds_config["zero_optimization"].update(case["zero"])
+    fit_buffers(ds_config, max(case["sizes"]), dist.get_world_size())
+    return ds_config
+
+
+def train(case: dict[str, Any], results: Path) -> None:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    sizes, ds_config = case["sizes"], configuration(case, results)
+    source = RandomSource(sizes)
+    engine = ZeroEngine(lambda: Tables(sizes), lambda name: True, ds_config)
+    engine.start(source, AdamOptions())
+    average = engine.start_ema(EMAOptions(0.9), source)
+    norms = []
+    for step in range(case["steps"]):
+        for micro in range(case["accumulation"]):
+            loss = engine.forward(1000 * step + 100 * micro + 10 * rank)
+            engine.backward(loss / case["accumulation"])
+            norms.append(engine.micro_step(LEARNING_RATE))
+    held: dict[str, Tensor] = {}
+    for key in (MASTER, *MOMENTS):
+        for piece in engine.partitions.pieces(key):
+            held.update({f"{key}.{place.name}.{place.start}": values.clone() for place, values in piece.ranges})
+    for piece in average.pieces():
+        held.update({f"ema.{place.name}.{place.start}": values.clone() for place, values in piece.ranges})
+    for name, parameter in engine.module.named_parameters():
+        with held_weight(name, parameter) as (place, values):
+            held[f"weight.{name}.{place.start}"] = values[: place.numel].float().clone()
+    save_file(held, results / f"{case['name']}.rank{rank}.safetensors")
+    if rank == 0:
+        folder = results / "nvme"
+        swapped = sum(path.stat().st_size for path in folder.rglob("*_gradient_*.swp")) if folder.exists() else 0
+        described = {"norms": norms, "gradient_bytes": swapped, "groups": len(engine.partitions.groups), "world": world}
+        (results / f"{case['name']}.json").write_text(json.dumps(described))
+    dist.barrier()
+    engine.close()
+    clean_nvme(ds_config)
+    dist.barrier()
+
+
+def main(cases_file: str, results: str) -> None:
+    deepspeed.init_distributed()
+    for case in json.loads(Path(cases_file).read_text()):
+        piece = case["piece"]
+        with (
+            mock.patch.object(ranges, "COPIED_ELEMENTS", piece or ranges.COPIED_ELEMENTS),
+            mock.patch.object(ema, "_CHUNK", piece or ema._CHUNK),
+        ):
+            train(case, Path(results))
+
+
+if __name__ == "__main__":
+    main(*[argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])
