@@ -15,9 +15,9 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bagel_ds.arguments import SECTIONS, all_options, is_optional, type_name
+from bagel_ds.config_files import KeyPath, read_yaml
+from bagel_ds.errors import UserError
 
 # What the parser itself understands: a YAML file, and what the deepspeed launcher appends (LOCAL_RANK says the same).
 OWN_WORDS = {"config": "read options from this YAML file; the command line wins", "local_rank": ""}
@@ -27,9 +27,10 @@ FALSE_WORDS = ("false", "0", "no", "off")
 
 @dataclasses.dataclass
 class Words:
-    """What one source of options said. `values` holds typed values by option name."""
+    """What one source of options said. `values` holds typed values by option name, `places` where a file gives them."""
 
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    places: dict[str, str] = dataclasses.field(default_factory=dict)
     explicit: set[str] = dataclasses.field(default_factory=set)
     faults: list[str] = dataclasses.field(default_factory=list)
     config_file: str | None = None
@@ -175,54 +176,61 @@ def _read_option(word: str, rest: list[str], words: Words) -> None:
         _keep(name, given, words)
 
 
-def _keep(name: str, raw: Any, words: Words) -> None:
+def _keep(name: str, raw: Any, words: Words, where: str = "") -> None:
     try:
         words.values[name] = parse_value(name, raw)
         words.explicit.add(name)
     except ValueError as fault:
-        words.faults.append(str(fault))
+        words.faults.append(f"{where}{fault}")
 
 
-def read_yaml(file: str) -> Words:
+def read_option_file(file: str) -> Words:
     """Read options from a YAML mapping, flat or under `model`, `data`, `training`.
 
     A list `explicit` (written by `RunConfig.to_yaml`) names the options a person gave; without it all that stand in the
     file were given.
     """
     words = Words()
-    path = Path(file)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as fault:
-        words.faults.append(f"--config {file}: can't be read ({fault}); pass the path of a YAML file with options")
+        document = read_yaml(Path(file))
+    except UserError as fault:
+        words.faults.append(f"--config: {fault}")
         return words
-    except yaml.YAMLError as fault:
-        words.faults.append(f"--config {file}: is no valid YAML: {' '.join(str(fault).split())}")
+    if document.content is not None and not isinstance(document.content, dict):
+        found = f"{document.content!r:.60}"
+        words.faults.append(f"--config {file}: expected a mapping of option names to values, found {found}")
         return words
-    if content is not None and not isinstance(content, dict):
-        words.faults.append(f"--config {file}: expected a mapping of option names to values, found {content!r:.60}")
-        return words
-    content = dict(content or {})
+    content = dict(document.content or {})
     given = content.pop("explicit", None)
-    for key, value in _flattened(content):
-        try:
-            name = find_name(str(key))
-        except ValueError as fault:
-            words.faults.append(f"--config {file}: {fault}")
-            continue
-        if name in all_options():
-            _keep(name, value, words)
-        else:
-            words.faults.append(f"--config {file}: {key!r} can't stand in a file, only on the command line")
+    for path, value in _flattened(content):
+        _keep_from_file(str(path[-1]), value, document.where(*path), words)
     if isinstance(given, list):
         words.explicit &= {str(name) for name in given}
     return words
 
 
-def _flattened(content: dict[Any, Any]) -> list[tuple[Any, Any]]:
-    pairs: list[tuple[Any, Any]] = []
+def _keep_from_file(key: str, value: Any, where: str, words: Words) -> None:
+    try:
+        name = find_name(key)
+    except ValueError as fault:
+        words.faults.append(f"--config {where}: {fault}")
+        return
+    if name not in all_options():
+        words.faults.append(f"--config {where}: {key!r} can't stand in a file, only on the command line")
+    elif name in words.places:  # under another spelling, or in a section and outside of it
+        words.faults.append(
+            f"--config {where}: {name} is given twice (first in {words.places[name]}); keep one of them"
+        )
+    else:
+        words.places[name] = where
+        _keep(name, value, words, f"--config {where}: ")
+
+
+def _flattened(content: dict[Any, Any]) -> list[tuple[KeyPath, Any]]:
+    pairs: list[tuple[KeyPath, Any]] = []
     for key, value in content.items():
-        pairs += list(value.items()) if key in SECTIONS and isinstance(value, dict) else [(key, value)]
+        in_section = key in SECTIONS and isinstance(value, dict)
+        pairs += [((key, inner), found) for inner, found in value.items()] if in_section else [((key,), value)]
     return pairs
 
 

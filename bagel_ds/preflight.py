@@ -129,12 +129,13 @@ def check_inputs(config: RunConfig) -> None:
         find_ds_config(config.training.ds_config)
     except UserError as fault:
         faults.append(str(fault))
-    all_faults(faults, "This run can't start; what is missing:")
+    all_faults(config.placed(faults), "This run can't start; what is missing:")
 
 
 def check_data_inputs(config: RunConfig) -> None:
     """The same for commands that look at data only: they start from nothing and read no weights."""
-    all_faults(_folder_faults(config, weights=False) + _data_faults(config), "What is missing:")
+    faults = _folder_faults(config, weights=False) + _data_faults(config)
+    all_faults(config.placed(faults), "What is missing:")
 
 
 def parts_of(config: RunConfig) -> tuple[Path, Path, Path]:

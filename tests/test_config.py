@@ -325,3 +325,38 @@ def test_the_nearest_name_knows_what_others_call_it(word: str, meant: str) -> No
 
 def test_synonyms_lead_to_options_and_are_none_themselves() -> None:
     assert set(SYNONYMS.values()) <= set(OPTIONS) and not set(SYNONYMS) & set(OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("lr: 1.0e-5\nlr: 2.0e-3\n", "line 2: the key 'lr' is given twice (first in line 1)"),
+        ("training:\n  lr: 1e-5\n  lr: 2e-3\n", "line 3: the key 'lr' in training is given twice (first in line 2)"),
+        ("lr: 1e-5\ntraining:\n  lr: 2e-3\n", "line 3: lr is given twice"),
+        ("total_steps: 3\ntotal-steps: 4\n", "line 2: total_steps is given twice"),
+    ],
+)
+def test_an_option_given_twice_in_a_file_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    message = fault(f"--config {tmp_path}/run.yaml")
+    assert words in message and "run.yaml" in message
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("lr: 1e-5\ntotal_steps: many\n", 2),  # not of its type
+        ("lr: 1e-5\ntotal_steps: 0\n", 2),  # out of range
+        ("training:\n  lr: 1e-5\n  lr_shceduler: cosine\n", 3),  # unknown
+        ("lr: 1e-5\n\nmse_weight: 0\nce_weight: 0\n", 4),  # bad together
+        ("config: x\n", 1),
+    ],
+)
+def test_a_bad_value_in_a_file_names_file_and_line(tmp_path: Path, text: str, line: int) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    assert f"{tmp_path}/run.yaml, line {line}" in fault(f"--config {tmp_path}/run.yaml")
+
+
+def test_a_bad_value_on_the_command_line_names_no_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("total_steps: 5\n")
+    assert "run.yaml" not in fault(f"--config {tmp_path}/run.yaml --total_steps 0")

@@ -6,7 +6,6 @@ weight that is asked for and absent is an error, never random numbers; position 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bagel_ds.checkpoint.tensors import TensorFiles
+from bagel_ds.config_files import read_json
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.model.config import LLMConfig, VAEConfig, ViTConfig
 from bagel_ds.model.embeddings import position_table
@@ -96,12 +96,9 @@ class ModelFolder:
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name
-        try:
-            found = json.loads(path.read_text())
-        except OSError:
-            raise UserError(f"{path} does not exist: {self.path} is not a BAGEL model folder. {DOWNLOAD}") from None
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error}). Download or copy it again.") from None
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: {self.path} is not a BAGEL model folder. {DOWNLOAD}")
+        found = read_json(path).content
         if not isinstance(found, dict):
             raise UserError(f"{path}: expected a JSON object, found {found!r:.60}. Download or copy it again.")
         return found

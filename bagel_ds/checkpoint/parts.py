@@ -22,6 +22,7 @@ from torch import Tensor
 
 from bagel_ds.checkpoint.folder import TOKENIZER_FILES, VAE
 from bagel_ds.checkpoint.tensors import TensorFiles
+from bagel_ds.config_files import read_json
 from bagel_ds.data.tokenizer import complete_tokenizer
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.model.embeddings import position_table
@@ -204,10 +205,7 @@ def _seed_of(seed: int, name: str) -> int:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}). Download or copy it again.") from None
+    found = read_json(path).content
     if not isinstance(found, dict) or not found:
         raise UserError(f"{path}: expected a JSON object, found {found!r:.60}. Download or copy it again.")
     return found

@@ -43,7 +43,7 @@ def resolve_ds_config(
     the arguments and left out: the trainer brings its own AdamW and schedule. Raises UserError naming every fault.
     """
     path = find_ds_config(name_or_path)
-    draft = Draft(read_ds_config(path), path.name, config, world_size, ranks_per_host)
+    draft = Draft(read_ds_config(path).content, path.name, config, world_size, ranks_per_host)
     presets = ds_configs_folder()
     if path.parent.resolve() != presets.resolve() and (presets / path.name).is_file():
         draft.notes.append(f"ds_config is the file {path}, not the preset of the same name")
@@ -208,7 +208,7 @@ def _refuse_unsupported(draft: Draft) -> None:
 def _settle_leftovers(draft: Draft) -> None:
     """Any other "auto": in the ZeRO section what our preset of the stage says, elsewhere DeepSpeed's own default."""
     zero = draft.ds["zero_optimization"]
-    preset = read_ds_config(ds_configs_folder() / f"zero{zero['stage']}.json")["zero_optimization"]
+    preset = read_ds_config(ds_configs_folder() / f"zero{zero['stage']}.json").content["zero_optimization"]
     for key, value in list(zero.items()):
         if value == AUTO and preset.get(key, AUTO) != AUTO:
             zero[key] = preset[key]
