@@ -30,8 +30,9 @@ DEEPSPEED = """## The DeepSpeed configuration
 `--ds_config` takes a path, or one of the names in `ds_configs/` (with or without `.json`). Where the file says `"auto"`
 or nothing, the arguments decide; a file that says something else than `--lr`, `--beta1`, `--beta2`, `--eps`,
 `--max_grad_norm`, `--gradient_accumulation_steps` or `--precision`, or wants more than one pack per micro-batch, is an
-error that names both. So is what this trainer would not do as written, such as another optimizer. All else in the file
-holds as it stands.
+error that names both. So is what this trainer would not do as written, such as another optimizer. A key that DeepSpeed
+does not know, and would ignore, and a value that it can't read are errors with their line and the nearest known key
+(`bagel-ds memory` checks your own files, too). All else in the file holds as it stands.
 
 | preset | what is sharded over the GPUs | in CPU memory | on NVMe (`--nvme_path`) |
 |---|---|---|---|

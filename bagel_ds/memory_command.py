@@ -1,7 +1,8 @@
 """`bagel-ds memory`: the memory planner on the command line.
 
 Guarantees: takes every argument of the trainer under its own name, so that a training command can be planned as it
-stands; reads headers and configuration files only, never weights; needs neither a GPU nor DeepSpeed.
+stands; reads headers and configuration files only, never weights; needs neither a GPU nor DeepSpeed (where it is
+installed, it checks the keys of a --ds_config that is not a preset).
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 
 from bagel_ds.config import RunConfig, parse_arguments
 from bagel_ds.errors import UserError
 from bagel_ds.model.config import BagelConfig, VAEConfig
+from bagel_ds.zero.config import check_planned_file
 from bagel_ds.zero.memory import MemoryOptions, plan_memory
 from bagel_ds.zero.memory_report import not_compared, report_lines, suggestion_lines
 from bagel_ds.zero.memory_suggest import resolved, suggestions
@@ -63,6 +66,8 @@ def run(options: argparse.Namespace) -> None:
         host_memory=options.host_memory,
         nvme=options.nvme,
     )
+    if remark := check_planned_file(config.training.ds_config):
+        print(f"bagel-ds: {remark}", file=sys.stderr)
     ds_config = resolved(config.training.ds_config, config, model, options.world_size, options.ranks_per_host)
     plan = plan_memory(model, ds_config, memory)
     better = [] if plan.fits else suggestions(model, config, memory)

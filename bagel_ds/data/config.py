@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from bagel_ds.config_files import Document, KeyPath, merge_or_remove, read_yaml
-from bagel_ds.data.dataset_entry import DatasetEntry, EntryReader, nearest, type_name
+from bagel_ds.data.dataset_entry import DatasetEntry, EntryReader, type_name
 from bagel_ds.data.dataset_info import DatasetInfo, find_dataset_info, read_dataset_info
 from bagel_ds.data.images import ImageTransform
 from bagel_ds.data.sources.kinds import KINDS
 from bagel_ds.data.video import FrameSampler
-from bagel_ds.errors import UserError, all_faults
+from bagel_ds.errors import UserError, all_faults, nearest
 
 logger = logging.getLogger("bagel_ds")
 

@@ -45,7 +45,7 @@ from bagel_ds.train.quiet import quiet_start
 from bagel_ds.train.start import StartPoint, StartWeights, open_start, sound_start
 from bagel_ds.train.stop import forget_stops
 from bagel_ds.zero.builds import remove_stale_locks
-from bagel_ds.zero.config import check_with_deepspeed, resolve_ds_config
+from bagel_ds.zero.config import check_file_with_deepspeed, check_with_deepspeed, resolve_ds_config
 from bagel_ds.zero.memory import MemoryPlan
 from bagel_ds.zero.nvme import check_nvme, fit_buffers, nvme_bytes, nvme_folders
 from bagel_ds.zero.shared_memory import remove_own_buffers, remove_stale_buffers
@@ -106,6 +106,7 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+    check_file_with_deepspeed(config.training.ds_config)
     ds_config, notes = resolve_ds_config(config.training.ds_config, config, dist.get_world_size())
     check_with_deepspeed(ds_config)
     return ds_config, notes

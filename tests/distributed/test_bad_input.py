@@ -78,9 +78,9 @@ def ds_config_contradicts_lr(demo: Path, own_folder: Path) -> list[str]:
     return arguments(demo, own_folder, ds_config=own_folder / "mine.json")
 
 
-@bad("ds_config", "stge")
+@bad("--ds_config", r"mine\.json, line 3", "'zero_optimisation'", "did you mean 'zero_optimization'")
 def ds_config_misspelt(demo: Path, own_folder: Path) -> list[str]:
-    (own_folder / "mine.json").write_text(json.dumps({"zero_optimization": {"stage": 2, "stge": 2}}))
+    (own_folder / "mine.json").write_text(json.dumps({"steps_per_print": 5, "zero_optimisation": {}}, indent=1))
     return arguments(demo, own_folder, ds_config=own_folder / "mine.json")
 
 
