@@ -11,7 +11,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,12 +72,13 @@ class RunConfig:
         return self.training.precision if self.training.save_dtype == "auto" else self.training.save_dtype
 
 
-def parse_arguments(argv: list[str]) -> RunConfig:
+def parse_arguments(argv: list[str], own: Sequence[str] = ()) -> RunConfig:
     """The configuration behind a command line (without the program's name).
 
-    Raises UserError with every fault; `--help` prints all options and exits 0.
+    `own` are the options of a command that takes the trainer's besides, for its suggestions. Raises UserError with
+    every fault; `--help` prints all options and exits 0.
     """
-    words = read_words(argv)
+    words = read_words(argv, own)
     if words.help:
         print(help_text())
         raise SystemExit(0)

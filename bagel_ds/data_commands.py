@@ -171,7 +171,7 @@ def _start(options: argparse.Namespace) -> RunConfig:
     logger = logging.getLogger("bagel_ds")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
-    config = parse_arguments(options.training)
+    config = parse_arguments(options.training, options.own)
     for note in config.notes:
         if "num_tokens" in note:  # the others are about training
             logger.info(note)

@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> None:
 
         print(table())
         return
-    config = parse_arguments(options.training)
+    config = parse_arguments(options.training, options.own)
     if options.model is None and "model_path" not in config.explicit:
         raise UserError("bagel-ds memory: pass --model_path with the model's folder, or --model 7b")
     ranks_per_host = options.ranks_per_host or options.world_size
@@ -101,7 +101,7 @@ def _from_folder(config: RunConfig) -> tuple[BagelConfig, VAEConfig]:
     folder = ModelFolder(Path(config.model.model_path))
     autoencoder = folder.path / VAE
     vae = vae_config(TensorFiles([autoencoder]), autoencoder) if autoencoder.exists() else VAEConfig()
-    weights = folder.path if folder.weight_files("ema") or folder.weight_files("model") else None
+    weights = folder.path if folder.holds_weights else None
     return bagel_config(config, folder, weights, vae), vae
 
 

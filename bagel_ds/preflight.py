@@ -172,7 +172,8 @@ def resolve_model_path(config: RunConfig) -> Path:
     except Exception as fault:  # the hub's own errors, and those of whatever http library it brings
         raise UserError(
             f"--model_path {config.model.model_path}: no such folder here, and the hub gave no model of that id "
-            f"({type(fault).__name__}: {' '.join(str(fault).split())[:300]}); check the network, or pass a folder"
+            f"({type(fault).__name__}: {' '.join(str(fault).split())[:300]}); check the network, or pass a folder. "
+            + _instead_of_base_model(config)
         ) from None
 
 
@@ -202,11 +203,16 @@ def missing_model_files(path: Path, weights: bool = True) -> list[str]:
 
 def _model_faults(config: RunConfig) -> list[str]:
     from bagel_ds.checkpoint.parts import missing_parts
+    from bagel_ds.checkpoint.steps import checkpoints_near, meant_checkpoint
 
     training, faults = config.training, []
     resumes = training.resume_from is not None or (training.auto_resume and _holds_checkpoints(training.checkpoint_dir))
-    if training.resume_from is not None and not Path(training.resume_from).expanduser().is_dir():
-        faults.append(f"--resume_from {training.resume_from}: no such folder; pass a checkpoint or a model folder")
+    if training.resume_from is not None:
+        folder = meant_checkpoint(Path(training.resume_from))
+        if not folder.is_dir():
+            near = checkpoints_near(folder)
+            remedy = f"pass a checkpoint or a model folder{near and ': ' + near}"
+            faults.append(f"--resume_from {training.resume_from}: no such folder; {remedy}")
     if starts_from_parts(config):
         return faults
     if not training.finetune_from_hf and not resumes:
@@ -225,8 +231,23 @@ def _folder_faults(config: RunConfig, weights: bool) -> list[str]:
     path = Path(name).expanduser()
     if path.is_dir():
         missing = missing_model_files(path, weights)
-        return [f"--model_path {name}: the folder lacks {', '.join(missing)}. {DOWNLOAD}"] if missing else []
-    return [] if is_hub_id(name) else [f"--model_path {name}: no such folder. {DOWNLOAD}"]
+        remedy = _instead_of_base_model(config) or DOWNLOAD
+        return [f"--model_path {name}: the folder lacks {', '.join(missing)}. {remedy}"] if missing else []
+    if is_hub_id(name):
+        return []
+    return [f"--model_path {name}: no such folder. {_instead_of_base_model(config) or DOWNLOAD}"]
+
+
+def _instead_of_base_model(config: RunConfig) -> str:
+    """A run that resumes can do without its base model: the checkpoint is a model folder, too."""
+    from bagel_ds.checkpoint.steps import meant_checkpoint, step_folders
+
+    training = config.training
+    held = [path for _, path in step_folders(Path(training.checkpoint_dir))][::-1] if training.auto_resume else []
+    if training.resume_from is not None:
+        held.append(meant_checkpoint(Path(training.resume_from)))
+    whole = next((path for path in held if not missing_model_files(path, weights=False)), None)
+    return "" if whole is None else f"A checkpoint is a model folder, too: pass --model_path {whole} to resume with it."
 
 
 def _holds_checkpoints(folder: str) -> bool:

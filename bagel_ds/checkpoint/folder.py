@@ -79,6 +79,11 @@ class ModelFolder:
             return [self.path / shard for shard in sorted(set(weight_map.values()))]
         return []
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether there are weights to start from, under one of the known names."""
+        return bool(self.weight_files("ema") or self.weight_files("model"))
+
     def open_weights(self, prefer_ema: bool) -> TensorFiles:
         """ema.safetensors when preferred, else model.safetensors, else the other; an error when there is neither."""
         for stem in ("ema", "model") if prefer_ema else ("model", "ema"):

@@ -25,10 +25,12 @@ from bagel_ds.checkpoint.state import WEIGHT, StateFiles, StateSource
 from bagel_ds.checkpoint.steps import (
     MANIFEST,
     STATE,
+    checkpoints_near,
     checksum_fault,
     flush_all,
     holds_state,
     manifest_fault,
+    meant_checkpoint,
     state_files,
     write_json,
 )
@@ -48,8 +50,12 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, shard_byt
     an earlier export, and where it can't be written; what was there is then as it was.
     """
     _check_replaceable(out)
+    checkpoint = meant_checkpoint(checkpoint)
     if not holds_state(checkpoint):
-        raise UserError(f"{checkpoint} holds no training state; pass a checkpoint such as .../checkpoints/step_1000.")
+        found = "holds no training state" if checkpoint.is_dir() else "does not exist"
+        near = checkpoints_near(checkpoint, with_state=True)
+        remedy = f"pass a checkpoint such as .../checkpoints/step_1000{near and ': ' + near}"
+        raise UserError(f"{checkpoint} {found}; {remedy}.")
     fault = manifest_fault(checkpoint) or checksum_fault(checkpoint, state_files(checkpoint))
     if fault is not None:
         raise UserError(f"{checkpoint} is damaged: {fault}. Export another checkpoint.")

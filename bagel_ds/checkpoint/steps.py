@@ -24,6 +24,7 @@ logger = logging.getLogger("bagel_ds")
 
 STATE, TRAINER, MANIFEST, LATEST, FINAL = "state", "trainer.json", "manifest.json", "latest", "step_final"
 UNFINISHED, REPLACED, GIVEN_UP = ".unfinished-", ".replaced-", ".given-up-state"
+_MOST_SHOWN = 8  # checkpoints that a message names, newest first
 _STEP = re.compile(r"step_(\d+)")
 
 
@@ -31,6 +32,23 @@ _STEP = re.compile(r"step_(\d+)")
 def step_folders(checkpoint_dir: Path) -> list[tuple[int, Path]]:
     """Complete step_N folders by N; links and unfinished folders are none."""
     return [(step, path) for step, path in _numbered(checkpoint_dir) if (path / MANIFEST).is_file()]
+
+
+def meant_checkpoint(path: Path) -> Path:
+    """The folder behind a path that a user gives: that which the file `latest` names, else the path itself."""
+    if path.name != LATEST or not path.is_file():
+        return path
+    return path.parent / path.read_text(encoding="utf-8", errors="replace").strip()
+
+
+def checkpoints_near(path: Path, with_state: bool = False) -> str:
+    """Which checkpoints lie in `path`, in its folder `checkpoints` or beside it, for a message; "" for none."""
+    for folder in (path, path / "checkpoints", path.parent):
+        names = [found.name for _, found in step_folders(folder) if holds_state(found) or not with_state]
+        if names:
+            more = f", ... ({len(names)} in all)" if len(names) > _MOST_SHOWN else ""
+            return f"{folder} holds {', '.join(names[: -_MOST_SHOWN - 1 : -1])}{more}"
+    return ""
 
 
 def _numbered(checkpoint_dir: Path) -> list[tuple[int, Path]]:
