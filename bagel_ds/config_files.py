@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from bagel_ds.errors import UserError, all_faults
-from bagel_ds.git_lfs import is_pointer, pointer_remedy
+from bagel_ds.git_lfs import pointer_fault
 
 KeyPath = tuple[Hashable, ...]  # keys, and numbers of list items, from the outermost in
 Remedy = Callable[[KeyPath], str]  # what to do about a key that is given twice
@@ -84,8 +84,8 @@ def read_text(path: Path) -> str:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}. Pass a file you may read.") from None
-    if is_pointer(raw):
-        raise UserError(f"{path}: {pointer_remedy(raw)}.")
+    if fault := pointer_fault(raw):
+        raise UserError(f"{path}: {fault}.")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

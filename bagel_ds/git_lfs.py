@@ -12,22 +12,22 @@ _FIRST_LINES = (b"version https://git-lfs.github.com/spec/", b"version https://h
 _LARGEST = 1024  # bytes; the specification's limit
 
 
-def is_pointer(content: bytes) -> bool:
-    """Whether a file that begins with `content` is a pointer."""
-    return content.removeprefix(b"\xef\xbb\xbf").startswith(_FIRST_LINES)
-
-
-def pointer_fault(path: Path | str) -> str | None:
-    """What to do about `path` if it is a pointer, for a message that has named the file; None for any other file."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(_LARGEST)
-    except OSError:
+def pointer_fault(source: Path | str | bytes) -> str | None:
+    """What to do about a file, or its content, that is a pointer, for a message that has named it; else None."""
+    if isinstance(source, bytes):
+        start = source[:_LARGEST]
+    else:
+        try:
+            with open(source, "rb") as file:
+                start = file.read(_LARGEST)
+        except OSError:
+            return None
+    if not start.removeprefix(b"\xef\xbb\xbf").startswith(_FIRST_LINES):
         return None
-    return pointer_remedy(start) if is_pointer(start) else None
+    return _remedy(start)
 
 
-def pointer_remedy(content: bytes) -> str:
+def _remedy(content: bytes) -> str:
     """The message about a pointer, with the size of the file that it stands for."""
     sizes = [line[5:] for line in content.decode("utf-8", "replace").splitlines() if line.startswith("size ")]
     size = f" of {int(sizes[0]):,} bytes" if sizes and sizes[0].isdecimal() else ""

@@ -13,7 +13,8 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from bagel_ds.checkpoint.tensors import TensorFiles
+from bagel_ds.checkpoint.finite import CheckedWeights
+from bagel_ds.checkpoint.tensors import TensorFiles, dtype_fault
 from bagel_ds.config_files import read_json
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.model.config import LLMConfig, VAEConfig, ViTConfig
@@ -139,7 +140,9 @@ def load_vae(path: Path) -> AutoEncoder:
     vae = AutoEncoder(vae_config(files, path))
     expected = {name: tuple(p.shape) for name, p in vae.named_parameters()}
     check_tensors(files, expected, str(path))
-    vae.load_state_dict({name: files.read(name).reshape(shape).float() for name, shape in expected.items()})
+    weights = CheckedWeights(files, str(path))
+    vae.load_state_dict({name: weights.read(name).reshape(shape).float() for name, shape in expected.items()})
+    weights.check()
     return vae.requires_grad_(False).eval()
 
 
@@ -163,7 +166,9 @@ def vae_config(files: TensorFiles, path: Path) -> VAEConfig:
 
 
 def check_tensors(found: TensorFiles, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Every expected tensor is there with its shape, or one `UserError` lists what is not."""
+    """Every expected tensor is there with its shape, as numbers to train, or one `UserError` lists what is not."""
+    if fault := dtype_fault(found, expected):
+        raise UserError(f"{where}: {fault}.")
     faults = []
     for name, shape in expected.items():
         if name not in found:

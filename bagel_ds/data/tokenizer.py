@@ -22,6 +22,7 @@ from tokenizers import Tokenizer as FastTokenizer  # noqa: E402
 
 from bagel_ds.config_files import read_json  # noqa: E402
 from bagel_ds.errors import UserError  # noqa: E402
+from bagel_ds.git_lfs import pointer_fault  # noqa: E402
 
 logger = logging.getLogger("bagel_ds")
 
@@ -101,6 +102,9 @@ def complete_tokenizer(folder: Path) -> tuple[Tokenizer, str | None]:
 
 def _open(folder: Path) -> FastTokenizer:
     whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
+    for path in (whole,) if whole.is_file() else (vocab, merges):
+        if fault := pointer_fault(path):
+            raise UserError(f"{path}: {fault}.")
     if whole.is_file():
         try:
             fast = FastTokenizer.from_file(str(whole))

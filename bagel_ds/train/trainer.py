@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import bagel_ds
+from bagel_ds.checkpoint.finite import CheckedWeights
 from bagel_ds.checkpoint.steps import read_trainer
 from bagel_ds.command_line import duration_seconds
 from bagel_ds.config import RunConfig, wandb_wanted
@@ -198,7 +199,8 @@ class Trainer:
         for line in opened.description:
             logger.info(line)
         adam = AdamOptions((self.args.beta1, self.args.beta2), self.args.eps)
-        self.engine.start(opened.weights, adam)
+        weights = CheckedWeights(opened.weights, str(self.prepared.start.folder))
+        self.engine.start(weights, adam, loaded=lambda: together(weights.check))
         self.ema = self._start_average()
         if opened.state is not None:
             restore_moments(self.engine, opened.state, self.steps_done - self.skipped_before)
@@ -213,7 +215,13 @@ class Trainer:
             folder=average_folder(self.prepared.ds_config, self.rank),
             updates_done=self.steps_done - self.skipped_before,
         )
-        return together(lambda: self.engine.start_ema(options, self.prepared.weights.averages))
+        averages = self.prepared.weights.averages
+        if averages is None:
+            return together(lambda: self.engine.start_ema(options, None))
+        checked = CheckedWeights(averages, f"{self.prepared.start.folder} (moving average)")
+        ema = together(lambda: self.engine.start_ema(options, checked))
+        together(checked.check)
+        return ema
 
     def _index_the_rest(self) -> BackgroundIndex:
         """Index what this run will need later, once per host, in a process beside it."""
