@@ -46,19 +46,21 @@ def materialize(
     noise_seed: int,
 ) -> PackedBatch:
     """The batch of `plans`, in their order. Pixels stay uint8; timesteps are before the sigmoid."""
-    samples, names, skipped = [], [], []
+    samples, names, datasets, skipped = [], [], [], []
+    labels = dataset_labels(streams)
     for plan in plans:
         stream = streams[plan.dataset]
+        place = stream.place(plan.row)
+        label = labels[plan.dataset, place.dataset]
         try:
             sample = _Sample(plan, stream, tokenizer, options, noise_seed).load()
         except BadRow as error:
-            place = stream.place(plan.row)
-            label = dataset_labels(streams)[plan.dataset, place.dataset]
             skipped.append((label, f"{place}: {reason_of(error)}"))
             continue
         samples.append(sample)
         names.append(stream.describe(plan))
-    return layout(samples, tokenizer.special, options, names, skipped)
+        datasets.append(label)
+    return layout(samples, tokenizer.special, options, names, skipped, datasets)
 
 
 class _Sample:

@@ -36,6 +36,7 @@ from bagel_ds.train.agreement import check_equal, everyone, is_main, local_rank,
 from bagel_ds.train.checkpoints import CheckpointWriter, restore_moments
 from bagel_ds.train.guards import NonFiniteGuard, out_of_memory
 from bagel_ds.train.loss import LossOptions
+from bagel_ds.train.loss_parts import LossParts
 from bagel_ds.train.memory import outcome, plan_lines
 from bagel_ds.train.metrics import MetricsLog, SilentMetricsLog, WandbOptions
 from bagel_ds.train.report import StepMeter
@@ -72,6 +73,8 @@ class Trainer:
         self.engine = self._build_engine()
         self.vae = self.prepared.vae.to(self.engine.device)
         self.loss_options = LossOptions(self.args.ce_weight, self.args.mse_weight, self.args.ce_loss_reweighting)
+        shift = self.prepared.model.timestep_shift
+        self.loss_parts = LossParts(self.prepared.data.datasets, shift, self.loss_options)
         self._load()
         self.guard = NonFiniteGuard(Path(self.args.results_dir), self.rank, self.args.max_nonfinite)
 
@@ -85,7 +88,8 @@ class Trainer:
             closing(self._start_saving(metrics, watch)) as saving,
         ):
             self._show_packs()
-            meter = StepMeter(self.prepared.model, self.args.peak_device_tflops, self.prepared.data.unusable_rows)
+            data, peak = self.prepared.data, self.args.peak_device_tflops
+            meter = StepMeter(self.prepared.model, peak, data.unusable_rows, self.loss_parts)
             stop = self._listen_for_stops()
             for step in range(self.steps_done, self.args.total_steps):
                 with watch.phase(step, "data"):
@@ -123,6 +127,7 @@ class Trainer:
                 self.loss_options,
                 lambda: stop.wanted() is not None,
                 before_update,
+                self.loss_parts,
             )
         except torch.OutOfMemoryError as error:
             limit, planned = self.config.data.max_num_tokens, self.prepared.memory.gpu_peak
