@@ -62,11 +62,13 @@ class DataArguments:
     index_cache: str | None = option(
         None, "(ours) folder that keeps the index of the data; None keeps it beside them, or in ~/.cache/bagel_ds"
     )
-    prefetch_factor: int = option(2, "packs each DataLoader worker prepares ahead")
-    num_workers: int = option(4, "DataLoader workers per rank; 0 reads in the training process")
+    prefetch_factor: int = option(2, "packs each data worker prepares ahead")
+    num_workers: int = option(
+        4, "data workers (processes that read and decode) per rank; 0 reads in the training process"
+    )
     max_num_tokens_per_sample: int = option(16384, "longer samples are skipped, counted and reported")
     expected_num_tokens: int = option(32768, "the least a pack should hold")
-    max_num_tokens: int = option(36864, "hard limit of a pack: lower it first when memory runs out")
+    max_num_tokens: int = option(36864, "hard limit of a pack; what a step holds in memory grows with it")
     prefer_buffer_before: int = option(16384, "the original packer's buffer rule; packs are planned ahead here")
     max_buffer_size: int = option(50, "the original packer's buffer size; packs are planned ahead here")
     data_seed: int = option(42, "seed of the order of samples and of all random choices in them")
@@ -93,6 +95,9 @@ class TrainingArguments:
 
     global_seed: int = option(4396, "seed of weights made anew")
     auto_resume: bool = option(False, "continue from the newest complete checkpoint in checkpoint_dir, if there is one")
+    start_anew: bool = option(
+        False, "(ours) where checkpoint_dir holds an earlier run, move it aside to earlier_N and start again at step 0"
+    )
     resume_from: str | None = option(None, "checkpoint or model folder to continue from when auto_resume finds none")
     resume_model_only: bool = option(False, "take only the weights of resume_from, not its optimizer and data state")
     finetune_from_ema: bool = option(False, "start from ema.safetensors rather than model.safetensors")
@@ -109,7 +114,9 @@ class TrainingArguments:
         None, "(ours) save and stop after this long, such as 3h50m: before a time limit of the cluster"
     )
     stall_timeout: float = option(
-        3600.0, "(ours) seconds after which a step that does not end prints where every rank is and ends; 0 waits on"
+        3600.0,
+        "(ours) seconds after which a step, a save or a part of the start that does not go on prints where every rank "
+        "is and ends; 0 waits on",
     )
     max_nonfinite: int = option(
         10, "(ours) so many updates with a gradient that is not finite are skipped, then it is an error"

@@ -15,10 +15,16 @@ from pathlib import Path
 import bagel_ds
 from bagel_ds import data_commands, memory_command, run_commands
 from bagel_ds.errors import UserError
+from bagel_ds.option_values import not_negative
+from bagel_ds.output import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
+    return run_command(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = make_parser()
     options, training = parser.parse_known_args(argv)
     options.own = _option_names(options.command)
@@ -26,24 +32,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.command.error(_unknown(training, options.own))
     options.training = training
     try:
-        options.run(options)
+        return options.run(options) or 0
     except UserError as fault:
         print(f"bagel-ds: {fault}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All commands; each sets `run`, a function of the parsed options."""
+    """All commands; each sets `run`, a function of the parsed options; what it returns is the exit code, None is 0."""
     parser = argparse.ArgumentParser(prog="bagel-ds", description="Fine-tune BAGEL-7B-MoT with DeepSpeed.")
     parser.add_argument("--version", action="version", version=f"bagel-ds {bagel_ds.__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="write a tiny BAGEL and small data sets to try every command on")
     demo.add_argument("--out", type=Path, required=True, help="folder to write: model/, data/ and two dataset configs")
-    demo.add_argument("--seed", type=int, default=0, help="same seed, same files (default 0)")
+    demo.add_argument("--seed", type=not_negative, default=0, help="same seed, same files (default 0)")
     demo.set_defaults(run=_demo)
 
     arguments = commands.add_parser("arguments", help="print the page of all training arguments (docs/arguments.md)")
@@ -52,7 +57,8 @@ def make_parser() -> argparse.ArgumentParser:
     memory = commands.add_parser(
         "memory",
         help="predict GPU, host and NVMe memory of a training command, and what would make it fit",
-        epilog="All arguments of the trainer are understood besides: give the training command's own.",
+        epilog="Add the training command's own arguments, or paste the whole line: bagel-ds memory --gpu_memory 24 "
+        "--host_memory 128 deepspeed --num_gpus 2 launch/train.py --ds_config zero3_cpu.json ...",
         allow_abbrev=False,
     )
     memory.set_defaults(run=_memory, training=[])
@@ -89,8 +95,8 @@ def _arguments(options: argparse.Namespace) -> None:
     print(arguments_page(), end="")
 
 
-def _memory(options: argparse.Namespace) -> None:
-    memory_command.run(options)
+def _memory(options: argparse.Namespace) -> int:
+    return memory_command.run(options)
 
 
 if __name__ == "__main__":

@@ -292,6 +292,17 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def duration_text(seconds: float) -> str:
+    """ "2d4h", "3h50m", "12m" or "45s": two units where the first alone would be coarse."""
+    whole = round(seconds) if seconds < 60 else 60 * round(seconds / 60)
+    days, hours, minutes = whole // 86400, whole % 86400 // 3600, whole % 3600 // 60
+    if days:
+        return f"{days}d{hours}h"
+    if hours:
+        return f"{hours}h{minutes}m"
+    return f"{minutes}m" if minutes else f"{whole}s"
+
+
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 

@@ -163,6 +163,11 @@ def _faults(config: RunConfig) -> list[str]:
         faults.append(
             "--visual_gen False and --visual_und False leave nothing to train; leave out at least one of the two"
         )
+    if values["auto_resume"] and values["start_anew"]:
+        faults.append(
+            "--auto_resume True goes on with the run in checkpoint_dir, --start_anew True moves it aside; leave out "
+            "one of the two"
+        )
     if values["stop_after"] is not None and duration_seconds(values["stop_after"]) is None:
         faults.append(f"--stop_after {values['stop_after']}: expected a duration such as 3h50m, 90m, 45s or seconds")
     if values["lr_scheduler"] == "cosine" and values["lr"] == 0:

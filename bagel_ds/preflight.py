@@ -1,125 +1,21 @@
-"""What must be there before a run starts: versions, a usable GPU, the files that the arguments name.
+"""The files that the arguments name, looked for before a run starts.
 
 Guarantees: everything that is missing is found at once and reported in one message that says how to get it; nothing is
-downloaded, but a model that was named by its hub id. A GPU that is there and can't be used is an error, never a silent
-CPU run. Whether the files hold what they should is for those who read them to say.
+downloaded, but a model that was named by its hub id. Whether the files hold what they should is for those who read them
+to say; what the machine lacks is found by `doctor/environment.py`.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
-
-from packaging.version import Version
 
 from bagel_ds.config import RunConfig
 from bagel_ds.errors import UserError, all_faults
-
-MINIMUM_PYTHON = (3, 11)
-MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17"}
-DEEPSPEED_VERSION = "0.19.8"  # exactly: zero/partitions.py reads its internals
-MINIMUM_DRIVERS = {12: "525.60.13", 13: "580.65.06"}  # NVIDIA's Linux driver, by major CUDA version of the torch build
-_DEVICE_FILES = Path("/dev")
-_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+from bagel_ds.liveness import timed_elsewhere
+from bagel_ds.waiting import waiting_for
 
 
-# -------------------------------------------------------------------------------------------------- the environment
-def check_environment() -> None:
-    """Raise UserError unless versions suffice and a GPU that is there can be used (or DS_ACCELERATOR=cpu is set)."""
-    faults = []
-    if sys.version_info < MINIMUM_PYTHON:
-        found = ".".join(map(str, sys.version_info[:2]))
-        faults.append(f"Python {found} is too old: {'.'.join(map(str, MINIMUM_PYTHON))} or newer is needed")
-    for package, minimum in MINIMUM_VERSIONS.items():
-        installed = installed_version(package)
-        if installed is None or Version(installed).release < Version(minimum).release:
-            found = "not installed" if installed is None else f"{installed}, which is too old"
-            faults.append(f"{package} is {found}; at least {minimum} is needed: pip install '{package}>={minimum}'")
-    installed = installed_version("deepspeed")
-    if installed is None or Version(installed).public != DEEPSPEED_VERSION:
-        found = "not installed" if installed is None else installed
-        faults.append(
-            f"deepspeed is {found}; this release works with {DEEPSPEED_VERSION} alone: "
-            f"pip install deepspeed=={DEEPSPEED_VERSION}"
-        )
-    all_faults(faults, "The installed packages don't suffice:")
-    check_gpu()
-
-
-def installed_version(package: str) -> str | None:
-    """Version of an installed package, read from its metadata (importing an old one could fail); None if absent."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def check_gpu() -> None:
-    """Raise UserError where this machine has an NVIDIA GPU that torch can't use, unless the user asked for the CPU."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if os.environ.get("DS_ACCELERATOR") == "cpu" or (hidden is not None and hidden.strip() in ("", "-1")):
-        return
-    if not gpu_is_present():
-        return
-    import torch
-
-    if torch.cuda.is_available():
-        return
-    driver = driver_version() or "unknown"
-    build = torch.version.cuda
-    if build is None:
-        reason = (
-            f"this torch ({torch.__version__}) is built for the CPU only; install a CUDA build: "
-            "pip install --force-reinstall torch (see https://pytorch.org for your driver)"
-        )
-    else:
-        minimum = MINIMUM_DRIVERS.get(int(build.split(".")[0]), "one made for it")
-        reason = (
-            f"torch {torch.__version__} is built for CUDA {build}, which needs driver {minimum} or newer, and the "
-            f"driver is {driver}; update it, or install a torch for an older CUDA (https://pytorch.org)"
-        )
-    raise UserError(
-        f"This machine has an NVIDIA GPU, but torch can't use it: {reason}. To train on the CPU all the same, "
-        "set DS_ACCELERATOR=cpu."
-    )
-
-
-def gpu_is_present() -> bool:
-    """Whether the kernel or nvidia-smi shows an NVIDIA GPU, whatever torch thinks."""
-    if any(_DEVICE_FILES.glob("nvidia[0-9]*")):
-        return True
-    return bool(_nvidia_smi("--list-gpus"))
-
-
-def driver_version() -> str | None:
-    """Version of the NVIDIA driver, such as "535.104.05"; None where it can't be told."""
-    asked = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
-    if asked:
-        return asked.splitlines()[0].strip()
-    try:
-        match = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b", _DRIVER_FILE.read_text())
-    except OSError:
-        return None
-    return match.group(1) if match else None
-
-
-def _nvidia_smi(*words: str) -> str:
-    command = shutil.which("nvidia-smi")
-    if command is None:
-        return ""
-    try:
-        ran = subprocess.run([command, *words], capture_output=True, text=True, timeout=30, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return ran.stdout.strip() if ran.returncode == 0 else ""
-
-
-# ------------------------------------------------------------------------------------------------------- the inputs
 def check_inputs(config: RunConfig) -> None:
     """Raise UserError listing every file or folder that the arguments name and that is not there."""
     from bagel_ds.zero.config import find_ds_config
@@ -141,7 +37,7 @@ def check_data_inputs(config: RunConfig) -> None:
 def parts_of(config: RunConfig) -> tuple[Path, Path, Path]:
     """llm_path, vit_path and vae_path."""
     model = config.model
-    llm, vit, vae = (Path(name).expanduser() for name in (model.llm_path, model.vit_path, model.vae_path))
+    llm, vit, vae = (Path(name) for name in (model.llm_path, model.vit_path, model.vae_path))
     return llm, vit, vae
 
 
@@ -161,19 +57,33 @@ def resolve_model_path(config: RunConfig) -> Path:
     from bagel_ds.checkpoint.parts import assemble_folder
 
     if starts_from_parts(config):
-        return assemble_folder(Path(config.training.results_dir) / "parts", *parts_of(config))
-    path = Path(config.model.model_path).expanduser()
+        with waiting_for("the model folder to be assembled from its parts", "its autoencoder may be copied"):
+            return assemble_folder(Path(config.training.results_dir) / "parts", *parts_of(config))
+    path = Path(config.model.model_path)
     if path.is_dir() or not is_hub_id(config.model.model_path):
         return path
+    try:
+        return hub_folder(config.model.model_path, "--model_path")
+    except UserError as fault:
+        offer = _instead_of_base_model(config)
+        raise UserError(f"{fault}. {offer}" if offer else str(fault)) from None
+
+
+def hub_folder(name: str, option: str, patterns: tuple[str, ...] | None = None) -> Path:
+    """Where the files of a model on the hub lie after a download: all of them, or those that match.
+
+    Raises UserError, which names `option`.
+    """
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(config.model.model_path))
+        usual = "30 GB for the 7B, once; it goes on where it was cut off"
+        with timed_elsewhere(), waiting_for(f"{name} to be downloaded", usual):
+            return Path(snapshot_download(name, allow_patterns=patterns and list(patterns)))
     except Exception as fault:  # the hub's own errors, and those of whatever http library it brings
         raise UserError(
-            f"--model_path {config.model.model_path}: no such folder here, and the hub gave no model of that id "
-            f"({type(fault).__name__}: {' '.join(str(fault).split())[:300]}); check the network, or pass a folder. "
-            + _instead_of_base_model(config)
+            f"{option} {name}: no such folder here, and the hub gave no model of that id "
+            f"({type(fault).__name__}: {' '.join(str(fault).split())[:300]}); check the network, or pass a folder"
         ) from None
 
 
@@ -228,7 +138,7 @@ def _folder_faults(config: RunConfig, weights: bool) -> list[str]:
     from bagel_ds.checkpoint.folder import DOWNLOAD
 
     name = config.model.model_path
-    path = Path(name).expanduser()
+    path = Path(name)
     if path.is_dir():
         missing = missing_model_files(path, weights)
         remedy = _instead_of_base_model(config) or DOWNLOAD
@@ -251,18 +161,18 @@ def _instead_of_base_model(config: RunConfig) -> str:
 
 
 def _holds_checkpoints(folder: str) -> bool:
-    return any(Path(folder).expanduser().glob("step_*"))
+    return any(Path(folder).glob("step_*"))
 
 
 def _data_faults(config: RunConfig) -> list[str]:
     faults = []
     name = config.data.dataset_config_file
-    if not Path(name).expanduser().is_file():
+    if not Path(name).is_file():
         faults.append(
             f"--dataset_config_file {name}: no such file. Write one as docs/data.md shows, or make small data sets "
             "with `bagel-ds demo --out demo` and pass --dataset_config_file demo/example.yaml"
         )
     info = config.data.dataset_info
-    if info is not None and not Path(info).expanduser().is_file():
+    if info is not None and not Path(info).is_file():
         faults.append(f"--dataset_info {info}: no such file; pass a .yaml, .json or .py file with DATASET_INFO")
     return faults

@@ -12,6 +12,8 @@ from typing import Callable, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bagel_ds.liveness import going_on
+
 MASTER = "master"  # kind of range: the weights the optimizer updates, as ZeRO partitions and training states name them
 COPIED_ELEMENTS = 2**24  # at a time
 
@@ -71,4 +73,5 @@ def copy_range(target: Tensor, held: Range, read: Callable[[str, int, int], Tens
         values = read(held.name, held.start + offset, min(COPIED_ELEMENTS, held.numel - offset))
         target.narrow(0, offset, values.numel()).copy_(values)
         size += values.nbytes
+        going_on()
     return size

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 from bagel_ds.errors import UserError
+from bagel_ds.output import log_to_stderr
+
+_HEADER_BYTES = 2**20  # of a safetensors file, at the most; --max_shard_size counts tensors
 
 
 def add_commands(commands: Any) -> None:
@@ -29,10 +33,20 @@ def add_commands(commands: Any) -> None:
 
 
 def _stop(options: argparse.Namespace) -> None:
+    from bagel_ds.train.claim import RunFound, find_run
     from bagel_ds.train.stop import write_stop_file
 
+    found = find_run(options.folder) if options.folder.is_dir() else RunFound(False, "no folder")
+    if found is None:
+        raise UserError(
+            f"no run uses {options.folder}, so there is nothing to stop; pass the results_dir or checkpoint_dir of one "
+            "that is running"
+        )
     path = write_stop_file(options.folder)
-    print(f"wrote {path}: the run saves and ends after its current step")
+    if found.sure:
+        print(f"wrote {path}: the run ({found.what}) saves and ends after its current step")
+    else:
+        print(f"wrote {path}: a run that uses this folder ends after its current step ({found.what})")
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -40,6 +54,7 @@ def _export(options: argparse.Namespace) -> None:
 
     from bagel_ds.checkpoint.offline import export_checkpoint
 
+    log_to_stderr()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.save_dtype]
     limit = None if options.max_shard_size is None else _bytes_of(options.max_shard_size)
     written = export_checkpoint(options.checkpoint, options.out, dtype, limit)
@@ -48,6 +63,13 @@ def _export(options: argparse.Namespace) -> None:
     else:
         for path in written:
             print(f"wrote {path} ({path.stat().st_size:,} bytes)")
+    larger = [path.name for path in written if limit is not None and path.stat().st_size > limit + _HEADER_BYTES]
+    if larger:
+        print(
+            f"bagel-ds: {len(larger)} files are larger than --max_shard_size {options.max_shard_size}: each holds one "
+            "tensor that is",
+            file=sys.stderr,
+        )
 
 
 def _bytes_of(size: str) -> int:
@@ -55,4 +77,7 @@ def _bytes_of(size: str) -> int:
     if match is None:
         raise UserError(f"--max_shard_size {size}: expected a size such as 5GB or 500MB")
     number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    found = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    if found < 1:
+        raise UserError(f"--max_shard_size {size}: no tensor fits that; pass a size such as 5GB, or leave it out")
+    return found

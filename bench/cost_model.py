@@ -29,6 +29,7 @@ from tqdm import tqdm
 from bagel_ds.data.cost import CostModel, Work, work_of
 from bagel_ds.data.packing import LLM_TOLERANCE, VISION_TOLERANCE
 from bagel_ds.data.plan import PackingOptions, Planner, imbalance
+from bagel_ds.device import choose_kernels, device_type
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch, normalize_pixels
 from bagel_ds.model.recompute import recompute
@@ -292,7 +293,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     torch.nn.functional.linear = zero3_linear_wrap  # as zero.Init does; other stages recompute one product less
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device_type())
+    choose_kernels("bf16")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     size = SIZES[arguments.size]
     size = size._replace(tokens=arguments.tokens or size.tokens)

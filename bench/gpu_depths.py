@@ -26,6 +26,7 @@ import torch  # noqa: E402
 
 from bagel_ds.config import make_config  # noqa: E402
 from bagel_ds.demo import write_demo  # noqa: E402
+from bagel_ds.device import device_type  # noqa: E402
 from bagel_ds.model.config import BagelConfig, VAEConfig  # noqa: E402
 from bagel_ds.units import GIB  # noqa: E402
 from bagel_ds.zero.memory import MemoryOptions, MemoryPlan, plan_memory  # noqa: E402
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, help="hidden size (default: the released model's)")
     parser.add_argument("--work", type=Path, help="folder for models and swap files (default: a temporary one)")
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_type()
     if device == "cpu" and options.width is None:
         raise SystemExit("no GPU was found; --layers 1 2 --width 512 --tokens 1024 tries the command on a CPU")
     with tempfile.TemporaryDirectory(dir=options.work, prefix="gpu_depths_") as folder:
@@ -117,7 +118,7 @@ def measure(folder: Path, depth: int, options: Any, device: str) -> dict[str, An
     return {
         "layers": depth,
         "parameters": parameters,
-        "device_gib": max((step.get("memory/device_gib", 0.0) for step in steps), default=0.0),
+        "device_gib": max((step.get("memory/device_reserved_gib", 0.0) for step in steps), default=0.0),
         "planned_device_gib": gib(plan.gpu_peak),
         "host_gib": gib(max(peak.host for peak in found.peaks.values())),
         "planned_host_gib": gib(plan.host_peak),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import resource
 import tempfile
 import time
 from collections import Counter, deque
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -105,18 +105,23 @@ class Cost(NamedTuple):
 
 
 def cost_per_sample(packs: Iterable[Any], samples: Callable[[Any], int], warm: int = 2) -> Cost:
-    """The clock runs from the pack after the first `warm`, which fill the queues. The worker must end with `packs`."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    """The clock runs from the pack after the first `warm`, which fill the queues. `packs` starts its own worker."""
     counts = []
-    start = 0.0
+    start = cpu = 0.0
     for number, pack in enumerate(packs):
         counts.append(samples(pack))
         if number == warm:
             start = time.perf_counter()
+        cpu = worker_seconds()  # the last time when all is made, and the worker still there
     clock = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return Cost(clock / sum(counts[warm + 1 :]), cpu / sum(counts))
+
+
+def worker_seconds() -> float:
+    """Processor time of this process's workers, without that of the server that ours are forked from."""
+    found = psutil.Process().children(recursive=True)
+    servers = {process.ppid() for process in found} - {psutil.Process().pid}
+    return sum(sum(process.cpu_times()[:2]) for process in found if process.pid not in servers)
 
 
 def ours(data: PlannedData, packs: int) -> Iterator[Any]:

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 import bagel_ds.train.trainer as trainer_module  # noqa: E402
+from bagel_ds.device import uses_cuda  # noqa: E402
 from bagel_ds.train.main import main  # noqa: E402
 from bagel_ds.units import GIB  # noqa: E402
 from bagel_ds.zero.memory_allocator import return_freed_memory  # noqa: E402
@@ -69,7 +70,7 @@ class MarkedTrainer(trainer_module.Trainer):
 
 def cap_device_memory() -> None:
     cap = os.environ.get("BAGEL_BENCH_DEVICE_GIB")
-    if cap and torch.cuda.is_available():
+    if cap and uses_cuda():
         device = int(os.environ.get("LOCAL_RANK", "0"))
         whole = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(float(cap) * GIB / whole, 1.0), device)

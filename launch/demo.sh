@@ -11,7 +11,6 @@ shift || true
 
 gpus=$(python -m bagel_ds.demo.devices)  # ends here, with the reason, where there is a GPU that torch can't use
 bagel-ds demo --out "$out"
-rm -rf "$out/results"  # of an earlier demo: its checkpoints and curves would mix with the new ones
 
 if [ "$gpus" -gt 0 ]; then
     kind=GPU
@@ -49,6 +48,7 @@ deepspeed --num_gpus "$ranks" --master_port "$port" "$repo/launch/train.py" \
     --expected_num_tokens 896 \
     --max_num_tokens 1024 \
     --max_num_tokens_per_sample 896 \
+    --start_anew True \
     "$@"
 
 echo

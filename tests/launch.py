@@ -1,18 +1,29 @@
-"""Starts real `deepspeed` launches on CPU for tests: bounded in time, killed as a group, cleaned up after."""
+"""Starts real `deepspeed` launches on CPU for tests: bounded in time, cleaned up after.
+
+One that does not end in time is ended with the stacks of all its processes in its output. They are found by a word in
+their environment, which whatever they start inherits: ranks run in sessions of their own, workers in a server's.
+"""
 
 from __future__ import annotations
 
 import glob
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import time
+import uuid
 from pathlib import Path
 from typing import Mapping, NamedTuple, Sequence
 
+import psutil
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 TRAIN = REPOSITORY / "launch" / "train.py"
+LAUNCH = "BAGEL_TEST_LAUNCH"  # in the environment of every process of a launch
+SHOWN = 40_000  # characters of the output of a launch that went wrong
 
 
 class Finished(NamedTuple):
@@ -25,13 +36,14 @@ def cpu_environment(**extra: str) -> dict[str, str]:
     cache = os.environ.get("TORCH_EXTENSIONS_DIR", str(REPOSITORY / ".cache" / "torch_extensions"))
     python_path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
     binaries = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    base = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": cache}
+    base = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TORCH_EXTENSIONS_DIR": cache, "PYTHONFAULTHANDLER": "1"}
     return {
         **os.environ,
         **base,
         "PYTHONPATH": python_path,
         "PATH": binaries,
         "TOKENIZERS_PARALLELISM": "false",
+        LAUNCH: uuid.uuid4().hex,
         **extra,
     }
 
@@ -50,7 +62,7 @@ def deepspeed(
 
 
 def run_to_end(command: Sequence[str], environment: Mapping[str, str], port: int, timeout: float) -> Finished:
-    """Run a command whose ranks meet at `port`; past `timeout` seconds its process group is killed."""
+    """Run a command, in an environment of `cpu_environment`, whose ranks meet at `port`; ends it after `timeout` s."""
     process = subprocess.Popen(
         command,
         cwd=REPOSITORY,
@@ -64,12 +76,43 @@ def run_to_end(command: Sequence[str], environment: Mapping[str, str], port: int
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        end_with_stacks(environment[LAUNCH])
         output, _ = process.communicate()
-        raise AssertionError(f"no end after {timeout} s; the last of its output:\n{output[-4000:]}") from None
+        raise AssertionError(f"no end after {timeout} s; the last of its output:\n{output[-SHOWN:]}") from None
     finally:
         remove_shared_memory(port)
     return Finished(process.returncode, output)
+
+
+def processes_of(launch: str) -> list[psutil.Process]:
+    """All that is left of a launch, but for zombies."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(LAUNCH) == launch and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:  # it has just ended, or is somebody else's
+            continue
+    return found
+
+
+def end_with_stacks(launch: str) -> None:
+    """End every process of a launch; each prints its Python stacks, as PYTHONFAULTHANDLER has it do."""
+    for process in processes_of(launch):
+        try:
+            resource.prlimit(process.pid, resource.RLIMIT_CORE, (0, 0))
+            for number in (signal.SIGABRT, signal.SIGCONT):
+                process.send_signal(number)
+        except (psutil.NoSuchProcess, ProcessLookupError):
+            continue
+    deadline = time.monotonic() + 10
+    while processes_of(launch) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    for process in processes_of(launch):
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
 
 
 def free_port() -> int:

@@ -18,6 +18,10 @@ class LiveTensors(TorchDispatchMode):
         self.now = self.peak = 0
         self._seen: set[int] = set()
 
+    def leave_out(self, tensor: torch.Tensor) -> None:
+        """Don't count this one, of which views will be made."""
+        self._seen.add(tensor.untyped_storage()._cdata)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):

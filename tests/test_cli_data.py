@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from bagel_ds import cli
@@ -99,6 +106,61 @@ def test_shares_of_the_index_are_the_whole(
     assert rows[0] + rows[1] == rows[2] > 0 and min(rows) > 0
 
 
+def test_index_fails_where_its_result_cannot_be_kept(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patched:
+        patched.setattr("bagel_ds.data.index.index_files", lambda *_: pytest.fail("found out after the work"))
+        for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+            assert cli.main(["index", *words, "--index_cache", str(folder)]) == 2
+            captured = capsys.readouterr()
+            assert f"--index_cache {folder} can't be written" in captured.err and captured.out == ""
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("bagel_ds.data.index_cache.save_file", full)
+        assert cli.main(["index", *words, "--index_cache", str(tmp_path / "cache")]) == 2
+    captured = capsys.readouterr()
+    assert "could not be kept" in captured.err and "No space left on device" in captured.err and captured.out == ""
+    assert cli.main(["index", *words, "--index_cache", str(tmp_path / "cache")]) == 0
+
+
+@pytest.mark.parametrize("below", ["", "below"])
+def test_inspect_finds_an_unwritable_out_before_the_work(
+    below: str, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("bagel_ds.train.inputs.open_inputs", lambda *_: pytest.fail("found out after the work"))
+    assert cli.main(["inspect", *words, "--out", str(tmp_path / "file" / below)]) == 2
+    captured = capsys.readouterr()
+    assert f"--out {tmp_path / 'file' / below} can't be written" in captured.err and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--packs", "0", "--out", "seen"], "--out seen takes packs, and --packs 0 shows none"),
+        (["--packs", "0", "--steps", "0"], "leave nothing to show"),
+        (["--json", "--steps", "0"], "--steps 0 leaves none"),
+        (["--json", "--pack", "results/nonfinite/step_1"], "--pack leaves none"),
+    ],
+)
+def test_inspect_refuses_what_would_show_nothing(
+    given: list[str],
+    message: str,
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["inspect", *words, *given]) == 2
+    assert message in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
@@ -169,3 +231,20 @@ def test_commands_that_take_no_training_options_suggest_none(
     with pytest.raises(SystemExit) as caught:
         cli.main(command)
     assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_a_check_and_its_processes_without_a_traceback(words: list[str]) -> None:
+    """A terminal sends it to all of them, most of all while they are still importing."""
+    command = [sys.executable, "-m", "bagel_ds.cli", "check", *words, "--workers", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, env=environment, **streams)  # type: ignore[call-overload]
+    timer = threading.Timer(180, os.killpg, (process.pid, signal.SIGKILL))
+    timer.start()
+    while not psutil.Process(process.pid).children():
+        assert process.poll() is None, "it ended before it started processes"
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    printed, said = process.communicate()
+    timer.cancel()
+    assert process.returncode == 130 and printed == "" and "Traceback" not in said, said

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bagel_ds.arguments import all_options, is_optional, type_name
-from bagel_ds.command_line import LAUNCHER_LETTERS, LAUNCHER_OPTIONS, SYNONYMS
+from bagel_ds.command_line import LAUNCHER_LETTERS, LAUNCHER_OPTIONS, SYNONYMS, duration_seconds, duration_text
 from bagel_ds.config import ATTENTION_BACKENDS, RunConfig, parse_arguments, wandb_wanted
 from bagel_ds.errors import UserError
 from tests.guide_commands import BLOCKMOVING, GUIDE_COMMANDS, MODALITY_EXTRAS, WANDB_EXTRA, arguments
@@ -21,12 +21,13 @@ vit_patch_size vit_max_num_patch_per_side connector_act interpolate_pos vit_sele
 text_cond_dropout_prob vae_cond_dropout_prob vit_cond_dropout_prob dataset_config_file dataset_info index_cache
 prefetch_factor num_workers max_num_tokens_per_sample expected_num_tokens max_num_tokens prefer_buffer_before
 max_buffer_size data_seed visual_gen visual_und results_dir checkpoint_dir enable_wandb wandb_project wandb_name
-wandb_runid wandb_resume wandb_offline global_seed auto_resume resume_from resume_model_only finetune_from_ema
-finetune_from_hf log_every save_every total_steps del_previous_state keep_last debug_batches stop_after stall_timeout
-max_nonfinite warmup_steps lr_scheduler lr min_lr beta1 beta2 eps ema max_grad_norm timestep_shift mse_weight
-ce_weight ce_loss_reweighting gradient_accumulation_steps peak_device_tflops freeze_llm freeze_vit freeze_vae
-freeze_und copy_init_moe use_flex num_replicate num_shard sharding_strategy backward_prefetch cpu_offload ds_config
-nvme_path ignore_memory_plan ema_every ema_dtype attn precision activation_checkpointing save_dtype
+wandb_runid wandb_resume wandb_offline global_seed auto_resume start_anew resume_from resume_model_only
+finetune_from_ema finetune_from_hf log_every save_every total_steps del_previous_state keep_last debug_batches
+stop_after stall_timeout max_nonfinite warmup_steps lr_scheduler lr min_lr beta1 beta2 eps ema max_grad_norm
+timestep_shift mse_weight ce_weight ce_loss_reweighting gradient_accumulation_steps peak_device_tflops freeze_llm
+freeze_vit freeze_vae freeze_und copy_init_moe use_flex num_replicate num_shard sharding_strategy backward_prefetch
+cpu_offload ds_config nvme_path ignore_memory_plan ema_every ema_dtype attn precision activation_checkpointing
+save_dtype
 """.split()
 
 
@@ -43,6 +44,12 @@ def fault(line: str) -> str:
 def test_the_options_are_these() -> None:
     """Adding one is a decision: it belongs into this list and into docs/arguments.md."""
     assert list(all_options()) == OPTIONS
+
+
+def test_going_on_and_starting_anew_contradict_each_other() -> None:
+    text = fault("--auto_resume True --start_anew True")
+    assert "--auto_resume True" in text and "--start_anew True" in text and "leave out one" in text
+    assert parse("--start_anew").training.start_anew and not parse("--auto_resume True").training.start_anew
 
 
 def test_every_option_has_a_help_line_and_a_default_of_its_type() -> None:
@@ -404,3 +411,22 @@ def test_a_misspelled_option_of_the_launcher_is_told_so(word: str, meant: str) -
 def test_what_is_like_no_option_gets_no_suggestion(word: str) -> None:
     message = fault(f"--{word} 8")
     assert f"unknown argument --{word}" in message and "nearest" not in message and "local_rank" not in message
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0s"),
+        (59, "59s"),
+        (59.6, "1m"),
+        (90, "2m"),
+        (3600, "1h0m"),
+        (13_799, "3h50m"),
+        (86_399, "1d0h"),
+        (200_000, "2d7h"),
+    ],
+)
+def test_a_duration_is_written_as_it_is_read(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
+    read = duration_seconds(text)
+    assert read is not None and abs(read - seconds) <= (30 if seconds < 86_000 else 3600)

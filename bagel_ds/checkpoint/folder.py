@@ -93,12 +93,12 @@ class ModelFolder:
                 return TensorFiles(files)
         raise UserError(f"{self.path} holds neither {MODEL} nor {EMA} (nor their .index.json). {DOWNLOAD}")
 
-    def load_vae(self) -> AutoEncoder:
-        """The frozen autoencoder in fp32; its hyper-parameters are read off the tensors' shapes."""
+    def load_vae(self, decodes: bool = True) -> AutoEncoder:
+        """The frozen autoencoder in fp32, or its encoder alone; hyper-parameters are read off the tensors' shapes."""
         path = self.path / VAE
         if not path.exists():
             raise UserError(f"{path} does not exist: the image autoencoder is needed for training. {DOWNLOAD}")
-        return load_vae(path)
+        return load_vae(path, decodes)
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name
@@ -135,14 +135,19 @@ DOWNLOAD = (
 )
 
 
-def load_vae(path: Path) -> AutoEncoder:
+def load_vae(path: Path, decodes: bool = True) -> AutoEncoder:
+    """As `ModelFolder.load_vae`. The file must hold a whole autoencoder, also where the encoder alone is read."""
     files = TensorFiles([path])
-    vae = AutoEncoder(vae_config(files, path))
-    expected = {name: tuple(p.shape) for name, p in vae.named_parameters()}
+    config = vae_config(files, path)
+    with torch.device("meta"):
+        whole = AutoEncoder(config)
+    expected = {name: tuple(p.shape) for name, p in whole.named_parameters()}
     check_tensors(files, expected, str(path))
+    vae = AutoEncoder(config, decodes)
     weights = CheckedWeights(files, str(path))
-    vae.load_state_dict({name: weights.read(name).reshape(shape).float() for name, shape in expected.items()})
+    read = {name: weights.read(name) for name in expected}  # whole: the file goes into every checkpoint
     weights.check()
+    vae.load_state_dict({name: read[name].reshape(expected[name]).float() for name, _ in vae.named_parameters()})
     return vae.requires_grad_(False).eval()
 
 

@@ -9,6 +9,7 @@ killed leaves no model that lacks weights. Only what an earlier export wrote is 
 from __future__ import annotations
 
 import errno
+import filecmp
 import json
 import os
 import shutil
@@ -35,9 +36,10 @@ from bagel_ds.checkpoint.steps import (
     write_json,
 )
 from bagel_ds.checkpoint.tensors import TensorFileWriter, read_header
-from bagel_ds.errors import UserError
+from bagel_ds.errors import UserError, disk_fault
 from bagel_ds.ranges import MASTER, TensorInfo, WeightSource
 from bagel_ds.units import GIB
+from bagel_ds.waiting import waiting_for
 
 EXPORTED = "export.json"  # where an export names its files
 _UNFINISHED = ".unfinished-export"
@@ -49,14 +51,15 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, shard_byt
     Raises `UserError` where the checkpoint holds no state or is damaged, where `out` holds other weights than those of
     an earlier export, and where it can't be written; what was there is then as it was.
     """
-    _check_replaceable(out)
-    checkpoint = meant_checkpoint(checkpoint)
+    checkpoint = meant_checkpoint(checkpoint)  # latest, or step_final where it is a file
+    _check_replaceable(out, checkpoint)
     if not holds_state(checkpoint):
         found = "holds no training state" if checkpoint.is_dir() else "does not exist"
         near = checkpoints_near(checkpoint, with_state=True)
         remedy = f"pass a checkpoint such as .../checkpoints/step_1000{near and ': ' + near}"
         raise UserError(f"{checkpoint} {found}; {remedy}.")
-    fault = manifest_fault(checkpoint) or checksum_fault(checkpoint, state_files(checkpoint))
+    with waiting_for(f"all bytes of {checkpoint}'s training state to be compared", "before any is written"):
+        fault = manifest_fault(checkpoint) or checksum_fault(checkpoint, state_files(checkpoint))
     if fault is not None:
         raise UserError(f"{checkpoint} is damaged: {fault}. Export another checkpoint.")
     # In a folder that is there already, as it may be a file system of its own.
@@ -69,7 +72,7 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, shard_byt
         _move(beside, out)
     except OSError as error:
         raise UserError(
-            f"{checkpoint} could not be exported to {out}: {error}. Free space there, or pass another --out."
+            f"{checkpoint} could not be exported to {out}: {disk_fault(error, 'pass another --out')}"
         ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -106,17 +109,27 @@ def _check_room(folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({sizes})")
 
 
-def _check_replaceable(out: Path) -> None:
+def _check_replaceable(out: Path, checkpoint: Path) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; pass a folder to write, or one that is not there yet.")
     if (out / MANIFEST).exists():
         raise UserError(f"--out {out} is a checkpoint, which other weights would damage; pass another folder.")
-    others = sorted({path.name for path in out.glob("*.safetensors*")} - {VAE, *_exported(out)})
-    if others:
-        raise UserError(
-            f"--out {out} holds weights that no export wrote ({', '.join(others[:3])}{', ...' if others[3:] else ''}); "
-            "pass another folder, or remove them."
-        )
+    exported = {EXPORTED, *_exported(out)} if _exported(out) else set()
+    weights = {path.name for path in out.glob("*.safetensors*")} - {VAE, *exported}
+    copied = [name for name in (*CONFIG_FILES, *TOKENIZER_FILES, VAE) if (checkpoint / name).is_file()]
+    files = {name for name in copied if _differs(out / name, checkpoint / name)} - exported
+    if (out / EXPORTED).exists() and not exported:
+        files.add(EXPORTED)
+    for kind, others in ("weights", sorted(weights)), ("files", sorted(files)):
+        if others:
+            named = ", ".join(others[:3]) + (", ..." if others[3:] else "")
+            raise UserError(
+                f"--out {out} holds {kind} that no export wrote ({named}); pass another folder, or remove them."
+            )
+
+
+def _differs(present: Path, written: Path) -> bool:
+    return present.exists() and not (present.is_file() and filecmp.cmp(present, written, shallow=False))
 
 
 def _exported(out: Path) -> list[str]:

@@ -7,15 +7,16 @@ complete training state. An interrupted save leaves what was there before in cha
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import re
 import shutil
 import zlib
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Iterable, Iterator
 
 from bagel_ds.checkpoint.tensors import TensorFiles
 from bagel_ds.errors import UserError
@@ -26,6 +27,7 @@ STATE, TRAINER, MANIFEST, LATEST, FINAL = "state", "trainer.json", "manifest.jso
 UNFINISHED, REPLACED, GIVEN_UP = ".unfinished-", ".replaced-", ".given-up-state"
 _MOST_SHOWN = 8  # checkpoints that a message names, newest first
 _STEP = re.compile(r"step_(\d+)")
+_HIDDEN = re.compile(rf"({re.escape(UNFINISHED)}|{re.escape(REPLACED)})(step_\d+)")
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
@@ -35,10 +37,8 @@ def step_folders(checkpoint_dir: Path) -> list[tuple[int, Path]]:
 
 
 def meant_checkpoint(path: Path) -> Path:
-    """The folder behind a path that a user gives: that which the file `latest` names, else the path itself."""
-    if path.name != LATEST or not path.is_file():
-        return path
-    return path.parent / path.read_text(encoding="utf-8", errors="replace").strip()
+    """The folder behind a path that a user gives: a file such as `latest` is followed."""
+    return pointed_to(path) or path if path.is_file() else path
 
 
 def checkpoints_near(path: Path, with_state: bool = False) -> str:
@@ -51,13 +51,64 @@ def checkpoints_near(path: Path, with_state: bool = False) -> str:
     return ""
 
 
+def taken_names(checkpoint_dir: Path) -> dict[int, str]:
+    """Names step_N that something has, by N: also damaged ones, links, files, and those that `sweep` will restore."""
+    names = [path.name.removeprefix(REPLACED) for path in _entries(checkpoint_dir)]
+    return dict(sorted((int(match[1]), match[0]) for name in names if (match := _STEP.fullmatch(name))))
+
+
+def run_entries(checkpoint_dir: Path) -> list[Path]:
+    """Everything that the saves of a run have written into a checkpoint_dir, also what was interrupted."""
+    known = {LATEST, FINAL, _beside(LATEST), _beside(FINAL)}
+    return [
+        path
+        for path in _entries(checkpoint_dir)
+        if path.name in known or _STEP.fullmatch(path.name) or _HIDDEN.fullmatch(path.name)
+    ]
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir()) if folder.is_dir() else []
+
+
+def step_number(folder: Path) -> int | None:
+    """N of a folder named step_N."""
+    match = _STEP.fullmatch(folder.name)
+    return int(match[1]) if match else None
+
+
 def _numbered(checkpoint_dir: Path) -> list[tuple[int, Path]]:
     found = []
-    for path in checkpoint_dir.glob("step_*"):
-        match = _STEP.fullmatch(path.name)
-        if match and not path.is_symlink() and path.is_dir():
-            found.append((int(match.group(1)), path))
+    for path in _entries(checkpoint_dir):
+        step = step_number(path)
+        if step is not None and not path.is_symlink() and path.is_dir():
+            found.append((step, path))
     return sorted(found)
+
+
+def latest_remark(checkpoint_dir: Path, chosen: Path | None) -> str | None:
+    """What `latest` says other than `chosen` (None: no checkpoint), in words; None where it agrees.
+
+    It moves after each save, so it differs where steps were copied, removed or saved by another run.
+    """
+    latest = checkpoint_dir / LATEST
+    named = pointed_to(latest)
+    if named is None:
+        return None if chosen is None else f"{latest} is missing or names no step"
+    if chosen is not None and named.name == chosen.name:
+        return None
+    there = "a complete checkpoint" if (named / MANIFEST).is_file() else "which is not there or not complete"
+    return f"{latest} names {named.name}, {there}"
+
+
+def pointed_to(pointer: Path) -> Path | None:
+    """The folder beside `pointer` that it names, by a link or (as `latest` does) in its text, there or not."""
+    try:
+        name = os.readlink(pointer) if pointer.is_symlink() else pointer.read_text().strip()
+    except (OSError, ValueError):
+        return None
+    named = pointer.with_name(Path(name).name) if name else pointer
+    return named if step_number(named) is not None else None
 
 
 def states(checkpoint_dir: Path) -> list[Path]:
@@ -160,7 +211,10 @@ def write_manifest(folder: Path, checksums: dict[str, dict[str, int]]) -> None:
 
 
 def finish(unfinished: Path, final: Path, last: bool) -> None:
-    """Flush, check and rename a written folder, then move `latest` (and `step_final`) to it."""
+    """Flush, check and rename a written folder, then move `latest` (and `step_final`) to it.
+
+    From the rename on the checkpoint is saved, whatever fails then: that is a warning.
+    """
     fault = manifest_fault(unfinished)
     if fault is not None:
         raise RuntimeError(f"checkpoint {unfinished} is not as it was written: {fault}")
@@ -169,12 +223,39 @@ def finish(unfinished: Path, final: Path, last: bool) -> None:
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
-    unfinished.rename(final)
-    _replace(final.parent / LATEST, lambda path: path.write_text(final.name + "\n"))
+    try:
+        unfinished.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
+    with _may_fail(f"{final} is saved, but {LATEST} could not be moved to it"):
+        _replace(final.parent / LATEST, lambda path: path.write_text(final.name + "\n"))
     if last:
-        _replace(final.parent / FINAL, lambda path: path.symlink_to(final.name))
-    _flush(final.parent)
+        mark_final(final)
+    with _may_fail(f"{final} is saved, but may be lost if this host loses its power now"):
+        _flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def mark_final(final: Path) -> None:
+    """Have `step_final` lead to a run's last checkpoint: a link, or its name as text where links can't be made."""
+    pointer = final.parent / FINAL
+    try:
+        _replace(pointer, lambda path: path.symlink_to(final.name))
+    except OSError as error:
+        with _may_fail(f"{final} is the final checkpoint, but {FINAL} could not be moved to it"):
+            _replace(pointer, lambda path: path.write_text(final.name + "\n"))
+            logger.warning("%s is the final checkpoint; %s is a text file that names it (%s)", final, pointer, error)
+
+
+@contextmanager
+def _may_fail(what: str) -> Iterator[None]:
+    """Report what the file system refuses inside, and go on."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s (%s)", what, error)
 
 
 def flush_all(folder: Path) -> None:
@@ -185,14 +266,16 @@ def flush_all(folder: Path) -> None:
 
 def sweep(checkpoint_dir: Path) -> None:
     """Put right what an interrupted save left: remove what is unfinished, restore what was about to be replaced."""
-    for path in checkpoint_dir.glob(f"{REPLACED}*"):
-        final = path.with_name(path.name.removeprefix(REPLACED))
-        if final.exists():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
+    for path in _entries(checkpoint_dir):
+        match = _HIDDEN.fullmatch(path.name)
+        if match is None:
+            continue  # other programs' files, or an export that is being written here
+        final = path.with_name(match[2])
+        if match[1] == REPLACED and not final.exists():
             path.rename(final)
-    for path in checkpoint_dir.glob(f"{UNFINISHED}*"):
-        logger.info("removing %s, left by an interrupted save", path)
+            continue
+        if match[1] == UNFINISHED:
+            logger.info("removing %s, left by an interrupted save", path)
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -212,7 +295,8 @@ def thin_out(checkpoint_dir: Path, keep_last: int, delete_previous_state: bool, 
         elif delete_previous_state and newest is not None:
             _remove(older / STATE, older / GIVEN_UP)
     final = checkpoint_dir / FINAL
-    if final.is_symlink() and not final.exists():
+    named = pointed_to(final)
+    if named is not None and not named.exists():
         final.unlink()  # of an earlier, shorter run whose last checkpoint has just gone
 
 
@@ -224,18 +308,30 @@ def _remove(folder: Path, aside: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def _beside(name: str) -> str:
+    """Where a small file is written before it replaces the one of that name."""
+    return f".{name}.new"
+
+
 def _replace(path: Path, write: Any) -> None:
-    beside = path.with_name(f".{path.name}.new")
+    beside = path.with_name(_beside(path.name))
     beside.unlink(missing_ok=True)
-    write(beside)
-    if not beside.is_symlink():
-        _flush(beside)
-    beside.replace(path)
+    try:
+        write(beside)
+        if not beside.is_symlink():
+            _flush(beside)
+        beside.replace(path)
+    except OSError:
+        beside.unlink(missing_ok=True)
+        raise
 
 
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or not path.is_dir():
+            raise  # some file systems have no flush of folders; that of a file must work
     finally:
         os.close(descriptor)

@@ -7,6 +7,7 @@ safetensors that any reader loads.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor
 
 from bagel_ds.checkpoint.crc import joined_crc
-from bagel_ds.errors import UserError
+from bagel_ds.errors import NO_SPACE, UserError
 from bagel_ds.git_lfs import pointer_fault
+from bagel_ds.liveness import going_on
 from bagel_ds.ranges import TensorInfo
 from bagel_ds.units import GIB
 
@@ -111,6 +113,7 @@ class TensorFiles:
         found = 0
         for start in range(offset, offset + info.nbytes, _CHECKSUM_BYTES):
             found = zlib.crc32(mapped[start : min(start + _CHECKSUM_BYTES, offset + info.nbytes)].data, found)
+            going_on()
         return found
 
     def read(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
@@ -150,6 +153,19 @@ def joined_checksums(tensors: Mapping[str, TensorInfo], written: Iterable[Mappin
     return found
 
 
+def _reserve(descriptor: int, size: int) -> None:
+    """Take `size` bytes of the disk now, so that a full one is found before anything is written.
+
+    Where a file system can't reserve, the file gets its size only, and a full disk is found while it is written.
+    """
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+        os.ftruncate(descriptor, size)
+
+
 class TensorFileWriter:
     """A safetensors file whose layout is fixed first and whose ranges are then written in any order.
 
@@ -187,10 +203,12 @@ class TensorFileWriter:
         if joins:
             return
         try:
-            os.posix_fallocate(self._file.fileno(), 0, self.nbytes)  # a full disk is told now, not half-way
+            _reserve(self._file.fileno(), self.nbytes)
             self._file.write(len(encoded).to_bytes(8, "little") + encoded)
         except OSError as error:
             self._file.close()
+            if error.errno not in NO_SPACE:
+                raise OSError(error.errno, error.strerror, str(path)) from None
             free = shutil.disk_usage(path.parent).free
             sizes = f"{self.nbytes / GIB:.2f} GiB needed, {free / GIB:.2f} GiB free"
             raise OSError(error.errno, f"{error.strerror} ({sizes})", str(path)) from None

@@ -7,13 +7,10 @@ a row is fatal. Reports on data; changes none.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from array import array
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +18,7 @@ from PIL import ImageFile
 
 from bagel_ds.data.file_rows import ReadTask, parsed_rows, read_tasks
 from bagel_ds.data.images import BadImage, decode_rgb
+from bagel_ds.data.processes import in_order
 from bagel_ds.data.progress import RowProgress
 from bagel_ds.data.records import ParsedRow, decode_record, reason_of
 from bagel_ds.data.sample import TEXT, VIT
@@ -101,13 +99,12 @@ def _run(tasks: list[ReadTask], rows: int, special: tuple[str, ...], workers: in
     """Results in the order of `tasks`."""
     workers = min(workers or len(os.sched_getaffinity(0)), len(tasks))
     if rows < _POOL_ROWS or workers < 2:
-        yield from (_read(task, special) for task in tasks)
+        yield from (_read(special, task) for task in tasks)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(partial(_read, special=special), tasks)
+    yield from in_order(_read, special, tasks, workers, "checking process", ReadTask.reading)
 
 
-def _read(task: ReadTask, special: tuple[str, ...]) -> _Issues:
+def _read(special: tuple[str, ...], task: ReadTask) -> _Issues:
     issues = _Issues(sum(rows for _, rows in task.units), [], [], [])
     for row, parsed in enumerate(parsed_rows(task)):
         if isinstance(parsed, str):

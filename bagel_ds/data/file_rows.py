@@ -76,6 +76,12 @@ class ReadTask(NamedTuple):
     units: list[tuple[int, int]]  # (unit, rows)
     places: np.ndarray
 
+    def reading(self) -> str:
+        """ "it read <file> row groups 3-5", for messages."""
+        if len(self.places):
+            return f"it read {self.file.path} lines {self.places[0, 2]}-{self.places[-1, 2]}"
+        return f"it read {self.file.path} row groups {self.units[0][0]}-{self.units[-1][0]}"
+
 
 def layout_of(file: DataFile) -> FileLayout:
     """Where the rows of `file` lie; a file that can't be opened has none, and an error."""

@@ -1,8 +1,9 @@
 """Images as the network sees them: decoded to RGB, resized by the original's rule, kept as uint8.
 
-Guarantees: sizes and pixels equal the original's (its rounding quirks included); normalising is left to the device
-(`model.batch.normalize_pixels`). Anything damaged, or too large to be meant, raises `BadImage` with the reason; nothing
-here is fatal to a run. `image_size` reads headers only.
+Guarantees: sizes and pixels equal the original's (its rounding quirks included), with Pillow 13.0 or newer: older ones
+filter the width first also in tall images, which changes single pixels by up to 25 of 255 levels. Normalizing is left
+to the device (`model.batch.normalize_pixels`). Anything damaged, or too large to be meant, raises `BadImage` with the
+reason; nothing here is fatal to a run. `image_size` reads headers only.
 """
 
 from __future__ import annotations

@@ -9,15 +9,12 @@ there is enough to do.
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import multiprocessing
 import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -26,6 +23,7 @@ import numpy as np
 from bagel_ds.data import index_cache
 from bagel_ds.data.file_rows import DataFile, FileLayout, ReadTask, layout_of, parsed_rows, read_tasks
 from bagel_ds.data.index_cache import FileRecords
+from bagel_ds.data.processes import in_order
 from bagel_ds.data.progress import RowProgress
 from bagel_ds.data.records import ParsedRow, encode_record, reason_of
 from bagel_ds.data.tokenizer import Tokenizer
@@ -265,37 +263,12 @@ def _run(tasks: list[ReadTask], rows: int, tokenizer: Tokenizer, workers: int | 
     """Results in the order of `tasks`."""
     workers = workers or len(os.sched_getaffinity(0))
     if rows < _POOL_ROWS or workers < 2 or len(tasks) < 2:
-        yield from (_index_chunk(task, tokenizer) for task in tasks)
+        yield from (_index_chunk(tokenizer, task) for task in tasks)
         return
-    # spawn: the calling process may hold threads and a CUDA context, neither of which survives a fork
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, _start_worker, (tokenizer,)) as pool:
-        yield from pool.map(_index_in_worker, tasks)
+    yield from in_order(_index_chunk, tokenizer, tasks, workers, "indexing process", ReadTask.reading)
 
 
-_worker_tokenizer: Tokenizer | None = None
-
-
-def end_with_parent() -> None:
-    """Have the kernel kill this process when the one that started it is gone, however it went."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-    parent = multiprocessing.parent_process()
-    if parent is not None and os.getppid() != parent.pid:  # it was gone before it could be asked for
-        os._exit(1)
-
-
-def _start_worker(tokenizer: Tokenizer) -> None:
-    global _worker_tokenizer
-    end_with_parent()
-    _worker_tokenizer = tokenizer
-
-
-def _index_in_worker(task: ReadTask) -> _Chunk:
-    assert _worker_tokenizer is not None
-    return _index_chunk(task, _worker_tokenizer)
-
-
-def _index_chunk(task: ReadTask, tokenizer: Tokenizer) -> _Chunk:
+def _index_chunk(tokenizer: Tokenizer, task: ReadTask) -> _Chunk:
     numbers: list[int] = []
     lengths: list[int] = []
     bad: list[tuple[int, str]] = []

@@ -7,36 +7,37 @@ waits for it, or indexes it itself. It gives way to the run's own processes and 
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-from bagel_ds.data.index import DataFile, DataIndex, end_with_parent, tell_speed
+from bagel_ds.data.index import DataFile, DataIndex, tell_speed
+from bagel_ds.data.processes import Worker, start_worker
 from bagel_ds.data.tokenizer import Tokenizer
 
 logger = logging.getLogger("bagel_ds")
 
 _NICENESS = 10
+_ENDING_SECONDS = 5.0
 _TIMES = "%Y-%m-%d %H:%M:%S"  # as in the training log
 
 
 class BackgroundIndex(NamedTuple):
     """The process, where there is something to do; `close` ends it."""
 
-    process: BaseProcess | None
+    process: Worker | None
 
     def close(self) -> None:
-        if self.process is not None:
-            if self.process.exitcode:
-                code = self.process.exitcode
+        if self.process is None:
+            return
+        if self.process.connection.poll():  # which it closes at its end
+            code = self.process.ended(_ENDING_SECONDS)
+            if code:
                 logger.warning("the process that indexed ahead ended with code %d; training did the rest itself", code)
-            self.process.kill()  # what it has finished is kept, and nothing else is ever seen
-            self.process.join()
+        self.process.end()  # what it has finished is kept, and nothing else is ever seen
 
 
 def index_in_background(
@@ -46,18 +47,13 @@ def index_in_background(
     if not data_files:
         return BackgroundIndex(None)
     logger.info("%d more files are indexed while training goes on", len(data_files))
-    # spawn: this process holds threads and a CUDA context, neither of which survives a fork
-    context = multiprocessing.get_context("spawn")
-    process = context.Process(target=_index, args=(list(data_files), tokenizer, cache_dir), name="indexing")
-    process.start()
+    process = start_worker(_index, list(data_files), cache_dir, name="indexing process", shared=tokenizer)
+    process.doing = lambda: "it indexed ahead"
     return BackgroundIndex(process)
 
 
-def _index(data_files: list[DataFile], tokenizer: Tokenizer, cache_dir: str | None) -> None:
-    end_with_parent()
+def _index(connection: Connection, tokenizer: Tokenizer, data_files: list[DataFile], cache_dir: str | None) -> None:
     os.nice(_NICENESS)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # meant for the run, which then ends this process
-        signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="[%(asctime)s] %(message)s", datefmt=_TIMES)
     index = DataIndex(data_files, tokenizer, cache_dir)
     began, missing = time.monotonic(), index.missing()

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,8 +23,11 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from bagel_ds import user_folders
 from bagel_ds.data import filesystems
 from bagel_ds.data.file_rows import FileLayout
+from bagel_ds.liveness import going_on
+from bagel_ds.waiting import waiting_for
 
 logger = logging.getLogger("bagel_ds")
 
@@ -32,6 +36,7 @@ Part = TypeVar("Part")
 BESIDE_DATA = ".bagel_ds_index"
 _FORMAT = 2  # of an entry
 _ABANDONED_SECONDS = 3600.0  # an entry is written within seconds
+_TEMPORARY = re.compile(r".+-[0-9a-f]{20}\.safetensors\.\d+\.tmp")  # an entry's name and a process
 _ASK_SECONDS = 0.1  # between two looks at a lock that another process holds
 
 
@@ -57,7 +62,7 @@ class Entry(NamedTuple):
 
 def cache_folder(path: str, cache_dir: str | None) -> Path | None:
     """Where the index of `path` is kept: `cache_dir`, else beside the data, else ~/.cache/bagel_ds, else nowhere."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bagel_ds"
+    home = user_folders.cache_folder() / "bagel_ds"
     beside = [] if filesystems.is_uri(path) else [Path(path).parent / BESIDE_DATA]
     for folder in [Path(cache_dir)] if cache_dir else [*beside, home]:
         try:
@@ -151,11 +156,12 @@ def save(entry: Path, layout: FileLayout, records: FileRecords, identity_before:
 
 
 def sweep(folders: Iterable[Path]) -> None:
-    """Remove what killed processes have left half written."""
+    """Remove what killed processes have left half written: files of the names that `save` gives, and no others."""
     for folder in folders:
         for path in folder.glob("*.tmp"):
             try:
-                if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
+                old = time.time() - path.stat().st_mtime > _ABANDONED_SECONDS
+                if old and _TEMPORARY.fullmatch(path.name) and path.is_file():
                     path.unlink()
             except OSError:  # another host was faster
                 continue
@@ -177,13 +183,18 @@ def locked(folders: Iterable[Path], name: str = "", until: Callable[[], bool] = 
 
 
 def _lock(file: IO[str], folder: Path, until: Callable[[], bool]) -> None:
-    told = False
-    while not until():
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if not told:
-                logger.info("another process is indexing into %s; waiting for it", folder)
-                told = True
+    if until() or _try_lock(file):
+        return
+    logger.info("another process is indexing into %s; waiting for it", folder)
+    with waiting_for(f"the process that indexes into {folder}", "its files are not indexed a second time"):
+        while not (until() or _try_lock(file)):
+            going_on()  # the other one does, or it would end
             time.sleep(_ASK_SECONDS)
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

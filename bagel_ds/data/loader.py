@@ -2,29 +2,26 @@
 
 Guarantees: global micro-step m runs packs [m*W, (m+1)*W), rank r the r-th, whatever the number of workers and the
 prefetch; each batch comes with the state after its step, from which any number of ranks goes on with exactly the next
-packs. Planning happens in the main process, reading and decoding in workers, which hold no state: a worker is a
-function from a pack's plan to its tensors. It is told the rows of its next packs, so that it reads a row group once for
-all of them (`row_cache.py`). Closing the iterator ends its workers.
+packs. Planning happens in the main process, reading and decoding in workers, which hold no state and no index: a worker
+is a function from a pack's plan, and where its rows lie, to its tensors. It is told the rows of its next packs, so that
+it reads a row group once for all of them (`row_cache.py`). Closing the iterator ends its workers.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import signal
-import warnings
 from collections import Counter, deque
 from contextlib import closing
 from dataclasses import asdict
 from itertools import count
-from typing import Any, Generator, Iterable, Iterator, NamedTuple, Sequence
+from typing import Any, Generator, Iterator, NamedTuple, Sequence
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
+from bagel_ds.data.batch_workers import worker_batches
 from bagel_ds.data.cost import CostModel
 from bagel_ds.data.file_rows import DataFile
-from bagel_ds.data.materialize import LayoutOptions, dataset_labels, materialize
+from bagel_ds.data.materialize import BatchMaker, LayoutOptions, PackTask, dataset_labels
 from bagel_ds.data.packing import Pack
 from bagel_ds.data.plan import ALGORITHM, PackingOptions, Planner, Step, digest_of
 from bagel_ds.data.sample import SamplePlan
@@ -55,25 +52,10 @@ HORIZON, HORIZON_GROWTH = 1024, 32
 
 
 class _Task(NamedTuple):
-    """What a worker is sent: a pack, and (group, row) of what it will read later, in that order."""
+    """A pack, and (group, row) of what the same worker will read later, in that order."""
 
     plans: tuple[SamplePlan, ...]
     coming: tuple[tuple[int, int], ...]
-
-
-class _Packs(Dataset[PackedBatch]):
-    """Indexed by tasks."""
-
-    def __init__(
-        self, streams: Sequence[GroupStream], tokenizer: Tokenizer, options: LayoutOptions, noise_seed: int
-    ) -> None:
-        self._arguments = (streams, tokenizer, options, noise_seed)
-
-    def __getitem__(self, task: _Task) -> PackedBatch:
-        streams = self._arguments[0]
-        for group, row in task.coming:
-            streams[group].expect(row)
-        return materialize(task.plans, *self._arguments)
 
 
 def planned_tasks(
@@ -96,18 +78,6 @@ def planned_tasks(
         yield _Task(under_way[-1].packs[rank].samples, tuple(coming))
 
 
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _start_worker(worker: int) -> None:
-    """Workers leave stopping to the trainer: a signal to the whole process group must not cost it the current step."""
-    torch.set_num_threads(1)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(signal_number, signal.SIG_IGN)
-
-
 class PlannedData:
     """The data of a run: the plan, and this rank's batches of it."""
 
@@ -124,8 +94,7 @@ class PlannedData:
         self.planner = Planner(streams, packing, cost)
         self.streams = tuple(streams)
         self.tokenizer = tokenizer
-        self._arguments = (streams, tokenizer, layout_options, noise_seed)
-        self._packs = _Packs(*self._arguments)
+        self._maker = BatchMaker.of(streams, tokenizer, layout_options, noise_seed)
         self._labels = dataset_labels(streams)
         groups = [(s.name, s.weight, s.is_mandatory, s.fingerprint) for s in streams]
         budgets = (packing.max_num_tokens, packing.lookahead, packing.data_seed)
@@ -159,7 +128,7 @@ class PlannedData:
     def packs(self, start: dict[str, Any] | None = None) -> Iterator[tuple[Pack, PackedBatch]]:
         """The global sequence of packs, without end, each made here and now: for looking at, training goes faster."""
         for step in self.planner.steps(1, start):
-            yield step.packs[0], materialize(step.packs[0].samples, *self._arguments)
+            yield step.packs[0], self._maker(self._located(_Task(step.packs[0].samples, ())))
 
     def files_ahead(self, start: dict[str, Any] | None = None) -> list[DataFile]:
         """Files that are not indexed yet, in the order in which a run from `start` on will need them."""
@@ -186,16 +155,23 @@ class PlannedData:
     ) -> Generator[MicroBatch, None, None]:
         """Batches of `rank`, without end, from the beginning or from the `state` of an earlier `MicroBatch`.
 
-        Under other options than the state's (budgets, weights, dropout) it goes on at the same place in the data, see
-        `Planner.moved`. Raises `UserError` at once where `start` belongs to other data.
+        Under other options than the state's (budgets, weights, dropout, what trains) it goes on at the same place in
+        the data, see `Planner.moved`. Raises `UserError` at once where `start` belongs to other data.
         """
-        start = self._place(start)
+        place = self.place(start)
+        if place is not start and start and rank == 0:
+            logger.warning(
+                "the data plan changed since the checkpoint: it goes on at the same place in the data; up to %d packs' "
+                "samples come a second time",
+                start["packs"] - start["block"]["first"],
+            )
         under_way: deque[Step] = deque()
-        steps = self.planner.steps(world_size, start)
+        steps = self.planner.steps(world_size, place)
         tasks = planned_tasks(steps, rank, world_size, max(num_workers, 1), under_way)
         return self._iterate(tasks, under_way, num_workers, prefetch_factor, pin_memory)
 
-    def _place(self, start: dict[str, Any] | None) -> dict[str, Any] | None:
+    def place(self, start: dict[str, Any] | None) -> dict[str, Any] | None:
+        """`start`, or the place in this plan that follows it where options changed. Raises `UserError`."""
         if not start or (start.get("plan") == self._plan and self.planner.plans_again(start)):
             return start
         if start.get("rows") != self._rows:
@@ -204,37 +180,27 @@ class PlannedData:
                 "the data files or data_seed changed, so its place in the data means nothing here. Restore them, or "
                 "start from its weights only (--resume_from ... --resume_model_only True with a new checkpoint_dir)"
             )
-        logger.warning(
-            "the data plan changed since the checkpoint (token budgets, weights, dropout, tokenizer, pictures): it "
-            "goes on at the same place in the data; up to %d packs' samples come a second time",
-            start["packs"] - start["block"]["first"],
-        )
         return self.planner.moved(start)
 
     def _iterate(
         self, tasks: Iterator[_Task], under_way: deque[Step], num_workers: int, prefetch_factor: int, pin_memory: bool
     ) -> Generator[MicroBatch, None, None]:
-        loader = DataLoader(
-            self._packs,
-            batch_size=None,
-            sampler=_Once(tasks),
-            num_workers=num_workers,
-            prefetch_factor=prefetch_factor if num_workers else None,
-            pin_memory=pin_memory and torch.cuda.is_available(),
-            collate_fn=_as_is,
-            worker_init_fn=_start_worker,
-            multiprocessing_context="fork" if num_workers else None,
-            generator=torch.Generator(),  # or it would draw its seed from the global one
-        )
-        with warnings.catch_warnings():
-            # Python 3.12 warns of fork in a threaded process; the workers use no lock that the parent could hold.
-            warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
-            batches = iter(loader)
-        try:
+        located = map(self._located, tasks)
+        pin_memory = pin_memory and torch.cuda.is_available()
+        if num_workers:
+            batches = worker_batches(self._maker, located, num_workers, prefetch_factor, pin_memory)
+        else:
+            made = map(self._maker, located)
+            batches = (batch.pin_memory() if pin_memory else batch for batch in made)
+        with closing(batches):
             for batch in batches:
                 yield self._micro_batch(batch, under_way.popleft())
-        finally:
-            _end_workers(batches)
+
+    def _located(self, task: _Task) -> PackTask:
+        """The task with all that takes the index to know."""
+        addresses = tuple(self.streams[plan.dataset].address(plan.row) for plan in task.plans)
+        coming = tuple((group, self.streams[group].address(row)) for group, row in task.coming)
+        return PackTask(task.plans, addresses, coming)
 
     def _micro_batch(self, batch: PackedBatch, step: Step) -> MicroBatch:
         tokens = sum(pack.length for pack in step.packs)
@@ -257,24 +223,3 @@ def primed(batches: Generator[MicroBatch, None, None]) -> Generator[MicroBatch, 
             yield from batches
 
     return all_of_them()
-
-
-class _Once:
-    """A sampler over an iterator; DataLoader asks it for an iterator once."""
-
-    def __init__(self, tasks: Iterable[_Task]) -> None:
-        self._tasks = tasks
-
-    def __iter__(self) -> Iterator[_Task]:
-        return iter(self._tasks)
-
-
-def _end_workers(batches: Any) -> None:
-    """Stop and reap the workers now, not when the iterator is collected; one that hangs is killed."""
-    if not hasattr(batches, "_shutdown_workers"):  # without workers there is nothing to end
-        return
-    batches._shutdown_workers()
-    for worker in batches._workers:
-        if worker.is_alive():  # terminate() asks by SIGTERM, which our workers ignore
-            worker.kill()
-            worker.join()

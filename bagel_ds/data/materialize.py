@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -19,13 +21,14 @@ from bagel_ds.data.images import ImageTransform, decode_rgb, resize_to_uint8
 from bagel_ds.data.layout import LayoutOptions, Loaded, layout
 from bagel_ds.data.records import reason_of
 from bagel_ds.data.sample import TEXT, VAE, BadRow, Entry, SamplePlan
+from bagel_ds.data.sources.reader import RowAddress, StreamReader
 from bagel_ds.data.sources.source import ParsedRow
 from bagel_ds.data.sources.stream import GroupStream
 from bagel_ds.data.tokenizer import Tokenizer
 from bagel_ds.data.video import Video, decode_frames
 from bagel_ds.model.batch import PackedBatch
 
-__all__ = ["LayoutOptions", "dataset_labels", "materialize"]
+__all__ = ["BatchMaker", "LayoutOptions", "PackTask", "dataset_labels", "materialize"]
 
 
 def dataset_labels(streams: Sequence[GroupStream]) -> dict[tuple[int, str], str]:
@@ -38,6 +41,49 @@ def dataset_labels(streams: Sequence[GroupStream]) -> dict[tuple[int, str], str]
     }
 
 
+class PackTask(NamedTuple):
+    """A pack's plan, where its rows lie, and (group, address) of what the same process will read later, in order."""
+
+    plans: tuple[SamplePlan, ...]
+    addresses: tuple[RowAddress, ...]
+    coming: tuple[tuple[int, RowAddress], ...] = ()
+
+
+@dataclass(frozen=True)
+class BatchMaker:
+    """A function from tasks to batches, the same in every process. It holds no index, so it is small to send."""
+
+    readers: tuple[StreamReader, ...]
+    labels: dict[tuple[int, str], str]  # see `dataset_labels`
+    tokenizer: Tokenizer
+    options: LayoutOptions
+    noise_seed: int
+
+    @classmethod
+    def of(
+        cls, streams: Sequence[GroupStream], tokenizer: Tokenizer, options: LayoutOptions, noise_seed: int
+    ) -> BatchMaker:
+        readers = tuple(stream.reader for stream in streams)
+        return cls(readers, dataset_labels(streams), tokenizer, options, noise_seed)
+
+    def __call__(self, task: PackTask) -> PackedBatch:
+        """The batch of the task's plans, in their order. Pixels stay uint8; timesteps are before the sigmoid."""
+        for group, address in task.coming:
+            self.readers[group].expect(address)
+        samples, names, datasets, skipped = [], [], [], []
+        for plan, address in zip(task.plans, task.addresses, strict=True):
+            label = self.labels[plan.dataset, address.place.dataset]
+            try:
+                sample = _Sample(plan, address, self).load()
+            except BadRow as error:
+                skipped.append((label, f"{address.place}: {reason_of(error)}"))
+                continue
+            samples.append(sample)
+            names.append(str(address.place))
+            datasets.append(label)
+        return layout(samples, self.tokenizer.special, self.options, names, skipped, datasets)
+
+
 def materialize(
     plans: Sequence[SamplePlan],
     streams: Sequence[GroupStream],
@@ -45,40 +91,26 @@ def materialize(
     options: LayoutOptions,
     noise_seed: int,
 ) -> PackedBatch:
-    """The batch of `plans`, in their order. Pixels stay uint8; timesteps are before the sigmoid."""
-    samples, names, datasets, skipped = [], [], [], []
-    labels = dataset_labels(streams)
-    for plan in plans:
-        stream = streams[plan.dataset]
-        place = stream.place(plan.row)
-        label = labels[plan.dataset, place.dataset]
-        try:
-            sample = _Sample(plan, stream, tokenizer, options, noise_seed).load()
-        except BadRow as error:
-            skipped.append((label, f"{place}: {reason_of(error)}"))
-            continue
-        samples.append(sample)
-        names.append(stream.describe(plan))
-        datasets.append(label)
-    return layout(samples, tokenizer.special, options, names, skipped, datasets)
+    """The batch of `plans`, made in this process."""
+    addresses = tuple(streams[plan.dataset].address(plan.row) for plan in plans)
+    return BatchMaker.of(streams, tokenizer, options, noise_seed)(PackTask(tuple(plans), addresses))
 
 
 class _Sample:
     """Loads one sample; an image that is used several times is decoded once, and resized once per transform."""
 
-    def __init__(
-        self, plan: SamplePlan, stream: GroupStream, tokenizer: Tokenizer, options: LayoutOptions, noise_seed: int
-    ) -> None:
+    def __init__(self, plan: SamplePlan, address: RowAddress, maker: BatchMaker) -> None:
         self.plan = plan
-        self.stream = stream
-        self.tokenizer = tokenizer
-        self.options = options
-        self.key = (noise_seed, stream.name, plan.epoch, plan.row)
+        self.address = address
+        self.reader = maker.readers[plan.dataset]
+        self.tokenizer = maker.tokenizer
+        self.options = maker.options
+        self.key = (maker.noise_seed, self.reader.name, plan.epoch, plan.row)
         self.decoded: dict[tuple[int, int], Image.Image] = {}  # by image and, of a video, frame
         self.resized: dict[tuple[int, int, str], Tensor] = {}
 
     def load(self) -> list[Loaded]:
-        row = self.stream.read([self.plan])[0]
+        row = self.reader.read(self.address)
         if isinstance(row, BadRow):
             raise row
         return [self._load(place, entry, row) for place, entry in enumerate(self.plan.entries)]
@@ -113,7 +145,7 @@ class _Sample:
         if key not in self.resized:
             if place not in self.decoded:
                 self._decode(*place, row)
-            transform = self.stream.vae_transform if entry.kind == VAE else self.stream.vit_transform
+            transform = self.reader.vae_transform if entry.kind == VAE else self.reader.vit_transform
             self.resized[key] = self._resize(self.decoded[place], transform, entry, row)
         return self.resized[key]
 
@@ -132,7 +164,7 @@ class _Sample:
 
     def _resize(self, image: Image.Image, transform: ImageTransform | None, entry: Entry, row: ParsedRow) -> Tensor:
         assert transform is not None, "a plan holds only what its stream has a transform for"
-        sharing = self.stream.sharing(len(row.images), self.plan.entries)
+        sharing = self.reader.sharing(len(row.images), self.plan.entries)
         if transform.size(*image.size, sharing) != (entry.width, entry.height):
             raise BadRow(_changed(f"an image has {image.size[0]} x {image.size[1]} pixels now"))
         return resize_to_uint8(image, transform, sharing)

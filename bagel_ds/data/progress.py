@@ -14,6 +14,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from bagel_ds.liveness import going_on
+
 logger = logging.getLogger("bagel_ds")
 
 EVERY = 15.0  # seconds between two lines
@@ -31,6 +33,7 @@ class RowProgress:
         self._began = self._told = time.monotonic()
 
     def update(self, done: int) -> None:
+        going_on()
         self._done += done
         self._bar.update(done)
         now = time.monotonic()

@@ -6,21 +6,21 @@ never silent training on the CPU; DS_ACCELERATOR=cpu asks for the CPU.
 
 from __future__ import annotations
 
-import os
 import sys
 
+from bagel_ds.device import uses_cuda
+from bagel_ds.doctor.environment import check_gpu
 from bagel_ds.errors import UserError
-from bagel_ds.preflight import check_gpu
 
 
 def usable_gpus() -> int:
     """GPUs that torch can use, 0 where the CPU is asked for or all there is. Raises UserError for unusable ones."""
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
-        return 0
     check_gpu()
+    if not uses_cuda():
+        return 0
     import torch
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return torch.cuda.device_count()
 
 
 if __name__ == "__main__":

@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
 from bagel_ds.errors import UserError
+from bagel_ds.output import run_command
 
 LOSSES = {"loss/mse": "MSE (generation)", "loss/ce": "CE (text)"}
 
@@ -58,7 +60,7 @@ def summary(results_dir: Path, checkpoint_dir: Path) -> str:
             lines.append(
                 f"  {label:18} {first:.4f} -> {last:.4f} ({last / first - 1:+.0%}; first and last steps averaged)"
             )
-    lines.append(f"  TensorBoard logs   {results_dir / 'tensorboard'}   (tensorboard --logdir {results_dir})")
+    lines.append(f"  TensorBoard        tensorboard --logdir {shlex.quote(str(results_dir / 'tensorboard'))}")
     lines.append(f"  Log and numbers    {results_dir / 'log.txt'}, {results_dir / 'metrics.jsonl'}")
     checkpoint = last_checkpoint(checkpoint_dir)
     if checkpoint is None:
@@ -85,4 +87,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command(main))

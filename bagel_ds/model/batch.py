@@ -68,17 +68,18 @@ class PackedBatch:
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """The same batch on `device`; copies from pinned memory run in the background."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> PackedBatch:
-        """Called by DataLoader(pin_memory=True)."""
-        return self._map(Tensor.pin_memory)
+        """The same batch in page-locked memory, from which copies to the device run in the background."""
+        return self.map(Tensor.pin_memory)
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
+    def map(self, function: Callable[[Any], Any]) -> PackedBatch:
+        """The same batch with everything in a tensor's place replaced by `function` of it."""
         changed: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor):
+            if field.type == "Tensor":
                 changed[field.name] = function(value)
             elif field.name == "images":
                 changed[field.name] = tuple(function(image) for image in value)

@@ -50,9 +50,16 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.norm(x)
-        q, k, v = (conv(normed).flatten(2).transpose(1, 2)[:, None] for conv in (self.q, self.k, self.v))
+        q, k, v = (self._cells(conv(normed)) for conv in (self.q, self.k, self.v))
         attended = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(x.shape)
         return x + self.proj_out(attended)
+
+    @staticmethod
+    def _cells(x: Tensor) -> Tensor:
+        """[B, c, h, w] -> [B, 1, cells, c]. Contiguous: with the channels apart in memory torch would take the kernel
+        that makes the whole matrix of cells by cells, 1 GiB in fp32 for an image of 1024 x 1024.
+        """
+        return x.flatten(2).transpose(1, 2)[:, None].contiguous()
 
 
 class Middle(nn.Module):
@@ -147,11 +154,14 @@ class Decoder(nn.Module):
 
 
 class AutoEncoder(nn.Module):
-    def __init__(self, config: VAEConfig = VAEConfig()):
+    """Encoder and, unless `decodes` is False, decoder: training only encodes, and the decoder is the larger part."""
+
+    def __init__(self, config: VAEConfig = VAEConfig(), decodes: bool = True):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        if decodes:
+            self.decoder = Decoder(config)
 
     def moments(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] normalised pixels -> [B, 32, h, w]: mean and log variance of the posterior."""
@@ -165,6 +175,7 @@ class AutoEncoder(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Inverse of `sample`, then the decoder: [B, 16, h, w] -> [B, 3, H, W], nominally -1..1."""
+        assert hasattr(self, "decoder"), "made with decodes=False"
         return self.decoder(latents / self.config.scale_factor + self.config.shift_factor)
 
 

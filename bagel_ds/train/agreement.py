@@ -6,7 +6,6 @@ that would train different runs (other data, other packages, other folders) neve
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import time
@@ -18,13 +17,12 @@ from typing import Any, Callable, TypeVar
 import torch.distributed as dist
 
 from bagel_ds.errors import UserError
-
-logger = logging.getLogger("bagel_ds")
+from bagel_ds.liveness import going_on
+from bagel_ds.waiting import waiting_for
 
 Result = TypeVar("Result")
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # drawn by each kernel at its start
-_TELL_SECONDS = 30.0  # between two lines about hosts that others wait for
 
 
 class SharedFault(UserError):
@@ -63,37 +61,48 @@ def together(function: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def one_per_host_first(function: Callable[[], Result]) -> Result:
+def one_per_host_first(function: Callable[[], Result], what: str = "it is busy") -> Result:
     """`function()` on one rank of each host, then on the others, which find its caches filled.
 
     `function` must not exchange anything between ranks: it runs in a thread, while all ranks tell each other that they
-    are alive, so that hours of indexing meet no timeout of a collective call.
+    are alive, so that hours of indexing meet no timeout of a collective call. `what` other hosts do is said in the log;
+    what takes long on rank 0's own host should say so itself.
     """
     if local_rank() != 0:
-        _wait_for(None)
+        _wait_for(None, what)
         together(lambda: None)  # a fault of a first rank stops this one, too
         return together(function)
     with ThreadPoolExecutor(1) as pool:
         work = pool.submit(function)
-        _wait_for(work)
+        _wait_for(work, what)
         result = together(work.result)
     together(lambda: None)
     return result
 
 
-def _wait_for(work: Future[Any] | None) -> None:
+def _wait_for(work: Future[Any] | None, what: str) -> None:
     """Until `work` is done on every rank that has some."""
-    began = told = time.monotonic()
-    while True:
-        states = everyone((work is not None and not work.done(), socket.gethostname()))
-        busy = sorted({host for is_busy, host in states if is_busy})
-        if not busy:
-            return
-        now = time.monotonic()
-        if is_main() and now - told >= _TELL_SECONDS and busy != [socket.gethostname()]:
-            logger.info("waiting for %s, busy for %.0f s (indexing data?)", ", ".join(busy), now - began)
-            told = now
-        time.sleep(min(0.05 + (now - began) / 10, 1.0))
+    began, busy = time.monotonic(), ["all ranks"]
+
+    def others() -> str:
+        return f"{', '.join(busy)}: {what}" if busy != [socket.gethostname()] else ""
+
+    with waiting_for(others):
+        while True:
+            states = everyone((work is not None and not work.done(), socket.gethostname()))
+            busy = sorted({host for is_busy, host in states if is_busy})
+            if not busy:
+                return
+            if work is None or work.done():
+                going_on()  # a host that doesn't is ended by its own watch
+            time.sleep(min(0.05 + (time.monotonic() - began) / 10, 1.0))
+
+
+def from_every_host(lines: list[str]) -> list[str]:
+    """The lines of each host's first rank, those of other hosts than rank 0's with its name."""
+    found = everyone((socket.gethostname(), lines if local_rank() == 0 else []))
+    here = found[0][0]
+    return [line if host == here else f"host {host}: {line}" for host, said in found for line in said]
 
 
 def everyone(value: Any) -> list[Any]:

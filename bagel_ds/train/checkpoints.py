@@ -12,6 +12,7 @@ several hosts write into one file: there rank 0 writes the weights, gathered bef
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import time
@@ -31,7 +32,7 @@ from bagel_ds.checkpoint.export import stream_tensors
 from bagel_ds.checkpoint.folder import CONFIG_FILES, EMA, MODEL, TOKENIZER_FILES, VAE
 from bagel_ds.checkpoint.state import Held, StateFiles
 from bagel_ds.checkpoint.tensors import TensorFileWriter, joined_checksums
-from bagel_ds.errors import UserError
+from bagel_ds.errors import UserError, disk_fault
 from bagel_ds.ranges import MASTER, Pieces, TensorInfo, copy_range
 from bagel_ds.train.agreement import SharedFault, everyone, is_main, together
 from bagel_ds.train.background import Background
@@ -39,6 +40,8 @@ from bagel_ds.zero.ema import ShardedEMA
 from bagel_ds.zero.engine import ZeroEngine
 from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ
 from bagel_ds.zero.weights import frozen_pieces
+
+logger = logging.getLogger("bagel_ds")
 
 
 class SaveFault(SharedFault):
@@ -176,7 +179,10 @@ class PendingSave:
             together(lambda: _or_fault(lambda: self._complete(checksums)) if is_main() else None)
         if is_main():
             writer = self._writer
-            steps.thin_out(writer.checkpoint_dir, writer.keep_last, writer.delete_previous_state, self._final)
+            try:
+                steps.thin_out(writer.checkpoint_dir, writer.keep_last, writer.delete_previous_state, self._final)
+            except OSError as error:
+                logger.warning("%s is saved, but older checkpoints could not be thinned out: %s", self._final, error)
         dist.barrier()
         now = time.monotonic()
         idle = max(0.0, returned - max(self._left, self.background.ended))
@@ -250,9 +256,7 @@ def _or_fault(action: Any) -> Any:
     try:
         return action()
     except OSError as error:
-        raise UserError(
-            f"{error.filename or 'the disk'}: {error.strerror}. Free space there, or save elsewhere."
-        ) from None
+        raise UserError(disk_fault(error, "save elsewhere")) from None
 
 
 def _make_empty(folder: Path) -> None:

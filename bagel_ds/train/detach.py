@@ -16,12 +16,16 @@ import select
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Callable, NoReturn
 
+from bagel_ds.output import say
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL_SECONDS = 0.5
+_TRACEBACK_SECONDS = 1.0  # in which the `deepspeed` command has printed where Ctrl-C met it
 _KILLED = 137  # as a shell says of a process that was killed
 _asked_to_stop = threading.Event()
 _said: int | None = None  # in a detached rank: where its exit code goes
@@ -64,7 +68,7 @@ def end_at_once(code: int) -> NoReturn:
 def process_state(pid: int) -> str | None:
     """The kernel's letter for what a process does ("R" runs, "T" is stopped, ...); None where it has ended."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     except OSError:
         return None
     return None if state in "ZX" else state
@@ -119,21 +123,23 @@ def _wait(said: int, group: int) -> int:
     while not select.select([lines], [], [], 0)[0] and process_state(rank):
         found = signal.sigtimedwait(listened, _POLL_SECONDS)
         if found is not None and not (passed_on and launcher.sent(found)):
+            if found.si_signo == signal.SIGINT and not passed_on:
+                launcher.let_end()
             passed_on.append(found.si_signo)
             _pass_on(rank, found.si_signo)
         elif not passed_on and launcher.is_gone():
-            os.write(2, b"the launcher is gone: stopping after this step\n")
+            say("the launcher is gone: stopping after this step")
             passed_on.append(signal.SIGTERM)
             _pass_on(rank, signal.SIGTERM)
     code = lines.readline().strip() if select.select([lines], [], [], 0)[0] else ""
     if code:
         return int(code)
     with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)  # DataLoader workers of a rank that was killed
+        os.killpg(group, signal.SIGKILL)  # what a rank that was killed has started
     if not passed_on:
         return _KILLED
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"ended by {signal.Signals(passed_on[-1]).name}; nothing was saved\n".encode())
+        say(f"ended by {signal.Signals(passed_on[-1]).name}; nothing was saved")
     return 128 + passed_on[-1]
 
 
@@ -160,6 +166,14 @@ class _Launcher:
     def sent(self, found: signal.struct_siginfo) -> bool:
         return self._watches_launcher and found.si_pid == self._launcher
 
+    def let_end(self) -> None:
+        """After Ctrl-C: the command prints a traceback, which would stand between the lines of the run."""
+        if not self._watches_launcher:
+            return
+        time.sleep(_TRACEBACK_SECONDS)
+        if os.environ.get("RANK", "0") == "0":
+            say("Ctrl-C has ended the launcher: a KeyboardInterrupt above is its own, and no error of this run")
+
     def is_gone(self) -> bool:
         if not self._watches_launcher:
             return False
@@ -170,7 +184,7 @@ class _Launcher:
 
 def _parent(pid: int) -> int:
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
     except OSError:
         return 0
 

@@ -7,19 +7,24 @@ rank has met alone by that rank.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Sequence
 
 from bagel_ds.config import RunConfig, parse_arguments, wandb_wanted
+from bagel_ds.data.processes import start_server
+from bagel_ds.device import choose_kernels, uses_cuda
+from bagel_ds.doctor.environment import machine_findings, refuse_faults
 from bagel_ds.errors import UserError
-from bagel_ds.preflight import check_environment
+from bagel_ds.output import outlive_the_reader
 from bagel_ds.train.detach import run_detached
 from bagel_ds.train.quiet import quiet_warnings
+from bagel_ds.waiting import waiting_for
 
 # The launcher ends all ranks once it sees that one has ended; it looks every second. Ranks that leave the telling to
 # another wait, so that its message gets out.
@@ -28,6 +33,7 @@ _GRACE_SECONDS = 3.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the arguments say, in a session of its own; the exit code."""
+    outlive_the_reader()
     code = run_detached(lambda: run_rank(argv))
     if code:
         _remove_swap_files(argv)  # of ranks that were killed, too
@@ -42,34 +48,42 @@ def run_rank(argv: Sequence[str] | None = None) -> int:
     except UserError as fault:
         return _tell(fault, rank == 0)
     try:
-        check_environment()
+        notes = refuse_faults(machine_findings(config, int(os.environ.get("LOCAL_SIZE", "1"))))
     except UserError as fault:
         return _tell(fault, local_rank == 0, f"host {socket.gethostname()}: " if rank else "")
-    return _train(config, rank)
+    return _train(config, rank, notes)
 
 
-def _train(config: RunConfig, rank: int) -> int:
-    # Imported here: torch and DeepSpeed take seconds, and what is above must work without them.
-    import deepspeed
-    import torch
-    import torch.distributed as dist
-
-    from bagel_ds.train.agreement import SharedFault, together
+def _train(config: RunConfig, rank: int, notes: list[str]) -> int:
+    """`notes` are what is to be said of this host."""
+    if config.data.num_workers:
+        start_server()  # which then imports torch while this process does
+    # Imported here: torch and DeepSpeed take seconds, and what is above must work without them and on an old Python.
     from bagel_ds.train.metrics import setup_logging
-    from bagel_ds.train.setup import init_distributed
-    from bagel_ds.train.trainer import Trainer
-    from bagel_ds.zero.memory_allocator import exact_pinned_memory, return_freed_memory
-    from bagel_ds.zero.swap_folders import leave_folders
+
+    setup_logging(None, rank)
+    with waiting_for("torch and DeepSpeed to be imported", "minutes from a slow network disk, the first time"):
+        import deepspeed
+        import torch.distributed as dist
+
+        from bagel_ds.train.agreement import SharedFault, from_every_host, together
+        from bagel_ds.train.setup import init_distributed
+        from bagel_ds.train.trainer import Trainer
+        from bagel_ds.train.watch import start_watch
+        from bagel_ds.zero.memory_allocator import exact_pinned_memory, return_freed_memory
+        from bagel_ds.zero.swap_folders import leave_folders
 
     quiet_warnings()
     return_freed_memory()
-    if torch.cuda.is_available() and config.training.activation_checkpointing != "offload":
+    choose_kernels(config.training.precision)
+    if uses_cuda():
         exact_pinned_memory()
     try:
-        init_distributed()
-        together(lambda: setup_logging(config.training.results_dir, dist.get_rank()))
-        together(lambda: check_wandb_of(config, dist.get_rank()))
-        Trainer(config).run()
+        notes += init_distributed()
+        with closing(start_watch(config)) as watch:
+            together(lambda: setup_logging(config.training.results_dir, dist.get_rank()))
+            together(lambda: check_wandb_of(config, dist.get_rank()))
+            Trainer(dataclasses.replace(config, notes=(*config.notes, *from_every_host(notes))), watch).run()
     except UserError as fault:
         code = _tell(fault, rank == 0 or not isinstance(fault, SharedFault))
     else:

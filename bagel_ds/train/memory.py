@@ -16,6 +16,7 @@ import torch
 
 from bagel_ds.config import RunConfig
 from bagel_ds.data.config import DatasetConfig
+from bagel_ds.device import device_type, uses_cuda
 from bagel_ds.errors import UserError
 from bagel_ds.model.config import BagelConfig, VAEConfig
 from bagel_ds.units import GIB
@@ -42,13 +43,13 @@ def plan_run(
         config,
         world_size,
         ranks_per_host=int(os.environ.get("LOCAL_SIZE", "1")),
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device_type(),
         vae=vae,
         image_pixels=max(drawn, default=0) ** 2,
-        gpu_memory=torch.cuda.mem_get_info()[1] / GIB if torch.cuda.is_available() else None,
+        gpu_memory=torch.cuda.mem_get_info()[1] / GIB if uses_cuda() else None,
         host_memory=host_memory_gib(),
         nvme=_free_gib(ds_config),
-        rounds_pinned_memory=_rounds_pinned_memory(config),
+        rounds_pinned_memory=_rounds_pinned_memory(),
     )
     plan = plan_memory(model, ds_config, options)
     if not plan.fits and not config.training.ignore_memory_plan:
@@ -60,11 +61,9 @@ def plan_run(
     return plan
 
 
-def _rounds_pinned_memory(config: RunConfig) -> bool:
-    """What main.py could have torch do about page-locked memory: a torch that is older may not be able to."""
-    if not torch.cuda.is_available():
-        return False
-    return config.training.activation_checkpointing == "offload" or not exact_pinned_memory()
+def _rounds_pinned_memory() -> bool:
+    """Whether main.py could not have torch spare large page-locked blocks: one that is older may not be able to."""
+    return uses_cuda() and not exact_pinned_memory()
 
 
 def plan_lines(plan: MemoryPlan) -> list[str]:
@@ -72,9 +71,12 @@ def plan_lines(plan: MemoryPlan) -> list[str]:
     return ["memory plan:", *(f"  {line}" for line in report_lines(plan))]
 
 
-def outcome(plan: MemoryPlan, device_gib: float | None, host_gib: float) -> str:
+def outcome(plan: MemoryPlan, reserved_gib: float | None, host_gib: float) -> str:
     """One line at the end: what was planned beside what was seen at logged steps."""
-    device = f"GPU {device_gib:.2f} GiB seen, {plan.gpu_peak / GIB:.2f} planned; " if device_gib is not None else ""
+    device = ""
+    if reserved_gib is not None:
+        planned = f"{plan.gpu_peak / GIB:.2f} planned, CUDA's context and NCCL included"
+        device = f"GPU {reserved_gib:.2f} GiB reserved by torch, {planned}; "
     return f"memory peaks: {device}host {host_gib:.2f} GiB seen (ranks alone), {plan.host_peak / GIB:.2f} planned"
 
 

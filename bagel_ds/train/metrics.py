@@ -23,6 +23,7 @@ from urllib.parse import urlparse
 
 from tqdm import tqdm
 
+from bagel_ds.command_line import duration_text
 from bagel_ds.errors import UserError
 
 METRIC_NAMES = (
@@ -35,6 +36,7 @@ METRIC_NAMES = (
     "perf/mfu",
     "perf/step_seconds",
     "memory/device_gib",
+    "memory/device_reserved_gib",
     "memory/host_gib",
     "data/packing_efficiency",
     "data/imbalance",
@@ -50,6 +52,7 @@ _LINE_FIELDS = (
     ("perf/tokens_per_sec", "Tokens/Sec: {:.0f}"),
     ("perf/mfu", "MFU: {:.3f}"),
     ("memory/device_gib", "Device GiB: {:.2f}"),
+    ("memory/device_reserved_gib", "Reserved GiB: {:.2f}"),
     ("memory/host_gib", "Host GiB: {:.2f}"),
     ("data/packing_efficiency", "Packing: {:.3f}"),
     ("data/imbalance", "Imbalance: {:.3f}"),
@@ -78,11 +81,11 @@ class _Formatter(logging.Formatter):
         return text if record.exc_info is None else text + "\n" + self.formatException(record.exc_info)
 
 
-def setup_logging(results_dir: Path | str, rank: int) -> logging.Logger:
+def setup_logging(results_dir: Path | str | None, rank: int) -> logging.Logger:
     """Configure the logger "bagel_ds" of this process and return it; calling it again replaces what it set up before.
 
-    Rank 0 writes INFO and up to the console and appends to `results_dir/log.txt`. Every other rank only shows warnings,
-    on the console, with its rank in front. Raises UserError when `results_dir` can't be written.
+    Rank 0 writes INFO and up to the console and appends to `results_dir/log.txt` (None: not yet). Every other rank only
+    shows warnings, on the console, with its rank in front. Raises UserError when `results_dir` can't be written.
     """
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
@@ -90,11 +93,12 @@ def setup_logging(results_dir: Path | str, rank: int) -> logging.Logger:
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     handlers: list[logging.Handler] = [_ConsoleHandler()]
-    if rank == 0:
+    if rank == 0 and results_dir is not None:
         try:
             folder = Path(results_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(folder / "log.txt", mode="a", encoding="utf-8"))
+            file = folder / "log.txt"
+            handlers.append(logging.FileHandler(file, mode="a", encoding="utf-8", errors="backslashreplace"))
         except OSError as fault:
             reason = fault.strerror or fault
             raise UserError(
@@ -106,8 +110,11 @@ def setup_logging(results_dir: Path | str, rank: int) -> logging.Logger:
     return logger
 
 
-def log_line(step: int, values: Mapping[str, float]) -> str:
-    """The original's `(step=0000000) Train Loss mse: 0.4063, ..., Train Steps/Sec: 0.01, `, then further fields."""
+def log_line(step: int, values: Mapping[str, float], seconds_left: float | None = None) -> str:
+    """The original's `(step=0000000) Train Loss mse: 0.4063, ..., Train Steps/Sec: 0.01, `, then further fields.
+
+    The last of these is when the run will be done at its speed so far, where `seconds_left` tells.
+    """
     parts = [f"Train Loss {kind}: {values[f'loss/{kind}']:.4f}" for kind in ("mse", "ce") if f"loss/{kind}" in values]
     seconds = values.get("perf/step_seconds")
     if seconds is not None:
@@ -116,6 +123,8 @@ def log_line(step: int, values: Mapping[str, float]) -> str:
     skipped = sum(int(value) for name, value in values.items() if name.startswith("data/skipped/"))
     if skipped:
         parts.append(f"Rows Skipped: {skipped}")
+    if seconds_left is not None:
+        parts.append(f"ETA: {duration_text(seconds_left)}")
     return f"(step={step:07d}) " + "".join(part + ", " for part in parts)
 
 
@@ -311,6 +320,8 @@ class MetricsLog:
         self._sinks += [_JsonLines(folder / "metrics.jsonl"), _TensorBoard(folder / "tensorboard", first_step)]
         self._failing: set[int] = set()  # sinks that could not be written the last time
         self._bar = _progress_bar(total_steps, first_step)
+        self._total_steps = total_steps
+        self._first_logged: tuple[int, float] | None = None  # step and time: the first steps are slower than the rest
 
     def log(self, step: int, values: Mapping[str, float | None]) -> None:
         """Write one step's numbers everywhere. None means "not measured in this step" and is left out.
@@ -319,7 +330,7 @@ class MetricsLog:
         numbers, told once, and not the run.
         """
         known = {name: float(value) for name, value in values.items() if value is not None}
-        logger.info(log_line(step, known))
+        logger.info(log_line(step, known, self._seconds_left(step, known.get("perf/step_seconds"))))
         for number, sink in enumerate(self._sinks):
             try:
                 sink.log(step, known)
@@ -328,6 +339,18 @@ class MetricsLog:
                 if number not in self._failing:
                     logger.warning("metrics of step %d can't be written (%s); training goes on", step, error)
                 self._failing.add(number)
+
+    def _seconds_left(self, step: int, step_seconds: float | None) -> float | None:
+        """Until the last step, saves and all that comes between steps included; None at the end."""
+        if step_seconds is None:
+            return None
+        now = time.monotonic()
+        if self._first_logged is None:
+            self._first_logged = (step, now)
+        first, then = self._first_logged
+        speed = (now - then) / (step - first) if step > first else step_seconds
+        left = (self._total_steps or 0) - 1 - step
+        return left * speed if left > 0 else None
 
     def advance(self, steps: int = 1) -> None:
         """Move the progress bar; call it once per optimizer step, logged or not."""

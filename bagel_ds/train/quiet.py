@@ -14,8 +14,6 @@ from typing import Iterator, TextIO
 
 # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed; they do what they did.
 _RENAMED = r"`torch\.distributed\.\w+` is deprecated"
-# Said once for all ranks in the run's plan.
-_WORKERS = "This DataLoader will create"
 # DeepSpeed prints this on every rank of a CPU run.
 _BUILT = re.compile(r"DeepSpeed \S+ built successfully")
 
@@ -23,7 +21,6 @@ _BUILT = re.compile(r"DeepSpeed \S+ built successfully")
 def quiet_warnings() -> None:
     """Hold back, for the rest of the process, warnings of other packages that a user can do nothing about."""
     warnings.filterwarnings("ignore", _RENAMED, FutureWarning)
-    warnings.filterwarnings("ignore", _WORKERS, UserWarning)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from bagel_ds.model.config import BagelConfig
 from bagel_ds.train.agreement import everyone, is_main
 from bagel_ds.train.loss_parts import LossParts
 from bagel_ds.train.step import StepResult
-from bagel_ds.train.throughput import device_gib, host_gib, pack_flops, peak_tflops
+from bagel_ds.train.throughput import device_memory, host_gib, pack_flops, peak_tflops
 
 logger = logging.getLogger("bagel_ds")
 
@@ -39,7 +39,7 @@ class StepMeter:
         self._model, self._peak, self._unusable_rows = model, peak_tflops(peak_device_tflops), unusable_rows
         self._broken: dict[str, str] = {}  # row and reason -> dataset, over all ranks
         self._newly_broken: dict[str, str] = {}  # met by this rank since the last logged step
-        self.device_peak: float | None = None  # GiB, the highest of the logged steps
+        self.device_peak: float | None = None  # GiB that torch reserved, up to the last logged step
         self.host_peak = 0.0
         self._restart()
 
@@ -59,7 +59,7 @@ class StepMeter:
         """Metrics under their public names; None where a step has no such number."""
         seconds = time.monotonic() - self._began
         parts = None if result.parts is None else result.parts.tolist()
-        mine = (self._flops, device_gib(), host_gib(), socket.gethostname(), parts, self._newly_broken)
+        mine = (self._flops, device_memory(), host_gib(), socket.gethostname(), parts, self._newly_broken)
         ranks = everyone(mine)
         values: dict[str, float | None] = {
             "loss/mse": result.mse,
@@ -74,12 +74,15 @@ class StepMeter:
         if self._peak is not None:
             flops = sum(flops for flops, *_ in ranks)
             values["perf/mfu"] = flops / seconds / (self._peak * 1e12 * len(ranks))
-        values["memory/device_gib"] = max((device for _, device, *_ in ranks if device is not None), default=None)
+        devices = [device for _, device, *_ in ranks if device is not None]
+        values["memory/device_gib"] = max((device.allocated for device in devices), default=None)
+        values["memory/device_reserved_gib"] = max((device.reserved for device in devices), default=None)
         hosts: Counter[str] = Counter()
         for _, _, host, name, *_ in ranks:
             hosts[name] += host  # type: ignore[assignment]
         values["memory/host_gib"] = max(hosts.values())
-        self.device_peak, self.host_peak = values["memory/device_gib"], max(self.host_peak, max(hosts.values()))
+        self.device_peak = values["memory/device_reserved_gib"]
+        self.host_peak = max(self.host_peak, max(hosts.values()))
         values["data/packing_efficiency"] = sum(micro.efficiency for micro in self._window) / len(self._window)
         values["data/imbalance"] = sum(micro.imbalance for micro in self._window) / len(self._window)
         values.update({f"data/epoch/{name}": epoch for name, epoch in self._window[-1].epochs.items()})

@@ -22,13 +22,24 @@ import bagel_ds
 from bagel_ds.checkpoint.folder import ModelFolder
 from bagel_ds.checkpoint.steps import read_trainer, sweep
 from bagel_ds.config import RunConfig
+from bagel_ds.data.config import DatasetConfig
 from bagel_ds.data.loader import PlannedData
+from bagel_ds.device import uses_cuda
+from bagel_ds.doctor.environment import (
+    SHARED_MEMORY,
+    Verdict,
+    compiler_finding,
+    free_shared_memory,
+    installed_version,
+    refuse_faults,
+    shared_memory_size,
+)
 from bagel_ds.errors import UserError
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.config import BagelConfig
 from bagel_ds.model.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.vae import AutoEncoder
-from bagel_ds.preflight import check_inputs, installed_version, parts_of, resolve_model_path, starts_from_parts
+from bagel_ds.preflight import check_inputs, parts_of, resolve_model_path, starts_from_parts
 from bagel_ds.train.agreement import (
     SharedFault,
     check_equal,
@@ -38,17 +49,29 @@ from bagel_ds.train.agreement import (
     one_per_host_first,
     together,
 )
-from bagel_ds.train.claim import Claim, claim
+from bagel_ds.train.changes import changes, describe_data
+from bagel_ds.train.claim import Claim, claim, remember
+from bagel_ds.train.earlier import check_unoccupied, set_aside
 from bagel_ds.train.inputs import bagel_config, open_data, open_datasets
 from bagel_ds.train.memory import plan_run
+from bagel_ds.train.metrics import setup_logging
 from bagel_ds.train.quiet import quiet_start
+from bagel_ds.train.rendezvous import check_meeting_point, let_first_rank_speak, meeting
 from bagel_ds.train.start import StartPoint, StartWeights, open_start, sound_start
 from bagel_ds.train.stop import forget_stops
-from bagel_ds.zero.builds import remove_stale_locks
+from bagel_ds.units import MIB
+from bagel_ds.waiting import waiting_for
+from bagel_ds.zero.builds import build, needed_ops
 from bagel_ds.zero.config import check_file_with_deepspeed, check_with_deepspeed, resolve_ds_config
 from bagel_ds.zero.memory import MemoryPlan
 from bagel_ds.zero.nvme import check_nvme, fit_buffers, nvme_bytes, nvme_folders
-from bagel_ds.zero.shared_memory import remove_own_buffers, remove_stale_buffers
+from bagel_ds.zero.shared_memory import (
+    BUFFER_BYTES,
+    SUMS,
+    leave_out_sums,
+    remove_own_buffers,
+    remove_stale_buffers,
+)
 from bagel_ds.zero.swap_folders import run_folder, sweep_folders, take_folder
 
 logger = logging.getLogger("bagel_ds")
@@ -66,8 +89,9 @@ class Prepared:
     memory: MemoryPlan
     model_folder: Path
     model: BagelConfig
-    vae: AutoEncoder
+    vae: AutoEncoder  # its encoder
     data: PlannedData
+    described_data: dict[str, str]  # for trainer.json: what a resumed run compares
     start: StartPoint
     weights: StartWeights
     claim: Claim | None  # rank 0's, of the checkpoint_dir
@@ -80,29 +104,86 @@ def prepare(config: RunConfig) -> Prepared:
     check_equal({f"the version of {name}": version for name, version in versions.items()})
     check_equal({f"--{name}": value for name, value in config.values().items()})
     together(lambda: check_inputs(config))
-    checkpoint_dir = Path(config.training.checkpoint_dir)
-    check_shared_folder(checkpoint_dir, "checkpoint_dir")
-    claimed = one_per_host_first(lambda: claim(checkpoint_dir) if is_main() else None)
-    together(lambda: sweep(checkpoint_dir) if is_main() else None)
-    if is_main():
-        forget_stops([checkpoint_dir, Path(config.training.results_dir)])
     ds_config, ds_notes = together(lambda: _ds_config(config))
-    model_folder = one_per_host_first(lambda: resolve_model_path(config))
+    together(lambda: refuse_faults([compiler_finding(needed_ops(ds_config))] if local_rank() == 0 else []))
+    claimed = _take_checkpoint_dir(config)
+    one_per_host_first(lambda: build(needed_ops(ds_config)), "it compiles C++ parts of DeepSpeed, once")
+    model_folder = one_per_host_first(lambda: resolve_model_path(config), "it fetches or assembles the model")
     parts = parts_of(config)[:2] if starts_from_parts(config) else None
     start = sound_start(config.training, model_folder, parts)
-    model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start))
-    ds_notes = ds_notes + one_per_host_first(lambda: _ready_nvme(config, ds_config, model))
+    model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start), "it opens the model folder")
+    ds_notes = ds_notes + one_per_host_first(
+        lambda: _ready_nvme(config, ds_config, model), "it makes its folder on NVMe ready"
+    )
     datasets = together(lambda: open_datasets(config))
     memory = together(lambda: plan_run(config, datasets, model, vae.config, ds_config, dist.get_world_size()))
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
-    place = together(lambda: read_trainer(start.folder)["plan_state"]) if start.full else None
-    data = one_per_host_first(lambda: open_data(config, datasets, model_folder, model, vae.config, is_main(), place))
+    saved = together(lambda: _saved_run(config, start))
+    place = None if saved is None else saved["plan_state"]
+    data = one_per_host_first(
+        lambda: _open_data(config, datasets, model_folder, model, vae, place), "it indexes its data"
+    )
+    described = describe_data(data)
+    if saved is not None and is_main() and (differences := changes(saved, config.values(), described)):
+        logger.info("changed since %s was saved:\n  %s", start.folder.name, "\n  ".join(differences))
     # That a resumed run's place in the data is one in this run's plan is seen before anything is loaded.
-    together(lambda: data.micro_batches(dist.get_rank(), dist.get_world_size(), start=place).close())
+    together(lambda: data.place(place))
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
     notes = [*ds_notes, *_crowding(config)]
-    return Prepared(ds_config, notes, memory, model_folder, model, vae, data, start, weights, claimed)
+    notes += together(lambda: _set_aside(config, saved, start) if is_main() else [])
+    return Prepared(ds_config, notes, memory, model_folder, model, vae, data, described, start, weights, claimed)
+
+
+def _ready_folders(config: RunConfig, claimed: Claim | None) -> None:
+    """Refuse what would replace an earlier run's checkpoints, before anything there is touched; then tidy up."""
+    training = config.training
+    folders = [Path(training.checkpoint_dir), Path(training.results_dir)]
+    named = [training.resume_from, config.model.model_path, *parts_of(config)]
+    try:
+        check_unoccupied(training, [Path(name) for name in named if name is not None])
+    except UserError:
+        if claimed is not None:
+            claimed.release()
+        raise
+    if not training.start_anew:  # which moves all that is there aside, once nothing else can go wrong
+        sweep(folders[0])
+    forget_stops(folders)
+    remember(folders[1], folders[0])
+
+
+def _saved_run(config: RunConfig, start: StartPoint) -> dict[str, Any] | None:
+    """trainer.json of the training state that the run goes on from; None where it starts at step 0."""
+    if not start.full:
+        return None
+    saved = read_trainer(start.folder)
+    done, total = saved["steps_done"], config.training.total_steps
+    if done > total:
+        raise UserError(
+            f"--total_steps {total}: {start.folder} has {done} steps behind it already, so there is nothing to train; "
+            f"pass a larger --total_steps (it counts the steps of the whole run), or start from an earlier checkpoint"
+        )
+    return saved
+
+
+def _set_aside(config: RunConfig, saved: dict[str, Any] | None, start: StartPoint) -> list[str]:
+    """Move an earlier run's files aside; lines for the run's plan, in a log.txt of its own."""
+    made = set_aside(config.training, saved, start.folder)
+    if made:
+        setup_logging(config.training.results_dir, dist.get_rank())
+    return [f"moved what an earlier run left to {folder}" for folder in made]
+
+
+def _take_checkpoint_dir(config: RunConfig) -> Claim | None:
+    """Claim the folder for this run, on rank 0, and put right what earlier ones have left there."""
+    folder = Path(config.training.checkpoint_dir)
+    check_shared_folder(folder, "checkpoint_dir")
+    claimed = one_per_host_first(
+        lambda: claim(folder) if is_main() else None, "another run still uses the checkpoint_dir"
+    )
+    with waiting_for("what an interrupted save has left to be removed"):
+        together(lambda: _ready_folders(config, claimed) if is_main() else None)
+    return claimed
 
 
 def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
@@ -131,7 +212,8 @@ def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig
     if config.training.nvme_path is not None:
         path = Path(config.training.nvme_path)
         if local_rank() == 0:
-            sweep_folders(path)
+            with waiting_for(f"what earlier runs have left in {path} to be removed"):
+                sweep_folders(path)
         own = run_folder(path, config.training.checkpoint_dir)
         if own in nvme_folders(ds_config):
             take_folder(own, first=local_rank() == 0)
@@ -139,7 +221,7 @@ def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig
 
 
 def _crowding(config: RunConfig) -> list[str]:
-    """A line where this host starts more DataLoader workers than it has cores (instead of torch's, from every rank)."""
+    """A line where this host starts more data workers than it has cores."""
     workers, ranks = config.data.num_workers, int(os.environ.get("LOCAL_SIZE", "1"))
     cores = len(os.sched_getaffinity(0))
     if workers * ranks <= cores:
@@ -150,9 +232,16 @@ def _crowding(config: RunConfig) -> list[str]:
     ]
 
 
+def _open_data(
+    config: RunConfig, datasets: DatasetConfig, folder: Path, model: BagelConfig, vae: AutoEncoder, place: Any
+) -> PlannedData:
+    with waiting_for("the data to be opened and planned", "what must be indexed is indexed once"):
+        return open_data(config, datasets, folder, model, vae.config, is_main(), place)
+
+
 def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[BagelConfig, AutoEncoder]:
     folder = ModelFolder(path)
-    vae = folder.load_vae()
+    vae = folder.load_vae(decodes=False)
     if start.parts is not None and config.model.max_latent_size is None:  # the original's default
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_latent_size=32))
     return bagel_config(config, folder, None if start.parts else start.folder, vae.config), vae
@@ -181,8 +270,8 @@ def describe_parameters(model: BagelConfig, trains: set[str]) -> list[str]:
     ]
 
 
-def init_distributed() -> None:
-    """Join the ranks that the launcher started.
+def init_distributed() -> list[str]:
+    """Join the ranks that the launcher started; what is to be said of this host.
 
     Raises `UserError` where no launcher did, and on every rank of a host with fewer GPUs than ranks.
     """
@@ -191,7 +280,7 @@ def init_distributed() -> None:
             "this process is no rank of a launch: start it with the launcher, also on one GPU, as in "
             "`deepspeed --num_gpus 1 launch/train.py --ds_config zero3.json ...`"
         )
-    if torch.cuda.is_available() and deepspeed.get_accelerator().device_name() == "cuda":
+    if uses_cuda():
         gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_SIZE", local_rank() + 1))
         if ranks > gpus:
             fault = (
@@ -199,11 +288,36 @@ def init_distributed() -> None:
             )
             raise SharedFault(fault) if local_rank() else UserError(fault)
         torch.cuda.set_device(local_rank())
-    remove_stale_locks()
     if local_rank() == 0:
         remove_stale_buffers()
-    with quiet_start():
+    check_meeting_point()
+    notes = [] if uses_cuda() or dist.is_initialized() else _ready_sums()
+    with quiet_start(), meeting():
         deepspeed.init_distributed(verbose=False)
-    if deepspeed.get_accelerator().device_name() == "cpu":
+    if not uses_cuda():
         dist.barrier()  # all ranks have mapped each other's
         remove_own_buffers()
+    return notes
+
+
+def _ready_sums() -> list[str]:
+    """Have the part that adds up over ranks on the CPU compiled, or left out where it can't be; a note of that."""
+    needed = BUFFER_BYTES * int(os.environ.get("LOCAL_SIZE", "1"))
+    compiler = compiler_finding([SUMS])
+    # By the size of /dev/shm, which is the same for every rank; what is free may change from one to the next.
+    if compiler.verdict is Verdict.FAULT or shared_memory_size() < needed:
+        leave_out_sums()
+        small = f"{SHARED_MEMORY} is smaller than the {needed // MIB} MiB of its buffers"
+        reason = compiler.text if compiler.verdict is Verdict.FAULT else small
+        return [f"ranks add up through gloo, which is slower than DeepSpeed's own way: {reason}"]
+    if local_rank() == 0 and free_shared_memory() < needed:
+        raise UserError(
+            f"{SHARED_MEMORY} is full: {free_shared_memory() // MIB} MiB are free, and ranks on the CPU need "
+            f"{needed // MIB} MiB there to add up; remove what lies there, or give a container more (--shm-size)"
+        )
+    try:
+        build([SUMS])
+    except UserError:
+        let_first_rank_speak()
+        raise
+    return []

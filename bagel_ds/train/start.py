@@ -21,15 +21,17 @@ from bagel_ds.checkpoint.steps import (
     STATE,
     checkpoints_near,
     holds_state,
+    latest_remark,
     meant_checkpoint,
     newest_state,
     states,
 )
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import MASTER, WeightSource
-from bagel_ds.train.agreement import SharedFault, together
+from bagel_ds.train.agreement import SharedFault, is_main, together
 from bagel_ds.train.checkpoints import damage_of
 from bagel_ds.units import GIB, MIB
+from bagel_ds.waiting import waiting_for
 
 logger = logging.getLogger("bagel_ds")
 
@@ -64,7 +66,8 @@ def find_start(
         if held := states(Path(training.checkpoint_dir)):  # to begin anew would bury what may be rescued
             raise UserError(
                 f"--auto_resume: every checkpoint in {training.checkpoint_dir} is damaged: "
-                f"{', '.join(path.name for path in held)}. Restore one, or move them away to start anew; "
+                f"{', '.join(path.name for path in held)}. Restore one, or pass --auto_resume False --start_anew True, "
+                "which moves them aside and starts again; "
                 "--auto_resume False --resume_from ... --resume_model_only True takes the weights of one alone."
             )
     if training.resume_from is not None:
@@ -112,8 +115,10 @@ def sound_start(training: TrainingArguments, model_folder: Path, parts: Parts | 
     damaged: frozenset[Path] = frozenset()
     while True:
         start = together(partial(find_start, training, model_folder, damaged, parts))
-        fault = damage_of(start.folder) if start.checked else None
+        with waiting_for(f"all bytes of {start.folder}'s training state to be compared", "once per resume"):
+            fault = damage_of(start.folder) if start.checked else None
         if fault is None:
+            _compare_with_latest(training, start)
             return start
         if not start.reason.startswith("auto_resume"):
             other = newest_state(start.folder.resolve().parent, [start.folder])
@@ -124,6 +129,17 @@ def sound_start(training: TrainingArguments, model_folder: Path, parts: Parts | 
             )
         logger.warning("checkpoint %s is damaged and passed over: %s", start.folder, fault)
         damaged |= {start.folder}
+
+
+def _compare_with_latest(training: TrainingArguments, start: StartPoint) -> None:
+    """Say in one line where auto_resume, which goes by number, and the file `latest` differ."""
+    resumes = start.reason.startswith("auto_resume")
+    if not training.auto_resume or not is_main():
+        return
+    remark = latest_remark(Path(training.checkpoint_dir), start.folder if resumes else None)
+    if remark is not None:
+        taken = f"goes on from {start.folder.name}, the newest" if resumes else "finds no"
+        logger.warning("auto_resume %s complete checkpoint: %s", taken, remark)
 
 
 @dataclass(frozen=True)

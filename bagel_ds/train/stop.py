@@ -7,13 +7,13 @@ Signals within 5 seconds count as one (Ctrl-C reaches launcher and ranks alike);
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import time
 from pathlib import Path
 from types import FrameType
 
 from bagel_ds.errors import UserError
+from bagel_ds.output import say
 from bagel_ds.train.detach import STOP_SIGNALS, asked_to_stop, end_at_once
 
 logger = logging.getLogger("bagel_ds")
@@ -44,24 +44,33 @@ class StopRequest:
     def remove_files(self) -> None:
         """Once the run has stopped, so that the next start goes on."""
         for path in self._files:
-            path.unlink(missing_ok=True)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                logger.warning("%s can't be removed (%s): remove it before the next start", path, error.strerror)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self._signalled_at is not None and now - self._signalled_at > SAME_SIGNAL_SECONDS:
-            os.write(2, b"second signal: stopping at once, without saving\n")
+            say("second signal: stopping at once, without saving")
             end_at_once(128 + number)
         if self._signalled_at is None:
             self._signalled_at = now
             self._reason = f"{signal.Signals(number).name} received"
             asked_to_stop()
-            os.write(2, b"stopping after this step; the run is saved first (again after 5 s: at once)\n")
+            say("stopping after this step; the run is saved first (again after 5 s: at once)")
 
 
 def forget_stops(folders: list[Path]) -> None:
-    """Remove stop files that were meant for an earlier run; one written from now on holds."""
+    """Remove stop files that were meant for an earlier run; one written from now on holds. Raises `UserError`."""
     for folder in folders:
-        (folder / STOP_FILE).unlink(missing_ok=True)
+        path = folder / STOP_FILE
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"{path} asks this run to stop and can't be removed ({error.strerror}); remove it, or pass another one"
+            ) from None
 
 
 def write_stop_file(folder: Path) -> Path:

@@ -8,51 +8,74 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from bagel_ds.device import uses_cuda
 from bagel_ds.model.attention import AttentionLayout
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.config import BagelConfig
 from bagel_ds.model.mot import llm_matmul_parameters
 from bagel_ds.units import GIB
 
-# Dense bf16 peak in TFLOP/s by whole words of the device's name, most specific first (vendors' data sheets).
-PEAK_TFLOPS = (
-    ("H200", 989.0),
-    ("H100 NVL", 835.0),
-    ("H100 PCIe", 756.0),
-    ("H100", 989.0),
-    ("H800", 989.0),
-    ("H20", 148.0),
-    ("B200", 2250.0),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("L40S", 362.0),
-    ("L40", 181.0),
-    ("L20", 119.5),
-    ("A6000", 155.0),
-    ("RTX 6000 Ada", 364.0),
-    ("RTX 5090", 209.5),
-    ("RTX 4090", 165.2),
-    ("RTX 3090", 71.0),
-    ("A40", 149.7),
-    ("A10", 125.0),
-    ("V100", 0.0),
-)
-_OTHER_DEVICE = " (Ti|D|SUPER|Laptop|Max-Q)"  # behind a name of the table: another chip, or a slower one
+# Dense bf16 peak in TFLOP/s by whole words of the device's name, of which the longest that occur hold (NVIDIA's data
+# sheets, whose figures with sparsity are halved; a GB200 and a GB300 here are one GPU of the superchip).
+PEAK_TFLOPS = {
+    "GB300": 2500.0,
+    "GB200": 2500.0,
+    "B300": 2250.0,
+    "B200": 2250.0,
+    "B100": 1750.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H200 NVL": 835.0,
+    "H100": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H800": 989.0,
+    "H800 PCIe": 756.0,
+    "H20": 148.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L20": 119.5,
+    "L4": 121.0,
+    "RTX PRO 6000 Blackwell": 503.8,
+    "RTX PRO 6000 Blackwell Max-Q": 438.9,
+    "RTX PRO 6000 Blackwell Server Edition": 500.0,
+    "RTX 6000 Ada": 364.0,
+    "RTX A6000": 155.0,
+    "RTX 5090": 209.5,
+    "RTX 5080": 112.6,
+    "RTX 4090": 165.2,
+    "RTX 4080": 97.5,
+    "RTX 3090": 71.0,
+}
+# Behind a name of the table: another chip, a slower one, or a part of one. Those with an entry of their own match that.
+_OTHER_DEVICE = r" (Ti|D|SUPER|Laptop|Max-Q|NVL|PCIe|CNX)\b|.* MIG\b"
+
+
+class DeviceMemory(NamedTuple):
+    """Peaks of this process on its GPU, GiB."""
+
+    allocated: float  # by tensors
+    reserved: float  # what torch took from the device for them, fragmentation included: what a plan predicts
 
 
 def peak_tflops(given: float) -> float | None:
     """`given` where above 0, else the device's dense bf16 peak, else None."""
     if given > 0:
         return given
-    if not torch.cuda.is_available():
+    if not uses_cuda():
         return None
     name = torch.cuda.get_device_name()
-    return next(
-        (peak for part, peak in PEAK_TFLOPS if peak and re.search(rf"\b{part}\b(?!{_OTHER_DEVICE})", name)), None
-    )
+    known = [part for part in PEAK_TFLOPS if re.search(rf"\b{part}\b(?!{_OTHER_DEVICE})", name)]
+    return PEAK_TFLOPS[max(known, key=len)] if known else None
 
 
 def pack_flops(batch: PackedBatch, config: BagelConfig) -> float:
@@ -89,6 +112,8 @@ def host_gib() -> float:
     return kib / 2**20
 
 
-def device_gib() -> float | None:
-    """Peak of this process's CUDA allocations, GiB; None without a GPU."""
-    return torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else None
+def device_memory() -> DeviceMemory | None:
+    """None without a GPU."""
+    if not uses_cuda():
+        return None
+    return DeviceMemory(torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB)

@@ -8,8 +8,6 @@ in checkpoints.py and metrics.py.
 from __future__ import annotations
 
 import logging
-import os
-import socket
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -19,20 +17,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-import bagel_ds
 from bagel_ds.checkpoint.finite import CheckedWeights
-from bagel_ds.checkpoint.steps import read_trainer
+from bagel_ds.checkpoint.steps import mark_final, read_trainer
 from bagel_ds.command_line import duration_seconds
 from bagel_ds.config import RunConfig, wandb_wanted
 from bagel_ds.data.index_background import BackgroundIndex, index_in_background
 from bagel_ds.data.inspect import first_packs, pack_text
 from bagel_ds.data.loader import MicroBatch, primed
+from bagel_ds.device import uses_cuda
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.parts import part_of
 from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.vae import encode_images
-from bagel_ds.train.agreement import check_equal, everyone, is_main, local_rank, on_one_host, together
+from bagel_ds.train.agreement import check_equal, is_main, local_rank, on_one_host, together
+from bagel_ds.train.changes import keep_config, versions
 from bagel_ds.train.checkpoints import CheckpointWriter, restore_moments
 from bagel_ds.train.guards import NonFiniteGuard, out_of_memory
 from bagel_ds.train.loss import LossOptions
@@ -46,8 +45,10 @@ from bagel_ds.train.setup import describe_parameters, prepare, trainable
 from bagel_ds.train.step import StepResult, optimizer_step
 from bagel_ds.train.stop import StopRequest
 from bagel_ds.train.watch import StallWatch
+from bagel_ds.waiting import waiting_for
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
+from bagel_ds.zero.memory_activations import arena_bytes
 from bagel_ds.zero.nvme import average_folder
 from bagel_ds.zero.swap_folders import leave_folders
 
@@ -57,37 +58,45 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Trainer:
-    """Build with the process group initialised; `run` trains to `total_steps` and returns."""
+    """Build with the process group initialised, under its watch; `run` trains to `total_steps` and returns."""
 
-    def __init__(self, config: RunConfig):
-        self.config, self.args = config, config.training
+    def __init__(self, config: RunConfig, watch: StallWatch):
+        self.config, self.args, self.watch = config, config.training, watch
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.prepared = prepare(config)
+        with watch.phase(0, "setup"):
+            self.prepared = prepare(config)
+        watch.share(Path(self.args.checkpoint_dir))  # which is this run's by now
         self._say_plan([*config.notes, *self.prepared.notes])
         self.steps_done: int = 0
         self.skipped_before: int = 0  # updates that were not finite, before this process resumed
         self.plan_state: dict[str, Any] | None = None
         self._take_place()
-        # Before the engine: workers are forked, and would share, then double, the memory of all its states.
-        self.batches = primed(self._micro_batches())
-        self.engine = self._build_engine()
+        # Before minutes of loading: what is wrong with the data shows here.
+        with watch.phase(self.steps_done, "data"), waiting_for("the first packs", "DataLoader workers start and read"):
+            self.batches = primed(self._micro_batches())
+        with watch.phase(self.steps_done, "engine"), waiting_for("the network to be built"):
+            self.engine = self._build_engine()
         self.vae = self.prepared.vae.to(self.engine.device)
         self.loss_options = LossOptions(self.args.ce_weight, self.args.mse_weight, self.args.ce_loss_reweighting)
         shift = self.prepared.model.timestep_shift
         self.loss_parts = LossParts(self.prepared.data.datasets, shift, self.loss_options)
-        self._load()
+        usual = "minutes for a 7B with offload"
+        with watch.phase(self.steps_done, "load"), waiting_for("weights and optimizer states", usual):
+            self._load()
         self.guard = NonFiniteGuard(Path(self.args.results_dir), self.rank, self.args.max_nonfinite)
 
     def run(self) -> None:
         with (
+            closing(self.watch) as watch,
             closing(self.engine),
             closing(self._open_metrics()) as metrics,
             closing(self.batches) as batches,
             closing(self._index_the_rest()),
-            closing(self._start_watch()) as watch,
             closing(self._start_saving(metrics, watch)) as saving,
         ):
             self._show_packs()
+            if self._is_last():
+                self._say_that_nothing_is_left()
             data, peak = self.prepared.data, self.args.peak_device_tflops
             meter = StepMeter(self.prepared.model, peak, data.unusable_rows, self.loss_parts)
             stop = self._listen_for_stops()
@@ -162,6 +171,13 @@ class Trainer:
         check_equal({"the plan of the data (its files, as indexed on each host)": self.plan_state["samples"]})
         saving.save(self.steps_done, self._trainer_state(), self._is_last(), must)
 
+    def _say_that_nothing_is_left(self) -> None:
+        """The run was complete when it started; as a longer one that was stopped here it has no `step_final` yet."""
+        last = self.prepared.start.folder
+        logger.info("nothing is left to train: %s is the last of --total_steps %d", last, self.args.total_steps)
+        if is_main() and last.resolve().parent == Path(self.args.checkpoint_dir).resolve():
+            mark_final(last.resolve())
+
     def _tidy(self) -> None:
         """Remove the swap files and then, once no rank writes any more, leave the checkpoint_dir to others."""
         leave_folders()
@@ -177,14 +193,17 @@ class Trainer:
             "plan_state": self.plan_state,
             "world_size": self.world_size,
             "arguments": self.config.values(),
-            "versions": {"bagel_ds": bagel_ds.__version__, "torch": torch.__version__},
+            "versions": versions(),
+            "data": self.prepared.described_data,
         }
 
     # ------------------------------------------------------------------------------------------------- the set-up
     def _build_engine(self) -> ZeroEngine:
         model = self.prepared.model
         trains = trainable(self.config, model)
-        recompute = recompute_mode(self.args.activation_checkpointing)
+        # No pack has more tokens, so this is what the layer inputs take at most ("offload").
+        arena = arena_bytes(model, self.config.data.max_num_tokens, DTYPES[self.args.precision].itemsize)
+        recompute = recompute_mode(self.args.activation_checkpointing, arena)
         return ZeroEngine(
             lambda: Bagel(model, recompute), lambda name: part_of(name) in trains, self.prepared.ds_config
         )
@@ -234,14 +253,6 @@ class Trainer:
         files = data.files_ahead(self.plan_state) if local_rank() == 0 else []
         return index_in_background(files, data.tokenizer, self.config.data.index_cache)
 
-    def _start_watch(self) -> StallWatch:
-        places = everyone((socket.gethostname(), os.getpid()))
-        neighbours = {
-            rank: pid for rank, (host, pid) in enumerate(places) if host == socket.gethostname() and rank != self.rank
-        }
-        folder = Path(self.args.checkpoint_dir)
-        return StallWatch(folder, self.rank, self.world_size, self.args.stall_timeout, neighbours)
-
     def _start_saving(self, metrics: MetricsLog | SilentMetricsLog, watch: StallWatch) -> Saving:
         writer = CheckpointWriter(
             Path(self.args.checkpoint_dir),
@@ -265,7 +276,7 @@ class Trainer:
                 self.world_size,
                 self.config.data.num_workers,
                 self.config.data.prefetch_factor,
-                pin_memory=torch.cuda.is_available(),
+                pin_memory=uses_cuda(),
                 start=self.plan_state,
             )
         )
@@ -278,14 +289,16 @@ class Trainer:
         for pack in first_packs(self.prepared.data, self.args.debug_batches, self.plan_state):
             lines += [*pack_text(pack, self.args.timestep_shift), ""]
         logger.info("the next %d packs:\n\n%s", self.args.debug_batches, "\n".join(lines))
-        Path(self.args.results_dir, "debug_batches.txt").write_text("\n".join(lines), encoding="utf-8")
+        shown = Path(self.args.results_dir, "debug_batches.txt")
+        shown.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
 
     def _open_metrics(self) -> MetricsLog | SilentMetricsLog:
         def open_log() -> MetricsLog | SilentMetricsLog:
             if not is_main():
                 return SilentMetricsLog()
             wandb = self._wandb_options() if wandb_wanted(self.config) else None
-            return MetricsLog(self.args.results_dir, self.steps_done, wandb, total_steps=self.args.total_steps)
+            with waiting_for("Weights & Biases to answer" if wandb else "TensorBoard"):
+                return MetricsLog(self.args.results_dir, self.steps_done, wandb, total_steps=self.args.total_steps)
 
         return together(open_log)
 
@@ -319,4 +332,4 @@ class Trainer:
             packs,
             f"{self.config.data.max_num_tokens:,}",
         )
-        Path(self.args.results_dir, "config.yaml").write_text(self.config.to_yaml())
+        keep_config(Path(self.args.results_dir), self.config.to_yaml())

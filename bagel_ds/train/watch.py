@@ -1,9 +1,11 @@
 """A rank that stalls makes every rank say where it is, and ends the job; so does one that has ended.
 
-Guarantees: when a phase (data, step, save, ...) of this rank lasts longer than the timeout, it prints its Python stacks
-and which ranks are behind or silent, and the process ends with code 1 rather than hanging. Ranks know of each other
-through one small file each in a shared folder, written by a thread, so a rank that is stuck in a collective call still
-reports. A rank whose neighbour on the same host has ended, which NCCL would wait for half an hour, ends too.
+Guarantees: from the moment the ranks have met, when a phase (setup, data, engine, load, step, save, ...) of this rank
+lasts longer than the timeout, or so long without saying that it goes on (`liveness.py`), it prints its Python stacks,
+those of its workers, and which ranks are behind or silent, and the process ends with code 1 rather than hanging. Ranks
+know of each other through one small file each in a shared folder, written by a thread, so a rank that is stuck in a
+collective call still reports. A rank whose neighbour on the same host has ended, which NCCL would wait for half an
+hour, ends too.
 """
 
 from __future__ import annotations
@@ -16,10 +18,16 @@ import socket
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
+import torch.distributed as dist
+
+from bagel_ds.config import RunConfig
+from bagel_ds.data.processes import show_stacks
+from bagel_ds.liveness import is_timed_elsewhere, listen
+from bagel_ds.train.agreement import everyone
 from bagel_ds.train.detach import end_at_once, process_state
 
 HEARTBEATS = ".heartbeats"
@@ -28,24 +36,42 @@ _GONE_SECONDS = 10.0  # in which a rank whose neighbour has ended may say by its
 
 
 class StallWatch:
-    """One per rank; `timeout` in seconds, 0 for none. `folder` is seen by all hosts (the checkpoint_dir).
+    """One per rank and process; `timeout` in seconds, 0 for none.
 
+    `folder` is seen by all hosts (the checkpoint_dir); without one, see `share`, ranks don't know of each other.
     `neighbours` are the process ids of the other ranks on this host, by rank.
     """
 
     def __init__(
-        self, folder: Path, rank: int, world_size: int, timeout: float, neighbours: Mapping[int, int] | None = None
+        self,
+        folder: Path | None,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        neighbours: Mapping[int, int] | None = None,
     ):
-        self._folder, self._rank, self._world_size, self._timeout = folder / HEARTBEATS, rank, world_size, timeout
+        self._rank, self._world_size, self._timeout = rank, world_size, timeout
+        self._folder: Path | None = None
         self._neighbours = dict(neighbours or {})
         self._interval = min(5.0, timeout / 4) if timeout > 0 else 5.0
         self._place: tuple[int, str] = (0, "start")
         self._since = time.monotonic()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        if timeout > 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
+        if folder is not None:
+            self.share(folder)
+        listen(self.goes_on)
         self._thread.start()
+
+    def share(self, folder: Path) -> None:
+        """From now on tell the others there where this rank is; no other run may use it."""
+        if self._timeout > 0:
+            (folder / HEARTBEATS).mkdir(parents=True, exist_ok=True)
+            self._folder = folder / HEARTBEATS
+
+    def goes_on(self) -> None:
+        """The phase that this rank is in has its whole timeout before it again."""
+        self._since = time.monotonic()
 
     @contextmanager
     def phase(self, step: int, name: str) -> Iterator[None]:
@@ -65,18 +91,23 @@ class StallWatch:
             self._place, self._since = (step, outer), time.monotonic()
 
     def close(self) -> None:
+        if self._closed.is_set():
+            return
         self._closed.set()
         self._thread.join()
-        self._file(self._rank).unlink(missing_ok=True)
-        try:
+        listen(None)
+        if self._folder is None:
+            return
+        with suppress(OSError):  # other ranks are still in the folder
+            self._file(self._rank).unlink(missing_ok=True)
             self._folder.rmdir()
-        except OSError:
-            pass  # other ranks are still in it, or there was none
 
     def _run(self) -> None:
         while not self._closed.wait(self._interval):
             self._end_if_alone()
             if self._timeout > 0:
+                if is_timed_elsewhere():
+                    self.goes_on()
                 self._write()
                 if time.monotonic() - self._since > self._timeout:
                     self._end()
@@ -89,9 +120,12 @@ class StallWatch:
             end_at_once(1)
 
     def _file(self, rank: int) -> Path:
+        assert self._folder is not None
         return self._folder / f"rank_{rank}.json"
 
     def _write(self) -> None:
+        if self._folder is None:
+            return
         step, phase = self._place
         content = {"step": step, "phase": phase, "seconds": time.monotonic() - self._since}
         content |= {"host": socket.gethostname(), "pid": os.getpid()}
@@ -109,11 +143,14 @@ class StallWatch:
         ]
         ranks = self._ranks()
         lines += [f"[rank {self._rank}]   {describe(rank, found)}" for rank, found in enumerate(ranks)]
-        lines.append(
-            f"[rank {self._rank}] missing: {', '.join(missing(ranks)) or 'no rank; all wait in the same place'}"
-        )
+        if ranks:
+            lines.append(
+                f"[rank {self._rank}] missing: {', '.join(missing(ranks)) or 'no rank; all wait in the same place'}"
+            )
         print("\n".join(lines), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
+        for worker in show_stacks():
+            print(f"[rank {self._rank}] asked for its stacks: {worker}", file=sys.stderr, flush=True)
         self._signal_neighbours(ranks, signal.SIGCONT)  # so that one that was stopped can tell, too
         time.sleep(min(5.0, self._timeout))  # for the others, which see the same
         self._signal_neighbours(self._ranks(), signal.SIGKILL)
@@ -122,6 +159,8 @@ class StallWatch:
     def _ranks(self) -> list[dict[str, Any] | None]:
         """What each rank last wrote; "silent" is how many seconds ago, by the clock of the file system."""
         self._write()
+        if self._folder is None:
+            return []
         found: list[dict[str, Any] | None] = []
         for rank in range(self._world_size):
             try:
@@ -141,6 +180,14 @@ class StallWatch:
                     os.kill(self._neighbours[rank], number)
                 except ProcessLookupError:
                     pass
+
+
+def start_watch(config: RunConfig) -> StallWatch:
+    """The watch of this rank, once all have met; call on every rank."""
+    rank, host = dist.get_rank(), socket.gethostname()
+    places = everyone((host, os.getpid()))
+    neighbours = {other: pid for other, (place, pid) in enumerate(places) if place == host and other != rank}
+    return StallWatch(None, rank, dist.get_world_size(), config.training.stall_timeout, neighbours)
 
 
 def is_silent(found: dict[str, Any]) -> bool:

@@ -30,7 +30,7 @@ def ds_configs_folder() -> Path:
 
 def find_ds_config(name_or_path: str) -> Path:
     """The file behind a path or a preset's name (with or without .json). Raises UserError listing the presets."""
-    path = Path(name_or_path).expanduser()
+    path = Path(name_or_path)
     if path.is_file():
         return path
     if path.name == name_or_path:

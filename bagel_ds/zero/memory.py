@@ -18,8 +18,8 @@ from bagel_ds.model.config import BagelConfig, VAEConfig
 from bagel_ds.model.parts import Freezing
 from bagel_ds.units import GIB, MIB
 from bagel_ds.zero.memory_activations import PackShape
-from bagel_ds.zero.memory_moments import Moment, StepShape, gathering, moments
-from bagel_ds.zero.memory_parameters import parameter_sizes, vae_parameters
+from bagel_ds.zero.memory_moments import Moment, StepShape, arena, gathering, moments, offloaded_inputs
+from bagel_ds.zero.memory_parameters import parameter_sizes, vae_encoder_parameters
 from bagel_ds.zero.memory_states import (
     DEVICE,
     EXACT_ABOVE_MIB,
@@ -64,7 +64,6 @@ class MemoryOptions:
     ema_place: str | None = None  # "gpu", "host" or "nvme"; None is beside the masters
     num_workers: int = 4
     prefetch_factor: int = 2
-    gradient_accumulation_steps: int = 1
     # torch rounds page-locked blocks up to powers of two and keeps freed ones; the trainer has it spare the large ones
     rounds_pinned_memory: bool = False
     vae: VAEConfig = VAEConfig()
@@ -76,8 +75,6 @@ class MemoryOptions:
     def of(cls, config: RunConfig, world_size: int, **others: Any) -> MemoryOptions:
         """The options of a training run; `others` are fields of this class."""
         training, data = config.training, config.data
-        # Inputs of layers on the host come and go in each step: their blocks are kept (train/main.py).
-        others.setdefault("rounds_pinned_memory", training.activation_checkpointing == "offload")
         return cls(
             world_size=world_size,
             max_num_tokens=data.max_num_tokens,
@@ -88,7 +85,6 @@ class MemoryOptions:
             ema_bytes=2 if training.ema_dtype == "bf16" else 4,
             num_workers=data.num_workers,
             prefetch_factor=data.prefetch_factor,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
             **others,
         )
 
@@ -186,7 +182,8 @@ def plan_memory(model: BagelConfig, ds_config: dict[str, Any], run: MemoryOption
     ranks = run.ranks_per_host or run.world_size
     always = [*_rank_states(sharding, shape, run), *_process_states(run, on_cpu, sharding.bf16)]
     if not on_cpu:
-        always.append(State("page-locked memory: rounding and cache", HOST, _excess(sharding, always, run)))
+        pinned = [*always, *arena(sharding, shape)]
+        always.append(State("page-locked memory: rounding and cache", HOST, _excess(sharding, pinned, run)))
     peaks = moments(sharding, shape)
     if on_cpu:
         always = [_moved(state) for state in always]
@@ -205,7 +202,7 @@ def plan_memory(model: BagelConfig, ds_config: dict[str, Any], run: MemoryOption
         gpu_peak=0 if on_cpu else highest[DEVICE][1],
         host_peak=highest[HOST][1],
         nvme=highest[NVME][1],
-        traffic=step_traffic(sharding, gathering(sharding, shape), ranks, run.gradient_accumulation_steps),
+        traffic=step_traffic(sharding, gathering(sharding, shape), ranks, offloaded_inputs(sharding, shape)),
         items=tuple(_items(always, peaks, {place: name for place, (name, _) in highest.items()}, per_host)),
         gpu_moments=() if on_cpu else by_moment[DEVICE],
         host_moments=by_moment[HOST],
@@ -226,7 +223,7 @@ def _rank_states(sharding: Sharding, shape: StepShape, run: MemoryOptions) -> li
     live = gathering(sharding, shape)
     if live is not None:
         found.append(State("small parameters, always whole", DEVICE, sharding.weight_bytes * live.persistent))
-    return [*found, State("autoencoder weights", DEVICE, 4 * vae_parameters(run.vae))]
+    return [*found, State("encoder of the autoencoder", DEVICE, 4 * vae_encoder_parameters(run.vae))]
 
 
 def _process_states(run: MemoryOptions, on_cpu: bool, bf16: bool) -> list[State]:

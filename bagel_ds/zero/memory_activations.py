@@ -13,6 +13,7 @@ from bagel_ds.model.config import BagelConfig, VAEConfig
 
 CHUNK_ELEMENTS = 2**25  # as in model/head.py, which this file must not import: it needs torch
 CHUNK_COLUMNS = 1024  # the least a chunk of logits has
+ARENA_ALIGNMENT = 512  # bytes; as in model/offload.py
 
 
 class PackShape(NamedTuple):
@@ -27,10 +28,12 @@ class Activations(NamedTuple):
     """Bytes. `held` live from the forward to the backward pass of their part; the rest only at their moment."""
 
     checkpoints: int  # inputs of recomputed layers, or with "none" all that their backward needs
+    layer_input: int  # of them, one decoder layer's
     inputs: int  # embeddings, flow and pixels of the pack
     layer: int  # one decoder layer's own while its backward runs
     vit_layer: int
     vit_checkpoints: int
+    vit_layer_input: int
     head: int  # hidden states of labels, their gradient, one chunk of logits
 
 
@@ -50,14 +53,27 @@ def activations(config: BagelConfig, pack: PackShape, mode: str, dtype_bytes: in
     patch_features = vit.num_channels * vit.patch_size**2
     return Activations(
         checkpoints=int(tokens * llm.num_hidden_layers * layers[0]),
+        layer_input=int(tokens * checkpoint),
         inputs=int(
             tokens * (share * 4 * width + 12 * config.latent_features) + patches * patch_features * (1 + 2 * share)
         ),
         layer=int(tokens * (transient if mode == "none" else saved + transient)),
         vit_layer=int(patches * (vit_transient if mode == "none" else vit_saved + vit_transient)),
         vit_checkpoints=int(patches * vit.num_layers * layers[1]),
+        vit_layer_input=int(patches * vit_checkpoint),
         head=head_bytes(pack.labels, llm.vocab_size, width, dtype_bytes),
     )
+
+
+def arena_bytes(config: BagelConfig, tokens: int, dtype_bytes: int) -> int:
+    """Host memory for the layer inputs of any pack of so many tokens, all of which may be patches of ViT images.
+
+    Each decoder layer has two inputs, one of each expert.
+    """
+    llm, vit = config.llm, config.vit
+    inputs = 2 * llm.num_hidden_layers, vit.num_layers if config.visual_und else 0
+    rows = tokens * llm.num_hidden_layers * llm.hidden_size + tokens * inputs[1] * vit.hidden_size
+    return rows * dtype_bytes + sum(inputs) * ARENA_ALIGNMENT
 
 
 def head_bytes(labels: int, vocabulary: int, width: int, dtype_bytes: int) -> int:
@@ -70,9 +86,8 @@ def head_bytes(labels: int, vocabulary: int, width: int, dtype_bytes: int) -> in
 def vae_bytes(vae: VAEConfig, pixels: int, bf16: bool, on_cpu: bool) -> int:
     """Encoding one image under autocast, by pixel and channel of the first level.
 
-    CUDA's autocast keeps group norms in fp32, the CPU's does not; the CPU's attention in the middle block makes its
-    matrix over all cells.
+    CUDA's autocast keeps group norms in fp32, the CPU's does not. The attention of the middle block holds no matrix
+    over all cells (model/vae.py).
     """
     rate = 20.5 if not bf16 else 10.5 if on_cpu else 16.0
-    cells = pixels // vae.downsample**2
-    return int(max(rate * vae.channels * pixels, 9 * cells**2 if on_cpu else 0))
+    return int(rate * vae.channels * pixels)

@@ -34,11 +34,9 @@ def return_freed_memory() -> bool:
 def exact_pinned_memory(above_mib: int = EXACT_ABOVE_MIB) -> bool:
     """Page-locked blocks above this size are neither rounded up nor kept; False where this torch can't do that.
 
-    The default leaves a pack's tensors below it.
-
-    Meant for loading, which makes blocks that stay and blocks that go once. A step that allocates pinned blocks itself
-    (layer inputs kept on the host) should cache them: call again with a size above theirs. What PYTORCH_ALLOC_CONF (or
-    PYTORCH_CUDA_ALLOC_CONF) says of it wins, and says otherwise stays in force.
+    The default leaves a pack's tensors below it. No step allocates larger ones again and again: layer inputs on the
+    host have an arena (model/offload.py). What PYTORCH_ALLOC_CONF (or PYTORCH_CUDA_ALLOC_CONF) says of it wins, and
+    says otherwise stays in force.
     """
     given = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
     if "pinned_max_cached_size_mb" in given:

@@ -11,9 +11,9 @@ from typing import NamedTuple
 from bagel_ds.model.config import BagelConfig, VAEConfig
 from bagel_ds.model.parts import Freezing
 from bagel_ds.units import MIB
-from bagel_ds.zero.memory_activations import Activations, PackShape, activations, vae_bytes
+from bagel_ds.zero.memory_activations import Activations, PackShape, activations, arena_bytes, vae_bytes
 from bagel_ds.zero.memory_gather import Gathered, GatherOptions, gathered
-from bagel_ds.zero.memory_states import DEVICE, HOST, NVME, Sharding, State, backward_states
+from bagel_ds.zero.memory_states import DEVICE, HOST, NVME, Sharding, State, backward_states, window_gradients
 
 NORM_ELEMENTS = 250_000_000  # DeepSpeed sums gradients' squares in float64, this many at a time
 EXPORT_CHUNK = 64 * MIB  # checkpoint/export.py
@@ -47,6 +47,7 @@ def moments(sharding: Sharding, shape: StepShape) -> list[Moment]:
             "export", [State("export chunks", DEVICE, 2 * EXPORT_CHUNK), State("export chunks", HOST, EXPORT_CHUNK)]
         ),
     ]
+    found = [Moment(moment.name, [*moment.parts, *arena(sharding, shape)]) for moment in found]
     load = _load(sharding, shape)
     return [*found, load] if load.parts else found
 
@@ -62,34 +63,38 @@ def gathering(sharding: Sharding, shape: StepShape) -> Gathered | None:
 def _vae(s: Sharding, shape: StepShape) -> Moment:
     pixels = shape.image_pixels if shape.config.visual_gen else 0
     image = State("autoencoder, one image", DEVICE, vae_bytes(shape.vae, pixels, s.bf16, s.on_cpu))
-    sums = [state for state in backward_states(s) if state.name == "gradients"]  # of the micro-batches before this one
-    return Moment("autoencoder", [image, *(sums if int(s.ds.get("gradient_accumulation_steps", 1)) > 1 else [])])
+    before = window_gradients(s) if s.accumulation > 1 else []  # of the micro-batches before this one
+    return Moment("autoencoder", [image, *before])
 
 
 def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Moment]:
     """The moments of the backward pass, which hold more than those of the forward pass."""
     live = gathering(s, shape)
-    offloaded = shape.checkpointing == "offload"
-    kept = State("activation checkpoints", DEVICE, needs.checkpoints + needs.vit_checkpoints)
-    if offloaded:
-        kept = _on_host(s, shape, needs)
     inputs = State("pack and embeddings", DEVICE, needs.inputs)
     head = shape.config.llm.vocab_size * shape.config.llm.hidden_size
     own = {
-        "layer": [State("activations of a decoder layer", DEVICE, needs.layer), *_reduction(s, 0)],
+        "layer": [
+            *_checkpoints(shape, needs.checkpoints + needs.vit_checkpoints, 2 * needs.layer_input),
+            State("activations of a decoder layer", DEVICE, needs.layer),
+            *_reduction(s, 0),
+        ],
         "head": [
+            *_checkpoints(shape, needs.checkpoints + needs.vit_checkpoints, needs.layer_input),
             State("logits chunk and labels", DEVICE, needs.head),
             # Its gradient is the first: what waits in the bucket is less, so only one beyond it is reduced now.
             *(_reduction(s, head) if _trains(s, "lm_head") and head > s.bucket else []),
         ],
         "embedding": _reduction(s, head) if _trains(s, "embed_tokens") else [],
-        "vit": [State("activations of a ViT layer", DEVICE, needs.vit_layer), *_reduction(s, 0)],
+        "vit": [
+            *_checkpoints(shape, needs.vit_checkpoints, 2 * needs.vit_layer_input),
+            State("activations of a ViT layer", DEVICE, needs.vit_layer),
+            *_reduction(s, 0),
+        ],
     }
     names = {"layer": "decoder layer", "head": "head", "embedding": "embedding", "vit": "ViT layer"}
     found = []
     for moment, parts in own.items():
-        parts = [inputs, kept, *parts] if moment in ("layer", "head") else [inputs, *parts]
-        parts += backward_states(s)
+        parts = [inputs, *parts, *backward_states(s)]
         if live is not None and s.on_cpu:
             found += _one_after_the_other(s, live, moment, names[moment], parts)
             continue
@@ -100,16 +105,27 @@ def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Moment]
     return found
 
 
-def _on_host(s: Sharding, shape: StepShape, needs: Activations) -> State:
-    """Checkpoints kept on the host; on a GPU in page-locked blocks, which torch rounds up to powers of two."""
-    size = 0
-    for total, layers in (
-        (needs.checkpoints, shape.config.llm.num_hidden_layers),
-        (needs.vit_checkpoints, shape.config.vit.num_layers),
-    ):
-        block = total // layers
-        size += layers * (block if s.on_cpu or not block else 1 << (block - 1).bit_length())
-    return State("activation checkpoints", HOST, size)
+def _checkpoints(shape: StepShape, kept: int, moving: int) -> list[State]:
+    """What the device holds of inputs of recomputed layers: `kept`, or where they are on the host those that move."""
+    if shape.checkpointing == "offload":
+        return [State("layer inputs on their way", DEVICE, moving)]
+    return [State("activation checkpoints", DEVICE, kept)]
+
+
+def arena(s: Sharding, shape: StepShape) -> list[State]:
+    """The host memory of offloaded layer inputs; there from the first forward pass on."""
+    if shape.checkpointing != "offload":
+        return []
+    size = arena_bytes(shape.config, shape.pack.tokens, s.weight_bytes)
+    return [State("layer inputs (one page-locked arena)", HOST, size, 0 if s.on_cpu else 1)]
+
+
+def offloaded_inputs(s: Sharding, shape: StepShape) -> int:
+    """Bytes of layer inputs that a micro-batch sends to the host and fetches again."""
+    if shape.checkpointing != "offload":
+        return 0
+    needs = activations(shape.config, shape.pack, shape.checkpointing, s.weight_bytes)
+    return needs.checkpoints + needs.vit_checkpoints
 
 
 def _one_after_the_other(s: Sharding, live: Gathered, moment: str, name: str, parts: list[State]) -> list[Moment]:
@@ -133,7 +149,10 @@ def _trains(s: Sharding, part: str) -> bool:
     return any(p.trains and part in p.name for p in s.parameters)
 
 
-_REDUCTION = ("gradients being reduced", "gradient norm in float64", "fp32 gradients on their way to NVMe")
+_REDUCED, _SUMS = "gradients being reduced", "gradients in the format they are summed in"
+_NORM, _ON_ITS_WAY = "gradient norm in float64", "a gradient on its way to the host"
+_TO_NVME = "fp32 gradients on their way to NVMe"
+_REDUCTION = (_REDUCED, _SUMS, _NORM, _ON_ITS_WAY, _TO_NVME)
 
 
 def _reduction(s: Sharding, large: int, waiting: int | None = None) -> list[State]:
@@ -148,14 +167,33 @@ def _reduction(s: Sharding, large: int, waiting: int | None = None) -> list[Stat
     is_beyond = large > s.bucket
     if waiting is None:
         waiting = large if is_beyond else min(s.bucket, trainable)
-    # The bucket's own memory is a state; a gradient beyond it has its own, and both are reordered by rank in a copy.
-    parts = [State("gradients being reduced", DEVICE, size * waiting * (2 if is_beyond else 1))]
-    if s.stage == 3 and s.place("optimizer") != DEVICE:
-        single = -(-(large or _largest_in_layers(s)) // s.world)
-        parts.append(State("gradient norm in float64", DEVICE, 8 * min(NORM_ELEMENTS, single)))
-        if s.place("optimizer") == NVME:
-            parts.append(State("fp32 gradients on their way to NVMe", HOST, 4 * -(-waiting // s.world)))
-    return parts
+    # The bucket's own memory is a state; a gradient beyond it has its own. What is reduced is a copy, ordered by rank.
+    own = s.weight_bytes * waiting if is_beyond else 0
+    whole, share = large or _largest_in_layers(s), -(-waiting // s.world)
+    if s.stage == 3:
+        copy = 0 if is_beyond and large % s.world == 0 and size == s.weight_bytes else size * waiting
+        return [State(_REDUCED, DEVICE, own + copy), *_partitioning3(s, -(-whole // s.world), share)]
+    copy, norm = size * waiting, 8 * min(whole, -(-trainable // s.world))
+    if s.place("optimizer") == DEVICE or copy > norm:
+        return [State(_REDUCED, DEVICE, own + copy)]
+    return [State(_REDUCED, DEVICE, own), State(_NORM, DEVICE, norm)]  # taken one by one, when the copy is gone
+
+
+def _partitioning3(s: Sharding, single: int, share: int) -> list[State]:
+    """ZeRO-3 on its way from a reduced bucket to the partitions: `share` elements of this rank, at most `single` of one
+    parameter.
+    """
+    found = []
+    if s.gradient_bytes != s.communication_bytes:
+        found.append(State(_SUMS, DEVICE, s.gradient_bytes * share))
+    if s.place("optimizer") == DEVICE:
+        return found
+    found.append(State(_NORM, DEVICE, 8 * min(NORM_ELEMENTS, single)))
+    if not s.on_cpu:
+        found.append(State(_ON_ITS_WAY, DEVICE, s.gradient_bytes * single))
+    if s.place("optimizer") == NVME and not s.keeps_fp32_gradients:
+        found.append(State(_TO_NVME, DEVICE, 4 * share))
+    return found
 
 
 def _largest_in_layers(s: Sharding) -> int:
@@ -164,21 +202,26 @@ def _largest_in_layers(s: Sharding) -> int:
 
 def _optimizer(s: Sharding) -> Moment:
     """The update itself. The CPU's AdamW of torch needs two more vectors; fused and DeepSpeed's own need none."""
+    held = [state for state in backward_states(s) if state.name != "communication buckets"]
     if s.place("optimizer") != DEVICE:
-        return Moment("optimizer step", [])
+        return Moment("optimizer step", held)
     own = 8 if s.on_cpu else 0
     largest = max((p.numel for p in s.parameters if p.trains), default=0)
+    numel, before = largest, list[State]()
     if s.stage == 3:
-        numel = max(s.sub_groups())
-        largest = -(-largest // s.world)
-    elif s.stage == 0:
-        numel = largest
-    else:
-        numel = -(-s.elements(True) // s.world)
-    parts = [State("optimizer step", DEVICE, (4 + own) * numel)]
+        numel, largest = max(s.sub_groups()), -(-largest // s.world)
+    elif s.stage:
+        numel, before = -(-s.elements(True) // s.world), held  # let go once they are flat and in fp32
+    flat = 0 if s.sums_on_device else s.gradient_bytes
+    in_fp32 = 4 if s.gradient_bytes != 4 else 0
+    found = [
+        [State("optimizer step", DEVICE, (4 + own) * numel)],
+        [*before, State("gradients, flat and in fp32", DEVICE, (flat + in_fp32) * numel if s.stage else 0)],
+        [*before, State(_NORM, DEVICE, 8 * largest)],
+    ]
     if s.stage == 0 and s.bf16:
-        parts.append(State("gradients in fp32", DEVICE, 4 * s.elements(True)))
-    return Moment("optimizer step", max(parts, [State("gradient norm in float64", DEVICE, 8 * largest)], key=_total))
+        found[0].append(State("gradients in fp32", DEVICE, 4 * s.elements(True)))
+    return Moment("optimizer step", max(found, key=_total))
 
 
 def _load(s: Sharding, shape: StepShape) -> Moment:

@@ -101,22 +101,16 @@ def _norm(name: str, width: int) -> Iterator[tuple[str, int]]:
     yield f"{name}.bias", width
 
 
-def vae_parameters(vae: VAEConfig) -> int:
-    """Encoder and decoder together: 83,819,683 in the released one."""
+def vae_encoder_parameters(vae: VAEConfig) -> int:
+    """Of what training takes of the autoencoder: 34,274,208 in the released one."""
     widths = [vae.channels * multiplier for multiplier in vae.channel_multipliers]
-    last = len(widths) - 1
-    encoder = _conv(3, widths[0]) + _conv(widths[-1], 2 * vae.z_channels) + 2 * widths[-1]
-    decoder = _conv(vae.z_channels, widths[-1]) + _conv(widths[0], 3) + 2 * widths[0]
+    total = _conv(3, widths[0]) + _conv(widths[-1], 2 * vae.z_channels) + 2 * widths[-1]
     previous = widths[0]
     for level, width in enumerate(widths):
-        encoder += _res_block(previous, width) + (vae.res_blocks - 1) * _res_block(width, width)
-        above = widths[min(level + 1, last)]
-        decoder += _res_block(above, width) + vae.res_blocks * _res_block(width, width)
-        encoder += _conv(width, width) if level != last else 0
-        decoder += _conv(width, width) if level != 0 else 0
+        total += _res_block(previous, width) + (vae.res_blocks - 1) * _res_block(width, width)
+        total += _conv(width, width) if level != len(widths) - 1 else 0
         previous = width
-    middle = 2 * _res_block(widths[-1], widths[-1]) + 2 * widths[-1] + 4 * _conv(widths[-1], widths[-1], 1)
-    return encoder + decoder + 2 * middle
+    return total + 2 * _res_block(widths[-1], widths[-1]) + 2 * widths[-1] + 4 * _conv(widths[-1], widths[-1], 1)
 
 
 def _conv(inputs: int, outputs: int, kernel: int = 3) -> int:

@@ -55,6 +55,11 @@ def not_compared(plan: MemoryPlan) -> dict[str, float]:
     return {place: need / GIB for place, (need, budget) in needs.items() if need and budget is None}
 
 
+def size_options(plan: MemoryPlan) -> list[str]:
+    """The options whose sizes were not given though something is needed there."""
+    return [_OPTIONS[place] for place in not_compared(plan)]
+
+
 def _name(place: str) -> str:
     return _TITLES[place].split(",")[0]
 
@@ -72,6 +77,8 @@ def suggestion_lines(found: Sequence[Suggestion]) -> list[str]:
             f"  {' '.join(suggestion.settings)}  (GiB: GPU {plan.gpu_peak / GIB:.1f}, host {plan.host_peak / GIB:.0f}"
             f"{nvme}; {plan.traffic.total / GIB:.0f} moved per step)"
         )
+        if suggestion.trains:
+            lines.append(f"      then trains only {suggestion.trains}")
     return lines
 
 

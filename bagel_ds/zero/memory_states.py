@@ -74,6 +74,21 @@ class Sharding:
         return _TYPE_BYTES.get(str(named), self.weight_bytes)
 
     @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimizer step."""
+        return int(self.ds.get("gradient_accumulation_steps", 1))
+
+    @property
+    def sums_on_device(self) -> bool:
+        """Stages 1 and 2 sum bf16 gradients in fp32 on the device, wherever the optimizer is."""
+        return self.stage in (1, 2) and self.bf16 and self.gradient_bytes == 4
+
+    @property
+    def keeps_fp32_gradients(self) -> bool:
+        """On CPU the buffer of gradients is the copy in the masters' format, where it already has that."""
+        return self.on_cpu and self.gradient_bytes == self.master_bytes
+
+    @property
     def communication_bytes(self) -> int:
         return _TYPE_BYTES.get(str(self.ds.get("communication_data_type")), self.weight_bytes)
 
@@ -137,31 +152,50 @@ def _stage12(s: Sharding) -> Iterator[State]:
     place = s.place("optimizer")
     share = -(-s.elements(True) // s.world)
     yield State("weights", DEVICE, s.weight_bytes * s.elements(False))
-    yield State("masters", place, 4 * share, s.pinned("optimizer") if place == HOST else 0)
-    yield State("Adam moments", place, 8 * share)
+    yield State("masters", place, s.master_bytes * share, s.pinned("optimizer") if place == HOST else 0)
+    yield State("Adam moments", place, 2 * s.moment_bytes * share)
     if place == HOST:
-        yield State("gradients in fp32", HOST, 4 * share, s.pinned("optimizer"))
+        yield State("gradients in the masters' format", HOST, s.master_bytes * share, s.pinned("optimizer"))
         yield State("updated weights on their way to the GPU", HOST, s.weight_bytes * share, s.pinned("optimizer"))
         largest = max(p.numel for p in s.parameters if p.trains)
         yield State("largest gradient, on its way", DEVICE, s.weight_bytes * largest)
         yield State("largest gradient, on its way", HOST, s.weight_bytes * largest, s.pinned("optimizer"))
-        if int(s.ds.get("gradient_accumulation_steps", 1)) > 1:
-            yield State("gradients", HOST, s.gradient_bytes * share, s.pinned("optimizer"))
+        if s.accumulation > 1 and not s.sums_on_device and s.master_bytes == 4:
+            yield State("gradients", HOST, s.weight_bytes * share, s.pinned("optimizer"))
 
 
 def backward_states(s: Sharding) -> list[State]:
-    """What stages 1 and 2 hold from a window's first backward pass until the update makes fp32 gradients of it."""
-    if s.stage not in (1, 2):
-        return []
-    found = []
-    if s.stage == 1:
-        found.append(State("gradients", DEVICE, s.weight_bytes * s.elements(True)))
-    elif s.place("optimizer") == DEVICE:
-        found.append(State("gradients", DEVICE, s.gradient_bytes * -(-s.elements(True) // s.world)))
-    if s.stage == 2:
+    """What holds gradients during a window's last backward pass and until the update, beside what is always there."""
+    found = window_gradients(s)
+    if s.stage in (1, 2):
+        # The second buffer fills while the first is reduced.
         size = s.bucket * (2 if s.zero.get("overlap_comm") else 1)
         touched = min(size, s.elements(True)) if s.on_cpu else size
-        found.append(State("communication buckets", DEVICE, touched * s.communication_bytes))
+        found.append(State("communication buckets", DEVICE, touched * s.weight_bytes))
+    elif s.stage == 3 and s.place("optimizer") == NVME:
+        shares = [-(-p.numel // s.world) for p in s.parameters if p.trains]
+        small = sum(share for share in shares if 4 * share < MIB)
+        found.append(State("fp32 gradients too small to swap", HOST, 4 * small))
+    return [state for state in found if state.size]
+
+
+def window_gradients(s: Sharding) -> list[State]:
+    """Stages 1 and 2: what the device holds of gradients from a window's first backward pass to the update.
+
+    That is what this rank's partition sums, and whole gradients that wait to be reduced.
+    """
+    found = []
+    share = -(-s.elements(True) // s.world)
+    if s.sums_on_device:
+        found.append(State("gradients", DEVICE, 4 * share))
+    elif s.stage in (1, 2) and s.place("optimizer") == DEVICE:
+        found.append(State("gradients", DEVICE, s.weight_bytes * share))
+    if s.stage == 1:
+        # Reduced in the window's last backward pass only: as they come with overlap_comm, else at its end. Those
+        # larger than a bucket stay whole until the update.
+        waits = s.accumulation > 1 or not s.zero.get("overlap_comm")
+        whole = sum(p.numel for p in s.parameters if p.trains and (waits or p.numel > s.bucket))
+        found.append(State("whole gradients", DEVICE, s.weight_bytes * whole))
     return found
 
 
@@ -175,9 +209,8 @@ def _stage3(s: Sharding) -> Iterator[State]:
         yield State("weights, second copy within the group (hpZ)", DEVICE, s.weight_bytes * s.elements(False) // group)
     gradients = HOST if optimizer != DEVICE else DEVICE
     yield State("gradients", gradients, s.gradient_bytes * share, s.pinned("optimizer"))
-    is_same_tensor = not s.bf16 and optimizer == DEVICE and param == DEVICE
-    if not is_same_tensor:
-        yield State("masters", optimizer, s.master_bytes * share)
+    # Their own also in fp32: DeepSpeed compares a device with a string before it would use the weights as masters.
+    yield State("masters", optimizer, s.master_bytes * share)
     yield State("Adam moments", optimizer, 2 * s.moment_bytes * share)
     if optimizer == HOST:
         yield State(

@@ -16,6 +16,7 @@ from typing import Any, Iterable, NamedTuple
 from bagel_ds.config import RunConfig
 from bagel_ds.errors import UserError
 from bagel_ds.model.config import BagelConfig
+from bagel_ds.model.parts import trainable_parts
 from bagel_ds.zero.config import resolve_ds_config
 from bagel_ds.zero.memory import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.zero.memory_parameters import parameter_sizes
@@ -34,6 +35,17 @@ PRESETS = (
 )
 TOKENS = ((0.75, 2.5), (0.5, 6.0), (0.25, 14.0))
 LEAST_TOKENS = 2048
+PARTS = {
+    "und_expert": "the understanding expert",
+    "gen_expert": "the generation expert",
+    "embed_tokens": "the text embedding",
+    "lm_head": "the text head",
+    "vit": "the ViT",
+    "connector": "the connector",
+    "time_embedder": "the timestep embedding",
+    "vae2llm": "the latents' projections",
+    "llm2vae": "the latents' projections",
+}
 PLACEHOLDER = "nvme"  # stands for --nvme_path while only planning
 
 
@@ -41,11 +53,12 @@ PLACEHOLDER = "nvme"  # stands for --nvme_path while only planning
 class Suggestion:
     settings: tuple[str, ...]  # as arguments of the trainer
     plan: MemoryPlan
+    trains: str = ""  # where they freeze something: what still trains
 
     def to_json(self) -> dict[str, Any]:
         keys = ("gpu_peak_gib", "host_peak_gib", "nvme_gib", "step_traffic_gib")
         found = self.plan.to_json()
-        return {"settings": list(self.settings), **{key: found[key] for key in keys}}
+        return {"settings": list(self.settings), "trains": self.trains, **{key: found[key] for key in keys}}
 
 
 def resolved(
@@ -79,7 +92,7 @@ def suggestions(model: BagelConfig, config: RunConfig, run: MemoryOptions, count
         except UserError:
             continue  # this preset can't be combined with the run's other arguments
         if plan.fits:
-            found.append((changes, Suggestion(_settings(changes), plan)))
+            found.append((changes, Suggestion(_settings(changes), plan, _still_trains(model, run, changes))))
             if len(found) == count:
                 break
     return [suggestion for _, suggestion in found]
@@ -164,13 +177,25 @@ def _plan(model: BagelConfig, config: RunConfig, run: MemoryOptions, changes: tu
     )
     model = dataclasses.replace(model, freeze_und=model.freeze_und or config.training.freeze_und)
     changed = MemoryOptions.of(config, run.world_size)
-    run = dataclasses.replace(
-        run,
-        rounds_pinned_memory=run.rounds_pinned_memory or changed.rounds_pinned_memory,
-        **{name: getattr(changed, name) for name in _FOLLOWING},
-    )
+    run = dataclasses.replace(run, **{name: getattr(changed, name) for name in _FOLLOWING})
     ds_config = resolved(config.training.ds_config, config, model, run.world_size, run.ranks_per_host)
     return plan_memory(model, ds_config, run)
+
+
+def _still_trains(model: BagelConfig, run: MemoryOptions, changes: Iterable[_Change]) -> str:
+    """ "the ViT and the connector: 0.4 of 14.6 billion parameters", or nothing where the changes freeze nothing."""
+    frozen = {name for change in changes for name in change.settings if name.startswith("freeze")}
+    if not frozen:
+        return ""
+    model = dataclasses.replace(model, freeze_und=model.freeze_und or "freeze_und" in frozen)
+    freezing = run.freezing._replace(freeze_llm=run.freeze_llm or "freeze_llm" in frozen)
+    parameters = parameter_sizes(model, freezing)
+    parts = trainable_parts(model, freezing)
+    names = list(dict.fromkeys(name for part, name in PARTS.items() if part in parts))
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    trained, every = (sum(p.numel for p in parameters if p.trains or whole) for whole in (False, True))
+    count = f"{trained / 1e9:.1f}" if trained >= 1e8 else f"{trained / 1e6:.0f} million"
+    return f"{listed}: {count} of {every / 1e9:.1f} billion parameters"
 
 
 _FOLLOWING = ("max_num_tokens", "activation_checkpointing", "freeze_llm", "ema", "ema_bytes")

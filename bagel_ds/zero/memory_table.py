@@ -31,20 +31,31 @@ _HEADER = """\
 
 
 def table() -> str:
-    """Markdown; memory in GiB, per GPU and per host."""
+    """Markdown; memory in GiB, per GPU and per host. Machines of the same GPUs that get the same answer share a row."""
     lines = [_HEADER]
     for count, gpu in MACHINES:
-        for host in HOST_GIB:
-            for nvme in NVME_GIB:
-                machine = (count, gpu, host, nvme)
-                words = best_settings(*machine)
-                start = f"| {count} x {gpu} | {host} | {nvme or 'none'} |"
-                if words is None:
-                    lines.append(f"{start} does not fit | | | | | |")
-                    continue
-                tokens, plan = longest_packs(*machine, words)
-                lines.append(f"{start} {_markdown(words)} | {tokens:,} | {_numbers(plan, count)} |")
+        found = {(host, nvme): _answer(count, gpu, host, nvme) for host in HOST_GIB for nvme in NVME_GIB}
+        for answer in dict.fromkeys(found.values()):
+            same = [machine for machine, other in found.items() if other == answer]
+            lines += [f"| {count} x {gpu} | {hosts} | {nvme} | {answer} |" for hosts, nvme in _places(same)]
     return "\n".join(lines)
+
+
+def _answer(count: int, gpu: float, host: float, nvme: float) -> str:
+    """The cells of a row from the settings on."""
+    words = best_settings(count, gpu, host, nvme)
+    if words is None:
+        return "does not fit | | | | | "
+    tokens, plan = longest_packs(count, gpu, host, nvme, words)
+    return f"{_markdown(words)} | {tokens:,} | {_numbers(plan, count)}"
+
+
+def _places(machines: list[tuple[int, int]]) -> list[tuple[str, str]]:
+    """Sizes of RAM and NVMe of machines, in as few rows as they make: sizes of RAM with the same NVMe together."""
+    rows: dict[tuple[int, ...], list[int]] = {}
+    for host in dict.fromkeys(host for host, _ in machines):
+        rows.setdefault(tuple(nvme for other, nvme in machines if other == host), []).append(host)
+    return [(", ".join(map(str, hosts)), " or ".join(str(n or "none") for n in nvmes)) for nvmes, hosts in rows.items()]
 
 
 def best_settings(count: int, gpu: float, host: float, nvme: float) -> tuple[str, ...] | None:
@@ -65,6 +76,7 @@ def longest_packs(
     count: int, gpu: float, host: float, nvme: float, settings: tuple[str, ...]
 ) -> tuple[int, MemoryPlan]:
     """Tokens of the longest packs with which these settings fit, and the plan with them."""
+    settings = tuple(setting for setting in settings if "max_num_tokens" not in setting)
     for tokens in range(MOST_TOKENS, 0, -TOKEN_STEP):
         plan = _plan(*_run(count, gpu, host, nvme, settings, tokens))
         if plan.fits:

@@ -23,8 +23,12 @@ class Traffic(NamedTuple):
         return self.network + self.pcie + self.nvme
 
 
-def step_traffic(s: Sharding, live: Gathered | None, ranks: int, accumulation: int) -> Traffic:
-    """Of `ranks` ranks with `accumulation` micro-batches; `live` is None unless parameters are gathered (ZeRO-3)."""
+def step_traffic(s: Sharding, live: Gathered | None, ranks: int, layer_inputs: int = 0) -> Traffic:
+    """Of `ranks` ranks; `live` is None unless parameters are gathered (ZeRO-3).
+
+    `layer_inputs` are bytes of one micro-batch that wait on the host for the backward pass.
+    """
+    accumulation = s.accumulation
     others = (s.world - 1) / s.world
     trainable, share = s.elements(True), s.share(True)
     gathers = (live.total if live is not None else 0) * accumulation
@@ -32,11 +36,11 @@ def step_traffic(s: Sharding, live: Gathered | None, ranks: int, accumulation: i
     network = others * (s.weight_bytes * gathers + s.communication_bytes * reductions)
     if s.stage in (0, 1, 2):
         network += others * s.weight_bytes * trainable  # updated weights (stage 0: the other half of the all-reduce)
-    pcie, nvme = 0, 0
+    pcie, nvme = 2 * layer_inputs * accumulation, 0
     if s.place("param") != DEVICE:
         pcie += s.weight_bytes * gathers // s.world
     if s.place("optimizer") != DEVICE:
-        pcie += s.gradient_bytes * share * accumulation
+        pcie += offloaded_gradient_bytes(s) * share
         if s.place("param") == DEVICE:
             pcie += s.weight_bytes * share
     if s.place("optimizer") == NVME:
@@ -45,3 +49,18 @@ def step_traffic(s: Sharding, live: Gathered | None, ranks: int, accumulation: i
     if s.place("param") == NVME:
         nvme += s.weight_bytes * (gathers // s.world + share)
     return Traffic(int(network * ranks), int(pcie * ranks), int(nvme * ranks))
+
+
+def offloaded_gradient_bytes(s: Sharding) -> int:
+    """Bytes between GPU and host memory per step and element of a rank's share, with the optimizer off the GPU.
+
+    Counted from DeepSpeed 0.19.8's own copies (a test runs them on tensors without contents). Each way counts.
+    """
+    if s.stage == 3:
+        # After each backward pass to the host and back (added up on the GPU); after the last in the masters' format.
+        return 2 * s.gradient_bytes * s.accumulation + s.master_bytes
+    if s.sums_on_device or s.accumulation == 1:
+        return s.master_bytes
+    if s.stage == 1:
+        return 2 * s.weight_bytes + s.master_bytes  # summed on the GPU, yet added to an empty sum on the host
+    return s.weight_bytes * (2 * s.accumulation - 1) + s.master_bytes

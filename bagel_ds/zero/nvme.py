@@ -7,6 +7,7 @@ memory, settings under which DeepSpeed silently keeps everything in memory. File
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,7 @@ def check_nvme(ds: dict[str, Any], bytes_needed: int) -> list[str]:
     for folder in nvme_folders(ds):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".writable"
+            probe = folder / f".bagel_ds_probe_{os.getpid()}"
             probe.touch()
             probe.unlink()
         except OSError as error:
@@ -142,7 +143,7 @@ def file_system(path: Path) -> str:
     """Type of the file system that `path` lies on, as the kernel names it."""
     best, kind = "", "unknown"
     resolved = str(path.resolve())
-    for line in Path("/proc/mounts").read_text().splitlines():
+    for line in Path("/proc/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines():
         _, mount, name = line.split()[:3]
         mount = mount.replace("\\040", " ")
         inside = resolved == mount or resolved.startswith(mount.rstrip("/") + "/")

@@ -49,6 +49,7 @@ class Partitions:
         check_internals(self._optimizer, self._stage)
         self.groups: tuple[Group, ...] = tuple(self._find_groups())
         self._after_update: Callable[[Group, Tensor], None] | None = None
+        self._forget_steps_taken()
         if self._stage == 3:
             self._make_moments_before_first_update()
 
@@ -112,6 +113,13 @@ class Partitions:
             for group in self.groups:
                 self._after_update(group, self._masters()[group.index].data.view(-1))
 
+    def _forget_steps_taken(self) -> None:
+        """Have Adam begin at its first step: stage 0 in bf16 takes one on zero gradients when it is built.
+
+        The first real update, counted as the second, would be 0.735 of what it should be.
+        """
+        self._adam().state.clear()
+
     def _is_swapped(self, group: Group) -> bool:
         return self._stage == 3 and bool(self._optimizer._swappable_optimizer_subgroup(group.index))
 
@@ -170,14 +178,16 @@ class Partitions:
             return optimizer.single_partition_of_fp32_groups
         return [master for _, master in self._whole_parameters()]
 
+    def _adam(self) -> torch.optim.Optimizer:
+        """The optimizer that `ZeroEngine` made; stage 0 in fp32 wraps nothing around it."""
+        return getattr(self._optimizer, "optimizer", self._optimizer)
+
     def _state(self, group: Group) -> dict[str, Any]:
-        inner = getattr(self._optimizer, "optimizer", self._optimizer)
-        return inner.state[self._masters()[group.index]]
+        return self._adam().state[self._masters()[group.index]]
 
     def _make_moments(self, group: Group) -> None:
         """Adam's state as its own first step would make it."""
-        inner = getattr(self._optimizer, "optimizer", self._optimizer)
-        master, state = self._masters()[group.index], self._state(group)
+        inner, master, state = self._adam(), self._masters()[group.index], self._state(group)
         if isinstance(inner, torch.optim.AdamW):
             fused_on_gpu = inner.defaults.get("fused") and master.is_cuda
             state["step"] = torch.zeros((), device=master.device if fused_on_gpu else "cpu")

@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import shutil
 import socket
 import time
@@ -19,10 +20,12 @@ import uuid
 from pathlib import Path
 
 from bagel_ds.errors import UserError
+from bagel_ds.waiting import waiting_for
 
 logger = logging.getLogger("bagel_ds")
 
 _PREFIX, _LOCK = "bagel_ds_", ".in_use"
+_OURS = re.compile(rf"{_PREFIX}([0-9a-f]{{12}}|gone_[0-9a-f]{{32}})")
 _PATIENCE_SECONDS = 30.0  # for the ranks of an earlier start that are just ending
 _POLL_SECONDS = 0.1
 _held: dict[Path, int] = {}  # this process's locks, by folder: they are the process's own, also for the kernel
@@ -31,11 +34,12 @@ _held: dict[Path, int] = {}  # this process's locks, by folder: they are the pro
 def run_folder(nvme_path: Path, checkpoint_dir: str) -> Path:
     """This run's folder on this host: the same for all of its ranks, apart from other runs' and other containers'."""
     run = f"{Path(checkpoint_dir).resolve()} {socket.gethostname()}"
-    return nvme_path.expanduser() / (_PREFIX + hashlib.sha256(run.encode()).hexdigest()[:12])
+    return nvme_path / (_PREFIX + hashlib.sha256(run.encode()).hexdigest()[:12])
 
 
 def is_run_folder(folder: Path) -> bool:
-    return folder.name.startswith(_PREFIX)
+    """Whether the name is one that `run_folder` gives, or that of such a folder while it is being removed."""
+    return _OURS.fullmatch(folder.name) is not None
 
 
 def take_folder(folder: Path, first: bool, patience: float = _PATIENCE_SECONDS) -> None:
@@ -43,19 +47,16 @@ def take_folder(folder: Path, first: bool, patience: float = _PATIENCE_SECONDS) 
 
     Call on the first rank before the others. Raises `UserError` where another run holds it or it can't be written.
     """
-    began = time.monotonic()
+    deadline = time.monotonic() + patience
     try:
-        while True:
-            folder.mkdir(parents=True, exist_ok=True)
-            descriptor = _locked(folder, fcntl.LOCK_EX if first else fcntl.LOCK_SH)
-            if descriptor is not None:
-                break
-            if time.monotonic() - began > patience:
-                raise UserError(
-                    f"--nvme_path: {folder} is in use by another run ({_holder(folder)}), which has the same "
-                    "checkpoint_dir and host name. End that run, or pass another --nvme_path or --checkpoint_dir."
-                )
-            time.sleep(_POLL_SECONDS)
+        with waiting_for(lambda: f"the run that uses {folder} ({_holder(folder)})", "it seems to be ending"):
+            while (descriptor := _make_and_lock(folder, first)) is None:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"--nvme_path: {folder} is in use by another run ({_holder(folder)}), which has the same "
+                        "checkpoint_dir and host name. End that run, or pass another --nvme_path or --checkpoint_dir."
+                    )
+                time.sleep(_POLL_SECONDS)
         if first:
             _empty(folder)
             os.ftruncate(descriptor, 0)
@@ -66,6 +67,11 @@ def take_folder(folder: Path, first: bool, patience: float = _PATIENCE_SECONDS) 
             f"--nvme_path: {folder} can't be written ({error.strerror}); pass a folder on a local SSD"
         ) from None
     _held[folder] = descriptor
+
+
+def _make_and_lock(folder: Path, first: bool) -> int | None:
+    folder.mkdir(parents=True, exist_ok=True)
+    return _locked(folder, fcntl.LOCK_EX if first else fcntl.LOCK_SH)
 
 
 def leave_folders() -> None:
@@ -79,7 +85,7 @@ def leave_folders() -> None:
 def sweep_folders(nvme_path: Path) -> list[Path]:
     """Remove the folders that no living rank holds; returns them. Not while this process holds one itself."""
     assert not _held, "closing a second descriptor of a locked file would release the lock"
-    folders = sorted(nvme_path.expanduser().glob(f"{_PREFIX}*"))
+    folders = sorted(filter(is_run_folder, nvme_path.glob(f"{_PREFIX}*")))
     removed = [folder for folder in folders if not folder.is_symlink() and _remove_unheld(folder)]
     for folder in removed:
         logger.info("removed %s, left by a run that has ended", folder)
@@ -112,7 +118,7 @@ def _locked(folder: Path, kind: int) -> int | None:
     except FileNotFoundError:
         return None
     try:
-        # Not flock: forked DataLoader workers would hold it on after the rank is killed.
+        # Not flock: a forked process would hold it on after the rank is killed.
         fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(descriptor), os.stat(folder / _LOCK)):
             return descriptor

@@ -317,8 +317,8 @@ def _cut_gradients(swapper: Any, tensors: list[Tensor], offsets: list[int]) -> t
         step = SECTOR // tensor.element_size()
         begin, end = -offset % step, tensor.numel() - (offset + tensor.numel()) % step
         for first, last in ((0, begin), (begin, end), (end, tensor.numel())):
-            piece = tensor[first:last]
-            if piece.numel():
+            if first < last:
+                piece = tensor.narrow(0, first, last - first)
                 cut.append(piece if swapper.is_swappable_tensor(tensor=piece) else piece.to("cpu", copy=True))
                 places.append(offset + first)
     return cut, places

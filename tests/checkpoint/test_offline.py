@@ -200,9 +200,31 @@ def test_weights_that_no_export_wrote_are_not_replaced(name: str, checkpoint: Pa
         export_checkpoint(checkpoint, tmp_path / "out" / name, torch.float32)
 
 
+@pytest.mark.parametrize("name", ["llm_config.json", "export.json"])
+def test_other_files_that_no_export_wrote_are_not_replaced(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("precious")
+    with pytest.raises(UserError, match=rf"--out .*out holds files that no export wrote \({name}\)"):
+        export_checkpoint(checkpoint, out, torch.float32)
+    assert [(path.name, path.read_text()) for path in out.iterdir()] == [(name, "precious")]
+    (out / name).unlink()
+    (out / "llm_config.json").write_bytes((checkpoint / "llm_config.json").read_bytes())
+    assert export_checkpoint(checkpoint, out, torch.float32), "the same file is no loss"
+
+
 @pytest.mark.parametrize("text, size", [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("2GiB", 2**31), ("1024", 1024)])
 def test_shard_sizes(text: str, size: int) -> None:
     assert _bytes_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["0", "0GB", "0.0GiB", "0.1B"])
+def test_a_shard_size_of_nothing_is_refused_before_anything_is_written(
+    text: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", str(checkpoint), "--out", str(tmp_path / "out"), "--max_shard_size", text]) == 2
+    assert f"--max_shard_size {text}: no tensor fits that; pass a size such as 5GB" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_shard_size_that_is_none_is_a_message() -> None:

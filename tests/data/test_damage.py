@@ -333,7 +333,7 @@ def test_a_file_damaged_after_it_was_indexed_costs_its_own_samples_only(tmp_path
         (folder / "a.parquet").write_bytes(damaged(whole, rng))
         files.forget_open_files()
         for plan in plans if i % 2 else []:
-            streams[0].expect(plan.row)
+            streams[0].reader.expect(streams[0].address(plan.row))
         batch = materialize(plans, streams, tokenizer, LayoutOptions(), 0)
         assert len(batch.samples) + len(batch.skipped) == 12
         assert batch.samples[-6:] == expected.samples

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -149,7 +151,7 @@ def test_a_run_plans_alongside_the_process_that_indexes_what_it_will_need(
         assert steps(data, 400) == steps(whole, 400)
     finally:
         background.close()
-    assert background.process is not None and not background.process.is_alive()
+    assert background.process is not None and not psutil.pid_exists(background.process.pid)
 
 
 def test_the_background_process_indexes_everything_and_ends(
@@ -158,15 +160,20 @@ def test_the_background_process_indexes_everything_and_ends(
     cache = tmp_path / "shared"
     data, background = opened_beside_indexing(folder, tokenizer, cache)
     assert background.process is not None
-    background.process.join(120)
-    assert background.process.exitcode == 0
+    assert background.process.connection.poll(120)
+    assert background.process.ended(patience=60) == 0
     files = [use.index.file for stream in data.streams for use in stream.uses]
     assert not DataIndex(files, tokenizer, str(cache)).missing()
     background.close()
 
 
 def test_a_run_does_itself_what_a_killed_background_process_left(
-    folder: Path, tokenizer: Tokenizer, tmp_path: Path, whole: PlannedData, early: None
+    folder: Path,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    whole: PlannedData,
+    early: None,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     cache = tmp_path / "shared"
     data, background = opened_beside_indexing(folder, tokenizer, cache)
@@ -175,9 +182,11 @@ def test_a_run_does_itself_what_a_killed_background_process_left(
     until = time.monotonic() + 120
     while len(list(cache.glob("*.safetensors"))) == before and time.monotonic() < until:
         time.sleep(0.01)
-    background.process.kill()
+    os.kill(background.process.pid, signal.SIGKILL)
     assert steps(data, 400) == steps(whole, 400)
-    background.close()
+    with caplog.at_level(logging.WARNING, "bagel_ds"):
+        background.close()
+    assert "the process that indexed ahead ended with code -9; training did the rest itself" in caplog.text
 
 
 @pytest.fixture(scope="module")
@@ -192,20 +201,19 @@ def many_rows(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) ->
     return files
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_the_background_process_takes_its_workers_with_it(
-    many_rows: list[DataFile], tokenizer: Tokenizer, tmp_path: Path, workers: int
+@pytest.mark.parametrize("started", [0, 1, 2])
+def test_the_background_process_takes_those_it_has_started_with_it(
+    many_rows: list[DataFile], tokenizer: Tokenizer, tmp_path: Path, started: int
 ) -> None:
     """However soon it is killed: one that is left would hold the launch's output open for ever."""
     background = index_in_background(many_rows, tokenizer, str(tmp_path))
     assert background.process is not None
     tree: list[psutil.Process] = []
     until = time.monotonic() + 120
-    while len(tree) < workers and time.monotonic() < until:
-        started = psutil.Process(background.process.pid).children(recursive=True)
-        tree = [process for process in started if "spawn_main" in " ".join(process.cmdline())]
+    while len(tree) < started and time.monotonic() < until:
+        tree = psutil.Process(background.process.pid).children(recursive=True)  # a server, then workers
     background.close()
-    assert len(tree) >= workers or len(os.sched_getaffinity(0)) < 2
+    assert len(tree) >= started or len(os.sched_getaffinity(0)) < 2
     assert not psutil.wait_procs(tree, timeout=30)[1]
 
 

@@ -141,7 +141,7 @@ def test_streams_announce_rows_and_each_row_group_is_read_once(tmp_path: Path, m
 
     monkeypatch.setattr(files, "_batches", noted)
     for plan in plans:
-        streams[0].expect(plan.row)
+        streams[0].reader.expect(streams[0].address(plan.row))
     batches = [materialize([plan], streams, tokenizer, LayoutOptions(), 0) for plan in plans]
     assert not any(batch.skipped for batch in batches)
     assert reads == {0: 1, 1: 1, 2: 1}

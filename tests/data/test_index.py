@@ -31,7 +31,7 @@ from small_data import (
     write_parquet,
 )
 
-from bagel_ds.data import file_rows
+from bagel_ds.data import file_rows, index_cache
 from bagel_ds.data import index as index_module
 from bagel_ds.data.index import DataFile, DataIndex, FileIndex, index_files
 from bagel_ds.data.index_cache import BESIDE_DATA, locked
@@ -51,9 +51,9 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     read: list[str] = []
     original: Callable[..., Any] = index_module._index_chunk
 
-    def noted(task: Any, tokenizer: Tokenizer) -> Any:
+    def noted(tokenizer: Tokenizer, task: Any) -> Any:
         read.append(os.path.basename(task.file.path))
-        return original(task, tokenizer)
+        return original(tokenizer, task)
 
     monkeypatch.setattr(index_module, "_index_chunk", noted)
     return read
@@ -367,7 +367,8 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path, toke
     path = write_parquet(tmp_path / "a.parquet", t2i_rows(2))
     cache = tmp_path / "cache"
     cache.mkdir()
-    old, new = cache / "x.safetensors.1.tmp", cache / "x.safetensors.2.tmp"
+    entry = index_cache.cache_file(cache, str(tmp_path / "gone.parquet"), "key")
+    old, new = (entry.with_name(f"{entry.name}.{process}.tmp") for process in (1, 2))
     for left in (old, new):
         left.write_bytes(b"half")
     os.utime(old, (time.time() - 7200,) * 2)
@@ -380,3 +381,17 @@ def test_a_file_that_is_gone_is_reported_as_a_whole(tmp_path: Path, tokenizer: T
     here, gone = index_files([_t2i(fine), _t2i(tmp_path / "b.parquet")], tokenizer, str(tmp_path / "cache"))
     assert here.rows == 2 and gone.rows == 0
     assert [row for row, _ in gone.bad] == [-1] and "No such file" in gone.bad[0][1]
+
+
+def test_a_sweep_removes_what_we_left_half_written_and_nothing_else(tmp_path: Path) -> None:
+    entry = index_cache.cache_file(tmp_path, "data/a.b-c.parquet", "key")
+    ours = [entry.with_name(f"{entry.name}.{process}.tmp") for process in (1, 23456)]
+    names = ["results.tmp", "a.safetensors.7.tmp", f"{entry.name}.tmp", f"{entry.name}.x.tmp", entry.name]
+    others = [tmp_path / name for name in names]
+    for path in (*ours, *others):
+        path.touch()
+        os.utime(path, (0, 0))
+    young = entry.with_name(f"{entry.name}.3.tmp")
+    young.touch()
+    index_cache.sweep([tmp_path])
+    assert sorted(tmp_path.iterdir()) == sorted([*others, young])

@@ -1,110 +1,53 @@
-"""The loader's promises, with a stand-in for materialize: a batch whose text ids say which rows it was made of."""
+"""The loader's promises, with stand-ins (stand_in.py): a batch's text ids say which rows it was made of."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import logging
-import multiprocessing
-import os
 import signal
 from collections import Counter, deque
-from dataclasses import dataclass
 from typing import Any, Iterator, Sequence
 
+import psutil
 import pytest
 import torch
 
 from bagel_ds.data import loader
+from bagel_ds.data.cost import CostModel
 from bagel_ds.data.loader import MicroBatch, PackingOptions, PlannedData
 from bagel_ds.data.plan import Step
-from bagel_ds.data.sample import TEXT, Entry, SamplePlan
 from bagel_ds.errors import UserError
-from bagel_ds.model.batch import CAUSAL, PackedBatch
+from bagel_ds.model.parts import Freezing
+from tests.data.stand_in import Maker, Rows
 
 WORKERS = (0, 2)
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
-
-
-@dataclass
-class Rows:
-    name: str = "texts"
-    weight: float = 1.0
-    is_mandatory: bool = True
-    fingerprint: str = "a"
-    rows: int = 200
-    datasets: tuple[str, ...] = ("one", "two")
-    bad_rows: tuple[str, ...] = ("unreadable",)
-
-    @property
-    def rows_fingerprint(self) -> str:
-        return self.fingerprint
-
-    @property
-    def units(self) -> Sequence[range]:
-        return [range(start, start + 10) for start in range(0, self.rows, 10)]
-
-    def plan_sample(self, row: int, epoch: int) -> SamplePlan:
-        return SamplePlan(0, epoch, row, (Entry(TEXT, 0, 10 + row % 50, loss=True),))
-
-    def expect(self, row: int) -> None:
-        """A stand-in has nothing to read."""
-
-
-def batch_of_rows(
-    plans: Sequence[SamplePlan], streams: Any, tokenizer: Any, options: Any, noise_seed: int
-) -> PackedBatch:
-    if options == "broken":
-        raise RuntimeError("a bug in the worker")
-    if options == "signals":
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-    ints, floats = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 64)
-    length = sum(plan.length for plan in plans)
-    return PackedBatch(
-        sample_lens=tuple(plan.length for plan in plans),
-        split_lens=tuple(plan.length for plan in plans),
-        attn_modes=(CAUSAL,) * len(plans),
-        position_ids=torch.arange(length),
-        text_ids=torch.tensor([plan.epoch * 1000 + plan.row for plan in plans]),
-        text_indexes=ints,
-        vit_patches=torch.zeros(0, 588),
-        vit_indexes=ints,
-        vit_position_ids=ints,
-        vit_seqlens=(),
-        images=(),
-        latent_shapes=(),
-        vae_indexes=ints,
-        latent_position_ids=ints,
-        timesteps=floats[:, 0],
-        noise=floats,
-        posterior_eps=floats,
-        mse_loss_indexes=ints,
-        ce_loss_indexes=ints,
-        label_ids=ints,
-        ce_loss_weights=floats[:, 0],
-    )
 
 
 @pytest.fixture(autouse=True)
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "materialize", batch_of_rows)
+    monkeypatch.setattr(loader, "BatchMaker", Maker)
 
 
-def data(options: Any = "", **changes: Any) -> PlannedData:
+def data(options: Any = "", cost: CostModel | None = None, **changes: Any) -> PlannedData:
     streams: Any = [
         Rows(fingerprint=changes.pop("fingerprint", "a")),
         Rows(name="more", weight=0.5, is_mandatory=False),
     ]
     packing = PackingOptions(**({"max_num_tokens": 300, "expected_num_tokens": 250, "lookahead": 32} | changes))
     tokenizer: Any = None
-    return PlannedData(streams, tokenizer, options, packing, noise_seed=1)
+    return PlannedData(streams, tokenizer, options, packing, noise_seed=1, cost=cost)
 
 
 def first(batches: Iterator[MicroBatch], count: int) -> list[MicroBatch]:
     taken = list(itertools.islice(batches, count))
     batches.close()  # type: ignore[attr-defined]
     return taken
+
+
+def worker_processes() -> list[psutil.Process]:
+    """Of this process: the server's children."""
+    return [worker for server in psutil.Process().children() for worker in server.children()]
 
 
 def rows_of(batches: Sequence[MicroBatch]) -> list[list[int]]:
@@ -182,6 +125,21 @@ def test_a_loader_under_other_budgets_says_what_it_does(caplog: pytest.LogCaptur
     assert moved[-1].state["packs"] == 5
 
 
+def test_what_trains_changes_costs_and_is_not_blamed_on_the_data(caplog: pytest.LogCaptureFixture) -> None:
+    """The plan's digest holds the cost model, which depends on what is frozen."""
+    state = first(data().micro_batches(0, 1), 3)[-1].state
+    frozen = data(cost=CostModel.of(freezing=Freezing(freeze_llm=True)))
+    logging.getLogger("bagel_ds").propagate = True
+    with caplog.at_level(logging.INFO, "bagel_ds"):
+        assert frozen.place(state) != state, "the plan is another"
+        frozen.micro_batches(1, 2, start=state).close()
+        assert caplog.messages == [], "rank 0 reports it"
+        frozen.micro_batches(0, 2, start=state).close()
+    (line,) = caplog.messages
+    assert "the data plan changed since the checkpoint: it goes on" in line
+    assert not any(word in line for word in ("budgets", "weights", "dropout", "tokenizer", "pictures"))
+
+
 def test_the_fingerprint_tells_data_options_and_layout_apart() -> None:
     assert data().fingerprint == data().fingerprint
     others = [
@@ -199,15 +157,64 @@ def test_the_fingerprint_tells_data_options_and_layout_apart() -> None:
 def test_a_bug_while_materializing_is_not_hidden(workers: int) -> None:
     with pytest.raises(RuntimeError, match="a bug in the worker"):
         next(data("broken").micro_batches(0, 1, workers))
-    assert not multiprocessing.active_children()
+    assert not worker_processes()
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize(
+    ("what", "error", "expected"),
+    [
+        (
+            "killed",
+            UserError,
+            r"data worker 0 \(process \d+\) was ended by SIGKILL .*while it made a pack of one: /data/",
+        ),
+        (
+            "exits",
+            UserError,
+            r"ended with code 3 while it made a pack of one: /\S+ row group 0 row \d+; .* more\.$",
+        ),
+        ("unsendable", RuntimeError, "(?s)data worker 0 .* failed while it made a pack of .*pickle"),
+        ("limited", RuntimeError, "(?s)data worker 0 .* failed while it made a pack of .*File too large"),
+        ("refused", UserError, "^this data can't be used$"),
+        ("broken", RuntimeError, "(?s)stand_in.py.*RuntimeError: a bug in the worker"),
+    ],
+)
+def test_a_worker_that_cannot_deliver_is_an_error_with_its_own_words(
+    what: str, error: type[Exception], expected: str, at: int
+) -> None:
+    """At the first batch as at a later one."""
+    batches = data((what, at)).micro_batches(0, 1, 2, prefetch_factor=1)
+    assert len(list(itertools.islice(batches, 2 * (at - 1)))) == 2 * (at - 1)
+    with pytest.raises(error, match=expected):
+        next(batches)
+    assert not worker_processes()
+
+
+@pytest.mark.parametrize("what", ["hangs", "stopped"])
+def test_waiting_for_a_worker_that_hangs_can_be_interrupted(what: str) -> None:
+    def interrupt(*_: Any) -> None:
+        raise InterruptedError
+
+    batches = data((what, 1)).micro_batches(0, 1, 2)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)  # again where the workers are only starting
+    try:
+        with pytest.raises(InterruptedError):
+            next(batches)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    batches.close()
+    assert not worker_processes()
 
 
 def test_closing_ends_the_workers_and_the_next_iteration_starts_anew() -> None:
     batches = data().micro_batches(0, 1, 2)
     next(batches)
-    assert len(multiprocessing.active_children()) == 2
+    assert len(worker_processes()) == 2
     batches.close()  # type: ignore[attr-defined]
-    assert not multiprocessing.active_children()
+    assert not worker_processes()
     assert len(first(data().micro_batches(0, 1, 2), 3)) == 3
 
 

@@ -18,8 +18,7 @@ FAKE_DEEPSPEED = """#!{python}
 import json, os, pathlib, sys
 pathlib.Path({record!r}).write_text("\\n".join(sys.argv[1:]))
 results = pathlib.Path(sys.argv[sys.argv.index("--results_dir") + 1])
-assert not results.exists(), "results of an earlier demo are still there"
-(results / "checkpoints" / "step_60").mkdir(parents=True)
+(results / "checkpoints" / "step_60").mkdir(parents=True, exist_ok=True)
 lines = [json.dumps({{"step": step, "loss/mse": 2 - step / 60, "loss/ce": 6 - step / 20}}) for step in range(60)]
 (results / "metrics.jsonl").write_text("\\n".join(lines))
 """
@@ -46,9 +45,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedP
         "CUDA_VISIBLE_DEVICES": "",
     }
     command = ["bash", str(REPO / "launch" / "demo.sh"), "my demo", "--lr", "1e-3"]
-    for _ in range(2):
+    for number in range(2):
+        if number:
+            (folder / "my demo" / "results" / "precious").touch()
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "my demo" / "results" / "precious").exists()
     return done, record.read_text().splitlines(), folder
 
 
@@ -60,6 +62,7 @@ def test_it_launches_two_ranks_with_zero3_and_arguments_that_the_trainer_knows(
     assert Path(arguments[4]) == REPO / "launch" / "train.py"
     config = parse_arguments(arguments[5:])
     assert (config.training.ds_config, config.training.total_steps) == ("zero3.json", 60)
+    assert config.training.start_anew, "the trainer moves an earlier demo's results aside"
     for path in (config.data.dataset_config_file, config.model.model_path):
         assert (folder / path).exists()
 
@@ -88,7 +91,7 @@ def test_asking_for_the_cpu_wins_over_any_gpu(monkeypatch: pytest.MonkeyPatch) -
 def test_a_gpu_that_torch_cannot_use_is_an_error_not_a_cpu_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("bagel_ds.preflight.gpu_is_present", lambda: True)
+    monkeypatch.setattr("bagel_ds.doctor.environment.gpu_is_present", lambda: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(UserError, match="torch can't use it"):
         usable_gpus()

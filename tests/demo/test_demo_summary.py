@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bagel_ds.demo.summary import fall, last_checkpoint, main, read_metrics
+from bagel_ds.demo.summary import fall, last_checkpoint, main, read_metrics, summary
+
+REPO = Path(__file__).resolve().parents[2]
 
 
 def write_metrics(folder: Path, entries: list[dict[str, float | None]]) -> None:
@@ -29,6 +31,16 @@ def test_losses_checkpoint_and_weights_are_named(tmp_path: Path, capsys: pytest.
     assert "60 steps logged" in shown and "MSE (generation)   1.9583 -> 1.0583 (-46%" in shown
     assert str(tmp_path / "tensorboard") in shown and "step_60" in shown
     assert "ema.safetensors, model.safetensors" in shown
+
+
+def test_it_names_the_tensorboard_folder_that_the_readme_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_metrics(Path("demo/results"), [{"step": 0, "loss/ce": 1.0}])
+    lines = summary(Path("demo/results"), Path("demo/results/checkpoints")).splitlines()
+    (line,) = (line for line in lines if "TensorBoard" in line)
+    command = line.split(maxsplit=1)[1]
+    assert command == "tensorboard --logdir demo/results/tensorboard"
+    assert f"`.venv/bin/{command}`" in (REPO / "README.md").read_text(encoding="utf-8")
 
 
 def test_later_lines_supersede_and_missing_values_are_left_out(tmp_path: Path) -> None:

@@ -1,12 +1,12 @@
 """launch/train.py with something going wrong in it, at a place and moment that a test chooses.
 
 The environment variable BAGEL_TEST_FAULTS holds a JSON list of {at, rank?, step?, do, seconds?, times?, marker?}:
-`at` is "index", "load", "data", "step", "save" (files are there, nothing is complete yet), "export" (of a share of the
-weights), "gather" (of weights from several hosts), "write" (of the states) or "hosts" (ranks seem to run on several);
-`do` is "sleep" (for `seconds`), "nan" (in this step's batches), "inf" (a loss that is not finite although its gradients
-are), "stop" (SIGSTOP), "oom", "full" (the disk), "late" (of "write": only when the next update waits for it) or
-"nothing"; `marker` is a file made when the place is reached. Without `rank` it happens on every rank, without `step`
-and `times` every time.
+`at` is "index", "load", "data", "worker" (of a launch of its own, before a worker makes a batch), "step", "save" (files
+are there, nothing is complete yet), "export" (of a share of the weights), "gather" (of weights from several hosts),
+"write" (of the states) or "hosts" (ranks seem to run on several); `do` is "sleep" (for `seconds`), "nan" (in this
+step's batches), "inf" (a loss that is not finite although its gradients are), "stop" (SIGSTOP), "kill", "oom", "full"
+(the disk), "late" (of "write": only when the next update waits for it) or "nothing"; `marker` is a file made when the
+place is reached. Without `rank` it happens on every rank, without `step` and `times` every time.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from bagel_ds.train.detach import run_detached
 from bagel_ds.train.main import run_rank
 
+FAULTS = "BAGEL_TEST_FAULTS"
+
 
 def main() -> int:
-    faults = json.loads(os.environ["BAGEL_TEST_FAULTS"])
+    faults = json.loads(os.environ[FAULTS])
     return run_detached(lambda: _faulty_run(faults))
 
 
@@ -46,8 +48,10 @@ def _faulty_run(faults: list[dict[str, Any]]) -> int:
 def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
     """Runs of the trainer in this block meet `faults`."""
     from bagel_ds.checkpoint import state
+    from bagel_ds.data import loader
     from bagel_ds.train import background, checkpoints, setup, trainer
     from bagel_ds.train import step as step_module
+    from tests.distributed.faulty_maker import FaultyMaker
 
     load, step = trainer.Trainer._load, trainer.Trainer._step
     complete, stream, fill = checkpoints.PendingSave._complete, state.fill_whole, state.fill_rank
@@ -120,6 +124,7 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
         wait(self)
 
     with (
+        _instead(loader, "BatchMaker", FaultyMaker if FAULTS in os.environ else loader.BatchMaker),
         _instead(setup, "open_data", faulty_open),
         _instead(trainer, "islice", faulty_islice),
         _instead(trainer.Trainer, "_load", faulty_load),
@@ -162,6 +167,8 @@ def _happen(faults: list[dict[str, Any]], at: str, step: int | None = None) -> l
                 time.sleep(fault["seconds"])
             if fault["do"] == "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            if fault["do"] == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
             done.append(fault["do"])
     return done
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import closing
 from itertools import chain
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from bagel_ds.train.metrics import setup_logging
 from bagel_ds.train.quiet import quiet_warnings
 from bagel_ds.train.setup import init_distributed
 from bagel_ds.train.trainer import Trainer
+from bagel_ds.train.watch import start_watch
 from bagel_ds.zero.weights import frozen_pieces
 
 
@@ -39,11 +41,12 @@ def main(cases_file: str) -> None:
     for case in json.loads(Path(cases_file).read_text()):
         config = parse_arguments(case["arguments"])
         setup_logging(config.training.results_dir, dist.get_rank())
-        trainer = Trainer(config)
-        folder = Path(config.training.checkpoint_dir, "step_0")
-        folder.mkdir(parents=True, exist_ok=True)
-        export(trainer, folder)
-        trainer.run()
+        with closing(start_watch(config)) as watch:
+            trainer = Trainer(config, watch)
+            folder = Path(config.training.checkpoint_dir, "step_0")
+            folder.mkdir(parents=True, exist_ok=True)
+            export(trainer, folder)
+            trainer.run()
 
 
 if __name__ == "__main__":

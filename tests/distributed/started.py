@@ -1,7 +1,7 @@
 """A real launch that goes on while a test does something to it: its processes, its output, its end.
 
-Processes are told apart by the run's own results folder in their command line, so that other runs on the machine are
-never touched. Leaving the `with` block ends all that is left of the run.
+Other runs on the machine are never touched. Leaving the `with` block ends all that is left of the run; a wait that is
+given up ends it with the stacks of all its processes in its output.
 """
 
 from __future__ import annotations
@@ -11,14 +11,25 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import psutil
 
-from tests.launch import REPOSITORY, TRAIN, cpu_environment, deepspeed_command, free_port, remove_shared_memory
+from tests.launch import (
+    LAUNCH,
+    REPOSITORY,
+    SHOWN,
+    TRAIN,
+    cpu_environment,
+    deepspeed_command,
+    end_with_stacks,
+    free_port,
+    processes_of,
+    remove_shared_memory,
+)
 
 FAULTY = Path(__file__).with_name("faulty_train.py")
 PATIENCE = 300.0  # seconds, on a busy machine
@@ -26,18 +37,27 @@ ENDING = 60.0  # in which all that is left of a run must have ended
 
 
 class StartedRun:
-    """`deepspeed --num_gpus <ranks> train.py words`, with `faults` as in faulty_train.py."""
+    """`deepspeed --num_gpus <ranks> train.py words`, with `faults` as in faulty_train.py and `more` environment."""
 
-    def __init__(self, words: Sequence[str], results: Path, ranks: int = 2, faults: Sequence[dict[str, Any]] = ()):
-        self.results, self._port = results, free_port()
+    def __init__(
+        self,
+        words: Sequence[str],
+        results: Path,
+        ranks: int = 2,
+        faults: Sequence[dict[str, Any]] = (),
+        more: Mapping[str, str] | None = None,
+    ):
+        self.results, self.port = results, free_port()
         results.mkdir(parents=True, exist_ok=True)
-        self._log = results / f"launch-{self._port}.txt"
+        self._log = results / f"launch-{self.port}.txt"
         script, extra = (FAULTY, {"BAGEL_TEST_FAULTS": json.dumps(list(faults))}) if faults else (TRAIN, {})
+        environment = cpu_environment(**extra, **more or {})
+        self._launch = environment[LAUNCH]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                deepspeed_command(script, words, ranks, self._port),
+                deepspeed_command(script, words, ranks, self.port),
                 cwd=REPOSITORY,
-                env=cpu_environment(**extra),
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -53,7 +73,7 @@ class StartedRun:
         for process in self.processes():
             _send(process.pid, signal.SIGKILL)
         self.process.wait()
-        remove_shared_memory(self._port)
+        remove_shared_memory(self.port)
 
     # ----------------------------------------------------------------------------------------------- what can be seen
     @property
@@ -62,20 +82,7 @@ class StartedRun:
 
     def processes(self) -> list[psutil.Process]:
         """All that is left of the run, but for zombies."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                words = process.cmdline()
-                if self._is_ours(words):
-                    if process.status() != psutil.STATUS_ZOMBIE:
-                        found.append(process)
-            except (psutil.NoSuchProcess, psutil.ZombieProcess):
-                continue
-        return found
-
-    def _is_ours(self, words: Sequence[str]) -> bool:
-        """Its own processes alone: ports differ, and the test's own command line holds none of these."""
-        return str(self.results) in words and any(word.endswith("train.py") for word in words)
+        return processes_of(self._launch)
 
     def launcher(self) -> int:
         """DeepSpeed's per-host launcher."""
@@ -87,14 +94,15 @@ class StartedRun:
 
     def ranks(self) -> list[int]:
         """By rank, the processes that train."""
-        ours = {p.pid for p in self.processes() if _holds(lambda p: self._is_ours(p.cmdline()), p)}
+        ours = {p.pid for p in self.processes()}
         command = os.getsid(self.process.pid)
         return self._by_rank(lambda p: p.pid in ours and os.getsid(p.pid) != command and p.ppid() not in ours)
 
     def workers(self) -> list[int]:
-        """DataLoader workers of all ranks."""
+        """Workers of all ranks: what their servers have forked."""
         ranks = set(self.ranks())
-        return [p.pid for p in self.processes() if _holds(lambda p: p.ppid() in ranks, p)]
+        servers = {p.pid for p in self.processes() if _holds(lambda p: p.ppid() in ranks and _is_server(p), p)}
+        return [p.pid for p in self.processes() if _holds(lambda p: p.ppid() in servers, p)]
 
     def _by_rank(self, wanted: Callable[[psutil.Process], bool]) -> list[int]:
         found: dict[int, int] = {}
@@ -114,7 +122,9 @@ class StartedRun:
         deadline = time.monotonic() + patience
         while not condition():
             assert self.process.poll() is None, f"the run ended before {what}:\n{self.output[-4000:]}"
-            assert time.monotonic() < deadline, f"no {what} in {patience:.0f} s:\n{self.output[-4000:]}"
+            if time.monotonic() > deadline:
+                end_with_stacks(self._launch)
+                raise AssertionError(f"no {what} in {patience:.0f} s:\n{self.output[-SHOWN:]}")
             time.sleep(0.02)
 
     def until_step(self, step: int) -> None:
@@ -126,7 +136,8 @@ class StartedRun:
         try:
             code = self.process.wait(patience)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"no end in {patience:.0f} s:\n{self.output[-6000:]}") from None
+            end_with_stacks(self._launch)
+            raise AssertionError(f"no end in {patience:.0f} s:\n{self.output[-SHOWN:]}") from None
         self.all_ended()
         return code
 
@@ -134,8 +145,10 @@ class StartedRun:
         """Wait until nothing of the run is left."""
         deadline = time.monotonic() + patience
         while left := self.processes():
-            names = [f"{p.pid} {p.status()}" for p in left if p.is_running()]
-            assert time.monotonic() < deadline, f"still there after {patience:.0f} s: {names}\n{self.output[-4000:]}"
+            if time.monotonic() > deadline:
+                names = [f"{p.pid} {p.cmdline()}" for p in left if p.is_running()]
+                end_with_stacks(self._launch)
+                raise AssertionError(f"still there after {patience:.0f} s: {names}\n{self.output[-SHOWN:]}")
             time.sleep(0.1)
 
 
@@ -148,6 +161,10 @@ def steps_logged(results: Path) -> list[int]:
 def send(pids: Sequence[int], number: int) -> None:
     for pid in pids:
         _send(pid, number)
+
+
+def _is_server(process: psutil.Process) -> bool:
+    return "bagel_ds.data.processes" in process.cmdline()
 
 
 def _send(pid: int, number: int) -> None:

@@ -224,11 +224,11 @@ def test_a_run_with_skipped_updates_resumes_exactly(demo: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_a_stopped_rank_is_found_told_of_and_ends_the_job(demo: Path, tmp_path: Path) -> None:
     faults = [{"at": "step", "rank": 1, "step": 2, "do": "stop"}]
-    with StartedRun(words_of(demo, tmp_path, total_steps=100, stall_timeout=10), tmp_path, faults=faults) as run:
+    with StartedRun(words_of(demo, tmp_path, total_steps=100, stall_timeout=20), tmp_path, faults=faults) as run:
         run.until_step(1)
-        code = run.end(10 + 40 + 60)
+        code = run.end(20 + 40 + 60)
     assert code != 0
-    assert "[rank 0] stalled: step of step 2 lasts longer than --stall_timeout 10 s" in run.output
+    assert "[rank 0] stalled: step of step 2 lasts longer than --stall_timeout 20 s" in run.output
     assert "[rank 0] missing: rank 1\n" in run.output
     assert run.output.count("most recent call first") >= 2, "stacks, of more than one thread"
     assert "[rank 1] stalled" in run.output, "woken, it tells where it was"

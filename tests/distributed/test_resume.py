@@ -10,23 +10,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.cases import Case, Outcome, arguments, learning_rates, losses, run_cases
-from tests.launch import (
-    REPOSITORY,
-    TRAIN,
-    cpu_environment,
-    deepspeed,
-    deepspeed_command,
-    free_port,
-    remove_shared_memory,
-    shared_memory,
-)
+from tests.distributed.started import StartedRun
+from tests.launch import TRAIN, deepspeed, shared_memory
 
 pytestmark = pytest.mark.distributed
 
@@ -62,32 +52,14 @@ def test_a_killed_run_started_again_finishes_at_exactly_total_steps(demo: Path, 
 
 def _run_until(words: list[str], results: Path, step: int) -> None:
     """Start a 2-rank launch and kill all of it, without warning, once `step` is logged."""
-    port = free_port()
-    process = subprocess.Popen(
-        deepspeed_command(TRAIN, words, 2, port),
-        cwd=REPOSITORY,
-        env=cpu_environment(),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + LAUNCH_SECONDS
-        while not _has_logged(results, step):
-            assert process.poll() is None, "the run ended before it could be killed"
-            assert time.monotonic() < deadline, "the run did not get far enough"
-            time.sleep(0.05)
-        assert shared_memory(port) == [], "the kernel frees what has no name with the last rank, also of a killed run"
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        remove_shared_memory(port)
-
-
-def _has_logged(results: Path, step: int) -> bool:
-    file = results / "metrics.jsonl"
-    return file.exists() and f'"step": {step},' in file.read_text()
+    with StartedRun(words, results) as run:
+        run.until_step(step)
+        assert shared_memory(run.port) == [], (
+            "the kernel frees what has no name with the last rank, also of a killed run"
+        )
+        os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.wait()
+        run.all_ended()
 
 
 # ------------------------------------------------------------------------------------ the same numbers, every way on

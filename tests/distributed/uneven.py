@@ -1,9 +1,9 @@
 """Trains on hand-made batches; started by test_modalities.py and test_offload_equality.py.
 
-Arguments: a model folder, a JSON file with {steps, cases: [{name, ds_config, mixed}]} and a folder for the results
-(<name>.json with losses and gradient norms, <name>.safetensors with the final weights). Unless `mixed`, on two ranks
-one has only text and the other only images to generate, swapped halfway; one rank takes both as two micro-batches.
-Mixed batches hold text, an image to read and an image to generate.
+Arguments: a model folder, a JSON file with {steps, cases: [{name, ds_config, mixed, recompute}]} and a folder for the
+results (<name>.json with losses and gradient norms, <name>.safetensors with the final weights). Unless `mixed`, on two
+ranks one has only text and the other only images to generate, swapped halfway; one rank takes both as two
+micro-batches. Mixed batches hold text, an image to read and an image to generate.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def train(case: dict, steps: int, folder: Path, results: Path) -> None:
     weights = weights_of(folder, config)
     fit_buffers(ds_config, max(weights.info(name).numel for name in weights.names), world)
     trains = trainable_parts(config, Freezing())
-    engine = ZeroEngine(lambda: Bagel(config, recompute_mode("full")), lambda name: part_of(name) in trains, ds_config)
+    recompute = recompute_mode(case.get("recompute", "full"))
+    engine = ZeroEngine(lambda: Bagel(config, recompute), lambda name: part_of(name) in trains, ds_config)
     # An epsilon above rounding: what is compared is the gradient, not Adam's magnification of its last bits.
     engine.start(weights, AdamOptions(eps=1e-8))
     parts = LossParts(DATASETS, config.timestep_shift, LossOptions())

@@ -7,15 +7,20 @@ import copy
 import pytest
 import torch
 
+from bagel_ds.device import choose_kernels
 from bagel_ds.model.attention import BACKENDS, AttentionLayout, attend
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
-from bagel_ds.model.recompute import MODES, recompute_mode
+from bagel_ds.model.offload import OffloadedInputs
+from bagel_ds.model.recompute import MODES, recompute, recompute_mode
+from bagel_ds.model.vae import SpatialAttention
 from tests.model.test_bagel import loss_of, pack, tiny
+from tests.model.test_offload import built
+from tests.model.test_offload import loss_of as loss_of_pack
 
 
 @pytest.fixture(autouse=True)
 def exact_matmul() -> None:
-    torch.backends.cuda.matmul.allow_tf32 = False
+    choose_kernels("fp32")
 
 
 def gradients(mode: str, device: str) -> dict[str, torch.Tensor]:
@@ -33,6 +38,22 @@ def test_fp32_gradients_equal_the_cpus(mode: str) -> None:
     for name, expected in on_cpu.items():
         scale = float(expected.abs().max())
         assert float((on_gpu[name] - expected).abs().max()) <= 1e-4 * scale + 1e-7, name
+
+
+def test_layer_inputs_come_back_from_page_locked_memory_as_they_were() -> None:
+    """Packs of changing sizes, wide enough for copies that last; some gradients are summed in no fixed order."""
+    offload = OffloadedInputs(1 << 20)  # which grows
+    offloaded, plain = (built(how, width=1024, inner=2048).cuda() for how in (offload, recompute))
+    for tokens in [(900, 600, 500), (2000, 0, 0), (0, 1500, 3), (0, 0, 2000), (3000, 1000, 1000)]:
+        losses = [loss_of_pack(model, tokens) for model in (offloaded, plain)]
+        assert torch.equal(*losses)
+        for loss in losses:
+            loss.backward()
+        for (name, found), expected in zip(offloaded.named_parameters(), plain.parameters()):
+            assert (found.grad - expected.grad).norm() <= 1e-5 * expected.grad.norm(), name
+        offloaded.zero_grad()
+        plain.zero_grad()
+    assert offload.arena.memory is not None and offload.arena.memory.is_pinned()
 
 
 def test_bf16_loss_is_near_fp32() -> None:
@@ -58,3 +79,14 @@ def test_kernels_equal_a_dense_mask(backend: str, dtype: torch.dtype) -> None:
     found = attend(q.to(dtype), k.to(dtype), v.to(dtype), layout, backend).float()
     error = (found - expected).norm() / expected.norm()
     assert error < (1e-4 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_autoencoders_attention_holds_no_matrix_of_all_cells(dtype: torch.dtype) -> None:
+    """128 x 128 cells, as of an image of 1024 x 1024: the matrix would be 0.5 to 1 GiB."""
+    attention = SpatialAttention(512).to("cuda", dtype).requires_grad_(False)
+    x = torch.randn(1, 512, 128, 128, device="cuda", dtype=dtype)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    attention(x)
+    assert torch.cuda.max_memory_allocated() - before < 12 * x.nbytes

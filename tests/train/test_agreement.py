@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from bagel_ds import waiting
 from bagel_ds.errors import UserError
 from bagel_ds.train import agreement
 from bagel_ds.train.agreement import (
@@ -80,11 +81,24 @@ def test_a_host_that_others_wait_for_is_named(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("bagel_ds"), "propagate", True)
     caplog.set_level(logging.INFO, "bagel_ds")
-    monkeypatch.setattr(agreement, "_TELL_SECONDS", 0.0)
-    states = iter([[(True, "there"), (False, "here")], [(False, "there"), (False, "here")]])
-    monkeypatch.setattr(agreement, "everyone", lambda _: next(states))
-    agreement._wait_for(None)
-    assert [record.getMessage().split(",")[0] for record in caplog.records] == ["waiting for there"]
+    monkeypatch.setattr(waiting, "FIRST", 0.01)
+    monkeypatch.setattr(waiting, "EVERY", 0.01)
+    here = socket.gethostname()
+    alone, both = [(True, here), (False, "there")], [(True, here), (True, "there")]
+    said = threading.Event()
+    monkeypatch.setattr(waiting.logger, "info", lambda text, *rest: lines.append(text % rest) or said.set())
+    lines: list[str] = []
+    states = iter([alone, alone, both])
+
+    def until_said(_: object) -> list[tuple[bool, str]]:
+        if (state := next(states, None)) is None:
+            assert said.wait(60)
+            return [(False, here), (False, "there")]
+        return state
+
+    monkeypatch.setattr(agreement, "everyone", until_said)
+    agreement._wait_for(None, "it indexes its data")
+    assert lines[0].startswith(f"waiting for {', '.join(sorted([here, 'there']))}: it indexes its data (")
 
 
 def test_a_fault_of_the_first_rank_stops_all() -> None:

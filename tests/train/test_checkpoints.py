@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bagel_ds.checkpoint import steps
+from bagel_ds.checkpoint.offline import export_checkpoint
 from bagel_ds.checkpoint.state import EMA, WEIGHT, Held, StateFiles, rank_file, write_rank
 from bagel_ds.checkpoint.steps import (
     checksum_fault,
@@ -328,6 +330,152 @@ def test_a_full_disk_is_one_message_and_changes_nothing(
     assert newest_state(writer.checkpoint_dir) == first
     assert names(writer.checkpoint_dir) == ["latest", "step_1"]
     assert save(writer, 2).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "Free space there, or save elsewhere"),
+        (errno.EDQUOT, "Free space there, or save elsewhere"),
+        (errno.EACCES, "Make that place writable, or save elsewhere"),
+        (errno.EROFS, "Make that place writable, or save elsewhere"),
+        (errno.EIO, "If it happens again, save elsewhere"),
+        (errno.ESTALE, "If it happens again, save elsewhere"),
+    ],
+)
+def test_a_save_that_fails_says_what_the_system_said(
+    number: int, remedy: str, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    for place in ("fsync", "posix_fallocate"):
+        with monkeypatch.context() as patched, pytest.raises(SaveFault) as caught:
+            patched.setattr(os, place, refused)
+            save(writer, 2)
+        text = str(caught.value)
+        assert os.strerror(number) in text and remedy in text
+        assert ("Free space" in text) == ("Free space" in remedy)
+        assert "None" not in text
+    assert names(writer.checkpoint_dir) == []
+
+
+# --------------------------------------------------------------------------------- conveniences that a save survives
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.EACCES])
+def test_where_no_links_can_be_made_the_final_checkpoint_is_named_in_a_file(
+    number: int, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(self: Path, target: str) -> None:
+        raise OSError(number, os.strerror(number), target, None, str(self))
+
+    logging.getLogger("bagel_ds").propagate = True
+    monkeypatch.setattr(Path, "symlink_to", refused)
+    folder = save(writer, 3, last=True)
+    assert (writer.checkpoint_dir / "step_final").read_text() == "step_3\n"
+    assert (writer.checkpoint_dir / "latest").read_text() == "step_3\n"
+    assert names(writer.checkpoint_dir) == ["latest", "step_3", "step_final"]
+    assert newest_state(writer.checkpoint_dir) == folder and manifest_fault(folder) is None
+    (line,) = caplog.messages
+    assert f"{folder} is the final checkpoint" in line and "text file" in line and os.strerror(number) in line
+    assert export_checkpoint(writer.checkpoint_dir / "step_final", writer.checkpoint_dir.parent / "out", torch.float32)
+    kept = dataclasses.replace(writer, keep_last=1)
+    save(kept, 4)
+    assert names(writer.checkpoint_dir) == ["latest", "step_4"], "the file goes with the checkpoint it names"
+
+
+def _refusing_to_replace(*wanted: str) -> Callable[[Path, Path], Path]:
+    real = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        if Path(target).name in wanted:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+        return real(self, target)
+
+    return replace
+
+
+def test_a_checkpoint_is_saved_although_nothing_can_point_to_it(
+    writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("bagel_ds").propagate = True
+    monkeypatch.setattr(Path, "replace", _refusing_to_replace("latest", "step_final"))
+    folder = save(writer, 3, last=True)
+    assert newest_state(writer.checkpoint_dir) == folder and names(writer.checkpoint_dir) == ["step_3"]
+    latest, final = caplog.messages
+    assert f"{folder} is saved, but latest could not" in latest and "Permission denied" in latest
+    assert f"{folder} is the final checkpoint, but step_final could not" in final
+
+
+def test_a_folder_in_the_place_of_step_final_costs_a_line(
+    writer: CheckpointWriter, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `cp -rL` leaves it."""
+    logging.getLogger("bagel_ds").propagate = True
+    (writer.checkpoint_dir / "step_final").mkdir()
+    save(writer, 3, last=True)
+    assert names(writer.checkpoint_dir) == ["latest", "step_3", "step_final"]
+    assert "step_3 is the final checkpoint, but step_final could not" in caplog.text
+
+
+@pytest.mark.parametrize(("number", "warns"), [(errno.EINVAL, False), (errno.EOPNOTSUPP, False), (errno.EIO, True)])
+def test_folders_that_cannot_be_flushed_cost_no_checkpoint(
+    number: int,
+    warns: bool,
+    writer: CheckpointWriter,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where a file system has no flush of folders; and one that fails once the checkpoint has its name."""
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path == writer.checkpoint_dir or (path.is_dir() and not warns):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    logging.getLogger("bagel_ds").propagate = True
+    monkeypatch.setattr(os, "fsync", fsync)
+    folder = save(writer, 3)
+    assert newest_state(writer.checkpoint_dir) == folder
+    assert ("loses its power" in caplog.text) == warns
+
+
+def test_older_checkpoints_that_cannot_be_removed_cost_no_new_one(
+    writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", "step_1")
+
+    logging.getLogger("bagel_ds").propagate = True
+    monkeypatch.setattr(steps, "thin_out", refused)
+    assert save(writer, 3).is_dir()
+    assert "step_3 is saved, but older checkpoints could not be thinned out" in caplog.text
+
+
+def test_a_file_system_that_cannot_reserve_space_is_written_to(
+    writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    folder = save(writer, 3)
+    assert manifest_fault(folder) is None and damage_of(folder) is None
+
+
+def test_a_checkpoint_that_cannot_be_replaced_stays(writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, real = save(writer, 1), Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == ".unfinished-step_1":
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(SaveFault, match="unfinished-step_1: Permission denied. Make"):
+        save(writer, 1)
+    assert newest_state(writer.checkpoint_dir) == first and names(writer.checkpoint_dir) == ["latest", "step_1"]
 
 
 def test_only_the_newest_are_kept_when_asked(writer: CheckpointWriter) -> None:

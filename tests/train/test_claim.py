@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,41 +12,6 @@ import pytest
 from bagel_ds.errors import UserError
 from bagel_ds.train import claim as module
 from bagel_ds.train.claim import FILE, claim
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-# Claims, forks a child that lives on as a DataLoader worker may, and waits for its input to end.
-HOLDER = """
-import os, sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[2])
-from bagel_ds.train.claim import claim
-held = claim(Path(sys.argv[1]))
-if os.fork() == 0:
-    os.close(0), os.close(1)
-    time.sleep(5)
-    os._exit(0)
-print("held", flush=True)
-sys.stdin.read()
-held.release()
-"""
-
-
-@pytest.fixture
-def holder(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path), str(REPOSITORY)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            pipe.close()
 
 
 def test_a_claim_is_taken_and_leaves_nothing(tmp_path: Path) -> None:

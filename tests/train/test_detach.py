@@ -36,10 +36,11 @@ sys.exit(run_detached(rank))
 
 # What a started `python -m deepspeed.launcher.launch` is to the processes it starts.
 LAUNCHER = """
-import signal, subprocess, sys
+import signal, subprocess, sys, time
 from pathlib import Path
 waiting = subprocess.Popen([sys.executable, sys.argv[1]])
 signal.signal(signal.SIGTERM, lambda *_: waiting.terminate())
+signal.signal(signal.SIGINT, lambda *_: (time.sleep(0.3), print("KeyboardInterrupt", flush=True)))
 Path(sys.argv[1]).with_name("waiting").write_text(str(waiting.pid))
 sys.exit(waiting.wait())
 """
@@ -180,6 +181,24 @@ def test_what_a_killed_rank_had_started_ends_with_it(tmp_path: Path, programs: l
     os.kill(programs[0].rank, signal.SIGKILL)
     assert programs[0].end()[0] == 137
     _until(lambda: process_state(child) is None)
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed.py", "another.py"])
+def test_after_ctrl_c_the_run_speaks_when_deepspeeds_launcher_has_ended_its_traceback(
+    launcher: str, tmp_path: Path, programs: list[Program]
+) -> None:
+    body = "signal.signal(signal.SIGINT, lambda *_: (print('stopping', flush=True), end_at_once(3)))\n"
+    programs.append(Program(tmp_path, body + WAIT.format(folder=str(tmp_path)), launcher=launcher))
+    _until((tmp_path / "ready").exists)
+    time.sleep(0.5)
+    os.kill(int((tmp_path / "waiting").read_text()), signal.SIGINT)  # a terminal sends it to both
+    programs[0].process.send_signal(signal.SIGINT)
+    code, output = programs[0].end()
+    assert code == 3 and "KeyboardInterrupt" in output and "stopping" in output
+    if launcher == "deepspeed.py":
+        assert output.index("KeyboardInterrupt\n") < output.index("no error of this run") < output.index("stopping")
+    else:
+        assert "no error of this run" not in output, "no one else prints a traceback then"
 
 
 def test_a_rank_is_asked_to_stop_when_deepspeeds_launcher_is_gone(tmp_path: Path, programs: list[Program]) -> None:

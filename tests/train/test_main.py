@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +13,8 @@ import pytest
 from bagel_ds.config import parse_arguments
 from bagel_ds.errors import UserError
 from bagel_ds.train.main import check_wandb_of
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def test_wandb_that_cannot_work_is_told_by_the_rank_that_logs_and_only_where_wanted(
@@ -22,3 +27,23 @@ def test_wandb_that_cannot_work_is_told_by_the_rank_that_logs_and_only_where_wan
         check_wandb_of(wanted, 0)
     check_wandb_of(wanted, 1)
     check_wandb_of(parse_arguments("--wandb_name mine --enable_wandb False".split()), 0)
+
+
+NEW_IN_3_11 = {"Self", "StrEnum", "tomllib", "assert_never", "Never", "LiteralString", "ExceptionGroup", "TaskGroup"}
+IMPORTED = """
+import sys
+import bagel_ds.train.main
+print(*(module.__file__ for name, module in sys.modules.items() if name.startswith("bagel_ds")), sep="\\n")
+"""
+
+
+def test_an_old_python_gets_as_far_as_its_message() -> None:
+    """What is imported before the version is looked at is Python 3.10, in syntax and names."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    ran = subprocess.run([sys.executable, "-c", IMPORTED], env=environment, capture_output=True, text=True, check=True)
+    files = ran.stdout.split()
+    assert len(files) > 10
+    for file in files:
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"), feature_version=(3, 10))
+        imports = [node for node in ast.walk(tree) if isinstance(node, (ast.Import, ast.ImportFrom))]
+        assert not {alias.name for node in imports for alias in node.names} & NEW_IN_3_11, file

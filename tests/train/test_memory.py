@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 
 from bagel_ds.config import RunConfig, parse_arguments
 from bagel_ds.data.config import DatasetConfig, GroupConfig
@@ -37,10 +38,42 @@ def test_ignoring_the_plan_goes_on_with_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert not found.fits and "does not fit" in plan_lines(found)[-1]
 
 
+def test_the_plan_on_the_cpu_of_a_host_with_gpus_is_one_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked of the GPUs: where they belong to others, asking alone takes memory on one."""
+
+    def refuse() -> None:
+        raise AssertionError("the GPU was asked")
+
+    monkeypatch.setattr(memory, "host_memory_gib", lambda: 2000.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+    monkeypatch.setattr(memory, "exact_pinned_memory", refuse)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    found = plan(parse_arguments(["--ds_config", "zero3_cpu"]))
+    assert found.gpu_peak == 0 and found.gpu_memory is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 80 * 2**30))
+    monkeypatch.setattr(memory, "exact_pinned_memory", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    assert plan(parse_arguments(["--ds_config", "zero3_cpu"])).gpu_memory == 80
+
+
 def test_a_large_host_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "host_memory_gib", lambda: 2000.0)
     found = plan(parse_arguments(["--ds_config", "zero3_cpu"]))
     assert found.fits and plan_lines(found)[-1].strip() == "it fits"
+
+
+def test_offloaded_layer_inputs_leave_other_page_locked_memory_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "host_memory_gib", lambda: 2000.0)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(memory, "exact_pinned_memory", lambda: True)
+    rounding = "page-locked memory: rounding and cache"
+    sizes = []
+    for mode in ("full", "offload"):
+        found = plan(parse_arguments(["--ds_config", "zero3_cpu", "--activation_checkpointing", mode]))
+        sizes += [item.bytes for item in found.items if item.name == rounding]
+    assert len(sizes) == 2 and sizes[0] == sizes[1]
 
 
 def test_memory_of_the_host_is_that_of_the_machine_or_of_its_container(
@@ -59,5 +92,5 @@ def test_the_outcome_names_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "host_memory_gib", lambda: 2000.0)
     found = dataclasses.replace(plan(parse_arguments(["--ds_config", "zero3_cpu"])), gpu_peak=20 * 2**30)
     line = outcome(found, 19.5, 3.0)
-    assert "GPU 19.50 GiB seen, 20.00 planned" in line and "host 3.00 GiB seen" in line
+    assert "GPU 19.50 GiB reserved by torch, 20.00 planned" in line and "host 3.00 GiB seen" in line
     assert "GPU" not in outcome(found, None, 3.0)

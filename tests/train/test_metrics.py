@@ -76,6 +76,32 @@ def test_every_contracted_number_but_per_dataset_ones_is_in_the_line() -> None:
         assert log_line(0, full) != log_line(0, {key: value for key, value in full.items() if key != name}), name
 
 
+def test_the_time_left_is_said_last_and_only_while_steps_are_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first logged step, which is slow, counts only until there is another one."""
+    setup_logging(tmp_path, rank=0)
+    now = iter([100.0, 100.0, 110.0, 130.0, 140.0])
+    with MetricsLog(tmp_path, 40, total_steps=1040) as metrics:
+        monkeypatch.setattr("bagel_ds.train.metrics.time", types.SimpleNamespace(monotonic=lambda: next(now)))
+        next(now)
+        for step in (40, 50, 60, 1039):
+            metrics.log(step, {"loss/ce": 1.0, "perf/step_seconds": 60.0 if step == 40 else 1.0})
+    lines = [line.split("] ")[1] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    original = [f"(step={step:07d}) Train Loss ce: 1.0000, Train Steps/Sec: " for step in (40, 50, 60, 1039)]
+    expected = ["0.02, ETA: 16h39m, ", "1.00, ETA: 16m, ", "1.00, ETA: 24m, ", "1.00, "]
+    assert lines == [line + rest for line, rest in zip(original, expected, strict=True)]
+
+
+def test_without_an_end_there_is_no_time_left(tmp_path: Path) -> None:
+    setup_logging(tmp_path, rank=0)
+    with MetricsLog(tmp_path, 0) as metrics:
+        metrics.log(0, {"loss/ce": 1.0, "perf/step_seconds": 1.0})
+    with MetricsLog(tmp_path, 0, total_steps=9) as metrics:
+        metrics.log(0, {"loss/ce": 1.0})
+    assert "ETA" not in (tmp_path / "log.txt").read_text()
+
+
 def test_log_txt_holds_the_dated_line_and_the_console_shows_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from bagel_ds.train.loss_parts import LossParts
 from bagel_ds.train.metrics import METRIC_NAMES, METRIC_PREFIXES
 from bagel_ds.train.report import StepMeter
 from bagel_ds.train.step import StepResult
+from bagel_ds.train.throughput import DeviceMemory
 from tests.train.test_throughput import pack, text
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -136,3 +137,17 @@ def test_utilisation_is_over_all_ranks(clock: Clock, monkeypatch: pytest.MonkeyP
     assert both["perf/mfu"] == pytest.approx(2 * alone["perf/mfu"])  # type: ignore[operator]
     assert both["memory/host_gib"] == 5.0, "ranks of one host share its memory"
     assert both["data/skipped/t2i"] == 2
+
+
+def test_device_memory_is_that_of_the_fullest_rank_and_a_plan_is_compared_with_what_is_reserved(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = StepMeter(BagelConfig(), peak_device_tflops=0.0)
+    for mine, other, expected in ((None, None, (None, None)), ((3.0, 5.0), (4.0, 4.5), (4.0, 5.0))):
+        devices = [None if peaks is None else DeviceMemory(*peaks) for peaks in (mine, other)]
+        monkeypatch.setattr(report, "everyone", lambda all: [(all[0], device, *all[2:]) for device in devices])  # noqa: B023
+        meter.add([micro()], RESULT)
+        clock.now += 1
+        values = meter.read(1e-4, RESULT)
+        assert (values["memory/device_gib"], values["memory/device_reserved_gib"]) == expected
+        assert meter.device_peak == expected[1]

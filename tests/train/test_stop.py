@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 from bagel_ds.cli import main
 from bagel_ds.errors import UserError
 from bagel_ds.train import stop
+from bagel_ds.train.claim import FILE, remember
 from bagel_ds.train.detach import STOP_SIGNALS
 from bagel_ds.train.stop import StopRequest, forget_stops, write_stop_file
 
@@ -93,11 +95,34 @@ def test_a_time_limit_is_a_wish_once_it_has_passed(tmp_path: Path) -> None:
     assert wish.wanted() == "--stop_after has passed"
 
 
-def test_the_command_writes_the_file_and_names_a_wrong_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_command_asks_a_run_that_is_there(
+    tmp_path: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["stop", str(tmp_path)]) == 0
-    assert (tmp_path / "stop").exists() and "ends after its current step" in capsys.readouterr().out
+    """By its checkpoint_dir, and by the results_dir that leads there."""
+    results = tmp_path / "results"
+    results.mkdir()
+    remember(results, tmp_path)
+    for folder in (tmp_path, results):
+        assert main(["stop", str(folder)]) == 0
+        said = capsys.readouterr().out
+        assert (folder / "stop").exists() and f"the run (process {holder.pid} on " in said
+        assert "saves and ends after its current step" in said
+
+
+def test_the_command_says_where_there_is_nothing_to_stop(
+    tmp_path: Path, holder: subprocess.Popen[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty, ended = tmp_path / "empty", tmp_path / "ended"
+    empty.mkdir()
+    ended.mkdir()
+    remember(ended, tmp_path)
+    holder.kill()
+    holder.wait()
+    for folder in (empty, ended, tmp_path):  # the killed run has left its file, without a lock
+        assert main(["stop", str(folder)]) == 2
+        said = capsys.readouterr()
+        assert f"no run uses {folder}" in said.err and said.out == ""
+        assert not (folder / "stop").exists()
     assert main(["stop", str(tmp_path / "absent")]) == 2
     assert "is no folder; pass the results_dir or checkpoint_dir" in capsys.readouterr().err
 
@@ -109,6 +134,36 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Path, "touch", refused)
     with pytest.raises(UserError, match="can't be written .Permission denied."):
         write_stop_file(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["elsewhere", "unlocked", "unseen"])
+def test_where_it_cannot_tell_the_command_asks_and_says_so(
+    where: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if where == "elsewhere":
+        (tmp_path / FILE).write_text("process 1 on another-host\n")
+    elif where == "unlocked":  # as a file system without locks leaves it
+        (tmp_path / FILE).touch()
+    else:
+        remember(tmp_path, tmp_path / "of another container")
+    assert main(["stop", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert (tmp_path / "stop").exists() and "a run that uses this folder ends" in said and "the run (" not in said
+
+
+def test_a_stop_file_that_cannot_be_removed_costs_no_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(self: Path, missing_ok: bool = False) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    logging.getLogger("bagel_ds").propagate = True
+    wish = request(tmp_path)
+    monkeypatch.setattr(Path, "unlink", refused)
+    wish.remove_files()
+    assert "stop can't be removed (Operation not permitted): remove it before the next start" in caplog.text
+    with pytest.raises(UserError, match="stop asks this run to stop and can't be removed"):
+        forget_stops([tmp_path])
 
 
 def test_a_stop_meant_for_an_earlier_run_is_forgotten(tmp_path: Path) -> None:

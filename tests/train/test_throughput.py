@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Callable
+
 import pytest
 import torch
 from hypothesis import given
@@ -15,7 +17,15 @@ from bagel_ds.model.attention import AttentionLayout
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE, PackedBatch
 from bagel_ds.model.config import BagelConfig, LLMConfig, ViTConfig
-from bagel_ds.train.throughput import PEAK_TFLOPS, attended_pairs, host_gib, pack_flops, peak_tflops
+from bagel_ds.train import throughput
+from bagel_ds.train.throughput import (
+    PEAK_TFLOPS,
+    attended_pairs,
+    device_memory,
+    host_gib,
+    pack_flops,
+    peak_tflops,
+)
 
 SPECIAL = SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4, end_of_text=0)
 CONFIG = BagelConfig(
@@ -95,9 +105,15 @@ def test_a_modality_that_is_off_costs_nothing() -> None:
     assert pack_flops(batch, without) < pack_flops(batch, CONFIG)
 
 
-def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Something 9000")
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Sets the name of the GPU that this process has, or so it seems."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    return lambda name: monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+
+
+def test_an_unknown_device_has_no_peak(gpu: Callable[[str], None]) -> None:
+    gpu("NVIDIA Something 9000")
     assert peak_tflops(0.0) is None
     assert peak_tflops(100.0) == 100.0
 
@@ -122,18 +138,50 @@ def test_an_unknown_device_has_no_peak(monkeypatch: pytest.MonkeyPatch) -> None:
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GeForce RTX 4090 D", None),
         ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA H100 NVL", 835.0),
+        ("NVIDIA H200 NVL", 835.0),
+        ("NVIDIA H800 PCIe", 756.0),
+        ("NVIDIA H20 NVL", None),
+        ("NVIDIA GH200 480GB", 989.0),
+        ("NVIDIA B200", 2250.0),
+        ("NVIDIA GB200", 2500.0),
+        ("NVIDIA B300 SXM6 AC", 2250.0),
+        ("NVIDIA GB300", 2500.0),
+        ("NVIDIA A100 80GB PCIe", 312.0),
+        ("NVIDIA A100-PCIE-40GB", 312.0),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 503.8),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 438.9),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 500.0),
     ],
 )
-def test_known_devices_are_told_apart(name: str, expected: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+def test_known_devices_are_told_apart(name: str, expected: float | None, gpu: Callable[[str], None]) -> None:
+    gpu(name)
     assert peak_tflops(0.0) == expected
 
 
-def test_the_first_entry_that_matches_is_the_most_specific() -> None:
-    parts = [part for part, _ in PEAK_TFLOPS]
-    for position, part in enumerate(parts):
-        assert not any(earlier in part for earlier in parts[:position]), f"{part} can never be found"
+def test_every_entry_is_found_by_its_own_name_whatever_the_order(
+    gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for order in (list(PEAK_TFLOPS), list(reversed(PEAK_TFLOPS))):
+        monkeypatch.setattr(throughput, "PEAK_TFLOPS", {part: PEAK_TFLOPS[part] for part in order})
+        for part, peak in PEAK_TFLOPS.items():
+            gpu(f"NVIDIA {part}")
+            assert peak_tflops(0.0) == peak, part
+
+
+def test_the_cpu_of_a_host_with_gpus_has_no_peak_and_no_device_memory(
+    gpu: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu("NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 5 * 2**30)
+    assert peak_tflops(0.0) == 989.0 and device_memory() == (3.0, 5.0)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert peak_tflops(0.0) is None and device_memory() is None
 
 
 def test_memory_of_this_process_is_measured() -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from bagel_ds import liveness
 from bagel_ds.train import watch
 from bagel_ds.train.detach import process_state
 from bagel_ds.train.watch import HEARTBEATS, StallWatch, describe, missing
@@ -143,3 +144,80 @@ def test_a_full_disk_does_not_stop_the_watch(tmp_path: Path, monkeypatch: pytest
     found = StallWatch(tmp_path, 0, 1, timeout=0.2)
     time.sleep(0.15)
     found.close()
+
+
+# ----------------------------------------------------------------------------------------------- the start of a run
+def test_without_a_folder_a_rank_that_stalls_prints_its_own_stacks_alone(tmp_path: Path) -> None:
+    stalled = program(
+        'found = StallWatch(None, 1, 2, timeout=0.5)\nwith found.phase(0, "setup"):\n    time.sleep(60)\n'
+    )
+    output, _ = stalled.communicate(timeout=50)
+    assert stalled.returncode == 1
+    assert "[rank 1] stalled: setup of step 0 lasts longer than --stall_timeout 0.5 s" in output
+    assert "most recent call first" in output and "missing" not in output and "rank 0" not in output
+
+
+def test_what_says_that_it_goes_on_may_take_longer_than_the_timeout(tmp_path: Path) -> None:
+    """And from then on it is watched as before."""
+    stalled = program(
+        """
+from bagel_ds import liveness
+found = StallWatch(None, 0, 1, timeout=1.5)
+with found.phase(0, "setup"):
+    for _ in range(15):
+        time.sleep(0.3)
+        liveness.going_on()
+    with liveness.timed_elsewhere():
+        time.sleep(4)
+    print("goes on", flush=True)
+    time.sleep(60)
+"""
+    )
+    output, _ = stalled.communicate(timeout=50)
+    assert output.startswith("goes on\n") and "stalled: setup of step 0" in output
+    assert stalled.returncode == 1
+
+
+def test_a_closed_watch_hears_nothing_and_a_new_one_does(tmp_path: Path) -> None:
+    first = StallWatch(None, 0, 1, timeout=100)
+    first.close()
+    liveness.going_on()
+    second = StallWatch(None, 0, 1, timeout=100)
+    since = second._since
+    first.close()  # a second time, as by the trainer and its caller
+    liveness.going_on()
+    assert second._since > since
+    second.close()
+
+
+def test_ranks_know_of_each_other_once_they_share_a_folder(tmp_path: Path) -> None:
+    found = StallWatch(None, 0, 1, timeout=0.4)
+    time.sleep(0.2)
+    assert list(tmp_path.iterdir()) == []
+    found.goes_on()
+    found.share(tmp_path)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / HEARTBEATS / "rank_0.json").exists() and time.monotonic() < deadline:
+        found.goes_on()
+        time.sleep(0.05)
+    assert (tmp_path / HEARTBEATS / "rank_0.json").exists()
+    found.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stalled_rank_has_its_workers_print_their_stacks(tmp_path: Path) -> None:
+    stalled = program(
+        """
+from bagel_ds.data.processes import start_worker
+from tests.data import worker_functions as functions
+worker = start_worker(functions.stay, "stopped", name="data worker 0")
+worker.receive()
+worker.doing = lambda: "it made a pack"
+found = StallWatch(None, 0, 1, timeout=2)
+with found.phase(0, "data"):
+    time.sleep(60)
+"""
+    )
+    output, _ = stalled.communicate(timeout=100)
+    assert "[rank 0] asked for its stacks: data worker 0 (process " in output and "): it made a pack\n" in output
+    assert "in stay" in output and "worker_functions.py" in output

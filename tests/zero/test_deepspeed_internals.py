@@ -18,7 +18,7 @@ from bagel_ds.zero.partitions import check_internals
 
 STAGE3 = "deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3"
 STAGE2 = "deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer"
-STAGE0 = "deepspeed.runtime.fp16.fused_optimizer.FP16_Optimizer"
+STAGE0 = "deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer"  # in bf16; in fp32 nothing wraps Adam
 ENGINE = "deepspeed.runtime.engine.DeepSpeedEngine"
 SWAPPED_STATES = "deepspeed.runtime.swap_tensor.optimizer_utils.OptimizerSwapper"
 SWAPPED_WEIGHTS = "deepspeed.runtime.swap_tensor.partitioned_param_swapper.AsyncPartitionedParameterSwapper"
@@ -38,7 +38,9 @@ READ = {
     f"{STAGE2}.update_lp_params": "3cdce069e3c66082",
     f"{STAGE2}.scaled_global_norm": "63c6a6fe100c4e49",
     f"{STAGE2}.has_overflow": "cadc27a13cb7e977",
-    f"{STAGE0}.step": "b6f68ab9785efd33",
+    f"{STAGE0}.step": "626bd9aa8af843e9",
+    f"{STAGE0}.initialize_optimizer_states": "59c37209d79fa8b2",
+    f"{STAGE0}.unscale_and_clip_grads": "748792c7d1075f9d",
     f"{ENGINE}.step": "02d6a4373435dd8e",
     f"{ENGINE}._take_model_step": "c4c6e01aa1fc4e7d",
     f"{ENGINE}.clip_fp32_gradients": "c3ad53cbce68a72f",

@@ -7,17 +7,19 @@ from typing import Any
 import pytest
 import torch
 from live_tensors import LiveTensors
+from torch.nn.attention import SDPBackend
 
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE, PackedBatch
 from bagel_ds.model.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from bagel_ds.model.head import CHUNK_ELEMENTS as HEAD_CHUNK
+from bagel_ds.model.offload import OffloadedInputs
 from bagel_ds.model.parts import Freezing, part_of, trainable_parts
-from bagel_ds.model.recompute import recompute_mode
+from bagel_ds.model.recompute import MODES, recompute_mode
 from bagel_ds.model.vae import AutoEncoder, encode_images
 from bagel_ds.zero.memory_activations import CHUNK_ELEMENTS, PackShape, activations, vae_bytes
 from bagel_ds.zero.memory_gather import GatherOptions, gathered
-from bagel_ds.zero.memory_parameters import module_of, parameter_sizes, step_calls, vae_parameters
+from bagel_ds.zero.memory_parameters import module_of, parameter_sizes, step_calls, vae_encoder_parameters
 
 
 def network(
@@ -38,7 +40,7 @@ def network(
 def pack(text: int, drawn: int, seen: int) -> PackedBatch:
     """Three samples: text, one image to draw, one image to see; any may have no tokens. Every text token is a label."""
     parts = [(text, CAUSAL), (drawn, NOISE), (seen, FULL)]
-    lens, modes = zip(*[part for part in parts if part[0]])
+    lens, modes = (tuple(part[which] for part in parts if part[0]) for which in (0, 1))
     span = torch.arange
     return PackedBatch(
         sample_lens=lens,
@@ -77,9 +79,10 @@ def test_the_released_network_is_counted_to_the_last_parameter() -> None:
 
 
 @pytest.mark.parametrize("config", [VAEConfig(), VAEConfig(channels=32, channel_multipliers=(1, 2), res_blocks=1)])
-def test_autoencoder_parameters(config: VAEConfig) -> None:
+def test_the_encoders_parameters_are_counted(config: VAEConfig) -> None:
     with torch.device("meta"):
-        assert vae_parameters(config) == sum(parameter.numel() for parameter in AutoEncoder(config).parameters())
+        encoder = AutoEncoder(config, decodes=False)
+    assert vae_encoder_parameters(config) == sum(parameter.numel() for parameter in encoder.parameters())
 
 
 @pytest.mark.parametrize("freezing", [Freezing(), Freezing(freeze_llm=True), Freezing(freeze_vit=True)])
@@ -91,7 +94,7 @@ def test_what_trains_is_what_the_trainer_trains(freezing: Freezing, switches: di
 
 
 @pytest.mark.parametrize("switches", [{}, {"visual_gen": False}, {"visual_und": False}])
-@pytest.mark.parametrize("mode", ["full", "none"])
+@pytest.mark.parametrize("mode", MODES)
 def test_modules_are_called_in_the_real_order(switches: dict[str, bool], mode: str) -> None:
     config = network(width=64, inner=64, **switches)
     model = Bagel(config, recompute_mode(mode))
@@ -105,14 +108,14 @@ def test_modules_are_called_in_the_real_order(switches: dict[str, bool], mode: s
     forward = len(called)
     (output.ce.sum() + output.mse.sum()).backward()
     names = [parameter.name for parameter in parameter_sizes(config)]
-    planned = [module_of(names[call.parameters[0]]) for call in step_calls(config, Freezing(), mode == "full")]
+    planned = [module_of(names[call.parameters[0]]) for call in step_calls(config, Freezing(), mode != "none")]
     assert planned[:forward] == called[:forward]
     counts = {name: called.count(name) for name in called}
     # Each module is used once more by its own backward, which no forward hook sees.
     assert {name: planned.count(name) - 1 for name in counts} == counts
 
 
-@pytest.mark.parametrize("mode", ["full", "none"])
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("tokens", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.5, 0.25, 0.25)])
 def test_activations_are_bounded_closely(tokens: tuple[float, ...], dtype: torch.dtype, mode: str) -> None:
@@ -133,13 +136,16 @@ def _peaks(config: BagelConfig, tokens: list[int], mode: str, dtype: torch.dtype
     batch, latents = pack(*tokens), torch.zeros(tokens[1], 64)
     model(batch, latents)
     with LiveTensors() as live:
+        if isinstance(model.recompute, OffloadedInputs):
+            assert model.recompute.arena.memory is not None
+            live.leave_out(model.recompute.arena.memory)  # a GPU has it on the host
         output = model(batch, latents)
         loss = output.ce.sum() + output.mse.sum()
         del output
         loss.backward()
     needs = activations(config, PackShape(sum(tokens), tokens[0], tokens[2]), mode, dtype.itemsize)
-    layer = needs.inputs + needs.checkpoints + needs.vit_checkpoints + needs.layer
-    return live.peak, max(layer, needs.inputs + needs.checkpoints + needs.head)
+    kept = needs.checkpoints + needs.vit_checkpoints if mode != "offload" else 2 * needs.layer_input
+    return live.peak, needs.inputs + kept + max(needs.layer, needs.head)
 
 
 def test_the_logits_chunk_is_the_heads_own() -> None:
@@ -160,6 +166,27 @@ def test_encoding_an_image_is_bounded_closely(bf16: bool) -> None:
     measured = peaks[1] - peaks[0]
     planned = vae_bytes(config, 256**2, bf16, on_cpu=True) - vae_bytes(config, 128**2, bf16, on_cpu=True)
     assert 0.97 * measured < planned < 1.1 * measured
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_autoencoders_attention_takes_a_kernel_without_the_whole_matrix(
+    bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's choice for the very tensors; a GPU's kernels ask the same of them: channels side by side in memory."""
+    seen: list[tuple[torch.Tensor, ...]] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*tensors: torch.Tensor) -> torch.Tensor:
+        seen.append(tensors)
+        return real(*tensors)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    image = torch.zeros(3, 64, 96, dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        encode_images(AutoEncoder(VAEConfig(channels=32)), [image], [(4, 6)], torch.zeros(24, 64), 2)
+    (tensors,) = seen
+    assert [tensor.stride(-1) for tensor in tensors] == [1, 1, 1]
+    assert torch._fused_sdp_choice(*tensors) == SDPBackend.FLASH_ATTENTION.value
 
 
 def test_without_prefetch_and_reuse_only_the_module_in_use_is_whole() -> None:

@@ -82,6 +82,18 @@ def test_a_sweep_removes_what_killed_runs_left_and_nothing_that_lives(tmp_path: 
     assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
 
 
+def test_a_sweep_takes_no_folder_that_only_begins_like_ours(tmp_path: Path) -> None:
+    names = ["bagel_ds_data", "bagel_ds_gone_fishing", "bagel_ds_0123456789abc", "bagel_ds_0123456789AB", "bagel_ds"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "precious").touch()
+    left = tmp_path / f"bagel_ds_gone_{'0' * 32}"
+    left.mkdir()
+    assert sweep_folders(tmp_path) == [left]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert all([path.name for path in (tmp_path / name).iterdir()] == ["precious"] for name in names)
+
+
 def test_a_folder_that_a_live_run_holds_is_refused_with_its_name(tmp_path: Path) -> None:
     folder = run_folder(tmp_path, "checkpoints")
     with rank(folder, "first") as one:

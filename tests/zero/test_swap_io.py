@@ -257,3 +257,29 @@ def test_gradients_are_cut_so_that_what_is_swapped_fills_whole_sectors(offset: i
     assert torch.equal(whole[offset:], gradient.repeat(2)) and (whole[:offset] == -1).all()
     if count >= MIB_ELEMENTS + 2 * STEP:
         assert swapped > 0
+
+
+# ---------------------------------------------------------------------------------------------- into DeepSpeed's place
+def test_deepspeed_finds_our_handle_where_there_is_no_cuda_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own op for a GPU joins CUDA_HOME, which is None with torch from pip, after saying that all is well."""
+    import torch.utils.cpp_extension
+    from deepspeed.ops.op_builder.async_io import AsyncIOBuilder
+    from deepspeed.ops.op_builder.builder import OpBuilder
+    from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
+    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
+    from deepspeed.runtime.zero import partition_parameters
+
+    for owner, name in (
+        (OptimizerSwapper, "_adjust_for_misaligned_lengths"),
+        (AsyncPartitionedParameterSwapper, "reserve_partitioned_swap_space"),
+        (partition_parameters, "_no_gather_coalesced"),
+    ):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back at the end
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
+    monkeypatch.delenv("DS_BUILD_AIO", raising=False)
+    swap_io.use_checked_swapping()
+    assert AsyncIOBuilder().load().aio_handle is SwapHandle
+    gather = partition_parameters._no_gather_coalesced
+    swap_io.use_checked_swapping()
+    assert partition_parameters._no_gather_coalesced is gather, "a second engine wraps nothing twice"

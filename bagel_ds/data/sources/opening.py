@@ -259,7 +259,7 @@ def unusable_datasets(stream: GroupStream) -> list[str]:
 
 def _report(stream: GroupStream) -> None:
     logger.info(
-        "data group %s: %d rows of %s in %d read units",
+        "data group %s: %d rows of %s, read in %d pieces (row groups of parquet files, blocks of lines)",
         stream.name,
         stream.rows,
         ", ".join(stream.datasets),

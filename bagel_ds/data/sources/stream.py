@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
-from bagel_ds.data import files
 from bagel_ds.data.draws import Draws, draw_key
 from bagel_ds.data.images import ImageTransform
 from bagel_ds.data.index import FileIndex
 from bagel_ds.data.layout import LayoutOptions
-from bagel_ds.data.records import VERSION, ParsedRow, Record, decode_record, reason_of
+from bagel_ds.data.records import VERSION, ParsedRow, Record, decode_record
 from bagel_ds.data.sample import TEXT, VAE, VIT, BadRow, Entry, SamplePlan
 from bagel_ds.data.sources.kinds import KINDS
+from bagel_ds.data.sources.reader import RowAddress, RowPlace, StreamReader
 from bagel_ds.data.sources.source import Piece
 from bagel_ds.data.tokenizer import Tokenizer
 
@@ -58,19 +58,6 @@ class FileUse:
     def folder(self) -> str:
         """Where the images lie that lines name."""
         return self.index.file.folder
-
-
-class RowPlace(NamedTuple):
-    """Where a row lies. `group` is -1 for lines; `row` counts within the row group, or is the line number."""
-
-    dataset: str
-    file: str
-    group: int
-    row: int
-
-    def __str__(self) -> str:
-        place = f"line {self.row}" if self.group < 0 else f"row group {self.group} row {self.row}"
-        return f"{self.dataset}: {self.file} {place}"
 
 
 class UnusableRow(NamedTuple):
@@ -117,6 +104,7 @@ class GroupStream:
         self.special = tokenizer.special
         self._text_lengths = f"{VERSION} {tokenizer.fingerprint}"
         self.source = KINDS[kind]
+        self.reader = StreamReader(name, self.source, *transforms)
         self.units: list[range] = []
         self._starts: list[int] = []  # first row of each use
         self._first_units: list[int] = []  # first unit of each use
@@ -232,34 +220,23 @@ class GroupStream:
         """ "<dataset>: <file> row group g row r", for messages."""
         return str(self.place(plan_or_row if isinstance(plan_or_row, int) else plan_or_row.row))
 
-    def read(self, plans: Sequence[SamplePlan]) -> list[ParsedRow | BadRow]:
-        """The rows of `plans` as they are in the files, texts and image bytes in the order of the index."""
-        return [self._read_row(plan.row) for plan in plans]
-
-    def expect(self, row: int) -> None:
-        """This process will read `row`, after all those announced before: its row group is then read less often."""
-        index = self.index_of(row)
-        if not len(index.places):
-            place = self.place(row)
-            files.expect_parquet_row(index.path, place.group, place.row, index.columns)
-
-    def _read_row(self, row: int) -> ParsedRow | BadRow:
+    def address(self, row: int) -> RowAddress:
+        """How to read a row in any process."""
         number = bisect.bisect_right(self._starts, row) - 1
-        use, index = self.uses[number], self.uses[number].index
-        try:
-            if len(index.places):
-                offset, length, _ = index.places[row - self._starts[number]].tolist()
-                return self.source.parse(files.jsonl_row(index.path, offset, length), use.folder)
-            place = self.place(row)
-            content = files.parquet_row(index.path, place.group, place.row, index.columns)
-            return self.source.parse(content, use.folder)
-        except Exception as error:  # a file that changed or vanished during the run
-            return BadRow(reason_of(error))
+        use, place = self.uses[number], self.place(row)
+        offset = length = 0
+        if place.group < 0:
+            offset, length, _ = use.index.places[row - self._starts[number]].tolist()
+        return RowAddress(place, use.folder, use.index.columns, offset, length)
+
+    def read(self, plans: Sequence[SamplePlan]) -> list[ParsedRow | BadRow]:
+        """The rows of `plans` as they are in the files."""
+        return [self.reader.read(self.address(plan.row)) for plan in plans]
 
     def _entries(self, pieces: list[Piece], record: Record) -> list[Entry]:
         """Pieces with their sizes, modalities that are switched off taken out. Raises `BadRow`."""
         options = self.options
-        sharing = self.sharing(len(record.image_sizes), pieces)
+        sharing = self.reader.sharing(len(record.image_sizes), pieces)
         entries = []
         for kind, content, loss, special, frame in pieces:
             if kind == TEXT:
@@ -275,12 +252,6 @@ class GroupStream:
         if losses == {TEXT} and self.source.conditions_drop and options.text_cond_dropout_prob >= 1:
             raise BadRow("text_cond_dropout_prob drops every text with a loss")
         return entries
-
-    def sharing(self, images: int, pieces: Sequence[Piece | Entry]) -> int:
-        """How many pictures share `max_pixels`: a row's images, shown or not, or the frames that a sample shows."""
-        if not self.source.images_share_pixels:
-            return 1
-        return max(images, sum(piece.frame >= 0 for piece in pieces))
 
     def _image_tokens(self, kind: str, width: int, height: int, sharing: int) -> tuple[int, int, int]:
         """(tokens, height, width after the resize) of an image; data sets hold few sizes, so they are remembered."""

@@ -1,0 +1,138 @@
+"""The server: a fresh interpreter that has imported the data package and forks a worker whenever it is asked to.
+
+A process with native threads must not be forked: a thread that is entering Python at that moment holds a lock of the
+interpreter, which then stays locked in the child for ever (python/cpython#112275). This process has one thread.
+
+Guarantees: when the process that started the server ends, however it ends, the server and all workers are killed by
+the kernel or end within a second. Stop signals are ignored here and in workers: stopping is up to the starter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import gc
+import importlib
+import os
+import signal
+import sys
+import time
+import traceback
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle
+from pathlib import Path
+from typing import Any, NoReturn
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SHOW_STACKS = signal.SIGUSR2
+# What the starter asks for.
+SHARE, START, END = "share", "start", "end"
+
+_LOOK_SECONDS = 1.0  # between two looks whether the starter is still there; its end closes the connection, too
+_KILL_SECONDS = 5.0  # in which a killed process must have ended; one that waits for a dead file system doesn't
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+def main(descriptor: int, starter: int) -> None:
+    """Serve process `starter` over its socket until it ends or closes it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the starter has blocked them until here
+    control = Connection(descriptor)
+    sys.path[:], preload = control.recv()
+    for name in preload:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # collections in workers would otherwise write to, and so copy, every page of objects made here
+    control.send(native_threads())
+    server = _Server(control)
+    while os.getppid() == starter:
+        if control.poll(_LOOK_SECONDS):
+            try:
+                request, *details = control.recv()
+            except (EOFError, OSError):
+                return
+            control.send(server.answer(request, *details))
+
+
+def native_threads() -> list[str]:
+    """Names of this process's threads, without the one that runs this."""
+    tasks = Path("/proc/self/task")
+    others = [task for task in tasks.iterdir() if task.name != str(os.getpid())]
+    return [(task / "comm").read_text().strip() for task in others]
+
+
+class _Server:
+    """`shared` is the first argument of every worker's function: its memory is shared until somebody writes to it."""
+
+    def __init__(self, control: Connection) -> None:
+        self._control, self._pid = control, os.getpid()
+        self._shared: Any = None
+
+    def answer(self, request: str, *details: Any) -> Any:
+        if request == SHARE:
+            (self._shared,) = details
+            gc.collect()
+            gc.freeze()
+            return None
+        return self._start() if request == START else _end(*details)
+
+    def _start(self) -> int | str:
+        """A worker's process id, or why none could be started; its end of a socket comes with the request."""
+        descriptor = recv_handle(self._control)
+        try:
+            pid = os.fork()
+        except OSError as error:
+            os.close(descriptor)
+            return str(error.strerror)
+        if pid == 0:
+            self._become_worker(descriptor)
+        os.close(descriptor)
+        return pid
+
+    def _become_worker(self, descriptor: int) -> NoReturn:
+        code = 1
+        try:
+            _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != self._pid:  # it was gone before the kernel could be asked
+                os._exit(code)
+            self._control.close()
+            faulthandler.enable()
+            faulthandler.register(SHOW_STACKS, all_threads=True)
+            run(Connection(descriptor), self._shared)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+
+def run(connection: Connection, shared: Any) -> None:
+    """In a worker: take over the starter's surroundings, then call the function that it sends."""
+    path, folder, environment = connection.recv()
+    sys.path[:] = path
+    if folder is not None:
+        os.chdir(folder)
+    os.environ.update(environment)
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    function, arguments = connection.recv()
+    function(connection, shared, *arguments)
+
+
+def _end(pid: int, patience: float) -> int | None:
+    """Wait for a worker so many seconds, then kill it; its exit code (-9: SIGKILL), None where it can't be killed."""
+    for seconds in (patience, _KILL_SECONDS):
+        deadline = time.monotonic() + seconds
+        while True:
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                return os.waitstatus_to_exitcode(status)
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+    return None

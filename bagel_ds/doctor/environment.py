@@ -1,0 +1,337 @@
+"""What this machine has and lacks for a run: packages, GPU and driver, folders, shared memory, a C++ compiler.
+
+Guarantees: everything is looked at before anything is loaded, and each thing gives one `Finding` that says what was
+found and, where it is not enough, what to do; a fault is one that a run would fail of later. Nothing is downloaded.
+What can be mended here (folders of the user) is mended and noted. A GPU that is there and can't be used is a fault,
+never a silent CPU run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import NamedTuple
+
+from packaging.version import Version
+
+from bagel_ds.config import RunConfig
+from bagel_ds.device import ACCELERATORS, asked_accelerator
+from bagel_ds.errors import UserError, all_faults
+from bagel_ds.units import GIB, MIB
+from bagel_ds.user_folders import settle_user_folders, write_fault
+from bagel_ds.zero.builds import Op, find_ninja, is_built
+from bagel_ds.zero.memory import PACK_BYTES_PER_TOKEN
+
+MINIMUM_PYTHON = (3, 11)
+# Pillow before 13.0 resizes tall images to other pixels (data/images.py).
+MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17", "pillow": "13.0"}
+DEEPSPEED_VERSION = "0.19.8"  # exactly: zero/partitions.py reads its internals
+MINIMUM_DRIVERS = {12: "525.60.13", 13: "580.65.06"}  # NVIDIA's Linux driver, by major CUDA version of the torch build
+SHARED_MEMORY = Path("/dev/shm")  # through which DataLoader workers hand over their packs
+_DEVICE_FILES = Path("/dev")
+_DRIVER_FILE = Path("/proc/driver/nvidia/version")
+
+
+class Verdict(Enum):
+    GOOD = "ok"
+    NOTE = "note"  # a run goes on, otherwise than one might expect
+    FAULT = "fault"
+
+
+class Finding(NamedTuple):
+    """What one check found; `remedy` completes the message of a fault."""
+
+    name: str
+    verdict: Verdict
+    message: str
+    remedy: str = ""
+
+    @property
+    def text(self) -> str:
+        return f"{self.message}{'; ' if self.remedy else ''}{self.remedy}"
+
+
+def machine_findings(config: RunConfig, ranks_here: int) -> list[Finding]:
+    """What a run with `ranks_here` ranks on this machine needs, but for a compiler (`compiler_finding`).
+
+    Call it before torch and DeepSpeed are imported, as folders must be settled by then, and before ranks meet, as NCCL
+    takes shared memory, too.
+    """
+    packages = package_findings()
+    folders = [home_finding(), socket_finding(config), shared_memory_finding(config, ranks_here)]
+    if any(finding.verdict is Verdict.FAULT for finding in packages):  # torch can't be asked about the GPU
+        return [*packages, *folders]
+    return [*packages, *folders, gpu_finding()]
+
+
+def refuse_faults(findings: Iterable[Finding]) -> list[str]:
+    """Raise one `UserError` with every fault; what there is to note, for the log."""
+    faults = [finding.text for finding in findings if finding.verdict is Verdict.FAULT]
+    all_faults(faults, "This machine isn't ready for the run:")
+    return [finding.text for finding in findings if finding.verdict is Verdict.NOTE]
+
+
+# ------------------------------------------------------------------------------------------------------- packages
+def package_findings() -> list[Finding]:
+    """Versions of Python and of the packages whose age matters."""
+    found = ".".join(map(str, sys.version_info[:2]))
+    needed = ".".join(map(str, MINIMUM_PYTHON))
+    old = sys.version_info < MINIMUM_PYTHON
+    findings = [
+        _judged("Python", f"Python {found}" + (" is too old" if old else ""), old, f"{needed} or newer is needed")
+    ]
+    for package, minimum in MINIMUM_VERSIONS.items():
+        installed = installed_version(package)
+        wrong = installed is None or Version(installed).release < Version(minimum).release
+        said = "is not installed" if installed is None else f"is {installed}" + (", which is too old" if wrong else "")
+        remedy = f"at least {minimum} is needed: pip install '{package}>={minimum}'"
+        findings.append(_judged(package, f"{package} {said}", wrong, remedy))
+    installed = installed_version("deepspeed")
+    wrong = installed is None or Version(installed).public != DEEPSPEED_VERSION
+    said = "is not installed" if installed is None else f"is {installed}"
+    remedy = f"this release works with {DEEPSPEED_VERSION} only: pip install deepspeed=={DEEPSPEED_VERSION}"
+    return [*findings, _judged("deepspeed", f"deepspeed {said}", wrong, remedy)]
+
+
+def _judged(name: str, message: str, is_fault: bool, remedy: str) -> Finding:
+    return Finding(name, Verdict.FAULT, message, remedy) if is_fault else Finding(name, Verdict.GOOD, message)
+
+
+def installed_version(package: str) -> str | None:
+    """Version of an installed package, read from its metadata (importing an old one could fail); None if absent."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------------------------ GPU
+def gpu_finding() -> Finding:
+    """Whether torch can use the NVIDIA GPU of this machine, where there is one and nobody asked for the CPU.
+
+    A DS_ACCELERATOR that asks for what isn't there, or for what this package can't use, is a fault, too.
+    """
+    asked, hidden = asked_accelerator(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if asked not in (None, *ACCELERATORS):
+        expected = f"DS_ACCELERATOR is {asked!r}, expected {' or '.join(ACCELERATORS)}"
+        return Finding("GPU", Verdict.FAULT, expected, "set one of them, or unset it")
+    is_hidden = hidden is not None and hidden.strip() in ("", "-1")
+    if asked == "cpu" or (asked is None and is_hidden):
+        return Finding("GPU", Verdict.GOOD, "the CPU was asked for")
+    if asked is None and not gpu_is_present():
+        return Finding("GPU", Verdict.GOOD, "there is no NVIDIA GPU")
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding("GPU", Verdict.GOOD, f"{torch.cuda.device_count()} GPU(s), driver {driver_version()}")
+    if is_hidden or not gpu_is_present():
+        where = "CUDA_VISIBLE_DEVICES hides every GPU" if is_hidden else "no NVIDIA GPU was found on this machine"
+        remedy = "unset it, or set DS_ACCELERATOR=cpu to train on the CPU"
+        return Finding("GPU", Verdict.FAULT, f"DS_ACCELERATOR is cuda, but {where}", remedy)
+    unusable = "This machine has an NVIDIA GPU, but torch can't use it"
+    on_cpu = "To train on the CPU all the same, set DS_ACCELERATOR=cpu."
+    driver = driver_version() or "unknown"
+    build = torch.version.cuda
+    if build is None:
+        return Finding(
+            "GPU",
+            Verdict.FAULT,
+            f"{unusable}: this torch ({torch.__version__}) is built for the CPU only",
+            "install a CUDA build: pip install --force-reinstall torch (see https://pytorch.org for your driver). "
+            + on_cpu,
+        )
+    minimum = MINIMUM_DRIVERS.get(int(build.split(".")[0]), "one made for it")
+    return Finding(
+        "GPU",
+        Verdict.FAULT,
+        f"{unusable}: torch {torch.__version__} is built for CUDA {build}, which needs driver {minimum} or newer, and "
+        f"the driver is {driver}",
+        f"update it, or install a torch for an older CUDA (https://pytorch.org). {on_cpu}",
+    )
+
+
+def check_gpu() -> None:
+    """Raise UserError where this machine has an NVIDIA GPU that torch can't use, unless the user asked for the CPU."""
+    refuse_faults([gpu_finding()])
+
+
+def gpu_is_present() -> bool:
+    """Whether the kernel or nvidia-smi shows an NVIDIA GPU, whatever torch thinks."""
+    if any(_DEVICE_FILES.glob("nvidia[0-9]*")):
+        return True
+    return bool(_nvidia_smi("--list-gpus"))
+
+
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver, such as "535.104.05"; None where it can't be told."""
+    asked = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    if asked:
+        return asked.splitlines()[0].strip()
+    try:
+        match = re.search(r"\b(\d{3,}\.\d+(?:\.\d+)?)\b", _DRIVER_FILE.read_text())
+    except OSError:
+        return None
+    return match.group(1) if match else None
+
+
+def _nvidia_smi(*words: str) -> str:
+    command = shutil.which("nvidia-smi")
+    if command is None:
+        return ""
+    try:
+        ran = subprocess.run([command, *words], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return ran.stdout.strip() if ran.returncode == 0 else ""
+
+
+# -------------------------------------------------------------------------------------------------------- folders
+def home_finding() -> Finding:
+    """The user's folders, settled where they can't be used."""
+    try:
+        changed = settle_user_folders()
+    except UserError as fault:
+        return Finding("home folder", Verdict.FAULT, str(fault))
+    if changed:
+        return Finding("home folder", Verdict.NOTE, "; ".join(changed))
+    return Finding("home folder", Verdict.GOOD, "home and cache folders can be written")
+
+
+def socket_finding(config: RunConfig) -> Finding:
+    """Whether DataLoader workers can hand over tensors: torch's sockets for it lie in the folder of temporary files."""
+    if config.data.num_workers == 0:
+        return Finding("temporary files", Verdict.GOOD, "no DataLoader worker needs a socket")
+    folder = "the folder for temporary files"
+    try:
+        folder = tempfile.gettempdir()
+        # Named as multiprocessing names its own.
+        with tempfile.TemporaryDirectory(prefix="pymp-") as inner, socket.socket(socket.AF_UNIX) as server:
+            server.bind(os.path.join(inner, "listener-12345678"))
+    except OSError as error:
+        return Finding(
+            "temporary files",
+            Verdict.FAULT,
+            f"DataLoader workers can't make their sockets in {folder} ({len(folder)} characters): "
+            f"{error.strerror or error}",
+            "set TMPDIR to a folder on a local disk that can be written, of at most 75 characters: export TMPDIR=/tmp",
+        )
+    return Finding("temporary files", Verdict.GOOD, f"sockets can be made in {folder}")
+
+
+# -------------------------------------------------------------------------------------------------- shared memory
+def shared_memory_needed(config: RunConfig, ranks_here: int) -> int:
+    """Bytes in /dev/shm of packs that workers have ready, and of one that each rank is taking over."""
+    data = config.data
+    packs = data.num_workers * data.prefetch_factor + 1 if data.num_workers else 0
+    return ranks_here * packs * data.max_num_tokens * PACK_BYTES_PER_TOKEN
+
+
+def shared_memory_finding(config: RunConfig, ranks_here: int) -> Finding:
+    """Whether /dev/shm can hold the packs. A worker that finds no room there dies by SIGBUS, which names nothing."""
+    needed, data = shared_memory_needed(config, ranks_here), config.data
+    name = str(SHARED_MEMORY)
+    if not needed:
+        return Finding(name, Verdict.GOOD, "no DataLoader worker needs shared memory")
+    free = free_shared_memory()
+    if free >= needed and (fault := write_fault(SHARED_MEMORY)):
+        remedy = (
+            "DataLoader workers hand over their packs there; mount it so that you may write, or pass --num_workers 0"
+        )
+        return Finding(name, Verdict.FAULT, f"{name} can't be written ({fault})", remedy)
+    if free >= needed:
+        return Finding(name, Verdict.GOOD, f"{name} has {_size(free)} free, {_size(needed)} needed")
+    pack = data.max_num_tokens * PACK_BYTES_PER_TOKEN
+    return Finding(
+        name,
+        Verdict.FAULT,
+        f"{name} has {_size(free)} free, and this run needs up to {_size(needed)} there: {ranks_here} rank(s) with "
+        f"--num_workers {data.num_workers} x --prefetch_factor {data.prefetch_factor} packs ready, and one in use, of "
+        f"up to {_size(pack)} each (--max_num_tokens {data.max_num_tokens:,})",
+        f"start a container with --shm-size={-(-needed // GIB)}g or --ipc=host (Docker gives 64 MB otherwise), or pass "
+        "a smaller --num_workers or --prefetch_factor; --num_workers 0 needs none",
+    )
+
+
+def free_shared_memory() -> int:
+    """Bytes; 0 where there is no /dev/shm."""
+    return _shared_memory("f_bavail")
+
+
+def shared_memory_size() -> int:
+    """Bytes, free or not; 0 where there is no /dev/shm."""
+    return _shared_memory("f_blocks")
+
+
+def _shared_memory(blocks: str) -> int:
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return 0
+    return int(getattr(found, blocks)) * found.f_frsize
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / MIB:.0f} MiB"
+
+
+# ------------------------------------------------------------------------------------------------------- compiler
+# Compiled and linked for a try: DeepSpeed's parts include the first and link the second's library.
+_PROBE = "#include <Python.h>\n#include <omp.h>\n#include <vector>\nint threads() { return omp_get_max_threads(); }\n"
+
+
+def compiler_finding(ops: Sequence[Op]) -> Finding:
+    """Whether those parts of DeepSpeed that are not built yet can be."""
+    missing = [op for op in ops if not is_built(op)]
+    if not missing:
+        return Finding("C++ compiler", Verdict.GOOD, "nothing needs to be compiled")
+    what = " and ".join(f"{op.name} ({op.purpose})" for op in missing)
+    instead = "".join(f"; or {way}" for way in dict.fromkeys(op.instead for op in missing) if way)
+
+    def fault(lack: str, remedy: str) -> Finding:
+        return Finding(
+            "C++ compiler", Verdict.FAULT, f"DeepSpeed's {what} must be compiled, and {lack}", remedy + instead
+        )
+
+    if find_ninja() is None:
+        return fault("the build tool ninja is not installed", "pip install ninja")
+    command = shlex.split(os.environ.get("CXX", "c++"))
+    if not command or shutil.which(command[0]) is None:
+        named = f" (CXX is {os.environ['CXX']!r})" if "CXX" in os.environ else ""
+        return fault(f"there is no C++ compiler{named}", "apt-get install g++ (as root)")
+    said = _compiler_fault(command)
+    if said is None:
+        return Finding("C++ compiler", Verdict.GOOD, f"{what} can be compiled by {command[0]}")
+    if "Python.h" in said:
+        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
+        return fault(
+            f"Python's headers are not installed (Python.h of {sys.executable})",
+            f"apt-get install {version}-dev (as root), or use a Python that brings them, as conda's does",
+        )
+    return fault(f"{command[0]} can't compile: {said}", "apt-get install g++ (as root)")
+
+
+def _compiler_fault(command: list[str]) -> str | None:
+    """What a compiler says of a program like DeepSpeed's parts; None where it makes a library of it."""
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "probe.cpp")
+            source.write_text(_PROBE)
+            flags = ["-shared", "-fPIC", "-fopenmp", f"-I{sysconfig.get_path('include')}"]
+            command = [*command, *flags, str(source), "-o", str(source.with_suffix(".so"))]
+            ran = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=120, check=False)
+            if ran.returncode == 0 and source.with_suffix(".so").exists():
+                return None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return " / ".join((ran.stderr or ran.stdout).splitlines()[:4])[:600] or f"code {ran.returncode}"

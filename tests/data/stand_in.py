@@ -1,0 +1,125 @@
+"""Stand-ins for streams and for what makes batches of them, in a module of its own so that workers can import it.
+
+A batch's text ids say which rows it was made of. What the maker's `options` say happens in the process that makes it.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import time
+from dataclasses import dataclass
+from typing import Any, Sequence
+
+import torch
+
+from bagel_ds.data.materialize import PackTask
+from bagel_ds.data.sample import TEXT, Entry, SamplePlan
+from bagel_ds.data.sources.reader import RowAddress, RowPlace
+from bagel_ds.errors import UserError
+from bagel_ds.model.batch import CAUSAL, PackedBatch
+
+
+@dataclass
+class Rows:
+    """A stream of rows that nothing is known of but their numbers."""
+
+    name: str = "texts"
+    weight: float = 1.0
+    is_mandatory: bool = True
+    fingerprint: str = "a"
+    rows: int = 200
+    datasets: tuple[str, ...] = ("one", "two")
+    bad_rows: tuple[str, ...] = ("unreadable",)
+
+    @property
+    def rows_fingerprint(self) -> str:
+        return self.fingerprint
+
+    @property
+    def units(self) -> Sequence[range]:
+        return [range(start, start + 10) for start in range(0, self.rows, 10)]
+
+    def plan_sample(self, row: int, epoch: int) -> SamplePlan:
+        return SamplePlan(0, epoch, row, (Entry(TEXT, 0, 10 + row % 50, loss=True),))
+
+    def address(self, row: int) -> RowAddress:
+        return RowAddress(RowPlace("one", f"/data/{self.name}", 0, row), "", (), 0, 0)
+
+
+@dataclass
+class Maker:
+    """In place of `BatchMaker`. `options` may be (what happens, at which of the batches that a process makes)."""
+
+    options: Any
+    made: int = 0
+
+    @classmethod
+    def of(cls, streams: Any, tokenizer: Any, options: Any, noise_seed: int) -> Maker:
+        return cls(options)
+
+    def __call__(self, task: PackTask) -> PackedBatch:
+        self.made += 1
+        what, at = self.options if isinstance(self.options, tuple) else (self.options, self.made)
+        if at == self.made:
+            _happen(what)
+        lengths = tuple(plan.length for plan in task.plans)
+        return empty(
+            sample_lens=lengths,
+            split_lens=lengths,
+            attn_modes=(CAUSAL,) * len(lengths),
+            position_ids=torch.arange(sum(lengths)),
+            text_ids=torch.tensor([plan.epoch * 1000 + plan.row for plan in task.plans]),
+            images=(torch.zeros(3, 512, 512, dtype=torch.uint8),) if what in ("large", "limited") else (),
+            samples=(lambda: None,) if what == "unsendable" and at == self.made else (),
+        )
+
+
+def _happen(what: Any) -> None:
+    if what == "broken":
+        raise RuntimeError("a bug in the worker")
+    if what == "refused":
+        raise UserError("this data can't be used")
+    if what == "signals":
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+    if what == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if what == "stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if what == "exits":
+        os._exit(3)
+    if what == "limited":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, 2**16))
+    if what == "hangs":
+        time.sleep(1000)
+
+
+def empty(**changed: Any) -> PackedBatch:
+    """A batch of nothing but what is given."""
+    ints, floats = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 64)
+    fields: dict[str, Any] = {
+        "sample_lens": (),
+        "split_lens": (),
+        "attn_modes": (),
+        "position_ids": ints,
+        "text_ids": ints,
+        "text_indexes": ints,
+        "vit_patches": torch.zeros(0, 588),
+        "vit_indexes": ints,
+        "vit_position_ids": ints,
+        "vit_seqlens": (),
+        "images": (),
+        "latent_shapes": (),
+        "vae_indexes": ints,
+        "latent_position_ids": ints,
+        "timesteps": floats[:, 0],
+        "noise": floats,
+        "posterior_eps": floats,
+        "mse_loss_indexes": ints,
+        "ce_loss_indexes": ints,
+        "label_ids": ints,
+        "ce_loss_weights": floats[:, 0],
+    }
+    return PackedBatch(**fields | changed)
