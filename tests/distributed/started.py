@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,7 +28,14 @@ ENDING = 60.0  # in which all that is left of a run must have ended
 class StartedRun:
     """`deepspeed --num_gpus <ranks> train.py words`, with `faults` as in faulty_train.py."""
 
-    def __init__(self, words: Sequence[str], results: Path, ranks: int = 2, faults: Sequence[dict[str, Any]] = ()):
+    def __init__(
+        self,
+        words: Sequence[str],
+        results: Path,
+        ranks: int = 2,
+        faults: Sequence[dict[str, Any]] = (),
+        env: Mapping[str, str] | None = None,
+    ):
         self.results, self._port = results, free_port()
         results.mkdir(parents=True, exist_ok=True)
         self._log = results / f"launch-{self._port}.txt"
@@ -37,7 +44,7 @@ class StartedRun:
             self.process = subprocess.Popen(
                 deepspeed_command(script, words, ranks, self._port),
                 cwd=REPOSITORY,
-                env=cpu_environment(**extra),
+                env=cpu_environment(**extra, **(env or {})),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
