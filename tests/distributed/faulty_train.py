@@ -4,9 +4,9 @@ The environment variable BAGEL_TEST_FAULTS holds a JSON list of {at, rank?, step
 `at` is "index", "load", "data", "step", "save" (files are there, nothing is complete yet), "export" (of a share of the
 weights), "gather" (of weights from several hosts), "write" (of the states) or "hosts" (ranks seem to run on several);
 `do` is "sleep" (for `seconds`), "nan" (in this step's batches), "inf" (a loss that is not finite although its gradients
-are), "stop" (SIGSTOP), "oom", "cap" (the GPU has no memory left, so that torch itself runs out), "full" (the disk), "late" (of "write": only when the next update waits for it) or
-"nothing"; `marker` is a file made when the place is reached. Without `rank` it happens on every rank, without `step`
-and `times` every time.
+are), "stop" (SIGSTOP), "oom", "cap" (the GPU has no memory left, so that torch itself runs out), "full" (the disk),
+"late" (of "write": only when the next update waits for it) or "nothing"; `marker` is a file made when the place is
+reached. Without `rank` it happens on every rank, without `step` and `times` every time.
 """
 
 from __future__ import annotations

@@ -94,9 +94,7 @@ def test_a_run_on_the_cpu_of_this_host_is_a_cpu_run_throughout(resumed: Resumed)
 
 
 @needs_gpus(2)
-def test_one_gpu_takes_up_what_two_saved_and_the_other_way_round(
-    demo: Path, resumed: Resumed, tmp_path: Path
-) -> None:
+def test_one_gpu_takes_up_what_two_saved_and_the_other_way_round(demo: Path, resumed: Resumed, tmp_path: Path) -> None:
     folder, outcomes = resumed
     assert_done(outcomes["whole"])
     assert RANKS == 2
