@@ -21,7 +21,6 @@ from unittest import mock
 import deepspeed
 import torch
 
-from bagel_ds.device import uses_cuda
 from bagel_ds.train import main as train
 from bagel_ds.train import setup
 from tests.distributed.faulty_train import going_wrong
@@ -45,7 +44,7 @@ def main(cases_file: str, results: str) -> None:
 
 
 def _forget_memory() -> None:
-    if uses_cuda():
+    if torch.cuda.is_initialized():  # not by this, before a rank has chosen its GPU
         gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -44,13 +44,17 @@ def test_fp32_gradients_equal_the_cpus(mode: str) -> None:
 def test_layer_inputs_come_back_from_page_locked_memory_as_they_were() -> None:
     """Packs of changing sizes, wide enough for copies that last; some gradients are summed in no fixed order."""
     offload = OffloadedInputs(1 << 20)  # which grows
-    offloaded, plain = (built(how, width=1024, inner=2048).to(DEVICE) for how in (offload, recompute))
+    sizes = {} if REHEARSED else {"width": 1024, "inner": 2048}
+    offloaded, plain = (built(how, **sizes).to(DEVICE) for how in (offload, recompute))
     for tokens in [(900, 600, 500), (2000, 0, 0), (0, 1500, 3), (0, 0, 2000), (3000, 1000, 1000)]:
         losses = [loss_of_pack(model, tokens) for model in (offloaded, plain)]
         assert torch.equal(*losses)
         for loss in losses:
             loss.backward()
         for (name, found), expected in zip(offloaded.named_parameters(), plain.parameters()):
+            if expected.grad is None:  # frozen: a table of positions
+                assert found.grad is None and not expected.requires_grad, name
+                continue
             assert (found.grad - expected.grad).norm() <= 1e-5 * expected.grad.norm(), name
         offloaded.zero_grad()
         plain.zero_grad()
@@ -59,10 +63,10 @@ def test_layer_inputs_come_back_from_page_locked_memory_as_they_were() -> None:
 
 def test_bf16_loss_is_near_fp32() -> None:
     batch = pack(6, [0, 1, 2], drawn=(3, 4))
-    exact = float(loss_of(tiny(), batch))
+    exact = float(loss_of(tiny(), batch).detach())
     model, batch = tiny().to(DEVICE, torch.bfloat16), batch.to(DEVICE)
     output = model(batch, torch.zeros(len(batch.vae_indexes), 64, device=DEVICE))
-    assert float(output.ce.sum() + output.mse.sum()) == pytest.approx(exact, rel=2e-2)
+    assert float((output.ce.sum() + output.mse.sum()).detach()) == pytest.approx(exact, rel=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
