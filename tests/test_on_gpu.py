@@ -101,7 +101,7 @@ def test_a_piece_past_the_limit_is_ended_with_what_it_started(
     monkeypatch.setattr(on_gpu, "ENDING", 1.0)
     out, child = tmp_path / "out", tmp_path / "child"
     pieces = [Piece("slow", str(stub), "", f"waits {child}"), Piece("next", str(stub), "", "fine")]
-    assert on_gpu.main(["all", "--rehearse", "--out", str(out), "--limit", "20"], pieces) == 1
+    assert on_gpu.main(["all", "--rehearse", "--out", str(out), "--limit", "10"], pieces) == 1
     assert read(out, "slow")["exit_code"] == 124 and read(out, "next")["exit_code"] == 0
     pid = int(child.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
