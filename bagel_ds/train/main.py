@@ -48,7 +48,7 @@ def run_rank(argv: Sequence[str] | None = None) -> int:
     except UserError as fault:
         return _tell(fault, rank == 0)
     try:
-        notes = refuse_faults(machine_findings(config, int(os.environ.get("LOCAL_SIZE", "1"))))
+        notes = refuse_faults(machine_findings(int(os.environ.get("LOCAL_SIZE", "1"))))
     except UserError as fault:
         return _tell(fault, local_rank == 0, f"host {socket.gethostname()}: " if rank else "")
     return _train(config, rank, notes)
