@@ -17,7 +17,7 @@ from bagel_ds.train.claim import FILE, claim
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# Claims, forks a child that lives on as a DataLoader worker may, and waits for its input to end.
+# Claims, forks a child that lives on as a process that somebody forks may, and waits for its input to end.
 HOLDER = """
 import os, sys, time
 from pathlib import Path
