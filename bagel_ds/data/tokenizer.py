@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before `tokenizers` is imported: its thread pool does not survive the fork of a DataLoader worker.
+# Before `tokenizers` is imported: its thread pool does not survive a fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors  # noqa: E402

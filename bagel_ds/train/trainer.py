@@ -76,7 +76,7 @@ class Trainer:
         self.plan_state: dict[str, Any] | None = None
         self._take_place()
         # Before minutes of loading: what is wrong with the data shows here.
-        with watch.phase(self.steps_done, "data"), waiting_for("the first packs", "DataLoader workers start and read"):
+        with watch.phase(self.steps_done, "data"), waiting_for("the first packs", "data workers start and read"):
             self.batches = primed(self._micro_batches())
         with watch.phase(self.steps_done, "engine"), waiting_for("the network to be built"):
             self.engine = self._build_engine()

@@ -17,7 +17,7 @@ from bagel_ds.zero.swap_folders import leave_folders, run_folder, sweep_folders,
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# Holds a folder as a rank does, until a line comes in; a forked child lives on, as DataLoader workers may for seconds.
+# Holds a folder as a rank does, until a line comes in; a forked child lives on, as a process that somebody forks may.
 RANK = """
 import os, sys, time
 from pathlib import Path
