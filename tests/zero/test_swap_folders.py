@@ -131,7 +131,7 @@ from pathlib import Path
 from bagel_ds.train import main
 from bagel_ds.zero.swap_folders import run_folder, take_folder
 
-def run_rank(argv):
+def run_rank(argv, by):
     take_folder(run_folder(Path(argv[1]), "checkpoints"), first=True)
     Path(argv[1], "reached").touch()
     os.kill(os.getpid(), signal.SIGKILL)
