@@ -8,6 +8,7 @@ and weights. Every element of every table has a gradient that is different in ea
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from bagel_ds import ranges
 from bagel_ds.config import make_config
+from bagel_ds.device import uses_cuda
 from bagel_ds.ranges import MASTER
-from bagel_ds.train.setup import init_distributed
 from bagel_ds.zero import ema
 from bagel_ds.zero.config import resolve_ds_config
 from bagel_ds.zero.ema import EMAOptions
@@ -84,7 +85,9 @@ def train(case: dict[str, Any], results: Path) -> None:
 
 
 def main(cases_file: str, results: str) -> None:
-    init_distributed()
+    if uses_cuda():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed()
     for case in json.loads(Path(cases_file).read_text()):
         piece = case["piece"]
         with (
