@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import deepspeed
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
