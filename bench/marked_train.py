@@ -22,16 +22,17 @@ import torch.distributed as dist  # noqa: E402
 
 import bagel_ds.train.trainer as trainer_module  # noqa: E402
 from bagel_ds.device import uses_cuda  # noqa: E402
+from bagel_ds.train.agreement import barrier, everyone  # noqa: E402
 from bagel_ds.train.main import main  # noqa: E402
 from bagel_ds.units import GIB  # noqa: E402
 from bagel_ds.zero.memory_allocator import return_freed_memory  # noqa: E402
 
 
 def mark(phase: str) -> None:
-    dist.barrier()
+    barrier()
     if dist.get_rank() == 0:
         print(f"MARK {phase}", flush=True)
-    dist.barrier()
+    barrier()
 
 
 def live_tensor_bytes() -> int:
@@ -55,8 +56,7 @@ class MarkedTrainer(trainer_module.Trainer):
         mark("loaded")
         gc.collect()
         time.sleep(1)  # long enough to be sampled
-        held = [None] * dist.get_world_size()
-        dist.all_gather_object(held, live_tensor_bytes())
+        held = everyone(live_tensor_bytes())
         if dist.get_rank() == 0:
             for rank, size in enumerate(held):
                 print(f"HELD {rank} {size}", flush=True)

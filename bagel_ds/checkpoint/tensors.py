@@ -107,12 +107,18 @@ class TensorFiles:
     def info(self, name: str) -> TensorInfo:
         return self._where[name][1]
 
-    def checksum(self, name: str) -> int:
-        """CRC-32 of a tensor's bytes, read through the mapping piece by piece."""
+    def place(self, name: str) -> tuple[int, int]:
+        """Where a tensor's bytes begin and end in its file."""
+        _, info, offset = self._where[name]
+        return offset, offset + info.nbytes
+
+    def checksum(self, name: str, first: int = 0, last: int | None = None) -> int:
+        """CRC-32 of a tensor's bytes, or of those in [first, last), read through the mapping piece by piece."""
         mapped, info, offset = self._where[name]
+        stop = offset + (info.nbytes if last is None else last)
         found = 0
-        for start in range(offset, offset + info.nbytes, _CHECKSUM_BYTES):
-            found = zlib.crc32(mapped[start : min(start + _CHECKSUM_BYTES, offset + info.nbytes)].data, found)
+        for start in range(offset + first, stop, _CHECKSUM_BYTES):
+            found = zlib.crc32(mapped[start : min(start + _CHECKSUM_BYTES, stop)].data, found)
             going_on()
         return found
 

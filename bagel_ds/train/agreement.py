@@ -1,12 +1,12 @@
 """Ranks that check the same things and stop together.
 
 Guarantees: a fault that one rank meets reaches all of them before any waits in a collective call of the engine; ranks
-that would train different runs (other data, other packages, other folders) never start; the host is named.
+that would train different runs (other data, other packages, other folders) never start; the host is named. What they
+tell one another goes over a gloo group of its own: it needs no GPU, waits for none, and no watchdog of NCCL ends it.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 import time
 import uuid
@@ -18,11 +18,13 @@ import torch.distributed as dist
 
 from bagel_ds.errors import UserError
 from bagel_ds.liveness import going_on
+from bagel_ds.train.hosts import Hosts
 from bagel_ds.waiting import waiting_for
 
 Result = TypeVar("Result")
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # drawn by each kernel at its start
+_hosts: Hosts | None = None
+_control: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # all ranks' groups: torch's, and ours beside it
 
 
 class SharedFault(UserError):
@@ -33,17 +35,43 @@ def is_main() -> bool:
     return dist.get_rank() == 0
 
 
+def enter(found: Hosts) -> None:
+    """Note where the ranks are, once they have met."""
+    global _hosts
+    _hosts = found
+
+
+def hosts() -> Hosts:
+    """Where the ranks are."""
+    assert _hosts is not None, "the ranks have not met (process_group.join_ranks)"
+    return _hosts
+
+
 def on_one_host() -> bool:
-    """Whether all ranks run under one kernel, and so see one another's writes at once; no where it does not tell."""
-    try:
-        kernel = _BOOT_ID.read_text()
-    except OSError:
-        kernel = f"that of rank {dist.get_rank()}"
-    return len(set(everyone(kernel))) == 1
+    """Whether all ranks run under one kernel, and so see one another's writes at once."""
+    return hosts().on_one_machine
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """This rank's place among those of its host."""
+    return hosts().local_rank
+
+
+def control_group() -> dist.ProcessGroup:
+    """The gloo group for objects and barriers, made at the first call: like every call here, one of all ranks."""
+    global _control
+    world = dist.group.WORLD
+    assert world is not None
+    if _control is None or _control[0] is not world:
+        made = dist.new_group(backend="gloo")
+        assert made is not None
+        _control = (world, made)
+    return _control[1]
+
+
+def barrier() -> None:
+    """Return once every rank has come here."""
+    dist.barrier(group=control_group())
 
 
 def together(function: Callable[[], Result]) -> Result:
@@ -108,7 +136,7 @@ def from_every_host(lines: list[str]) -> list[str]:
 def everyone(value: Any) -> list[Any]:
     """`value` of every rank, by rank."""
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=control_group())
     return gathered
 
 

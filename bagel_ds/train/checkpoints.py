@@ -34,8 +34,9 @@ from bagel_ds.checkpoint.state import Held, StateFiles
 from bagel_ds.checkpoint.tensors import TensorFileWriter, joined_checksums
 from bagel_ds.errors import UserError, disk_fault
 from bagel_ds.ranges import MASTER, Pieces, TensorInfo, copy_range
-from bagel_ds.train.agreement import SharedFault, everyone, is_main, together
+from bagel_ds.train.agreement import SharedFault, barrier, everyone, is_main, together
 from bagel_ds.train.background import Background
+from bagel_ds.train.out_of_memory import shortage
 from bagel_ds.zero.ema import ShardedEMA
 from bagel_ds.zero.engine import ZeroEngine
 from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ
@@ -183,7 +184,7 @@ class PendingSave:
                 steps.thin_out(writer.checkpoint_dir, writer.keep_last, writer.delete_previous_state, self._final)
             except OSError as error:
                 logger.warning("%s is saved, but older checkpoints could not be thinned out: %s", self._final, error)
-        dist.barrier()
+        barrier()
         now = time.monotonic()
         idle = max(0.0, returned - max(self._left, self.background.ended))
         return Saved(self._final, now - self._began - idle, self._left - self._began + now - returned)
@@ -222,12 +223,16 @@ class PendingSave:
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is damaged in a checkpoint's training state; its files are read by all ranks, each its share."""
+    """What is damaged in a checkpoint's training state; every rank reads an equal share of its bytes."""
     fault = steps.manifest_fault(folder)
+    names: list[str] = []
+    checked: list[steps.Checked] = []
     if fault is None:
-        share = steps.state_files(folder)[dist.get_rank() :: dist.get_world_size()]
-        fault = steps.checksum_fault(folder, share)
-    return next((found for found in everyone(fault) if found is not None), None)
+        names = steps.state_files(folder)
+        checked, fault = steps.check_share(folder, names, dist.get_rank(), dist.get_world_size())
+    ranks = everyone((checked, fault))
+    faults = [found for _, found in ranks if found is not None]
+    return faults[0] if faults else steps.share_fault(folder, names, [each for parts, _ in ranks for each in parts])
 
 
 def restore_moments(engine: ZeroEngine, state: StateFiles, steps_done: int) -> None:
@@ -256,6 +261,8 @@ def _or_fault(action: Any) -> Any:
     try:
         return action()
     except OSError as error:
+        if shortage(error) is not None:
+            raise  # of memory: nothing that the disk says
         raise UserError(disk_fault(error, "save elsewhere")) from None
 
 

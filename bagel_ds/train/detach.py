@@ -31,10 +31,10 @@ _asked_to_stop = threading.Event()
 _said: int | None = None  # in a detached rank: where its exit code goes
 
 
-def run_detached(rank_main: Callable[[], int]) -> int:
+def run_detached(rank_main: Callable[[], int], speaks: bool = True) -> int:
     """Run `rank_main` in a detached process and wait for it; its exit code. Call before torch is imported.
 
-    With BAGEL_DS_DETACH=0 it runs right here (for debuggers).
+    With BAGEL_DS_DETACH=0 it runs right here (for debuggers). `speaks` is for one of the ranks that a signal ends.
     """
     if os.environ.get("BAGEL_DS_DETACH") == "0":
         return rank_main()
@@ -49,7 +49,7 @@ def run_detached(rank_main: Callable[[], int]) -> int:
     os.close(said_write)
     os.close(alive_read)
     os.waitpid(middle, 0)
-    return _wait(said_read, group=middle)
+    return _wait(said_read, middle, speaks)
 
 
 def asked_to_stop() -> None:
@@ -112,11 +112,11 @@ def _end_with_parent(alive: int) -> None:
         end_at_once(_KILLED)
 
 
-def _wait(said: int, group: int) -> int:
+def _wait(said: int, group: int, speaks: bool) -> int:
     """In the process that the launcher started: pass signals on, wait for the rank's exit code."""
     lines = os.fdopen(said)
     rank = int(lines.readline())
-    launcher = _Launcher()
+    launcher = _Launcher(speaks)
     listened = {n for n in (*STOP_SIGNALS, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN}  # nohup's SIGHUP
     signal.pthread_sigmask(signal.SIG_BLOCK, listened)
     passed_on: list[int] = []
@@ -138,7 +138,7 @@ def _wait(said: int, group: int) -> int:
         os.killpg(group, signal.SIGKILL)  # what a rank that was killed has started
     if not passed_on:
         return _KILLED
-    if os.environ.get("RANK", "0") == "0":
+    if speaks:
         say(f"ended by {signal.Signals(passed_on[-1]).name}; nothing was saved")
     return 128 + passed_on[-1]
 
@@ -157,11 +157,12 @@ class _Launcher:
     ranks, that is no second wish.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, speaks: bool) -> None:
+        self._speaks = speaks
         self._launcher = os.getppid()
-        self._command = _parent(self._launcher)
-        self._watches_launcher = _is_deepspeed(self._launcher)
-        self._watches_command = self._watches_launcher and _is_deepspeed(self._command)
+        self._command = parent_of(self._launcher)
+        self._watches_launcher = is_deepspeed(self._launcher)
+        self._watches_command = self._watches_launcher and is_deepspeed(self._command)
 
     def sent(self, found: signal.struct_siginfo) -> bool:
         return self._watches_launcher and found.si_pid == self._launcher
@@ -171,7 +172,7 @@ class _Launcher:
         if not self._watches_launcher:
             return
         time.sleep(_TRACEBACK_SECONDS)
-        if os.environ.get("RANK", "0") == "0":
+        if self._speaks:
             say("Ctrl-C has ended the launcher: a KeyboardInterrupt above is its own, and no error of this run")
 
     def is_gone(self) -> bool:
@@ -179,17 +180,18 @@ class _Launcher:
             return False
         if os.getppid() != self._launcher:
             return True
-        return self._watches_command and _parent(self._launcher) != self._command
+        return self._watches_command and parent_of(self._launcher) != self._command
 
 
-def _parent(pid: int) -> int:
+def parent_of(pid: int | str) -> int:
+    """The process that has started `pid` ("self" for this one), or that has taken it in; 0 where it has ended."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
     except OSError:
         return 0
 
 
-def _is_deepspeed(pid: int) -> bool:
+def is_deepspeed(pid: int) -> bool:
     """Whether this is `deepspeed`, `ds` or `python -m deepspeed.launcher.launch`."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:5]

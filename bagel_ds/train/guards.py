@@ -1,4 +1,4 @@
-"""What stops a run from going wrong quietly: updates that are not finite, and memory that is not enough.
+"""What stops a run from going wrong quietly: updates that are not finite.
 
 Guarantees: an update with a loss or gradient that is not finite is skipped on all ranks (DeepSpeed sees the norm of
 all), counted, and its packs are written for replay; past `limit` the run ends with an error that names the samples.
@@ -12,7 +12,6 @@ import logging
 from pathlib import Path
 from typing import Any, Sequence
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,7 +20,6 @@ from bagel_ds.errors import UserError
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.train.agreement import everyone, together
 from bagel_ds.train.step import StepResult
-from bagel_ds.units import GIB
 
 logger = logging.getLogger("bagel_ds")
 
@@ -99,19 +97,3 @@ def load_batch(stem: Path) -> PackedBatch:
 
 def _tuples(value: object) -> object:
     return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
-
-
-def out_of_memory(
-    error: torch.OutOfMemoryError, window: Sequence[PackedBatch], max_num_tokens: int, planned: float
-) -> UserError:
-    """What to say of a step that did not fit the device; `planned` is the memory plan's peak in bytes."""
-    longest = max(window, key=lambda batch: batch.sequence_length)
-    images = f"{len(longest.images)} images to draw, {len(longest.vit_seqlens)} to read"
-    return UserError(
-        f"out of GPU memory: {str(error).splitlines()[0]} The longest pack of this rank had "
-        f"{longest.sequence_length:,} tokens ({len(longest.vae_indexes):,} latent, {sum(longest.vit_seqlens):,} ViT; "
-        f"{images}): "
-        f"{'; '.join(longest.samples)}. The planner expected a peak of {planned / GIB:.1f} GiB for packs of that "
-        f"limit. Lower --max_num_tokens (now {max_num_tokens:,}), or take a --ds_config that "
-        "keeps more off the GPU (`bagel-ds memory` compares them)."
-    )

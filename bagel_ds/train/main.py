@@ -1,16 +1,17 @@
-"""What the `deepspeed` launcher starts on every rank: parse, check, train, and end with an exit code.
+"""What the launcher starts on every rank: parse, check, train, and end with an exit code.
 
 Guarantees: a person's mistake is one message and exit code 2; anything else keeps its traceback. A fault that every
 rank knows is told by rank 0 alone, one that only a host can have (its packages, its driver) by that host, one that a
-rank has met alone by that rank.
+rank has met alone by that rank, which then ends at once (failure.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import os
+import logging
 import socket
 import sys
+import threading
 import time
 from contextlib import closing, suppress
 from pathlib import Path
@@ -22,52 +23,62 @@ from bagel_ds.device import choose_kernels, uses_cuda
 from bagel_ds.doctor.environment import machine_findings, refuse_faults
 from bagel_ds.errors import UserError
 from bagel_ds.output import outlive_the_reader
-from bagel_ds.train.detach import run_detached
+from bagel_ds.train.detach import end_at_once, run_detached
+from bagel_ds.train.launcher import Launch, LauncherProcess, Started, check_address, started
 from bagel_ds.train.quiet import quiet_warnings
 from bagel_ds.waiting import waiting_for
+
+logger = logging.getLogger("bagel_ds")
 
 # The launcher ends all ranks once it sees that one has ended; it looks every second. Ranks that leave the telling to
 # another wait, so that its message gets out.
 _GRACE_SECONDS = 3.0
+_CLOSING_SECONDS = 60.0  # for ranks that have nothing left to do but leave one another
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the arguments say, in a session of its own; the exit code."""
     outlive_the_reader()
-    code = run_detached(lambda: run_rank(argv))
+    by = started()
+    code = run_detached(lambda: run_rank(argv, by), by.speaks)
     if code:
         _remove_swap_files(argv)  # of ranks that were killed, too
     return code
 
 
-def run_rank(argv: Sequence[str] | None = None) -> int:
+def run_rank(argv: Sequence[str] | None = None, by: Started | None = None) -> int:
     """Train as the arguments say, in this process; the exit code."""
-    rank, local_rank = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    launch, fault, launcher = by or started()
+    rank = 0 if launch is None else launch.rank
     try:
         config = parse_arguments(list(sys.argv[1:] if argv is None else argv))
+        if launch is None:
+            assert fault is not None
+            raise fault
+        check_address(launch)
     except UserError as fault:
         return _tell(fault, rank == 0)
     try:
-        notes = refuse_faults(machine_findings(config, int(os.environ.get("LOCAL_SIZE", "1"))))
+        notes = refuse_faults(machine_findings(config, launch.local_size or 1))
     except UserError as fault:
-        return _tell(fault, local_rank == 0, f"host {socket.gethostname()}: " if rank else "")
-    return _train(config, rank, notes)
+        return _tell(fault, not launch.local_rank, f"host {socket.gethostname()}: " if rank else "")
+    return _train(config, launch, launcher, notes)
 
 
-def _train(config: RunConfig, rank: int, notes: list[str]) -> int:
+def _train(config: RunConfig, launch: Launch, launcher: LauncherProcess | None, notes: list[str]) -> int:
     """`notes` are what is to be said of this host."""
     if config.data.num_workers:
         start_server()  # which then imports torch while this process does
     # Imported here: torch and DeepSpeed take seconds, and what is above must work without them and on an old Python.
     from bagel_ds.train.metrics import setup_logging
 
-    setup_logging(None, rank)
+    setup_logging(None, launch.rank)
     with waiting_for("torch and DeepSpeed to be imported", "minutes from a slow network disk, the first time"):
-        import deepspeed
-        import torch.distributed as dist
-
+        from bagel_ds.train import alarm
         from bagel_ds.train.agreement import SharedFault, from_every_host, together
-        from bagel_ds.train.setup import init_distributed
+        from bagel_ds.train.failure import ending_alone
+        from bagel_ds.train.out_of_memory import memory_fault
+        from bagel_ds.train.process_group import join_ranks
         from bagel_ds.train.trainer import Trainer
         from bagel_ds.train.watch import start_watch
         from bagel_ds.zero.memory_allocator import exact_pinned_memory, return_freed_memory
@@ -78,22 +89,51 @@ def _train(config: RunConfig, rank: int, notes: list[str]) -> int:
     choose_kernels(config.training.precision)
     if uses_cuda():
         exact_pinned_memory()
+
+    def explain(error: BaseException) -> UserError | None:
+        return memory_fault(error, config.data.max_num_tokens)
+
     try:
-        notes += init_distributed()
-        with closing(start_watch(config)) as watch:
-            together(lambda: setup_logging(config.training.results_dir, dist.get_rank()))
-            together(lambda: check_wandb_of(config, dist.get_rank()))
-            Trainer(dataclasses.replace(config, notes=(*config.notes, *from_every_host(notes))), watch).run()
+        with ending_alone(explain):
+            joined = join_ranks(launch, config.training.stall_timeout, launcher)
+            # The watch sees to this rank until it has ended.
+            with closing(start_watch(config)) as watch, ending_alone(explain):
+                together(lambda: setup_logging(config.training.results_dir, launch.rank))
+                _say(joined.warnings, joined.notes, launch.rank)
+                together(lambda: check_wandb_of(config, launch.rank))
+                lines = (*config.notes, *from_every_host(notes + joined.of_host))
+                Trainer(dataclasses.replace(config, notes=lines), watch).run()
     except UserError as fault:
-        code = _tell(fault, rank == 0 or not isinstance(fault, SharedFault))
+        alarm.close()
+        code = _tell(fault, launch.rank == 0 or not isinstance(fault, SharedFault))
     else:
+        alarm.close()
         code = 0
     finally:
         leave_folders()
-    # Not after another exception: its rank must end at once, while the others may wait in a collective call.
-    if dist.is_initialized():
-        deepspeed.comm.destroy_process_group()
+    _leave_group(code)
     return code
+
+
+def _say(warnings: list[str], notes: list[str], rank: int) -> None:
+    for warning in warnings if rank == 0 else []:
+        logger.warning(warning)
+    for note in notes:
+        logger.info(note)
+
+
+def _leave_group(code: int) -> None:
+    """End the process group, on all ranks; where another one is killed on the way, this one does not wait for it."""
+    import deepspeed
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return
+    late = threading.Timer(_CLOSING_SECONDS, end_at_once, [code])
+    late.daemon = True
+    late.start()
+    deepspeed.comm.destroy_process_group()
+    late.cancel()
 
 
 def check_wandb_of(config: RunConfig, rank: int) -> None:

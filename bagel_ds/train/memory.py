@@ -36,13 +36,17 @@ def plan_run(
     vae: VAEConfig,
     ds_config: dict[str, Any],
     world_size: int,
+    ranks_here: int,
 ) -> MemoryPlan:
-    """The plan of this run, with this host's memory as budget. Raises `UserError` where it cannot fit."""
+    """The plan of this run, with the memory of this host and its `ranks_here` ranks as budget.
+
+    Raises `UserError` where it cannot fit.
+    """
     drawn = [group.vae_transform.max_image_size for group in datasets.groups if group.vae_transform is not None]
     options = MemoryOptions.of(
         config,
         world_size,
-        ranks_per_host=int(os.environ.get("LOCAL_SIZE", "1")),
+        ranks_per_host=ranks_here,
         device=device_type(),
         vae=vae,
         image_pixels=max(drawn, default=0) ** 2,

@@ -1,7 +1,7 @@
 """Where ranks meet: MASTER_ADDR and MASTER_PORT, which the launcher sets.
 
-Guarantees: a port that can't be listened on, an address that can't be reached and a port that is none are one
-`UserError` each; who waits for ranks that have not come yet says so.
+Guarantees: a port that can't be listened on, an address that can't be reached, a port that is none and ranks that don't
+come in ten minutes are one `UserError` each; who waits for ranks that have not come yet says so.
 """
 
 from __future__ import annotations
@@ -10,57 +10,54 @@ import errno
 import os
 import socket
 import time
-from contextlib import contextmanager
-from typing import Iterator
+from datetime import timedelta
 
 import torch.distributed as dist
 
 from bagel_ds.errors import UserError
-from bagel_ds.train.agreement import SharedFault, local_rank
+from bagel_ds.train.launcher import Launch
 from bagel_ds.waiting import waiting_for
 
+_MEET_SECONDS = 600.0  # for all ranks to be started
 _GRACE_SECONDS = 5.0  # in which a first rank has spoken and the launcher has ended the others
 
 
-def check_meeting_point() -> None:
-    """Raise `UserError` where rank 0 can't listen. Call before the process group is initialised."""
-    named = os.environ.get("MASTER_PORT")
-    if named is None or dist.is_initialized():  # mpirun tells ranks otherwise
+def check_meeting_point(launch: Launch) -> None:
+    """Raise `UserError` where rank 0 can't listen. Call before ranks meet."""
+    if launch.rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens itself
         return
-    is_first = os.environ.get("RANK", "0") == "0"
-    if not (named.isdecimal() and 0 < int(named) < 2**16):
-        fault = f"MASTER_PORT (--master_port) {named}: expected a whole number from 1 to 65535, such as 29500"
-        raise UserError(fault) if is_first else SharedFault(fault)
-    if not is_first or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens itself
-        return
-    error = _listen_error(int(named))
+    error = _listen_error(launch.port)
     if error is not None:
-        raise UserError(_port_fault(int(named), error))
+        raise UserError(_port_fault(launch.port, error))
 
 
-@contextmanager
-def meeting() -> Iterator[None]:
-    """Around the call that brings ranks together. What the network refuses is a `UserError`."""
-    if dist.is_initialized():
-        yield
-        return
-    size, rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("RANK", "0")
-    place = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+def meet(launch: Launch, own: str) -> tuple[dist.Store, list[bytes]]:
+    """Where all ranks have come to, and what each says of itself, which for this one is `own`.
+
+    On rank 0 the store lives in this process and goes on to serve torch. What the network refuses is a `UserError`.
+    """
+    place = f"{launch.address}:{launch.port}"
+    patience = timedelta(seconds=_MEET_SECONDS / (1 if launch.rank == 0 else 2))  # who finds no one tries twice
+    # torchrun's own store may outlive its ranks, which it starts again with --max_restarts.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     try:
-        with waiting_for(f"all {size} ranks to join at {place}", "every host must have been started"):
-            yield
+        with waiting_for(f"all {launch.world_size} ranks to join at {place}", "every host must have been started"):
+            store = dist.PrefixStore(f"bagel_ds/{attempt}", next(dist.rendezvous("env://", timeout=patience))[0])
+            store.set(f"rank/{launch.rank}", own)
+            return store, store.multi_get([f"rank/{rank}" for rank in range(launch.world_size)])
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        let_first_rank_speak()
+        let_first_rank_speak(not launch.local_rank)
+        host = socket.gethostname()
         raise UserError(
-            f"rank {rank} on {socket.gethostname()} can't meet the others at {place} (--master_addr, --master_port): "
-            f"{str(error).splitlines()[0]} See that rank 0 runs on that host, that no firewall is in between and that "
-            "the port is free"
+            f"rank {launch.rank} on {host} can't meet the others at {place} (--master_addr, --master_port): "
+            f"{str(error).splitlines()[0]} See that all {launch.world_size} ranks ({launch.launcher}) are started, "
+            "that rank 0 runs on that host, that no firewall is in between and that the port is free"
         ) from None
 
 
-def let_first_rank_speak() -> None:
+def let_first_rank_speak(is_first: bool) -> None:
     """Before a rank raises what the first rank of its host most likely meets, too: one message is enough."""
-    if local_rank() != 0:
+    if not is_first:
         time.sleep(_GRACE_SECONDS)
 
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 
@@ -24,16 +23,7 @@ from bagel_ds.checkpoint.steps import read_trainer, sweep
 from bagel_ds.config import RunConfig
 from bagel_ds.data.config import DatasetConfig
 from bagel_ds.data.loader import PlannedData
-from bagel_ds.device import uses_cuda
-from bagel_ds.doctor.environment import (
-    SHARED_MEMORY,
-    Verdict,
-    compiler_finding,
-    free_shared_memory,
-    installed_version,
-    refuse_faults,
-    shared_memory_size,
-)
+from bagel_ds.doctor.environment import compiler_finding, installed_version, refuse_faults
 from bagel_ds.errors import UserError
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.config import BagelConfig
@@ -41,9 +31,9 @@ from bagel_ds.model.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.vae import AutoEncoder
 from bagel_ds.preflight import check_inputs, parts_of, resolve_model_path, starts_from_parts
 from bagel_ds.train.agreement import (
-    SharedFault,
     check_equal,
     check_shared_folder,
+    hosts,
     is_main,
     local_rank,
     one_per_host_first,
@@ -55,29 +45,16 @@ from bagel_ds.train.earlier import check_unoccupied, set_aside
 from bagel_ds.train.inputs import bagel_config, open_data, open_datasets
 from bagel_ds.train.memory import plan_run
 from bagel_ds.train.metrics import setup_logging
-from bagel_ds.train.quiet import quiet_start
-from bagel_ds.train.rendezvous import check_meeting_point, let_first_rank_speak, meeting
 from bagel_ds.train.start import StartPoint, StartWeights, open_start, sound_start
 from bagel_ds.train.stop import forget_stops
-from bagel_ds.units import MIB
 from bagel_ds.waiting import waiting_for
 from bagel_ds.zero.builds import build, needed_ops
 from bagel_ds.zero.config import check_file_with_deepspeed, check_with_deepspeed, resolve_ds_config
 from bagel_ds.zero.memory import MemoryPlan
 from bagel_ds.zero.nvme import check_nvme, fit_buffers, nvme_bytes, nvme_folders
-from bagel_ds.zero.shared_memory import (
-    BUFFER_BYTES,
-    SUMS,
-    leave_out_sums,
-    remove_own_buffers,
-    remove_stale_buffers,
-)
 from bagel_ds.zero.swap_folders import run_folder, sweep_folders, take_folder
 
 logger = logging.getLogger("bagel_ds")
-
-# By which DeepSpeed's own, OpenMPI's, MPICH's, MVAPICH's or Slurm's launcher tells a process its rank.
-_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK", "SLURM_PROCID")
 
 
 @dataclass(frozen=True)
@@ -105,6 +82,7 @@ def prepare(config: RunConfig) -> Prepared:
     check_equal({f"--{name}": value for name, value in config.values().items()})
     together(lambda: check_inputs(config))
     ds_config, ds_notes = together(lambda: _ds_config(config))
+    check_equal({f"{name} of the ds_config": value for name, value in ds_config.items()})
     together(lambda: refuse_faults([compiler_finding(needed_ops(ds_config))] if local_rank() == 0 else []))
     claimed = _take_checkpoint_dir(config)
     one_per_host_first(lambda: build(needed_ops(ds_config)), "it compiles C++ parts of DeepSpeed, once")
@@ -116,7 +94,8 @@ def prepare(config: RunConfig) -> Prepared:
         lambda: _ready_nvme(config, ds_config, model), "it makes its folder on NVMe ready"
     )
     datasets = together(lambda: open_datasets(config))
-    memory = together(lambda: plan_run(config, datasets, model, vae.config, ds_config, dist.get_world_size()))
+    world, here = dist.get_world_size(), hosts().local_size
+    memory = together(lambda: plan_run(config, datasets, model, vae.config, ds_config, world, here))
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
     saved = together(lambda: _saved_run(config, start))
@@ -188,7 +167,7 @@ def _take_checkpoint_dir(config: RunConfig) -> Claim | None:
 
 def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
     check_file_with_deepspeed(config.training.ds_config)
-    ds_config, notes = resolve_ds_config(config.training.ds_config, config, dist.get_world_size())
+    ds_config, notes = resolve_ds_config(config.training.ds_config, config, dist.get_world_size(), hosts().group)
     check_with_deepspeed(ds_config)
     return ds_config, notes
 
@@ -205,8 +184,7 @@ def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig
     frozen = not {"und_expert", "gen_expert", "vit"} <= trains
     fit_buffers(ds_config, max(numels.values()), dist.get_world_size(), recomputes_frozen=recomputes and frozen)
     trained = sum(numel for name, numel in numels.items() if part_of(name) in trains)
-    ranks_here = int(os.environ.get("LOCAL_SIZE", "1"))
-    share = ranks_here / dist.get_world_size()
+    share = hosts().local_size / dist.get_world_size()
     average = 0 if config.training.ema == 0 else 2 if config.training.ema_dtype == "bf16" else 4
     needed = nvme_bytes(ds_config, sum(numels.values()), trained, average) * share
     if config.training.nvme_path is not None:
@@ -222,7 +200,7 @@ def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig
 
 def _crowding(config: RunConfig) -> list[str]:
     """A line where this host starts more data workers than it has cores."""
-    workers, ranks = config.data.num_workers, int(os.environ.get("LOCAL_SIZE", "1"))
+    workers, ranks = config.data.num_workers, hosts().local_size
     cores = len(os.sched_getaffinity(0))
     if workers * ranks <= cores:
         return []
@@ -268,56 +246,3 @@ def describe_parameters(model: BagelConfig, trains: set[str]) -> list[str]:
     return lines + [
         f"  {part:<16} {count:>16,}  {'trains' if part in trains else 'frozen'}" for part, count in counts.items()
     ]
-
-
-def init_distributed() -> list[str]:
-    """Join the ranks that the launcher started; what is to be said of this host.
-
-    Raises `UserError` where no launcher did, and on every rank of a host with fewer GPUs than ranks.
-    """
-    if not any(name in os.environ for name in _RANK_VARIABLES):
-        raise UserError(
-            "this process is no rank of a launch: start it with the launcher, also on one GPU, as in "
-            "`deepspeed --num_gpus 1 launch/train.py --ds_config zero3.json ...`"
-        )
-    if uses_cuda():
-        gpus, ranks = torch.cuda.device_count(), int(os.environ.get("LOCAL_SIZE", local_rank() + 1))
-        if ranks > gpus:
-            fault = (
-                f"this host has {gpus} usable GPU(s), but {ranks} ranks were started on it; pass a smaller --num_gpus"
-            )
-            raise SharedFault(fault) if local_rank() else UserError(fault)
-        torch.cuda.set_device(local_rank())
-    if local_rank() == 0:
-        remove_stale_buffers()
-    check_meeting_point()
-    notes = [] if uses_cuda() or dist.is_initialized() else _ready_sums()
-    with quiet_start(), meeting():
-        deepspeed.init_distributed(verbose=False)
-    if not uses_cuda():
-        dist.barrier()  # all ranks have mapped each other's
-        remove_own_buffers()
-    return notes
-
-
-def _ready_sums() -> list[str]:
-    """Have the part that adds up over ranks on the CPU compiled, or left out where it can't be; a note of that."""
-    needed = BUFFER_BYTES * int(os.environ.get("LOCAL_SIZE", "1"))
-    compiler = compiler_finding([SUMS])
-    # By the size of /dev/shm, which is the same for every rank; what is free may change from one to the next.
-    if compiler.verdict is Verdict.FAULT or shared_memory_size() < needed:
-        leave_out_sums()
-        small = f"{SHARED_MEMORY} is smaller than the {needed // MIB} MiB of its buffers"
-        reason = compiler.text if compiler.verdict is Verdict.FAULT else small
-        return [f"ranks add up through gloo, which is slower than DeepSpeed's own way: {reason}"]
-    if local_rank() == 0 and free_shared_memory() < needed:
-        raise UserError(
-            f"{SHARED_MEMORY} is full: {free_shared_memory() // MIB} MiB are free, and ranks on the CPU need "
-            f"{needed // MIB} MiB there to add up; remove what lies there, or give a container more (--shm-size)"
-        )
-    try:
-        build([SUMS])
-    except UserError:
-        let_first_rank_speak()
-        raise
-    return []

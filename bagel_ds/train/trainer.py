@@ -11,7 +11,7 @@ import logging
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
-from typing import Any, Callable, Generator
+from typing import Any, Callable, Generator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,19 +25,23 @@ from bagel_ds.data.index_background import BackgroundIndex, index_in_background
 from bagel_ds.data.inspect import first_packs, pack_text
 from bagel_ds.data.loader import MicroBatch, primed
 from bagel_ds.device import uses_cuda
+from bagel_ds.errors import UserError
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.parts import part_of
 from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.vae import encode_images
-from bagel_ds.train.agreement import check_equal, is_main, local_rank, on_one_host, together
+from bagel_ds.train import alarm
+from bagel_ds.train.agreement import barrier, check_equal, is_main, local_rank, on_one_host, together
 from bagel_ds.train.changes import keep_config, versions
 from bagel_ds.train.checkpoints import CheckpointWriter, restore_moments
-from bagel_ds.train.guards import NonFiniteGuard, out_of_memory
+from bagel_ds.train.failure import ending_alone
+from bagel_ds.train.guards import NonFiniteGuard
 from bagel_ds.train.loss import LossOptions
 from bagel_ds.train.loss_parts import LossParts
 from bagel_ds.train.memory import outcome, plan_lines
 from bagel_ds.train.metrics import MetricsLog, SilentMetricsLog, WandbOptions
+from bagel_ds.train.out_of_memory import memory_fault
 from bagel_ds.train.report import StepMeter
 from bagel_ds.train.saving import Saving
 from bagel_ds.train.schedule import learning_rate
@@ -93,6 +97,7 @@ class Trainer:
             closing(self.batches) as batches,
             closing(self._index_the_rest()),
             closing(self._start_saving(metrics, watch)) as saving,
+            ending_alone(self._memory_fault),  # the innermost: what is above waits for other ranks when it closes
         ):
             self._show_packs()
             if self._is_last():
@@ -138,9 +143,11 @@ class Trainer:
                 before_update,
                 self.loss_parts,
             )
-        except torch.OutOfMemoryError as error:
-            limit, planned = self.config.data.max_num_tokens, self.prepared.memory.gpu_peak
-            raise out_of_memory(error, batches, limit, planned) from None
+        except Exception as error:
+            fault = self._memory_fault(error, batches)
+            if fault is None:
+                raise
+            raise fault from None
         self.steps_done, self.plan_state = step + 1, window[-1].state
         return result
 
@@ -162,6 +169,9 @@ class Trainer:
             patch = self.prepared.model.latent_patch_size
             return encode_images(self.vae, batch.images, batch.latent_shapes, batch.posterior_eps, patch)
 
+    def _memory_fault(self, error: BaseException, window: Sequence[PackedBatch] = ()) -> UserError | None:
+        return memory_fault(error, self.config.data.max_num_tokens, self.prepared.memory, window)
+
     def _is_last(self) -> bool:
         return self.steps_done == self.args.total_steps
 
@@ -181,7 +191,8 @@ class Trainer:
     def _tidy(self) -> None:
         """Remove the swap files and then, once no rank writes any more, leave the checkpoint_dir to others."""
         leave_folders()
-        dist.barrier()
+        barrier()
+        alarm.close()  # from here on ranks end when they are ready
         if self.prepared.claim is not None:
             self.prepared.claim.release()
 

@@ -4,8 +4,8 @@ Guarantees: from the moment the ranks have met, when a phase (setup, data, engin
 lasts longer than the timeout, or so long without saying that it goes on (`liveness.py`), it prints its Python stacks,
 those of its workers, and which ranks are behind or silent, and the process ends with code 1 rather than hanging. Ranks
 know of each other through one small file each in a shared folder, written by a thread, so a rank that is stuck in a
-collective call still reports. A rank whose neighbour on the same host has ended, which NCCL would wait for half an
-hour, ends too.
+collective call still reports. A rank whose neighbour on the same host has ended, for which NCCL would wait until its
+timeout, ends too, and so do those on other hosts (alarm.py).
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
-import torch.distributed as dist
-
 from bagel_ds.config import RunConfig
 from bagel_ds.data.processes import show_stacks
 from bagel_ds.liveness import is_timed_elsewhere, listen
-from bagel_ds.train.agreement import everyone
+from bagel_ds.train import alarm
+from bagel_ds.train.agreement import hosts
 from bagel_ds.train.detach import end_at_once, process_state
 
 HEARTBEATS = ".heartbeats"
@@ -117,6 +116,7 @@ class StallWatch:
         if gone and not self._closed.wait(_GONE_SECONDS):
             names = ", ".join(f"rank {rank} (process {self._neighbours[rank]})" for rank in gone)
             print(f"[rank {self._rank}] {names} has ended; so does this rank", file=sys.stderr, flush=True)
+            alarm.sound(f"{names} has ended")
             end_at_once(1)
 
     def _file(self, rank: int) -> Path:
@@ -154,6 +154,7 @@ class StallWatch:
         self._signal_neighbours(ranks, signal.SIGCONT)  # so that one that was stopped can tell, too
         time.sleep(min(5.0, self._timeout))  # for the others, which see the same
         self._signal_neighbours(self._ranks(), signal.SIGKILL)
+        alarm.sound(lines[0])
         end_at_once(1)
 
     def _ranks(self) -> list[dict[str, Any] | None]:
@@ -183,11 +184,9 @@ class StallWatch:
 
 
 def start_watch(config: RunConfig) -> StallWatch:
-    """The watch of this rank, once all have met; call on every rank."""
-    rank, host = dist.get_rank(), socket.gethostname()
-    places = everyone((host, os.getpid()))
-    neighbours = {other: pid for other, (place, pid) in enumerate(places) if place == host and other != rank}
-    return StallWatch(None, rank, dist.get_world_size(), config.training.stall_timeout, neighbours)
+    """The watch of this rank, once all have met."""
+    known = hosts()
+    return StallWatch(None, known.rank, len(known.ranks), config.training.stall_timeout, known.neighbours)
 
 
 def is_silent(found: dict[str, Any]) -> bool:

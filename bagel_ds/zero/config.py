@@ -47,8 +47,9 @@ def resolve_ds_config(
 ) -> tuple[dict[str, Any], list[str]]:
     """The dict for `deepspeed.initialize` on `world_size` ranks, and one-line remarks for the log.
 
-    `ranks_per_host` None is what the launcher says. The file's optimizer and scheduler sections are checked against
-    the arguments and left out: the trainer brings its own AdamW and schedule. Raises UserError naming every fault.
+    `ranks_per_host` None means that all are on one host. The file's optimizer and scheduler sections are checked
+    against the arguments and left out: the trainer brings its own AdamW and schedule. Raises UserError naming every
+    fault.
     """
     path = find_ds_config(name_or_path)
     draft = Draft(read_ds_config(path).content, path.name, config, world_size, ranks_per_host)

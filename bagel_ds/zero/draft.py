@@ -71,7 +71,7 @@ class Draft:
     file: str
     config: RunConfig
     world_size: int
-    ranks_per_host: int | None = None  # None: as the launcher says
+    ranks_per_host: int | None = None  # None: all on one host
     faults: list[str] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
 

@@ -7,8 +7,6 @@ After `settle_sharding` the draft says its ZeRO stage, and no offload section ha
 
 from __future__ import annotations
 
-import os
-
 from bagel_ds.zero.draft import AUTO, Draft, offload_device, same
 from bagel_ds.zero.nvme import settle_nvme
 
@@ -122,9 +120,13 @@ def _settle_sharding_group(draft: Draft) -> None:
     asked = "num_shard" in given or ("sharding_strategy" in given and is_hybrid)
     source = f"num_shard {group}"
     if not asked and present == AUTO:
-        group = draft.ranks_per_host or ranks_of_this_host(world)
+        group = draft.ranks_per_host or world
         source = f"one copy of the parameters per host of {group}"
         asked = 1 < group < world
+        if group == 1 < world:
+            draft.notes.append(
+                "no copy of the parameters per host: hosts have one rank each, or no number that divides all of theirs"
+            )
     if not asked or group == world or (present != AUTO and same(present, group)):
         return
     reason = _why_no_group(draft, group) if is_hybrid else f"sharding_strategy is {training.sharding_strategy}"
@@ -133,11 +135,6 @@ def _settle_sharding_group(draft: Draft) -> None:
     else:
         zero["zero_hpz_partition_size"] = group
         draft.notes.append(f"{source} of {world} GPUs: zero_hpz_partition_size {group} (ZeRO++)")
-
-
-def ranks_of_this_host(world: int) -> int:
-    """As the launcher says it: DeepSpeed's as LOCAL_SIZE, torch's as the other. All of them where none does."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
 
 
 def _why_no_group(draft: Draft, group: int) -> str:

@@ -83,6 +83,26 @@ def test_it_ends_with_where_everything_is_and_how_the_losses_fell(
         assert part in tail
 
 
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [("5,6,7", "--include localhost:5,6"), ("3", "--include localhost:3"), (None, "--num_gpus 2")],
+)
+def test_on_gpus_it_trains_on_those_that_the_user_named(visible: str | None, expected: str, tmp_path: Path) -> None:
+    """`deepspeed --num_gpus` would drop CUDA_VISIBLE_DEVICES."""
+    gpus = 4 if visible is None else len(visible.split(","))
+    scripts = {"python": f"echo {gpus}", "bagel-ds": "true", "deepspeed": f'echo "$@" > {tmp_path}/arguments'}
+    for name, body in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    for name, value in (("CUDA_VISIBLE_DEVICES", visible), ("DS_ACCELERATOR", None)):
+        environment.pop(name, None)
+        environment |= {} if value is None else {name: value}
+    subprocess.run(["bash", str(REPO / "launch" / "demo.sh")], cwd=tmp_path, env=environment, check=True)
+    words = (tmp_path / "arguments").read_text()
+    assert words.startswith(f"{expected} --master_port")
+
+
 def test_asking_for_the_cpu_wins_over_any_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert usable_gpus() == 0

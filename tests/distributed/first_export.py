@@ -7,6 +7,7 @@ after the engine was made, and a step_1.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import closing
 from itertools import chain
@@ -18,9 +19,10 @@ import torch.distributed as dist
 from bagel_ds.checkpoint.export import export_tensors
 from bagel_ds.config import parse_arguments
 from bagel_ds.ranges import MASTER, TensorInfo
+from bagel_ds.train.launcher import read_launch
 from bagel_ds.train.metrics import setup_logging
+from bagel_ds.train.process_group import join_ranks
 from bagel_ds.train.quiet import quiet_warnings
-from bagel_ds.train.setup import init_distributed
 from bagel_ds.train.trainer import Trainer
 from bagel_ds.train.watch import start_watch
 from bagel_ds.zero.weights import frozen_pieces
@@ -37,7 +39,7 @@ def export(trainer: Trainer, folder: Path) -> None:
 
 def main(cases_file: str) -> None:
     quiet_warnings()
-    init_distributed()
+    join_ranks(read_launch(os.environ), stall_timeout=0)
     for case in json.loads(Path(cases_file).read_text()):
         config = parse_arguments(case["arguments"])
         setup_logging(config.training.results_dir, dist.get_rank())

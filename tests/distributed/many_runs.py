@@ -3,11 +3,12 @@
 Arguments: a JSON file with a list of cases {name, arguments, directory?, on_rank_1?, faults?} and a folder for the
 results (<name>.rank<r>.json with code and output). `on_rank_1` may hold arguments, directory and versions {package:
 version} that only rank 1 sees; `faults` are those of faulty_train.py. What a case leaves unset is as it is for a launch
-of its own.
+of its own. On a GPU the peaks of a case's memory are its own, but for what engines before it may have left.
 """
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -18,9 +19,10 @@ from pathlib import Path
 from unittest import mock
 
 import deepspeed
+import torch
 
+from bagel_ds.train import alarm, failure, setup
 from bagel_ds.train import main as train
-from bagel_ds.train import setup
 from tests.distributed.faulty_train import going_wrong
 
 
@@ -30,14 +32,29 @@ def main(cases_file: str, results: str) -> None:
     # Here no launcher waits for the first rank to end, and the process group lives as long as the processes: one that
     # was ended and made anew hangs after an engine has used it (DeepSpeed keeps what belongs to the first).
     no_wait = mock.patch.object(train, "_GRACE_SECONDS", 0.0)
-    with no_wait, mock.patch.object(deepspeed.comm, "destroy_process_group"):
+    # The same goes for a rank that would end its process because it has failed alone.
+    goes_on = mock.patch.object(failure, "end_at_once", sys.exit)
+    with (
+        no_wait,
+        goes_on,
+        mock.patch.object(deepspeed.comm, "destroy_process_group"),
+        mock.patch.object(alarm, "sound"),
+    ):
         for case in json.loads(Path(cases_file).read_text()):
+            _forget_memory()
             mine = {**case, **(case.get("on_rank_1", {}) if rank == 1 else {})}
             code, output = run(mine)
             path = Path(results) / f"{case['name']}.rank{rank}.json"
             path.write_text(json.dumps({"code": code, "output": output}))
             if code not in (0, 2) and int(os.environ["WORLD_SIZE"]) > 1:
                 sys.exit(1)  # the others may wait for this rank in a collective call
+
+
+def _forget_memory() -> None:
+    if torch.cuda.is_initialized():  # not by this, before a rank has chosen its GPU
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 class _Printed(io.StringIO):
@@ -57,6 +74,8 @@ def run(case: dict) -> tuple[int, str]:
         with patched, going_wrong(case.get("faults", [])):
             try:
                 code = train.main(case["arguments"])
+            except SystemExit as end:
+                code = int(end.code or 0)
             except BaseException:
                 traceback.print_exc()
                 code = 1

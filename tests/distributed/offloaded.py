@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import deepspeed
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from bagel_ds import ranges
 from bagel_ds.config import make_config
 from bagel_ds.ranges import MASTER
+from bagel_ds.train.setup import init_distributed
 from bagel_ds.zero import ema
 from bagel_ds.zero.config import resolve_ds_config
 from bagel_ds.zero.ema import EMAOptions
@@ -84,7 +84,7 @@ def train(case: dict[str, Any], results: Path) -> None:
 
 
 def main(cases_file: str, results: str) -> None:
-    deepspeed.init_distributed()
+    init_distributed()
     for case in json.loads(Path(cases_file).read_text()):
         piece = case["piece"]
         with (

@@ -220,7 +220,7 @@ def test_a_run_with_skipped_updates_resumes_exactly(demo: Path, tmp_path: Path) 
     assert losses(tmp_path / "resumed") == {step: whole[step] for step in (3, 4, 5)}
 
 
-# ------------------------------------------------------------------------------------------------- stalls and memory
+# ------------------------------------------------------------------------------------------------------------ stalls
 @pytest.mark.slow
 def test_a_stopped_rank_is_found_told_of_and_ends_the_job(demo: Path, tmp_path: Path) -> None:
     faults = [{"at": "step", "rank": 1, "step": 2, "do": "stop"}]
@@ -232,12 +232,3 @@ def test_a_stopped_rank_is_found_told_of_and_ends_the_job(demo: Path, tmp_path: 
     assert "[rank 0] missing: rank 1\n" in run.output
     assert run.output.count("most recent call first") >= 2, "stacks, of more than one thread"
     assert "[rank 1] stalled" in run.output, "woken, it tells where it was"
-
-
-@pytest.mark.slow
-def test_a_rank_out_of_memory_says_which_pack_and_what_to_lower(demo: Path, tmp_path: Path) -> None:
-    faults = [{"at": "step", "rank": 1, "step": 1, "do": "oom"}]
-    with StartedRun(words_of(demo, tmp_path, total_steps=100), tmp_path, faults=faults) as run:
-        assert run.end() in (1, 2), "2 where the launcher sees that rank first"
-    assert "out of GPU memory: CUDA out of memory" in run.output
-    assert "The longest pack of this rank had" in run.output and "--max_num_tokens (now 448)" in run.output

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from bagel_ds import waiting
 from bagel_ds.errors import UserError
@@ -17,7 +19,6 @@ from bagel_ds.train.agreement import (
     SharedFault,
     check_equal,
     check_shared_folder,
-    on_one_host,
     one_per_host_first,
     together,
 )
@@ -56,7 +57,7 @@ def test_what_is_no_fault_of_a_person_is_not_caught() -> None:
 
 @pytest.mark.parametrize("local_rank", ["0", "1"])
 def test_one_per_host_first_runs_once_on_each_rank(local_rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.setattr(agreement, "local_rank", lambda: int(local_rank))
     calls: list[int] = []
     assert one_per_host_first(lambda: calls.append(1) or len(calls)) == 1
 
@@ -143,17 +144,29 @@ def test_a_local_host_is_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
         together(lambda: 3)
 
 
-@pytest.mark.parametrize(("kernels", "expected"), [(["a", "a"], True), (["a", "b"], False)])
-def test_ranks_under_one_kernel_are_on_one_host(
-    kernels: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gathers(monkeypatch, *kernels)
-    assert on_one_host() is expected
+def test_nothing_else_exchanges_objects_or_waits_at_a_barrier_over_the_engines_group() -> None:
+    package = Path(agreement.__file__).parents[1]
+    words = re.compile(r"dist(ributed)?\.(monitored_)?(barrier|\w*_object(_list)?)\(|comm\.barrier\(")
+    found = [path.name for path in package.rglob("*.py") if words.search(path.read_text())]
+    assert found == ["agreement.py"]
 
 
-def test_a_kernel_that_does_not_tell_is_no_other_ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    told: list[Any] = []
-    monkeypatch.setattr(agreement, "everyone", lambda value: told.append(value) or [value])
-    monkeypatch.setattr(agreement, "_BOOT_ID", tmp_path / "nothing")
-    assert on_one_host(), "a single rank"
-    assert told == ["that of rank 0"]
+def test_ranks_talk_over_a_gloo_group_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under NCCL the group of all ranks would make each object a tensor on a GPU, and its watchdog would count time."""
+    groups: list[Any] = []
+
+    def noted(call: Any) -> Any:
+        def note(*arguments: Any, group: Any = None, **options: Any) -> Any:
+            groups.append(group)
+            return call(*arguments, group=group, **options)
+
+        return note
+
+    for name in ("all_gather_object", "barrier"):
+        monkeypatch.setattr(dist, name, noted(getattr(dist, name)))
+    assert agreement.everyone("word") == ["word"]
+    agreement.barrier()
+    check_equal({"--lr": 1e-4})
+    assert len(groups) == 3
+    assert all(group is groups[0] is agreement.control_group() and group is not dist.group.WORLD for group in groups)
+    assert dist.get_backend(groups[0]) == "gloo"

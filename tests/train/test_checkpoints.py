@@ -21,11 +21,14 @@ from bagel_ds.checkpoint import steps
 from bagel_ds.checkpoint.offline import export_checkpoint
 from bagel_ds.checkpoint.state import EMA, WEIGHT, Held, StateFiles, rank_file, write_rank
 from bagel_ds.checkpoint.steps import (
+    check_share,
     checksum_fault,
     holds_state,
     manifest_fault,
     newest_state,
     read_trainer,
+    share_fault,
+    state_files,
     step_folders,
     sweep,
     thin_out,
@@ -149,7 +152,7 @@ def test_a_checkpoint_holds_weights_average_state_and_the_model_folder(
     assert read_trainer(folder) == trainer_state(3)
     assert manifest_fault(folder) is None and holds_state(folder)
     sums = json.loads((folder / "manifest.json").read_text())["checksums"]
-    assert checksum_fault(folder, sums) is None
+    assert checksum_fault(folder, list(sums)) is None
     assert {name: len(parts) for name, parts in sums.items()} == {
         "model.safetensors": 2,
         "ema.safetensors": 2,
@@ -308,6 +311,54 @@ def test_one_flipped_byte_is_found_and_named(writer: CheckpointWriter) -> None:
     assert manifest_fault(folder) is None, "the size is still right"
     fault = damage_of(folder)
     assert fault is not None and "state/rank_00000.safetensors" in fault
+
+
+@pytest.mark.parametrize("shares", [1, 2, 3, 7])
+def test_ranks_read_equal_shares_of_the_bytes_and_together_find_one_that_is_flipped(
+    shares: int, writer: CheckpointWriter
+) -> None:
+    """A state may be one large file: what one rank saved is read by as many as resume from it."""
+    folder = save(writer, 1)
+    files = state_files(folder)
+    state = folder / "state" / "rank_00000.safetensors"
+    whole = state.read_bytes()
+    begins = 8 + int.from_bytes(whole[:8], "little")  # after the header, which has no checksum of its own
+
+    def fault() -> str | None:
+        checked, unreadable = zip(*(check_share(folder, files, share, shares) for share in range(shares)))
+        assert set(unreadable) == {None}
+        read = [sum(part.stop - part.start for part in parts) for parts in checked]
+        assert sum(read) == len(whole) - begins + (folder / "trainer.json").stat().st_size
+        assert max(read) <= -(-sum((folder / name).stat().st_size for name in files) // shares)
+        return share_fault(folder, files, [part for parts in checked for part in parts])
+
+    assert fault() is None
+    for place in range(begins, len(whole)):
+        content = bytearray(whole)
+        content[place] ^= 1
+        state.write_bytes(content)
+        found = fault()
+        assert found is not None and found.startswith(
+            "state/rank_00000.safetensors holds other bytes than were saved, at"
+        )
+
+
+def test_a_share_that_no_rank_has_read_is_damage(writer: CheckpointWriter) -> None:
+    folder = save(writer, 1)
+    files = state_files(folder)
+    shares = [check_share(folder, files, share, 7)[0] for share in range(7)]
+    assert sum(bool(share) for share in shares) >= 2, "the header may fill one"
+    for missing in (number for number, share in enumerate(shares) if share):
+        parts = [part for share in range(7) if share != missing for part in shares[share]]
+        assert "holds other bytes than were saved" in str(share_fault(folder, files, parts))
+
+
+def test_a_file_whose_size_the_manifest_lacks_is_damage(writer: CheckpointWriter) -> None:
+    folder = save(writer, 1)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["trainer.json"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert damage_of(folder) == "manifest.json gives no size of trainer.json"
 
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])

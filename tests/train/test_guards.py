@@ -15,7 +15,7 @@ from torch import Tensor
 from bagel_ds.errors import UserError
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.train import guards
-from bagel_ds.train.guards import NonFiniteGuard, load_batch, out_of_memory, save_batch
+from bagel_ds.train.guards import NonFiniteGuard, load_batch, save_batch
 from bagel_ds.train.step import StepResult
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -95,18 +95,3 @@ def test_a_full_disk_costs_the_kept_packs_and_not_the_run(
         guards.logger.propagate = True
         guard.check(3, [batch], result(math.nan))
     assert guard.skipped == 1 and "No space left on device" in caplog.text
-
-
-def test_out_of_memory_names_the_longest_pack_and_the_remedies(batch: PackedBatch) -> None:
-    longest = dataclasses.replace(batch, sample_lens=(900,), samples=("vlm: the longest",))
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
-    message = str(out_of_memory(error, [batch, longest], 1024, planned=3 * 2**30))
-    for words in (
-        "Tried to allocate 2 GiB.",
-        "900 tokens",
-        "vlm: the longest",
-        "--max_num_tokens (now 1,024)",
-        "a peak of 3.0 GiB",
-    ):
-        assert words in message
-    assert "more lines" not in message and "bagel-ds memory" in message

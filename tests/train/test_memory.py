@@ -19,17 +19,16 @@ from bagel_ds.zero.config import resolve_ds_config
 from bagel_ds.zero.memory import MemoryPlan
 
 
-def plan(config: RunConfig) -> MemoryPlan:
+def plan(config: RunConfig, ranks_here: int = 1) -> MemoryPlan:
     ds_config, _ = resolve_ds_config(config.training.ds_config, config, 2)
     group = GroupConfig("t2i_pretrain", "t2i_pretrain", (), ImageTransform(1024, 512, 16), None)
-    return plan_run(config, DatasetConfig((group,), "here"), BagelConfig(), VAEConfig(), ds_config, 2)
+    return plan_run(config, DatasetConfig((group,), "here"), BagelConfig(), VAEConfig(), ds_config, 2, ranks_here)
 
 
 def test_the_7b_on_a_small_host_is_refused_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "host_memory_gib", lambda: 24.0)
-    monkeypatch.setenv("LOCAL_SIZE", "2")
     with pytest.raises(UserError, match=r"(?s)does not fit: host memory lacks .*--ignore_memory_plan True"):
-        plan(parse_arguments(["--ds_config", "zero3_cpu", "--max_num_tokens", "11520"]))
+        plan(parse_arguments(["--ds_config", "zero3_cpu", "--max_num_tokens", "11520"]), ranks_here=2)
 
 
 def test_ignoring_the_plan_goes_on_with_it(monkeypatch: pytest.MonkeyPatch) -> None:

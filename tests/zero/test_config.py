@@ -201,16 +201,17 @@ def test_deepspeeds_own_refusals_become_messages() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- FSDP options
-@pytest.mark.parametrize("said_by", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE", None])
-def test_the_hpz_preset_keeps_a_copy_per_host(said_by: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    if said_by is not None:
-        monkeypatch.setenv(said_by, "8")
-    ds, (note,) = resolve_ds_config("zero3_hpz", config(), 16, None if said_by else 8)
+def test_the_hpz_preset_keeps_a_copy_per_host() -> None:
+    ds, (note,) = resolve_ds_config("zero3_hpz", config(), 16, 8)
     assert ds["zero_optimization"]["zero_hpz_partition_size"] == 8
     assert "per host of 8" in note
     check_with_deepspeed(ds)
+
+
+def test_the_hpz_preset_on_hosts_that_no_group_divides_keeps_a_single_copy_and_says_so() -> None:
+    ds, (note,) = resolve_ds_config("zero3_hpz", config(), 5, 1)
+    assert "zero_hpz_partition_size" not in ds["zero_optimization"]
+    assert "no copy of the parameters per host" in note
 
 
 def test_the_hpz_preset_on_one_host_keeps_a_single_copy() -> None:
