@@ -101,8 +101,12 @@ def _lines(path: Path, keys: list[Key], remedy: Remedy) -> dict[KeyPath, int]:
     """The line of each key. Raises `UserError` with every key that is given twice."""
     lines: dict[KeyPath, int] = {}
     faults = []
+    twice: set[KeyPath] = set()
     for key in keys:
+        if any(key.path[:depth] in twice for depth in range(1, len(key.path))):
+            continue  # inside a section that is reported as a whole
         if key.path in lines:
+            twice.add(key.path)
             faults.append(
                 f"{path}, line {key.line}: the key {_shown(key.path)} is given twice (first in line "
                 f"{lines[key.path]}), and only one of the two would count; {remedy(key.path)}"

@@ -58,6 +58,15 @@ def test_a_yaml_key_given_twice_is_refused_with_both_lines(tmp_path: Path, text:
     assert message in _fault(tmp_path, "a.yaml", text)
 
 
+@pytest.mark.parametrize(
+    "name, text",
+    [("a.yaml", "a:\n  b: {c: 1}\na:\n  b: {c: 2}\n"), ("a.json", '{"a": {"b": 1}, "a": {"b": 2}}')],
+)
+def test_what_is_inside_a_section_given_twice_is_not_listed(tmp_path: Path, name: str, text: str) -> None:
+    message = _fault(tmp_path, name, text)
+    assert "the key 'a' is given twice" in message and "\n" not in message
+
+
 def test_all_keys_given_twice_are_listed_at_once(tmp_path: Path) -> None:
     assert _fault(tmp_path, "a.yaml", "a: 1\na: 2\nb: {c: 1, c: 2}\n").count("\n  - ") == 2
 

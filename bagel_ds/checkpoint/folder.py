@@ -145,9 +145,14 @@ def load_vae(path: Path, decodes: bool = True) -> AutoEncoder:
     check_tensors(files, expected, str(path))
     vae = AutoEncoder(config, decodes)
     weights = CheckedWeights(files, str(path))
-    read = {name: weights.read(name) for name in expected}  # whole: the file goes into every checkpoint
+    needed = {name for name, _ in vae.named_parameters()}
+    state = {}
+    for name, shape in expected.items():
+        values = weights.read(name)  # also what is not needed: the file goes into every checkpoint
+        if name in needed:
+            state[name] = values.reshape(shape).float()
     weights.check()
-    vae.load_state_dict({name: read[name].reshape(expected[name]).float() for name, _ in vae.named_parameters()})
+    vae.load_state_dict(state)
     return vae.requires_grad_(False).eval()
 
 

@@ -59,6 +59,7 @@ _GROUP_KEYS = (
     *("dataset_names", "image_transform_args", "vit_image_transform_args", "frame_sampler_args", "is_mandatory"),
     *("num_used_data", "weight", "shuffle_lines", "shuffle_seed", "resume_data_status", "kind"),
 )
+_ANCHORS = "x-"  # how keys begin that only hold what others merge (<<)
 _B_KEYS = ("data_weights", "data_names")
 
 
@@ -73,7 +74,7 @@ def load_dataset_config(dataset_config_file: str, dataset_info: str | None = Non
     info = read_dataset_info(Path(dataset_info) if dataset_info else find_dataset_info(path))
     reader = _Reader(document, info)
     content = reader.as_dialect_a() if reader.is_dialect_b else document.content
-    groups = [reader.group(name, value) for name, value in content.items()]
+    groups = [reader.group(name, value) for name, value in content.items() if not str(name).startswith(_ANCHORS)]
     used = [group for group in groups if group is not None and group.datasets]
     if not reader.faults and not used:
         reader.faults.append(f"{path} uses no data: list at least one dataset with num_used_data above 0.")

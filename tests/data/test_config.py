@@ -296,6 +296,17 @@ def test_a_group_given_twice_is_refused_with_the_remedy_that_works(tmp_path: Pat
     ]
 
 
+def test_groups_may_merge_what_a_block_of_another_name_holds(tmp_path: Path, data: dict[str, Any]) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "x-sizes: &sizes\n  image_transform_args: {image_stride: 16, max_image_size: 96, min_image_size: 64}\n"
+        "t2i_pretrain:\n  <<: *sizes\n  dataset_names: [{name: cats, data_dir: t2i}]\n"
+        "dogs:\n  <<: *sizes\n  kind: t2i_pretrain\n  weight: 1e-1\n  dataset_names: [{name: dogs, data_dir: t2i}]\n"
+    )
+    first, second = load_dataset_config(str(tmp_path / "mine.yaml")).groups
+    assert first.vae_transform == second.vae_transform == ImageTransform(16, 96, 64)
+    assert (first.weight, second.weight) == (1.0, 0.1)
+
+
 def test_a_group_with_a_name_of_its_own_finds_the_datasets_of_its_kind(tmp_path: Path, data: dict[str, Any]) -> None:
     (tmp_path / "dataset_info.yaml").write_text(yaml.safe_dump(data))
     own = {"dogs": {"kind": "t2i_pretrain", "dataset_names": ["t2i"]}}
