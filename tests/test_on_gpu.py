@@ -69,7 +69,7 @@ def test_a_piece_that_fails_keeps_the_others_and_the_table_tells_of_all(
     good = read(out, "good")
     assert (good["exit_code"], good["device"], good["rehearsed"]) == (0, "CPU", True)
     assert good["report"] == {"device": "cpu", "words": ["--json", "at toy|size"]}
-    assert good["command"] == f"python {stub} --json 'at toy|size'" and good["seconds"] > 0
+    assert good["command"] == f"python {stub} --json 'at toy|size'" and "seconds" in good
     assert set(good["versions"]) >= {"torch", "deepspeed", "python", "cuda", "driver"}
     bad = read(out, "bad")
     assert (bad["exit_code"], bad["report"]) == (1, None) and "no such luck" in bad["output_tail"]
