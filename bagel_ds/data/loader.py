@@ -16,8 +16,6 @@ from dataclasses import asdict
 from itertools import count
 from typing import Any, Generator, Iterator, NamedTuple, Sequence
 
-import torch
-
 from bagel_ds.data.batch_workers import worker_batches
 from bagel_ds.data.cost import CostModel
 from bagel_ds.data.file_rows import DataFile
@@ -27,6 +25,7 @@ from bagel_ds.data.plan import ALGORITHM, PackingOptions, Planner, Step, digest_
 from bagel_ds.data.sample import SamplePlan
 from bagel_ds.data.sources import GroupStream, files_ahead
 from bagel_ds.data.tokenizer import Tokenizer
+from bagel_ds.device import uses_cuda
 from bagel_ds.errors import UserError
 from bagel_ds.model.batch import PackedBatch
 
@@ -186,7 +185,7 @@ class PlannedData:
         self, tasks: Iterator[_Task], under_way: deque[Step], num_workers: int, prefetch_factor: int, pin_memory: bool
     ) -> Generator[MicroBatch, None, None]:
         located = map(self._located, tasks)
-        pin_memory = pin_memory and torch.cuda.is_available()
+        pin_memory = pin_memory and uses_cuda()
         if num_workers:
             batches = worker_batches(self._maker, located, num_workers, prefetch_factor, pin_memory)
         else:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -399,3 +401,21 @@ def test_what_goes_wrong_in_the_pool_names_the_task(task: str, error: type[Excep
     with pytest.raises(error, match=expected):
         list(in_order(functions.counted, None, tasks, 2, "counting process", lambda task: f"it read {task}"))
     assert worker._server is not None and not worker._server.workers
+
+
+@pytest.mark.parametrize("preloads", [False, True])
+def test_a_server_whose_starter_ends_while_it_starts_says_nothing(preloads: bool) -> None:
+    """As after Ctrl-C, when a command has just begun."""
+    ours, theirs = socket.socketpair()
+    starter = Connection(ours.detach())
+    command = [sys.executable, "-m", "bagel_ds.data.processes", str(theirs.fileno()), str(os.getpid())]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    server = subprocess.Popen(
+        command, pass_fds=[theirs.fileno()], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    theirs.close()
+    if preloads:
+        starter.send((sys.path, ["json"]))
+    starter.close()
+    printed, said = server.communicate(timeout=100)
+    assert (server.returncode, printed, said) == (0, "", "")

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
 from pathlib import Path
@@ -40,6 +41,11 @@ def main(descriptor: int, starter: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the starter has blocked them until here
     control = Connection(descriptor)
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the starter has ended, or has closed it
+        _serve(control, starter)
+
+
+def _serve(control: Connection, starter: int) -> None:
     sys.path[:], preload = control.recv()
     for name in preload:
         importlib.import_module(name)
@@ -49,10 +55,7 @@ def main(descriptor: int, starter: int) -> None:
     server = _Server(control)
     while os.getppid() == starter:
         if control.poll(_LOOK_SECONDS):
-            try:
-                request, *details = control.recv()
-            except (EOFError, OSError):
-                return
+            request, *details = control.recv()
             control.send(server.answer(request, *details))
 
 
