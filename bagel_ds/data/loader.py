@@ -16,8 +16,6 @@ from dataclasses import asdict
 from itertools import count
 from typing import Any, Generator, Iterator, NamedTuple, Sequence
 
-import torch
-
 from bagel_ds.data.batch_workers import worker_batches
 from bagel_ds.data.cost import CostModel
 from bagel_ds.data.file_rows import DataFile
@@ -179,7 +177,6 @@ class PlannedData:
         self, tasks: Iterator[_Task], under_way: deque[Step], num_workers: int, prefetch_factor: int, pin_memory: bool
     ) -> Generator[MicroBatch, None, None]:
         located = map(self._located, tasks)
-        pin_memory = pin_memory and torch.cuda.is_available()
         if num_workers:
             batches = worker_batches(self._maker, located, num_workers, prefetch_factor, pin_memory)
         else:
