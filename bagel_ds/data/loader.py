@@ -25,7 +25,6 @@ from bagel_ds.data.plan import ALGORITHM, PackingOptions, Planner, Step, digest_
 from bagel_ds.data.sample import SamplePlan
 from bagel_ds.data.sources import GroupStream, files_ahead
 from bagel_ds.data.tokenizer import Tokenizer
-from bagel_ds.device import uses_cuda
 from bagel_ds.errors import UserError
 from bagel_ds.model.batch import PackedBatch
 
@@ -185,7 +184,6 @@ class PlannedData:
         self, tasks: Iterator[_Task], under_way: deque[Step], num_workers: int, prefetch_factor: int, pin_memory: bool
     ) -> Generator[MicroBatch, None, None]:
         located = map(self._located, tasks)
-        pin_memory = pin_memory and uses_cuda()
         if num_workers:
             batches = worker_batches(self._maker, located, num_workers, prefetch_factor, pin_memory)
         else:

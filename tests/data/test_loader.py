@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import signal
+import threading
 from collections import Counter, deque
 from typing import Any, Iterator, Sequence
 
@@ -18,6 +19,7 @@ from bagel_ds.data.cost import CostModel
 from bagel_ds.data.loader import MicroBatch, PackingOptions, PlannedData
 from bagel_ds.data.plan import Step
 from bagel_ds.errors import UserError
+from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.parts import Freezing
 from tests.data.stand_in import Maker, Rows
 
@@ -221,6 +223,26 @@ def test_closing_ends_the_workers_and_the_next_iteration_starts_anew() -> None:
 def test_workers_outlive_a_signal_to_the_process_group() -> None:
     """Stopping is the trainer's: it finishes its step, and needs its batches for that."""
     assert len(first(data("signals").micro_batches(0, 1, 2), 8)) == 8
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_batches_are_pinned_for_the_gpu_of_this_rank(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the main thread where there are workers; a thread of its own begins with GPU 0."""
+    gpus = {threading.get_ident(): 3}
+    pinned_by: list[tuple[int, int | None]] = []
+
+    def pin_memory(batch: PackedBatch) -> PackedBatch:
+        thread = threading.get_ident()
+        pinned_by.append((thread, gpus.get(thread)))
+        return batch
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: gpus.get(threading.get_ident(), 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: gpus.update({threading.get_ident(): device}))
+    monkeypatch.setattr(PackedBatch, "pin_memory", pin_memory)
+    taken = first(data().micro_batches(0, 1, workers, pin_memory=True), 4)
+    assert rows_of(taken) == rows_of(first(data().micro_batches(0, 1), 4))
+    assert len(pinned_by) >= 4 and {gpu for _, gpu in pinned_by} == {3}
+    assert len({thread for thread, _ in pinned_by} - {threading.get_ident()}) == workers
 
 
 def test_the_global_generator_is_left_alone() -> None:

@@ -5,6 +5,7 @@ What a process without this test runner's modules and threads must show runs in 
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -20,8 +21,11 @@ from typing import Any
 
 import psutil
 import pytest
+from small_data import byte_tokenizer, t2i_rows, write_parquet
 
-from bagel_ds.data import processes
+from bagel_ds.data import check, index, processes
+from bagel_ds.data.file_rows import DataFile, layout_of, read_tasks
+from bagel_ds.data.index import index_files
 from bagel_ds.data.processes import WorkerFailed, WorkerLost, in_order, start_worker, worker
 from bagel_ds.errors import UserError
 from bagel_ds.train.detach import process_state
@@ -419,3 +423,49 @@ def test_a_server_whose_starter_ends_while_it_starts_says_nothing(preloads: bool
     starter.close()
     printed, said = server.communicate(timeout=100)
     assert (server.returncode, printed, said) == (0, "", "")
+
+
+@pytest.mark.parametrize("command", ["index", "check"])
+def test_a_process_of_index_or_check_that_is_killed_is_an_error_that_names_the_file(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("good", "deadly"):
+        rows = t2i_rows(4)
+        rows[2]["captions"] = json.dumps({"a": "third" if name == "deadly" else "3rd"})
+        write_parquet(tmp_path / f"{name}.parquet", rows, group_rows=2)
+    files = [DataFile(str(tmp_path / f"{name}.parquet"), functions.Killing()) for name in ("good", "deadly")]
+    expected = rf"process \d \(process \d+\) was ended by SIGKILL .*while it read {files[1].path} row groups 0-1\."
+    monkeypatch.setattr(index, "_POOL_ROWS", 0)
+    monkeypatch.setattr(check, "_POOL_ROWS", 0)
+    with pytest.raises(WorkerLost, match=expected):
+        if command == "index":
+            index_files(files, byte_tokenizer(tmp_path / "tokenizer"), str(tmp_path / "cache"), workers=2)
+        else:
+            tasks = [task for file in files for task in read_tasks(file, layout_of(file))]
+            list(check._run(tasks, 8, (), 2))
+    assert worker._server is not None and not worker._server.workers
+
+
+def test_ctrl_c_ends_the_pool_with_one_traceback_and_leaves_nothing(tmp_path: Path) -> None:
+    """A terminal sends it to every process of the group."""
+    text = """
+    from bagel_ds.data.processes import in_order
+    from tests.data import worker_functions as functions
+    for _ in in_order(functions.slept, None, [0.0, 1000.0, 1000.0], 2, "sleeping process", str):
+        print("begun", flush=True)
+    """
+    started = subprocess.Popen(
+        script(tmp_path, text),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert started.stdout is not None and started.stdout.readline() == "begun\n"
+    below = psutil.Process(started.pid).children(recursive=True)
+    assert len(below) == 3
+    os.killpg(started.pid, signal.SIGINT)
+    output, _ = started.communicate(timeout=LONG)
+    assert output.count("Traceback") == 1 and output.rstrip().endswith("KeyboardInterrupt")
+    until_ended(*below)

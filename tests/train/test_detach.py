@@ -247,3 +247,12 @@ def test_without_detaching_it_runs_right_here(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("BAGEL_DS_DETACH", "0")
     here = os.getpid()
     assert run_detached(lambda: 4 if os.getpid() == here else 5) == 4
+
+
+def test_ranks_are_forked_from_a_process_with_one_thread() -> None:
+    """What the launcher starts has imported neither torch nor numpy by then, whose threads must not see a fork."""
+    code = "import os, bagel_ds.train.main; print(len(os.listdir('/proc/self/task')))"
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    assert ran.stdout == "1\n", ran.stderr

@@ -31,6 +31,8 @@ _PRELOAD = ("bagel_ds.data.loader", "bagel_ds.data.check")
 # No thread in the server: of OpenMP, of numpy's BLAS, of `tokenizers`, of the allocator that comes with Arrow.
 _NO_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _NO_THREADS |= {"TOKENIZERS_PARALLELISM": "false", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
+# Freed blocks go back to the system, as in ranks (`zero/memory_allocator.py`): pictures are large and short-lived.
+_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**22), "MALLOC_ARENA_MAX": "2"}
 _NO_PROCESS = "no process can be started: {}. Limits are the number of processes (`ulimit -u`) and memory."
 _OUT_OF_MEMORY = " (the kernel does so where memory runs out, and `dmesg` tells it; fewer workers need less)"
 _DYING_SECONDS = 5.0  # between a worker's closing its socket and its end
@@ -253,7 +255,7 @@ def _stop_signals_blocked() -> Iterator[None]:
 def _environment() -> dict[str, str]:
     package = str(Path(__file__).resolve().parents[3])
     python_path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    return {**os.environ, **_NO_THREADS, "PYTHONPATH": python_path}
+    return {**_MEMORY, **os.environ, **_NO_THREADS, "PYTHONPATH": python_path}
 
 
 def _working_folder() -> str | None:
