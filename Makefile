@@ -3,7 +3,7 @@
 #   make test        the tests that every change must pass (under 15 minutes on 2 cores)
 #   make test-full   the slow ones
 #   make soak        a run killed 100 times (KILLS, KILL_SEED), each time resumed: hours
-#   make test-gpu    those that need a CUDA device
+#   make test-gpu    those that need a CUDA device (bench/on_gpu.sh: the same in pieces, and the benchmarks)
 #   make measure     the memory planner beside measured launches
 #   make lint        style, types, and whether docs/arguments.md is current
 # PYTHON chooses the interpreter (3.11 or newer), PIP_ARGS is passed to every pip install, PYTEST_ARGS to pytest.

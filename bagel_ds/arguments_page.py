@@ -21,7 +21,7 @@ needs only another launcher line: `deepspeed --num_gpus 4 launch/train.py --ds_c
 - True and False may also be written true/false, 1/0, yes/no, on/off; a bare `--name` is True.
 - An unambiguous beginning is enough: `--num_worker 1`. An unknown name is an error that names the nearest one.
 - `--config run.yaml`: {OWN_WORDS["config"]}. Keys are the names below, flat or
-  under `model`, `data` and `training`.
+  under `model`, `data` and `training`; each may be given once. A message about a value names its line.
 - `None` stands for "not given" where the default is None.
 """
 
@@ -30,8 +30,9 @@ DEEPSPEED = """## The DeepSpeed configuration
 `--ds_config` takes a path, or one of the names in `ds_configs/` (with or without `.json`). Where the file says `"auto"`
 or nothing, the arguments decide; a file that says something else than `--lr`, `--beta1`, `--beta2`, `--eps`,
 `--max_grad_norm`, `--gradient_accumulation_steps` or `--precision`, or wants more than one pack per micro-batch, is an
-error that names both. So is what this trainer would not do as written, such as another optimizer. All else in the file
-holds as it stands.
+error that names both. So is what this trainer would not do as written, such as another optimizer. A key that DeepSpeed
+does not know, and would ignore, and a value that it can't read are errors with their line and the nearest known key
+(`bagel-ds memory` checks your own files, too). All else in the file holds as it stands.
 
 | preset | what is sharded over the GPUs | in CPU memory | on NVMe (`--nvme_path`) |
 |---|---|---|---|

@@ -7,6 +7,7 @@ each command imports what it needs only when it runs.
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str] | None) -> int:
     parser = make_parser()
     options, training = parser.parse_known_args(argv)
+    options.own = _option_names(options.command)
     if training and not hasattr(options, "training"):
-        parser.error(f"unrecognized arguments: {' '.join(training)}")
+        options.command.error(_unknown(training, options.own))
     options.training = training
     try:
         return options.run(options) or 0
@@ -64,7 +66,21 @@ def make_parser() -> argparse.ArgumentParser:
 
     data_commands.add_commands(commands)
     run_commands.add_commands(commands)
+    for command in commands.choices.values():
+        command.set_defaults(command=command)
     return parser
+
+
+def _option_names(command: argparse.ArgumentParser) -> list[str]:
+    """The command's own options, without dashes."""
+    names = [name for action in command._actions for name in action.option_strings if name.startswith("--")]
+    return list(dict.fromkeys(name.removeprefix("--").replace("-", "_") for name in names))
+
+
+def _unknown(words: Sequence[str], own: Sequence[str]) -> str:
+    """What is wrong with words that no option of the command takes."""
+    meant = difflib.get_close_matches(words[0].lstrip("-").partition("=")[0].replace("-", "_"), own, n=1)
+    return f"unrecognized arguments: {' '.join(words)}" + (f"; did you mean --{meant[0]}?" if meant else "")
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -12,12 +12,13 @@ import difflib
 import math
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bagel_ds.arguments import SECTIONS, all_options, is_optional, type_name
+from bagel_ds.config_files import KeyPath, read_yaml
+from bagel_ds.errors import UserError
 
 # What the parser itself understands: a YAML file, and what the deepspeed launcher appends (LOCAL_RANK says the same).
 OWN_WORDS = {"config": "read options from this YAML file; the command line wins", "local_rank": ""}
@@ -27,9 +28,10 @@ FALSE_WORDS = ("false", "0", "no", "off")
 
 @dataclasses.dataclass
 class Words:
-    """What one source of options said. `values` holds typed values by option name."""
+    """What one source of options said. `values` holds typed values by option name, `places` where a file gives them."""
 
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
+    places: dict[str, str] = dataclasses.field(default_factory=dict)
     explicit: set[str] = dataclasses.field(default_factory=set)
     faults: list[str] = dataclasses.field(default_factory=list)
     config_file: str | None = None
@@ -116,42 +118,78 @@ SYNONYMS = {
 }
 
 
-def find_name(word: str) -> str:
-    """The full name behind a word without its dashes. Raises ValueError naming the nearest, or the candidates."""
+# The deepspeed launcher's own options (0.19.8): behind the script they would be the script's.
+LAUNCHER_OPTIONS = """hostfile include exclude num_nodes num_gpus num_accelerators master_port master_addr node_rank
+    launcher launcher_args module no_python no_local_rank no_ssh no_ssh_check force_multi save_pid enable_each_rank_log
+    autotuning bind_cores_to_rank bind_core_list ssh_port venv_script log_level quiet""".split()
+LAUNCHER_LETTERS = ("-H", "-i", "-e", "-q")
+_TORCHRUN = {"nproc_per_node": "num_gpus", "nnodes": "num_nodes"}  # its names for them
+_BEFORE_SCRIPT = "option of the deepspeed launcher, which goes before launch/train.py"
+_HELP = "--help lists all"
+_COMMAND_HELP = "--help lists the command's own, docs/arguments.md the trainer's"
+_LIKENESS, _SURELY = 0.65, 0.85  # of two spellings, as difflib counts it; below it a suggestion is a guess
+
+
+def find_name(word: str, own: Sequence[str] = ()) -> str:
+    """The full name behind a word without its dashes. Raises ValueError naming the nearest, or the candidates.
+
+    `own` are options of the command that takes the trainer's besides; they are only suggested.
+    """
     name = word.replace("-", "_")
     known = [*all_options(), *OWN_WORDS, "help"]
     if name in known:
         return name
-    candidates = [option for option in known if name and option.startswith(name)]
-    if len(candidates) == 1:
+    if name in LAUNCHER_OPTIONS:
+        raise ValueError(f"--{word} is an {_BEFORE_SCRIPT}" if not own else _not_for_commands(word, own))
+    candidates = [option for option in dict.fromkeys([*known, *own]) if name and option.startswith(name)]
+    if len(candidates) == 1 and candidates[0] in known:
         return candidates[0]
-    if candidates:
+    if len(candidates) > 1:
         raise ValueError(f"--{word} is ambiguous: it could be {', '.join('--' + option for option in candidates)}")
-    spelled = difflib.get_close_matches(name, [*known, *SYNONYMS], n=1, cutoff=0.0)[0]
-    nearest = SYNONYMS.get(spelled, spelled)
-    raise ValueError(f"unknown argument --{word}; the nearest known one is --{nearest} (--help lists all)")
+    raise ValueError(f"unknown argument --{word}{_suggestion(name, own)} ({_COMMAND_HELP if own else _HELP})")
 
 
-def read_words(argv: list[str]) -> Words:
-    """Read a command line without the program's name."""
+def _suggestion(name: str, own: Sequence[str]) -> str:
+    """What an unknown name may have meant; "" where nothing is like it. local_rank is the launcher's to give."""
+    launcher = [] if own else difflib.get_close_matches(name, [*LAUNCHER_OPTIONS, *_TORCHRUN], n=1, cutoff=_SURELY)
+    spellings = [*own, *all_options(), *SYNONYMS, "config", "help"]
+    close = launcher or difflib.get_close_matches(name, spellings, n=1, cutoff=_LIKENESS)
+    if not close:
+        return ""
+    meant = close[0] if close[0] in own else (SYNONYMS | _TORCHRUN).get(close[0], close[0])
+    place = f", an {_BEFORE_SCRIPT}" if meant in LAUNCHER_OPTIONS else ""
+    return f"; the nearest known one is --{meant}{place}"
+
+
+def _not_for_commands(word: str, own: Sequence[str]) -> str:
+    remedy = "--world_size says how many ranks there are" if "world_size" in own else "leave it out"
+    return f"--{word} is an option of the deepspeed launcher, which this command does not start; {remedy}"
+
+
+def read_words(argv: list[str], own: Sequence[str] = ()) -> Words:
+    """Read a command line without the program's name; `own` as in `find_name`."""
     words = Words()
     rest = list(argv)
     while rest:
         word = rest.pop(0)
         if word == "-h":
             words.help = True
+        elif word[:2] in LAUNCHER_LETTERS:
+            words.faults.append(f"{word} is an {_BEFORE_SCRIPT}")
+            if rest and not rest[0].startswith("-") and word != "-q":
+                rest.pop(0)
         elif not word.startswith("--") or word == "--":
             words.faults.append(f"{word!r} stands alone: options are given as --name value or --name=value")
         else:
-            _read_option(word[2:], rest, words)
+            _read_option(word[2:], rest, words, own)
     return words
 
 
-def _read_option(word: str, rest: list[str], words: Words) -> None:
+def _read_option(word: str, rest: list[str], words: Words, own: Sequence[str]) -> None:
     """Take one option, and its value from the front of `rest` where it needs one."""
     written, equals, given = word.partition("=")
     try:
-        name = find_name(written)
+        name = find_name(written, own)
     except ValueError as fault:
         words.faults.append(str(fault))
         if not equals and rest and not rest[0].startswith("--"):
@@ -175,54 +213,61 @@ def _read_option(word: str, rest: list[str], words: Words) -> None:
         _keep(name, given, words)
 
 
-def _keep(name: str, raw: Any, words: Words) -> None:
+def _keep(name: str, raw: Any, words: Words, where: str = "") -> None:
     try:
         words.values[name] = parse_value(name, raw)
         words.explicit.add(name)
     except ValueError as fault:
-        words.faults.append(str(fault))
+        words.faults.append(f"{where}{fault}")
 
 
-def read_yaml(file: str) -> Words:
+def read_option_file(file: str) -> Words:
     """Read options from a YAML mapping, flat or under `model`, `data`, `training`.
 
     A list `explicit` (written by `RunConfig.to_yaml`) names the options a person gave; without it all that stand in the
     file were given.
     """
     words = Words()
-    path = Path(file)
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as fault:
-        words.faults.append(f"--config {file}: can't be read ({fault}); pass the path of a YAML file with options")
+        document = read_yaml(Path(file))
+    except UserError as fault:
+        words.faults.append(f"--config: {fault}")
         return words
-    except yaml.YAMLError as fault:
-        words.faults.append(f"--config {file}: is no valid YAML: {' '.join(str(fault).split())}")
+    if document.content is not None and not isinstance(document.content, dict):
+        found = f"{document.content!r:.60}"
+        words.faults.append(f"--config {file}: expected a mapping of option names to values, found {found}")
         return words
-    if content is not None and not isinstance(content, dict):
-        words.faults.append(f"--config {file}: expected a mapping of option names to values, found {content!r:.60}")
-        return words
-    content = dict(content or {})
+    content = dict(document.content or {})
     given = content.pop("explicit", None)
-    for key, value in _flattened(content):
-        try:
-            name = find_name(str(key))
-        except ValueError as fault:
-            words.faults.append(f"--config {file}: {fault}")
-            continue
-        if name in all_options():
-            _keep(name, value, words)
-        else:
-            words.faults.append(f"--config {file}: {key!r} can't stand in a file, only on the command line")
+    for path, value in _flattened(content):
+        _keep_from_file(str(path[-1]), value, document.where(*path), words)
     if isinstance(given, list):
         words.explicit &= {str(name) for name in given}
     return words
 
 
-def _flattened(content: dict[Any, Any]) -> list[tuple[Any, Any]]:
-    pairs: list[tuple[Any, Any]] = []
+def _keep_from_file(key: str, value: Any, where: str, words: Words) -> None:
+    try:
+        name = find_name(key)
+    except ValueError as fault:
+        words.faults.append(f"--config {where}: {fault}")
+        return
+    if name not in all_options():
+        words.faults.append(f"--config {where}: {key!r} can't stand in a file, only on the command line")
+    elif name in words.places:  # under another spelling, or in a section and outside of it
+        words.faults.append(
+            f"--config {where}: {name} is given twice (first in {words.places[name]}); keep one of them"
+        )
+    else:
+        words.places[name] = where
+        _keep(name, value, words, f"--config {where}: ")
+
+
+def _flattened(content: dict[Any, Any]) -> list[tuple[KeyPath, Any]]:
+    pairs: list[tuple[KeyPath, Any]] = []
     for key, value in content.items():
-        pairs += list(value.items()) if key in SECTIONS and isinstance(value, dict) else [(key, value)]
+        in_section = key in SECTIONS and isinstance(value, dict)
+        pairs += [((key, inner), found) for inner, found in value.items()] if in_section else [((key,), value)]
     return pairs
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from bagel_ds.arguments import SECTIONS, DataArguments, ModelArguments, TrainingArguments
-from bagel_ds.command_line import duration_seconds, help_text, read_words, read_yaml
+from bagel_ds.command_line import Words, duration_seconds, help_text, read_option_file, read_words
 from bagel_ds.errors import all_faults
 
 ATTENTION_BACKENDS = ("sdpa",)  # those that exist; the others go on with the first one, since the result is the same
@@ -28,13 +29,17 @@ _PATHS = """model_path llm_path vit_path vae_path dataset_config_file dataset_in
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All options of a run; `explicit` names those a person gave, `notes` is what the log should say about them."""
+    """All options of a run; `explicit` names those a person gave, `notes` is what the log should say about them.
+
+    `places` says where a file gives an option ("run.yaml, line 3").
+    """
 
     model: ModelArguments = ModelArguments()
     data: DataArguments = DataArguments()
     training: TrainingArguments = TrainingArguments()
     explicit: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    places: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def to_yaml(self) -> str:
         """The effective configuration; `--config` reads it back to an equal run."""
@@ -45,6 +50,15 @@ class RunConfig:
     def values(self) -> dict[str, Any]:
         """Every option by name."""
         return {key: value for name in SECTIONS for key, value in dataclasses.asdict(getattr(self, name)).items()}
+
+    def placed(self, faults: list[str]) -> list[str]:
+        """The same faults, each with the file and line of the options that it names, where a file gives them."""
+        return [self._places_in(fault) + fault for fault in faults]
+
+    def _places_in(self, fault: str) -> str:
+        named = re.findall(r"--(\w+)", fault)
+        places = dict.fromkeys(self.places[name] for name in named if name in self.places)
+        return " and ".join(places) + ": " if places else ""
 
     @property
     def attention(self) -> str:
@@ -58,32 +72,33 @@ class RunConfig:
         return self.training.precision if self.training.save_dtype == "auto" else self.training.save_dtype
 
 
-def parse_arguments(argv: list[str]) -> RunConfig:
+def parse_arguments(argv: list[str], own: Sequence[str] = ()) -> RunConfig:
     """The configuration behind a command line (without the program's name).
 
-    Raises UserError with every fault; `--help` prints all options and exits 0.
+    `own` are the options of a command that takes the trainer's besides, for its suggestions. Raises UserError with
+    every fault; `--help` prints all options and exits 0.
     """
-    words = read_words(argv)
+    words = read_words(argv, own)
     if words.help:
         print(help_text())
         raise SystemExit(0)
-    values, explicit, faults = {}, set(), []
-    if words.config_file is not None:
-        from_file = read_yaml(words.config_file)
-        values, explicit, faults = from_file.values, from_file.explicit, from_file.faults
-    all_faults(faults + words.faults, "These options can't be understood:")
-    return make_config(values | words.values, frozenset(explicit | words.explicit))
+    in_file = Words() if words.config_file is None else read_option_file(words.config_file)
+    all_faults(in_file.faults + words.faults, "These options can't be understood:")
+    places = {name: place for name, place in in_file.places.items() if name not in words.values}
+    return make_config(in_file.values | words.values, frozenset(in_file.explicit | words.explicit), places)
 
 
-def make_config(values: dict[str, Any], explicit: frozenset[str] | None = None) -> RunConfig:
+def make_config(
+    values: dict[str, Any], explicit: frozenset[str] | None = None, places: Mapping[str, str] | None = None
+) -> RunConfig:
     """A validated configuration from typed values by option name; those in `explicit` (default: all) were given."""
     values = {key: _from_home(value) if key in _PATHS else value for key, value in values.items()}
     parts: dict[str, Any] = {}
     for name, section in SECTIONS.items():
         known = {field.name for field in dataclasses.fields(section)}
         parts[name] = section(**{key: value for key, value in values.items() if key in known})
-    config = RunConfig(**parts, explicit=frozenset(values) if explicit is None else explicit)
-    all_faults(_faults(config), "These options can't be used together or as given:")
+    config = RunConfig(**parts, explicit=frozenset(values) if explicit is None else explicit, places=places or {})
+    all_faults(config.placed(_faults(config)), "These options can't be used together or as given:")
     config, notes = _lower_budgets(config)
     return dataclasses.replace(config, notes=tuple(notes + _notes(config)))
 

@@ -226,7 +226,7 @@ def _draw(pack: Any, shift: float, folder: Path) -> None:
 def _start(options: argparse.Namespace) -> RunConfig:
     """The trainer's configuration behind the rest of the words, its remarks told; the log goes to stderr."""
     log_to_stderr()
-    config = parse_arguments(options.training)
+    config = parse_arguments(options.training, options.own)
     # The other remarks are about training.
     for note in [*settle_user_folders(), *(note for note in config.notes if "num_tokens" in note)]:
         logging.getLogger("bagel_ds").info(note)

@@ -6,10 +6,13 @@ code 2. Everything else is a bug of ours and keeps its traceback.
 
 from __future__ import annotations
 
+import difflib
 import errno
+from collections.abc import Iterable
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_MOST_LISTED = 12
 
 
 class UserError(ValueError):
@@ -33,3 +36,13 @@ def all_faults(faults: list[str], heading: str) -> None:
         raise UserError(faults[0])
     if faults:
         raise UserError(heading + "\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A remedy for an unknown name: the nearest known one, or all of them, or of many the three nearest."""
+    names = sorted(known)
+    if close := difflib.get_close_matches(name, names, n=1):
+        return f"did you mean {close[0]!r}?"
+    if len(names) > _MOST_LISTED:
+        return f"the nearest known ones are {', '.join(difflib.get_close_matches(name, names, n=3, cutoff=0.0))}"
+    return f"known: {', '.join(names) or 'none'}."

@@ -26,7 +26,7 @@ def listen(listener: Callable[[], None] | None) -> None:
 
 @contextmanager
 def timed_elsewhere() -> Iterator[None]:
-    """Around what can't say that it goes on and has timeouts of its own, such as a download."""
+    """Around what can't say that it goes on and ends by itself: a download, which has timeouts, or a compiler."""
     global _timed_elsewhere
     _timed_elsewhere += 1
     try:

@@ -1,7 +1,8 @@
 """`bagel-ds memory`: the memory planner on the command line.
 
 Guarantees: takes every argument of the trainer under its own name, or a whole training command as it stands in a
-script; reads headers and configuration files only, never weights; needs neither a GPU nor DeepSpeed.
+script; reads headers and configuration files only, never weights; needs neither a GPU nor DeepSpeed (where it is
+installed, it checks the keys of a --ds_config that is not a preset).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from bagel_ds.launch_line import LaunchLine, Ranks, launched_ranks, read_launch_
 from bagel_ds.model.config import BagelConfig, VAEConfig
 from bagel_ds.option_values import at_least_one, gibibytes, gibibytes_or_none
 from bagel_ds.preflight import hub_folder, is_hub_id
+from bagel_ds.zero.config import check_planned_file
 from bagel_ds.zero.memory import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.zero.memory_report import not_compared, report_lines, size_options, suggestion_lines
 from bagel_ds.zero.memory_suggest import resolved, suggestions
@@ -59,7 +61,7 @@ def run(options: argparse.Namespace) -> int:
         print(table())
         return 0
     line = read_launch_line(options.training)
-    config = parse_arguments(line.training)
+    config = parse_arguments(line.training, options.own)
     ranks = _ranks(options, line)
     model, vae = _network(options.model, config)
     memory = MemoryOptions.of(
@@ -73,6 +75,8 @@ def run(options: argparse.Namespace) -> int:
         host_memory=options.host_memory,
         nvme=options.nvme,
     )
+    if remark := check_planned_file(config.training.ds_config):
+        print(f"bagel-ds: {remark}", file=sys.stderr)
     ds_config = resolved(config.training.ds_config, config, model, ranks.all, ranks.per_host)
     plan = plan_memory(model, ds_config, memory)
     better = [] if plan.fits else suggestions(model, config, memory)
@@ -145,5 +149,5 @@ def _from_folder(config: RunConfig, path: Path) -> tuple[BagelConfig, VAEConfig]
     folder = ModelFolder(path)
     autoencoder = folder.path / VAE
     vae = vae_config(TensorFiles([autoencoder]), autoencoder) if autoencoder.exists() else VAEConfig()
-    weights = folder.path if folder.weight_files("ema") or folder.weight_files("model") else None
+    weights = folder.path if folder.holds_weights else None
     return bagel_config(config, folder, weights, vae), vae

@@ -25,12 +25,13 @@ def check_inputs(config: RunConfig) -> None:
         find_ds_config(config.training.ds_config)
     except UserError as fault:
         faults.append(str(fault))
-    all_faults(faults, "This run can't start; what is missing:")
+    all_faults(config.placed(faults), "This run can't start; what is missing:")
 
 
 def check_data_inputs(config: RunConfig) -> None:
     """The same for commands that look at data only: they start from nothing and read no weights."""
-    all_faults(_folder_faults(config, weights=False) + _data_faults(config), "What is missing:")
+    faults = _folder_faults(config, weights=False) + _data_faults(config)
+    all_faults(config.placed(faults), "What is missing:")
 
 
 def parts_of(config: RunConfig) -> tuple[Path, Path, Path]:
@@ -61,7 +62,11 @@ def resolve_model_path(config: RunConfig) -> Path:
     path = Path(config.model.model_path)
     if path.is_dir() or not is_hub_id(config.model.model_path):
         return path
-    return hub_folder(config.model.model_path, "--model_path")
+    try:
+        return hub_folder(config.model.model_path, "--model_path")
+    except UserError as fault:
+        offer = _instead_of_base_model(config)
+        raise UserError(f"{fault}. {offer}" if offer else str(fault)) from None
 
 
 def hub_folder(name: str, option: str, patterns: tuple[str, ...] | None = None) -> Path:
@@ -108,11 +113,16 @@ def missing_model_files(path: Path, weights: bool = True) -> list[str]:
 
 def _model_faults(config: RunConfig) -> list[str]:
     from bagel_ds.checkpoint.parts import missing_parts
+    from bagel_ds.checkpoint.steps import checkpoints_near, meant_checkpoint
 
     training, faults = config.training, []
     resumes = training.resume_from is not None or (training.auto_resume and _holds_checkpoints(training.checkpoint_dir))
-    if training.resume_from is not None and not Path(training.resume_from).is_dir():
-        faults.append(f"--resume_from {training.resume_from}: no such folder; pass a checkpoint or a model folder")
+    if training.resume_from is not None:
+        folder = meant_checkpoint(Path(training.resume_from))
+        if not folder.is_dir():
+            near = checkpoints_near(folder)
+            remedy = f"pass a checkpoint or a model folder{near and ': ' + near}"
+            faults.append(f"--resume_from {training.resume_from}: no such folder; {remedy}")
     if starts_from_parts(config):
         return faults
     if not training.finetune_from_hf and not resumes:
@@ -131,8 +141,23 @@ def _folder_faults(config: RunConfig, weights: bool) -> list[str]:
     path = Path(name)
     if path.is_dir():
         missing = missing_model_files(path, weights)
-        return [f"--model_path {name}: the folder lacks {', '.join(missing)}. {DOWNLOAD}"] if missing else []
-    return [] if is_hub_id(name) else [f"--model_path {name}: no such folder. {DOWNLOAD}"]
+        remedy = _instead_of_base_model(config) or DOWNLOAD
+        return [f"--model_path {name}: the folder lacks {', '.join(missing)}. {remedy}"] if missing else []
+    if is_hub_id(name):
+        return []
+    return [f"--model_path {name}: no such folder. {_instead_of_base_model(config) or DOWNLOAD}"]
+
+
+def _instead_of_base_model(config: RunConfig) -> str:
+    """A run that resumes can do without its base model: the checkpoint is a model folder, too."""
+    from bagel_ds.checkpoint.steps import meant_checkpoint, step_folders
+
+    training = config.training
+    held = [path for _, path in step_folders(Path(training.checkpoint_dir))][::-1] if training.auto_resume else []
+    if training.resume_from is not None:
+        held.append(meant_checkpoint(Path(training.resume_from)))
+    whole = next((path for path in held if not missing_model_files(path, weights=False)), None)
+    return "" if whole is None else f"A checkpoint is a model folder, too: pass --model_path {whole} to resume with it."
 
 
 def _holds_checkpoints(folder: str) -> bool:

@@ -61,6 +61,8 @@ def main() -> None:
     report = {"device": device_name(device), "preset": options.preset, "tokens": options.tokens, "runs": runs}
     report["extrapolated"] = extrapolated(*runs) if len(runs) == 2 else None
     print(json.dumps(report, indent=1) if options.json else "\n".join(lines(report)))
+    if any("failed" in run for run in runs):
+        sys.exit(1)
 
 
 def network(depth: int, width: int | None) -> BagelConfig:

@@ -1,6 +1,7 @@
-"""Seconds that training stands still for a save: overlapped beside in the foreground, in one run on two CPU ranks.
+"""Seconds that training stands still for a save: overlapped beside in the foreground, in one run.
 
-One command: `python bench/saving.py [--json] [--presets ...] [--saves N] [--work DIR]`. It writes a model with random
+One command: `python bench/saving.py [--json] [--presets ...] [--saves N] [--work DIR]`, on two ranks: of the CPU, or of
+the GPUs where there are some (one rank where there is one). It writes a model with random
 weights in the real layout, trains it on the demo's data with a save after every second step, of which every second
 overlaps the step after it and every other is finished before training goes on, and removes everything. The launch is
 the trainer's (bench/saving_train.py); the seconds are those of its own log lines. On CPU, a thread that writes takes
@@ -24,7 +25,10 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # also where the package is not installed
 
+import torch  # noqa: E402
+
 from bagel_ds.demo import write_demo  # noqa: E402
+from bagel_ds.device import device_type  # noqa: E402
 from bagel_ds.units import GIB  # noqa: E402
 from bench.measured_run import measured_run  # noqa: E402
 from bench.random_model import scaled_config, write_random_model  # noqa: E402
@@ -52,11 +56,14 @@ def measure(folder: Path, presets: list[str], saves: int, width: int) -> dict[st
     with contextlib.redirect_stdout(io.StringIO()):
         write_demo(folder / "demo")
     parameters = write_random_model(folder / "model", folder / "demo" / "model", scaled_config(width, 8, VOCABULARY))
-    report: dict[str, Any] = {"parameters": parameters, "ranks": 2, "saves": saves, "presets": {}}
+    device = device_type()
+    ranks = 2 if device == "cpu" else min(2, torch.cuda.device_count())
+    report: dict[str, Any] = {"device": device, "parameters": parameters, "ranks": ranks, "saves": saves, "presets": {}}
     for preset in presets:
         print(f"[saving] {preset}", file=sys.stderr, flush=True)
         # One step more than the last save: it overlaps that step, and is no save that ends the run.
-        run = measured_run(arguments(folder, preset, 2 * saves * EVERY + 1), script="saving_train.py")
+        words = arguments(folder, preset, 2 * saves * EVERY + 1)
+        run = measured_run(words, ranks=ranks, script="saving_train.py", device=device)
         if run.code != 0:
             raise SystemExit(f"{preset} failed:\n{run.output[-3000:]}")
         state = sum(path.stat().st_size for path in (folder / "run" / "checkpoints" / "step_final").rglob("*.safe*"))
@@ -101,7 +108,10 @@ def arguments(folder: Path, preset: str, steps: int) -> list[object]:
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-    found = [f"{report['parameters']:,} parameters, 2 ranks on CPU; seconds per save, medians of {report['saves']}"]
+    found = [
+        f"{report['parameters']:,} parameters, {report['ranks']} rank(s) on {report['device']}; "
+        f"seconds per save, medians of {report['saves']}"
+    ]
     for preset, values in report["presets"].items():
         found += [
             f"{preset}: {values['checkpoint_gib']} GiB per checkpoint",

@@ -2,7 +2,8 @@
 
 One command: `python bench/workers.py [--json]`. The process that asks for batches has imported what a rank has; its
 data have a tokenizer as large as BAGEL's and an index of many rows. "Own" is memory that would be free without the
-process (USS), "share" counts pages that several processes use in parts (PSS).
+process (USS), "share" counts pages that several processes use in parts (PSS). Beside it: a process that imports for
+itself what a worker needs, as one that multiprocessing spawns does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import string
+import subprocess
 import sys
 import tempfile
 import time
@@ -79,19 +81,32 @@ def measure(data: PlannedData, workers: int, batches: int) -> dict[str, Any]:
     for _ in range(batches * workers - 1):
         next(found)
     time.sleep(1)
-    memory = [process.memory_full_info() for process in psutil.Process().children(recursive=True)]
-    own, share = ([getattr(info, kind) / MIB for info in memory] for kind in ("uss", "pss"))
+    server, *forked = [process.memory_full_info() for process in psutil.Process().children(recursive=True)]
     found.close()
+    own, share = ([getattr(info, kind) / MIB for info in (server, *forked)] for kind in ("uss", "pss"))
     return {"workers": workers, "first_batch_seconds": first, "own_mib": own, "share_mib": share}
 
 
+def spawned() -> dict[str, float]:
+    """A process that has imported what a worker needs."""
+    code = "import bagel_ds.data.loader, bagel_ds.data.check, psutil; print(psutil.Process().memory_full_info().uss)"
+    began = time.perf_counter()
+    ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return {"seconds": time.perf_counter() - began, "own_mib": int(ended.stdout) / MIB}
+
+
 def describe(report: dict[str, Any]) -> str:
-    lines = [f"rank: own {report['rank_own_mib']:.0f} MiB"]
-    for case in report["cases"]:
+    spawn = report["spawned"]
+    lines = [
+        f"one process that imports all for itself: {spawn['seconds']:.2f} s, own {spawn['own_mib']:.0f} MiB",
+        f"rank: own {report['rank_own_mib']:.0f} MiB",
+    ]
+    for number, case in enumerate(report["cases"]):
         own, share = (" ".join(f"{value:.0f}" for value in case[kind]) for kind in ("own_mib", "share_mib"))
         lines.append(
-            f"{case['workers']} worker(s): first batch after {case['first_batch_seconds']:.2f} s; MiB of each process: "
-            f"own {own}, share {share}, together {sum(case['share_mib']):.0f}"
+            f"{case['workers']} worker(s): first batch after {case['first_batch_seconds']:.2f} s"
+            f"{', starting the server included' if number == 0 else ''}; MiB of the server and each worker: own {own}, "
+            f"share {share}, together {sum(case['share_mib']):.0f}"
         )
     return "\n".join(lines)
 
@@ -99,7 +114,7 @@ def describe(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--workers", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 1, 4, 8])
     parser.add_argument("--pictures", type=int, default=60, help="rows of each of the three data sets with pictures")
     parser.add_argument("--lines", type=int, default=1_000_000, help="rows without a picture")
     parser.add_argument("--batches", type=int, default=3, help="of each worker, before memory is looked at")
@@ -107,9 +122,8 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         data = open_data(Path(name), arguments.pictures, arguments.lines)
-        cases = [measure(data, workers, arguments.batches) for workers in (arguments.workers[0], *arguments.workers)]
-        own = psutil.Process().memory_full_info().uss / MIB
-    report = {"rank_own_mib": own, "cases": cases[1:], "very_first": cases[0]}
+        report = {"cases": [measure(data, workers, arguments.batches) for workers in arguments.workers]}
+        report |= {"rank_own_mib": psutil.Process().memory_full_info().uss / MIB, "spawned": spawned()}
     print(json.dumps(report) if arguments.json else describe(report))
 
 

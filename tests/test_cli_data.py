@@ -193,6 +193,46 @@ def test_the_commands_need_no_deepspeed(words: list[str], monkeypatch: pytest.Mo
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "meant"),
+    [
+        (["check", "--worker", "3"], "the nearest known one is --workers "),
+        (["inspect", "--pakcs", "3"], "the nearest known one is --packs "),
+        (["index", "--sahrd", "1/2"], "the nearest known one is --shard "),
+        (["memory", "--model", "7b", "--word_size", "3"], "the nearest known one is --world_size "),
+        (["memory", "--model", "7b", "--num_gpus", "3"], "--world_size says how many ranks there are"),
+        (["check", "--num_gpus", "3"], "leave it out"),
+        (
+            ["check", "--max_num_tokes", "3"],
+            "the nearest known one is --max_num_tokens ",
+        ),  # a trainer's, which it takes
+    ],
+)
+def test_suggestions_know_the_commands_own_options(
+    command: list[str], meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(command) == 2
+    message = capsys.readouterr().err
+    assert meant in message and "before launch/train.py" not in message and "--help lists all" not in message
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["export", "a", "--out", "b", "--max_shard_sise", "3"], "did you mean --max_shard_size?"),
+        (["demo", "--out", "b", "--sede", "3"], "did you mean --seed?"),
+        (["stop", "a", "--total_steps", "3"], "bagel-ds stop: error: unrecognized arguments: --total_steps 3\n"),
+        (["export", "a", "--out", "b", "--lr", "3"], "bagel-ds export: error: unrecognized arguments: --lr 3\n"),
+    ],
+)
+def test_commands_that_take_no_training_options_suggest_none(
+    command: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(command)
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_ctrl_c_ends_a_check_and_its_processes_without_a_traceback(words: list[str]) -> None:
     """A terminal sends it to all of them, most of all while they are still importing."""
     command = [sys.executable, "-m", "bagel_ds.cli", "check", *words, "--workers", "2"]

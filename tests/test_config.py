@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bagel_ds.arguments import all_options, is_optional, type_name
-from bagel_ds.command_line import SYNONYMS, duration_seconds, duration_text
+from bagel_ds.command_line import LAUNCHER_LETTERS, LAUNCHER_OPTIONS, SYNONYMS, duration_seconds, duration_text
 from bagel_ds.config import ATTENTION_BACKENDS, RunConfig, parse_arguments, wandb_wanted
 from bagel_ds.errors import UserError
 from tests.guide_commands import BLOCKMOVING, GUIDE_COMMANDS, MODALITY_EXTRAS, WANDB_EXTRA, arguments
@@ -332,6 +332,85 @@ def test_the_nearest_name_knows_what_others_call_it(word: str, meant: str) -> No
 
 def test_synonyms_lead_to_options_and_are_none_themselves() -> None:
     assert set(SYNONYMS.values()) <= set(OPTIONS) and not set(SYNONYMS) & set(OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("lr: 1.0e-5\nlr: 2.0e-3\n", "line 2: the key 'lr' is given twice (first in line 1)"),
+        ("training:\n  lr: 1e-5\n  lr: 2e-3\n", "line 3: the key 'lr' in training is given twice (first in line 2)"),
+        ("lr: 1e-5\ntraining:\n  lr: 2e-3\n", "line 3: lr is given twice"),
+        ("total_steps: 3\ntotal-steps: 4\n", "line 2: total_steps is given twice"),
+    ],
+)
+def test_an_option_given_twice_in_a_file_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    message = fault(f"--config {tmp_path}/run.yaml")
+    assert words in message and "run.yaml" in message
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("lr: 1e-5\ntotal_steps: many\n", 2),  # not of its type
+        ("lr: 1e-5\ntotal_steps: 0\n", 2),  # out of range
+        ("training:\n  lr: 1e-5\n  lr_shceduler: cosine\n", 3),  # unknown
+        ("lr: 1e-5\n\nmse_weight: 0\nce_weight: 0\n", 4),  # bad together
+        ("config: x\n", 1),
+    ],
+)
+def test_a_bad_value_in_a_file_names_file_and_line(tmp_path: Path, text: str, line: int) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    assert f"{tmp_path}/run.yaml, line {line}" in fault(f"--config {tmp_path}/run.yaml")
+
+
+def test_a_bad_value_on_the_command_line_names_no_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("total_steps: 5\n")
+    assert "run.yaml" not in fault(f"--config {tmp_path}/run.yaml --total_steps 0")
+
+
+def test_the_launchers_options_are_those_of_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import argparse
+
+    from deepspeed.launcher import runner
+
+    parsers: list[argparse.ArgumentParser] = []
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda self, args=None: parsers.append(self))
+    runner.parse_args(["train.py"])
+    names = {name for action in parsers[0]._actions for name in action.option_strings} - {"-h", "--help"}
+    assert names == {*LAUNCHER_LETTERS, *(f"--{name}" for name in LAUNCHER_OPTIONS)}
+    assert not {*LAUNCHER_OPTIONS} & {*OPTIONS}
+
+
+@pytest.mark.parametrize("name", LAUNCHER_OPTIONS)
+def test_an_option_of_the_launcher_behind_the_script_is_told_so(name: str) -> None:
+    for word in (f"--{name} 4", f"--{name.replace('_', '-')}=4"):
+        message = fault(word)
+        assert "goes before launch/train.py" in message and "nearest" not in message
+        assert "\n" not in message, "its value is not a second fault"
+
+
+@pytest.mark.parametrize("line", ["-H hosts", "-i a@b", "-e a", "-q"])
+def test_a_letter_of_the_launcher_behind_the_script_is_told_so(line: str) -> None:
+    message = fault(line)
+    assert f"{line[:2]} is an option of the deepspeed launcher" in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "word, meant",
+    [("num_gpu", "num_gpus"), ("nproc_per_node", "num_gpus"), ("nproc-per-node", "num_gpus"), ("hostfle", "hostfile")],
+)
+def test_a_misspelled_option_of_the_launcher_is_told_so(word: str, meant: str) -> None:
+    message = fault(f"--{word} 4")
+    assert f"--{meant}, an option of the deepspeed launcher" in message and "before launch/train.py" in message
+
+
+@pytest.mark.parametrize(
+    "word", ["lora_rank", "lora_alpha", "use_lora", "local_rnk", "local_rak", "xyz", "weight_decay"]
+)
+def test_what_is_like_no_option_gets_no_suggestion(word: str) -> None:
+    message = fault(f"--{word} 8")
+    assert f"unknown argument --{word}" in message and "nearest" not in message and "local_rank" not in message
 
 
 @pytest.mark.parametrize(

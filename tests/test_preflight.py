@@ -85,6 +85,58 @@ def test_a_resumed_run_needs_no_weights_in_the_model_folder(tmp_path: Path) -> N
     assert "--resume_from" in fault(line + " --resume_from checkpoints/step_11")
 
 
+def _checkpoint(folder: Path) -> Path:
+    """As a save leaves it: a model folder with a manifest and a state."""
+    (model_folder(folder) / "state").mkdir()
+    (folder / "manifest.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["gone/model", "models/gone", "/gone/model"])
+def test_a_resume_whose_base_model_is_gone_is_offered_the_checkpoint(tmp_path: Path, name: str) -> None:
+    _checkpoint(tmp_path / "checkpoints" / "step_10")
+    (tmp_path / "checkpoints" / "latest").write_text("step_10\n")
+    (tmp_path / "data.yaml").touch()
+    line = f"--model_path {name} --dataset_config_file data.yaml"
+    if preflight.is_hub_id(name):
+        (tmp_path / name.partition("/")[0]).mkdir()  # else it may be an id of the hub
+    offer = "pass --model_path checkpoints/step_10 to resume with it"
+    for resume in ("--auto_resume True --checkpoint_dir checkpoints", "--resume_from checkpoints/latest"):
+        message = fault(f"{line} {resume}")
+        assert offer in message and name in message
+        preflight.check_inputs(config(f"{line.replace(name, 'checkpoints/step_10')} {resume}"))
+    assert offer not in fault(f"{line} --finetune_from_hf True --checkpoint_dir checkpoints")
+
+
+def test_a_base_model_that_lost_files_is_replaced_by_the_checkpoint_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    model_folder(tmp_path / "model", "ae.safetensors")
+    _checkpoint(tmp_path / "checkpoints" / "step_10")
+    (tmp_path / "data.yaml").touch()
+    resume = "--dataset_config_file data.yaml --resume_from checkpoints/step_10"
+    assert "--model_path checkpoints/step_10" in fault(f"--model_path model {resume}")
+
+    def offline(name: str) -> str:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError, match="--model_path checkpoints/step_10"):
+        preflight.resolve_model_path(config(f"--model_path some/model {resume}"))
+
+
+def test_a_missing_checkpoint_names_those_that_are_there(tmp_path: Path) -> None:
+    _checkpoint(tmp_path / "checkpoints" / "step_10")
+    assert "checkpoints holds step_10" in fault("--resume_from checkpoints/step_11")
+
+
+def test_what_a_file_says_is_missing_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("lr: 1e-5\nmodel_path: /nowhere\n")
+    assert "run.yaml, line 2: --model_path /nowhere: no such folder" in fault("--config run.yaml")
+
+
 def test_a_named_dataset_info_must_exist(tmp_path: Path) -> None:
     model_folder(tmp_path / "model")
     (tmp_path / "data.yaml").touch()

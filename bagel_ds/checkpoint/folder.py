@@ -6,7 +6,6 @@ weight that is asked for and absent is an error, never random numbers; position 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -14,7 +13,9 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from bagel_ds.checkpoint.tensors import TensorFiles
+from bagel_ds.checkpoint.finite import CheckedWeights
+from bagel_ds.checkpoint.tensors import TensorFiles, dtype_fault
+from bagel_ds.config_files import read_json
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.model.config import LLMConfig, VAEConfig, ViTConfig
 from bagel_ds.model.embeddings import position_table
@@ -79,6 +80,11 @@ class ModelFolder:
             return [self.path / shard for shard in sorted(set(weight_map.values()))]
         return []
 
+    @property
+    def holds_weights(self) -> bool:
+        """Whether there are weights to start from, under one of the known names."""
+        return bool(self.weight_files("ema") or self.weight_files("model"))
+
     def open_weights(self, prefer_ema: bool) -> TensorFiles:
         """ema.safetensors when preferred, else model.safetensors, else the other; an error when there is neither."""
         for stem in ("ema", "model") if prefer_ema else ("model", "ema"):
@@ -96,12 +102,9 @@ class ModelFolder:
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except OSError:
-            raise UserError(f"{path} does not exist: {self.path} is not a BAGEL model folder. {DOWNLOAD}") from None
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error}). Download or copy it again.") from None
+        if not path.is_file():
+            raise UserError(f"{path} does not exist: {self.path} is not a BAGEL model folder. {DOWNLOAD}")
+        found = read_json(path).content
         if not isinstance(found, dict):
             raise UserError(f"{path}: expected a JSON object, found {found!r:.60}. Download or copy it again.")
         return found
@@ -141,7 +144,15 @@ def load_vae(path: Path, decodes: bool = True) -> AutoEncoder:
     expected = {name: tuple(p.shape) for name, p in whole.named_parameters()}
     check_tensors(files, expected, str(path))
     vae = AutoEncoder(config, decodes)
-    vae.load_state_dict({name: files.read(name).reshape(expected[name]).float() for name, _ in vae.named_parameters()})
+    weights = CheckedWeights(files, str(path))
+    needed = {name for name, _ in vae.named_parameters()}
+    state = {}
+    for name, shape in expected.items():
+        values = weights.read(name)  # also what is not needed: the file goes into every checkpoint
+        if name in needed:
+            state[name] = values.reshape(shape).float()
+    weights.check()
+    vae.load_state_dict(state)
     return vae.requires_grad_(False).eval()
 
 
@@ -165,7 +176,9 @@ def vae_config(files: TensorFiles, path: Path) -> VAEConfig:
 
 
 def check_tensors(found: TensorFiles, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Every expected tensor is there with its shape, or one `UserError` lists what is not."""
+    """Every expected tensor is there with its shape, as numbers to train, or one `UserError` lists what is not."""
+    if fault := dtype_fault(found, expected):
+        raise UserError(f"{where}: {fault}.")
     faults = []
     for name, shape in expected.items():
         if name not in found:

@@ -26,11 +26,12 @@ from bagel_ds.checkpoint.state import WEIGHT, StateFiles, StateSource
 from bagel_ds.checkpoint.steps import (
     MANIFEST,
     STATE,
+    checkpoints_near,
     checksum_fault,
     flush_all,
     holds_state,
     manifest_fault,
-    pointed_to,
+    meant_checkpoint,
     state_files,
     write_json,
 )
@@ -50,10 +51,13 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, shard_byt
     Raises `UserError` where the checkpoint holds no state or is damaged, where `out` holds other weights than those of
     an earlier export, and where it can't be written; what was there is then as it was.
     """
-    checkpoint = pointed_to(checkpoint) or checkpoint if checkpoint.is_file() else checkpoint  # as step_final may be
+    checkpoint = meant_checkpoint(checkpoint)  # latest, or step_final where it is a file
     _check_replaceable(out, checkpoint)
     if not holds_state(checkpoint):
-        raise UserError(f"{checkpoint} holds no training state; pass a checkpoint such as .../checkpoints/step_1000.")
+        found = "holds no training state" if checkpoint.is_dir() else "does not exist"
+        near = checkpoints_near(checkpoint, with_state=True)
+        remedy = f"pass a checkpoint such as .../checkpoints/step_1000{near and ': ' + near}"
+        raise UserError(f"{checkpoint} {found}; {remedy}.")
     with waiting_for(f"all bytes of {checkpoint}'s training state to be compared", "before any is written"):
         fault = manifest_fault(checkpoint) or checksum_fault(checkpoint, state_files(checkpoint))
     if fault is not None:

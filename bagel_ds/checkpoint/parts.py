@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from bagel_ds.checkpoint.folder import TOKENIZER_FILES, VAE
-from bagel_ds.checkpoint.tensors import TensorFiles
+from bagel_ds.checkpoint.tensors import TensorFiles, dtype_fault
+from bagel_ds.config_files import read_json
 from bagel_ds.data.tokenizer import complete_tokenizer
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.model.embeddings import position_table
@@ -181,6 +182,7 @@ class PartsWeights:
         return (torch.rand(shape, generator=generator) * 2 - 1) * fan_in**-0.5  # torch's own Linear
 
     def _check(self, llm: Path, vit: Path) -> None:
+        self._check_dtypes(llm, vit)
         faults = []
         for name, shape in self._shapes.items():
             place = self._place(name)
@@ -197,6 +199,13 @@ class PartsWeights:
             faults = faults[:8] + [f"... and {len(faults) - 8} more"]
         all_faults(faults, "llm_path and vit_path do not hold what the network needs:")
 
+    def _check_dtypes(self, llm: Path, vit: Path) -> None:
+        places = [place for name in self._shapes if (place := self._place(name)) and name not in POSITION_TABLES]
+        for folder, files in ((llm, self._llm), (vit, self._vit)):
+            inside = dict.fromkeys(name for found, name in places if found is files)
+            if fault := dtype_fault(files, inside):
+                raise UserError(f"{folder}: {fault}.")
+
 
 def _seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1
@@ -204,10 +213,7 @@ def _seed_of(seed: int, name: str) -> int:
 
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}). Download or copy it again.") from None
+    found = read_json(path).content
     if not isinstance(found, dict) or not found:
         raise UserError(f"{path}: expected a JSON object, found {found!r:.60}. Download or copy it again.")
     return found

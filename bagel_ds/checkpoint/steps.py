@@ -26,6 +26,7 @@ logger = logging.getLogger("bagel_ds")
 
 STATE, TRAINER, MANIFEST, LATEST, FINAL = "state", "trainer.json", "manifest.json", "latest", "step_final"
 UNFINISHED, REPLACED, GIVEN_UP = ".unfinished-", ".replaced-", ".given-up-state"
+_MOST_SHOWN = 8  # checkpoints that a message names, newest first
 _STEP = re.compile(r"step_(\d+)")
 _HIDDEN = re.compile(rf"({re.escape(UNFINISHED)}|{re.escape(REPLACED)})(step_\d+)")
 
@@ -34,6 +35,21 @@ _HIDDEN = re.compile(rf"({re.escape(UNFINISHED)}|{re.escape(REPLACED)})(step_\d+
 def step_folders(checkpoint_dir: Path) -> list[tuple[int, Path]]:
     """Complete step_N folders by N; links and unfinished folders are none."""
     return [(step, path) for step, path in _numbered(checkpoint_dir) if (path / MANIFEST).is_file()]
+
+
+def meant_checkpoint(path: Path) -> Path:
+    """The folder behind a path that a user gives: a file such as `latest` is followed."""
+    return pointed_to(path) or path if path.is_file() else path
+
+
+def checkpoints_near(path: Path, with_state: bool = False) -> str:
+    """Which checkpoints lie in `path`, in its folder `checkpoints` or beside it, for a message; "" for none."""
+    for folder in (path, path / "checkpoints", path.parent):
+        names = [found.name for _, found in step_folders(folder) if holds_state(found) or not with_state]
+        if names:
+            more = f", ... ({len(names)} in all)" if len(names) > _MOST_SHOWN else ""
+            return f"{folder} holds {', '.join(names[: -_MOST_SHOWN - 1 : -1])}{more}"
+    return ""
 
 
 def taken_names(checkpoint_dir: Path) -> dict[int, str]:

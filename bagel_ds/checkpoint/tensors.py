@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import zlib
 from contextlib import suppress
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from bagel_ds.checkpoint.crc import joined_crc
 from bagel_ds.errors import NO_SPACE, UserError
+from bagel_ds.git_lfs import pointer_fault
 from bagel_ds.liveness import going_on
 from bagel_ds.ranges import TensorInfo
 from bagel_ds.units import GIB
@@ -35,9 +37,39 @@ _TORCH = {
     "I32": torch.int32,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    # Read only so far that a message can say what they are.
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # those that weights may have
+_NUMBER_FORMAT = re.compile(r"[A-Z]+\d+(_\w+)?")
 _CHECKSUM_BYTES = 2**24
 _NAMES = {dtype: name for name, dtype in _TORCH.items()}
+
+
+UNQUANTIZED = (
+    "Quantized weights can't be trained: take those in bf16 or fp32, such as "
+    "`hf download ByteDance-Seed/BAGEL-7B-MoT --local-dir models/BAGEL-7B-MoT`"
+)
+
+
+def dtype_fault(files: TensorFiles, names: Iterable[str]) -> str | None:
+    """What is wrong with the number formats of tensors that are to be trained; missing ones are passed over."""
+    wrong = [name for name in names if name in files and files.info(name).dtype not in WEIGHT_DTYPES]
+    if not wrong:
+        return None
+    formats = sorted({_NAMES[files.info(name).dtype] for name in wrong})
+    count = f"tensor {wrong[0]} is" if len(wrong) == 1 else f"{len(wrong)} tensors, such as {wrong[0]}, are"
+    return f"{count} stored as {' and '.join(formats)}. {UNQUANTIZED}"
 
 
 class TensorFiles:
@@ -231,6 +263,8 @@ class TensorFileWriter:
 
 def read_header(path: Path) -> tuple[dict, int]:
     """The JSON header of a safetensors file and the offset where its data begins."""
+    if fault := pointer_fault(path):
+        raise UserError(f"{path}: {fault}.")
     try:
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -247,10 +281,15 @@ def read_header(path: Path) -> tuple[dict, int]:
 def _placed(path: Path, name: str, entry: Any, data_start: int) -> tuple[TensorInfo, int, int]:
     """A header's entry as the tensor's type and shape and its place in the file."""
     try:
-        info = TensorInfo(_TORCH[entry["dtype"]], tuple(map(int, entry["shape"])))
+        dtype = entry["dtype"]
+        if dtype not in _TORCH and _NUMBER_FORMAT.fullmatch(dtype):
+            raise UserError(f"{path}: tensor {name} is stored as {dtype}. {UNQUANTIZED}.")
+        info = TensorInfo(_TORCH[dtype], tuple(map(int, entry["shape"])))
         start, stop = (int(offset) + data_start for offset in entry["data_offsets"])
         if start < data_start or min(info.shape, default=0) < 0:
             raise ValueError("negative numbers")
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: the header is damaged at tensor {name!r} or of a kind that is not known here "

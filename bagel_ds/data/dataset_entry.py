@@ -6,14 +6,14 @@ this file's to raise. Looks at names of files only.
 
 from __future__ import annotations
 
-import difflib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bagel_ds.data import filesystems
+from bagel_ds.errors import nearest
 
 logger = logging.getLogger("bagel_ds")
 
@@ -32,13 +32,6 @@ class DatasetEntry:
     image_dir: str = ""
     num_used: int | None = None  # None: everything once
     parquet_info: str | None = None
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A remedy for an unknown name: the nearest known one, or all of them."""
-    known = sorted(known)
-    close = difflib.get_close_matches(str(name), known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'none'}."
 
 
 def type_name(value: Any) -> str:

@@ -7,13 +7,19 @@ the names in DATASET_REGISTRY count, and anything that would have to be computed
 from __future__ import annotations
 
 import ast
-import json
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from bagel_ds.config_files import (
+    KeyPath,
+    merge_or_remove,
+    read_json,
+    read_text,
+    read_yaml,
+    refuse_repeated_literals,
+)
 from bagel_ds.data.sources.kinds import KINDS
 from bagel_ds.errors import UserError
 
@@ -33,6 +39,12 @@ class DatasetInfo:
     kinds: dict[str, str] = field(default_factory=dict)
     path: str | None = None
     searched: str = ""
+    lines: Mapping[KeyPath, int] = field(default_factory=dict)  # of groups and datasets; none in a Python file
+
+    def where(self, *keys: Hashable) -> str:
+        """ "file, line 7" for a group or a dataset in it, or the file."""
+        line = self.lines.get(keys) or self.lines.get(("DATASET_INFO", *keys))
+        return f"{self.path}, line {line}" if line else str(self.path)
 
 
 def find_dataset_info(config: Path) -> Path | DatasetInfo:
@@ -56,27 +68,32 @@ def read_dataset_info(path: Path | DatasetInfo) -> DatasetInfo:
     if not path.is_file():
         raise UserError(f"--dataset_info: {path} does not exist. Give a dataset_info file (YAML, JSON or Python).")
     kinds: dict[str, str] = {}
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".py":
-            content, kinds = _read_python(text, path)
-        else:
-            content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, SyntaxError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} cannot be read: {error}") from error
+    lines: Mapping[KeyPath, int] = {}
+    if path.suffix == ".py":
+        content, kinds = _read_python(path)
+    else:
+        content, _, lines = (read_json if path.suffix == ".json" else read_yaml)(path, _remedy_for_twice)
     if isinstance(content, dict) and set(content) == {"DATASET_INFO"}:
         content = content["DATASET_INFO"]
     if not isinstance(content, dict) or not all(isinstance(group, dict) for group in content.values()):
         raise UserError(f"{path}: expected {{group: {{dataset: {{data_dir: ...}}}}}} (docs/data.md).")
-    return DatasetInfo(content, kinds, str(path))
+    return DatasetInfo(content, kinds, str(path), lines=lines)
 
 
-def _read_python(text: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+def _remedy_for_twice(path: KeyPath) -> str:
+    group = path[1:] if path[0] == "DATASET_INFO" else path
+    if len(group) == 1:
+        return (
+            "list the datasets of both under one key; groups of the dataset config that have names of their own find "
+            f"them there by `kind: {group[0]}` (docs/data.md)"
+        )
+    return "give one of the two datasets another name" if len(group) == 2 else merge_or_remove(path)
+
+
+def _read_python(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     info: dict[str, Any] | None = None
     kinds: dict[str, str] = {}
-    for statement in ast.parse(text, str(path)).body:
+    for statement in _parse(path).body:
         targets: list[ast.expr]
         if isinstance(statement, ast.AnnAssign) and statement.value is not None:
             targets, value = [statement.target], statement.value
@@ -88,19 +105,37 @@ def _read_python(text: str, path: Path) -> tuple[dict[str, Any], dict[str, str]]
             continue
         for target in targets:
             if isinstance(target, ast.Name) and target.id == "DATASET_INFO":
+                if info is not None:
+                    raise _refused(path, statement, "DATASET_INFO is assigned twice, and only the last would count")
                 info = _literal(value, path)
             elif isinstance(target, ast.Name) and target.id == "DATASET_REGISTRY":
+                refuse_repeated_literals(path, value, (), merge_or_remove)
                 kinds.update(_registry(value))
             elif _mentions(target, "DATASET_INFO"):
                 if info is None:
                     raise _refused(path, statement, "DATASET_INFO[...] is assigned before DATASET_INFO itself")
-                _assign(info, _keys(target, path), _literal(value, path))
+                keys = _keys(target, path)
+                if not _assign(info, keys, _literal(value, path, tuple(keys))):
+                    given = "".join(f"[{key!r}]" for key in keys)
+                    raise _refused(
+                        path, statement, f"DATASET_INFO{given} is given twice; {_remedy_for_twice(tuple(keys))}"
+                    )
     if info is None:
         raise UserError(f"{path}: no assignment to DATASET_INFO found.")
     return info, kinds
 
 
-def _literal(node: ast.expr, path: Path) -> Any:
+def _parse(path: Path) -> ast.Module:
+    try:
+        return ast.parse(read_text(path), str(path))
+    except (SyntaxError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _literal(node: ast.expr, path: Path, inside: KeyPath = ()) -> Any:
+    refuse_repeated_literals(path, node, inside, _remedy_for_twice)
     try:
         return ast.literal_eval(node)
     except ValueError as error:
@@ -122,10 +157,14 @@ def _keys(target: ast.expr, path: Path) -> list[Any]:
     return keys
 
 
-def _assign(info: dict[str, Any], keys: list[Any], value: Any) -> None:
+def _assign(info: dict[str, Any], keys: list[Any], value: Any) -> bool:
+    """Put `value` at `keys`; False where there is something already."""
     for key in keys[:-1]:
         info = info.setdefault(key, {})
+    if keys[-1] in info:
+        return False
     info[keys[-1]] = value
+    return True
 
 
 def _registry(node: ast.expr) -> dict[str, str]:

@@ -18,6 +18,8 @@ import numpy as np
 
 from bagel_ds.data import files
 from bagel_ds.data.records import VERSION, ParsedRow, reason_of
+from bagel_ds.data.sample import BadRow
+from bagel_ds.git_lfs import pointer_fault
 
 if TYPE_CHECKING:  # sources/ is above this module; a file brings its source along
     from bagel_ds.data.sources.source import Source
@@ -86,6 +88,8 @@ def layout_of(file: DataFile) -> FileLayout:
     no_places = np.empty((0, 3), dtype=np.int64)
     digest = blake2b(os.path.basename(file.path).encode(), digest_size=16)
     try:
+        if fault := pointer_fault(file.path):
+            raise BadRow(fault)
         if file.source.jsonl:
             lines, content = files.jsonl_lines(file.path)
             places = _chosen_lines(lines, file.lines, file.shuffle_seed)

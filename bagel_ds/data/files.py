@@ -52,7 +52,7 @@ def forget_open_files() -> None:
         os.close(_descriptors.popitem()[1])
 
 
-# A forked DataLoader worker shares the parent's file positions: it must open its own.
+# A forked process shares the parent's file positions: it must open its own.
 os.register_at_fork(after_in_child=forget_open_files)
 
 

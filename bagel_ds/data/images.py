@@ -21,6 +21,7 @@ from PIL import Image, ImageFile, PngImagePlugin
 from torch import Tensor
 
 from bagel_ds.data.sample import BadRow
+from bagel_ds.git_lfs import pointer_fault
 
 # As the original: a cut-off file gives the part that is there, and a PNG may carry up to 1 GiB of text.
 ImageFile.LOAD_TRUNCATED_IMAGES = True
@@ -111,7 +112,7 @@ def _opened(source: bytes | Path) -> Image.Image:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
     except Exception as error:
-        raise BadImage(f"not a readable image ({_words(error)})") from error
+        raise BadImage(pointer_fault(source) or f"not a readable image ({_words(error)})") from error
     refusal = _refusal(image)
     if refusal:
         image.close()

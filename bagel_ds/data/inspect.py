@@ -19,6 +19,7 @@ from bagel_ds.data.loader import PlannedData
 from bagel_ds.data.packing import Pack
 from bagel_ds.data.sample import TEXT, VAE, VIT, Entry
 from bagel_ds.data.tokenizer import Tokenizer
+from bagel_ds.model import bagel
 from bagel_ds.model.batch import PackedBatch, unpatchify
 
 _WIDTH = 120
@@ -91,8 +92,7 @@ def kept_pack(batch: PackedBatch, tokenizer: Tokenizer, limit: int, number: int 
 
 def flow_time(timestep: float, shift: float) -> float:
     """Where between image (0) and noise (1) a latent with this raw timestep lies (REFERENCE 3)."""
-    s = float(torch.sigmoid(torch.tensor(timestep)))
-    return shift * s / (1 + (shift - 1) * s)
+    return float(bagel.flow_time(torch.tensor(timestep), shift))
 
 
 # ----------------------------------------------------------------------------------------------- reading a batch back

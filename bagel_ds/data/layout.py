@@ -86,14 +86,16 @@ def layout(
     options: LayoutOptions,
     names: Sequence[str] = (),
     skipped: Sequence[tuple[str, str]] = (),
+    datasets: Sequence[str] = (),
 ) -> PackedBatch:
-    """Lay samples end to end. `names` are theirs, `skipped` goes into the batch as it is."""
+    """Lay samples end to end. `names` and `datasets` are theirs, `skipped` goes into the batch as it is."""
     pack = _Pack(special, options)
-    kept = []
-    for i, sample in enumerate(samples):
-        if pack.add(sample) and names:
-            kept.append(names[i])
-    return pack.batch(tuple(kept), tuple(skipped))
+    kept = [number for number, sample in enumerate(samples) if pack.add(sample)]
+    return pack.batch(
+        samples=tuple(names[number] for number in kept if names),
+        datasets=tuple(datasets[number] for number in kept if datasets),
+        skipped=tuple(skipped),
+    )
 
 
 @dataclass
@@ -220,7 +222,9 @@ class _Pack:
         self.split += tokens
         self.position += positions
 
-    def batch(self, names: tuple[str, ...], skipped: tuple[tuple[str, str], ...]) -> PackedBatch:
+    def batch(
+        self, samples: tuple[str, ...], datasets: tuple[str, ...], skipped: tuple[tuple[str, str], ...]
+    ) -> PackedBatch:
         options = self.options
         no_rows = torch.empty(0, dtype=torch.int64)
         no_latents = torch.empty(0, options.latent_features)
@@ -247,7 +251,8 @@ class _Pack:
             ce_loss_indexes=_int64(self.ce_loss_indexes),
             label_ids=_int64(self.label_ids),
             ce_loss_weights=torch.tensor(self.ce_loss_weights, dtype=torch.float32),
-            samples=names,
+            samples=samples,
+            datasets=datasets,
             skipped=skipped,
         )
 

@@ -102,6 +102,11 @@ class PlannedData:
         self._rows = digest_of([ALGORITHM, packing.data_seed, [s.rows_fingerprint for s in streams]])
         self.fingerprint = digest_of([self._plan, noise_seed, repr(layout_options)])
 
+    @property
+    def datasets(self) -> list[str]:
+        """The datasets as metrics name them, in an order that is the same on every rank."""
+        return list(self._labels.values())
+
     def describe(self) -> list[str]:
         """Lines for the run's plan: each group's rows, length and share, then how they are packed."""
         total = sum(stream.weight for stream in self.streams)

@@ -70,17 +70,18 @@ class BatchMaker:
         """The batch of the task's plans, in their order. Pixels stay uint8; timesteps are before the sigmoid."""
         for group, address in task.coming:
             self.readers[group].expect(address)
-        samples, names, skipped = [], [], []
+        samples, names, datasets, skipped = [], [], [], []
         for plan, address in zip(task.plans, task.addresses, strict=True):
+            label = self.labels[plan.dataset, address.place.dataset]
             try:
                 sample = _Sample(plan, address, self).load()
             except BadRow as error:
-                label = self.labels[plan.dataset, address.place.dataset]
                 skipped.append((label, f"{address.place}: {reason_of(error)}"))
                 continue
             samples.append(sample)
             names.append(str(address.place))
-        return layout(samples, self.tokenizer.special, self.options, names, skipped)
+            datasets.append(label)
+        return layout(samples, self.tokenizer.special, self.options, names, skipped, datasets)
 
 
 def materialize(

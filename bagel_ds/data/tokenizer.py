@@ -8,20 +8,21 @@ tokenizer_config.json. A folder that lists its tokens gets no other one, but by 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Before `tokenizers` is imported: its thread pool does not survive the fork of a DataLoader worker.
+# Before `tokenizers` is imported: its thread pool does not survive a fork.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors  # noqa: E402
 from tokenizers import Tokenizer as FastTokenizer  # noqa: E402
 
+from bagel_ds.config_files import read_json  # noqa: E402
 from bagel_ds.errors import UserError  # noqa: E402
+from bagel_ds.git_lfs import pointer_fault  # noqa: E402
 
 logger = logging.getLogger("bagel_ds")
 
@@ -101,6 +102,9 @@ def complete_tokenizer(folder: Path) -> tuple[Tokenizer, str | None]:
 
 def _open(folder: Path) -> FastTokenizer:
     whole, vocab, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
+    for path in (whole,) if whole.is_file() else (vocab, merges):
+        if fault := pointer_fault(path):
+            raise UserError(f"{path}: {fault}.")
     if whole.is_file():
         try:
             fast = FastTokenizer.from_file(str(whole))
@@ -192,8 +196,5 @@ def _special_tokens(fast: FastTokenizer, folder: str) -> SpecialTokens:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}. Download the file again.") from error
+    content = read_json(path).content
     return content if isinstance(content, dict) else {}

@@ -20,6 +20,7 @@ from PIL import Image
 from bagel_ds.data.draws import Draws
 from bagel_ds.data.images import MAX_PIXELS, check_regular
 from bagel_ds.data.sample import BadRow
+from bagel_ds.git_lfs import pointer_fault
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -140,6 +141,8 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, Any]]:
     except ImportError as error:
         raise BadRow("the row shows a video, which needs PyAV: pip install 'bagel_ds[video]'") from error
     check_regular(path)
+    if fault := pointer_fault(path):
+        raise BadRow(fault)
     options = {"format_whitelist": _CONTAINERS}
     try:
         # Through a Python file, so that ffmpeg never sees a name that it could take for a protocol.

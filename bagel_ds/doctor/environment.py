@@ -13,7 +13,6 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -25,20 +24,19 @@ from typing import NamedTuple
 
 from packaging.version import Version
 
-from bagel_ds.config import RunConfig
 from bagel_ds.device import ACCELERATORS, asked_accelerator
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.units import GIB, MIB
 from bagel_ds.user_folders import settle_user_folders, write_fault
 from bagel_ds.zero.builds import Op, find_ninja, is_built
-from bagel_ds.zero.memory import PACK_BYTES_PER_TOKEN
 
 MINIMUM_PYTHON = (3, 11)
 # Pillow before 13.0 resizes tall images to other pixels (data/images.py).
 MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17", "pillow": "13.0"}
 DEEPSPEED_VERSION = "0.19.8"  # exactly: zero/partitions.py reads its internals
 MINIMUM_DRIVERS = {12: "525.60.13", 13: "580.65.06"}  # NVIDIA's Linux driver, by major CUDA version of the torch build
-SHARED_MEMORY = Path("/dev/shm")  # through which DataLoader workers hand over their packs
+SHARED_MEMORY = Path("/dev/shm")
+NCCL_SHARED_MEMORY = 2**30  # bytes that NVIDIA advises to give a container (--shm-size=1g)
 _DEVICE_FILES = Path("/dev")
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
@@ -62,14 +60,14 @@ class Finding(NamedTuple):
         return f"{self.message}{'; ' if self.remedy else ''}{self.remedy}"
 
 
-def machine_findings(config: RunConfig, ranks_here: int) -> list[Finding]:
+def machine_findings(ranks_here: int) -> list[Finding]:
     """What a run with `ranks_here` ranks on this machine needs, but for a compiler (`compiler_finding`).
 
     Call it before torch and DeepSpeed are imported, as folders must be settled by then, and before ranks meet, as NCCL
-    takes shared memory, too.
+    then takes shared memory.
     """
     packages = package_findings()
-    folders = [home_finding(), socket_finding(config), shared_memory_finding(config, ranks_here)]
+    folders = [home_finding(), shared_memory_finding(ranks_here)]
     if any(finding.verdict is Verdict.FAULT for finding in packages):  # torch can't be asked about the GPU
         return [*packages, *folders]
     return [*packages, *folders, gpu_finding()]
@@ -208,58 +206,20 @@ def home_finding() -> Finding:
     return Finding("home folder", Verdict.GOOD, "home and cache folders can be written")
 
 
-def socket_finding(config: RunConfig) -> Finding:
-    """Whether DataLoader workers can hand over tensors: torch's sockets for it lie in the folder of temporary files."""
-    if config.data.num_workers == 0:
-        return Finding("temporary files", Verdict.GOOD, "no DataLoader worker needs a socket")
-    folder = "the folder for temporary files"
-    try:
-        folder = tempfile.gettempdir()
-        # Named as multiprocessing names its own.
-        with tempfile.TemporaryDirectory(prefix="pymp-") as inner, socket.socket(socket.AF_UNIX) as server:
-            server.bind(os.path.join(inner, "listener-12345678"))
-    except OSError as error:
-        return Finding(
-            "temporary files",
-            Verdict.FAULT,
-            f"DataLoader workers can't make their sockets in {folder} ({len(folder)} characters): "
-            f"{error.strerror or error}",
-            "set TMPDIR to a folder on a local disk that can be written, of at most 75 characters: export TMPDIR=/tmp",
-        )
-    return Finding("temporary files", Verdict.GOOD, f"sockets can be made in {folder}")
-
-
 # -------------------------------------------------------------------------------------------------- shared memory
-def shared_memory_needed(config: RunConfig, ranks_here: int) -> int:
-    """Bytes in /dev/shm of packs that workers have ready, and of one that each rank is taking over."""
-    data = config.data
-    packs = data.num_workers * data.prefetch_factor + 1 if data.num_workers else 0
-    return ranks_here * packs * data.max_num_tokens * PACK_BYTES_PER_TOKEN
-
-
-def shared_memory_finding(config: RunConfig, ranks_here: int) -> Finding:
-    """Whether /dev/shm can hold the packs. A worker that finds no room there dies by SIGBUS, which names nothing."""
-    needed, data = shared_memory_needed(config, ranks_here), config.data
+def shared_memory_finding(ranks_here: int) -> Finding:
+    """Whether NCCL finds room in /dev/shm for what ranks of one host exchange; data workers need none there."""
     name = str(SHARED_MEMORY)
-    if not needed:
-        return Finding(name, Verdict.GOOD, "no DataLoader worker needs shared memory")
-    free = free_shared_memory()
-    if free >= needed and (fault := write_fault(SHARED_MEMORY)):
-        remedy = (
-            "DataLoader workers hand over their packs there; mount it so that you may write, or pass --num_workers 0"
-        )
-        return Finding(name, Verdict.FAULT, f"{name} can't be written ({fault})", remedy)
-    if free >= needed:
-        return Finding(name, Verdict.GOOD, f"{name} has {_size(free)} free, {_size(needed)} needed")
-    pack = data.max_num_tokens * PACK_BYTES_PER_TOKEN
+    if ranks_here < 2 or asked_accelerator() == "cpu" or not gpu_is_present():
+        return Finding(name, Verdict.GOOD, "no GPU needs shared memory to reach another one")
+    size = shared_memory_size()
+    if size >= NCCL_SHARED_MEMORY and not write_fault(SHARED_MEMORY):
+        return Finding(name, Verdict.GOOD, f"{name} has {_size(size)}")
     return Finding(
         name,
-        Verdict.FAULT,
-        f"{name} has {_size(free)} free, and this run needs up to {_size(needed)} there: {ranks_here} rank(s) with "
-        f"--num_workers {data.num_workers} x --prefetch_factor {data.prefetch_factor} packs ready, and one in use, of "
-        f"up to {_size(pack)} each (--max_num_tokens {data.max_num_tokens:,})",
-        f"start a container with --shm-size={-(-needed // GIB)}g or --ipc=host (Docker gives 64 MB otherwise), or pass "
-        "a smaller --num_workers or --prefetch_factor; --num_workers 0 needs none",
+        Verdict.NOTE,
+        f"{name} has {_size(size)} that can be used: where GPUs of a host can't reach one another directly, NCCL needs "
+        "more. If it can't make its shared memory, start the container with --shm-size=1g or --ipc=host",
     )
 
 

@@ -29,6 +29,12 @@ class BagelOutput(NamedTuple):
     mse: Tensor  # [M, F] fp32 squared error of the predicted velocity
 
 
+def flow_time(timesteps: Tensor, shift: float) -> Tensor:
+    """t of the flow, 0 (clean) to 1 (noise), from timesteps before the sigmoid (`PackedBatch.timesteps`)."""
+    sigma = torch.sigmoid(timesteps)
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
 class Bagel(nn.Module):
     """Weights are not initialised here: load them (`checkpoint/folder.py`) before the first forward."""
 
@@ -68,9 +74,7 @@ class Bagel(nn.Module):
 
     def flow(self, batch: PackedBatch, latents_GF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x_t = (1-t) x0 + t noise, its velocity noise - x0 (both [G, F] fp32) and t [G]; clean latents have t = 0."""
-        shift = self.config.timestep_shift
-        sigma = torch.sigmoid(batch.timesteps)
-        t_G = shift * sigma / (1 + (shift - 1) * sigma)
+        t_G = flow_time(batch.timesteps, self.config.timestep_shift)
         noised = (1 - t_G[:, None]) * latents_GF + t_G[:, None] * batch.noise
         return noised, batch.noise - latents_GF, t_G
 

@@ -54,6 +54,7 @@ class PackedBatch:
     ce_loss_weights: Tensor  # [K] float32, used with ce_loss_reweighting only
 
     samples: tuple[str, ...] = ()  # where each sample came from, for messages: "dataset: file row group 3 row 17"
+    datasets: tuple[str, ...] = ()  # of each sample, as metrics name it; empty where that is not known
     skipped: tuple[tuple[str, str], ...] = ()  # (dataset, reason) of planned samples that could not be read
 
     @property

@@ -130,14 +130,25 @@ class CheckpointWriter:
         together(lambda: _or_fault(lambda: stream_tensors(pending.files.get(path), infos, pieces, device)))
 
     def _write_rest(self, folder: Path, trainer: dict[str, Any]) -> None:
+        source = self._source_of_rest()
         for name in (*CONFIG_FILES, *TOKENIZER_FILES):
-            if (self.model_folder / name).is_file():
-                shutil.copyfile(self.model_folder / name, folder / name)
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
         try:
-            os.link((self.model_folder / VAE).resolve(), folder / VAE)  # the same 335 MB in every checkpoint
+            os.link((source / VAE).resolve(), folder / VAE)  # the same 335 MB in every checkpoint
         except OSError:
-            shutil.copyfile(self.model_folder / VAE, folder / VAE)
+            shutil.copyfile(source / VAE, folder / VAE)
         steps.write_json(folder / steps.TRAINER, trainer)
+
+    def _source_of_rest(self) -> Path:
+        """The model folder; once it is gone, the newest checkpoint, which has the same files.
+
+        It may be a checkpoint of this run, which keep_last removes.
+        """
+        saved = [path for _, path in reversed(steps.step_folders(self.checkpoint_dir))]
+        needed = (VAE, "llm_config.json")
+        whole = (path for path in (self.model_folder, *saved) if all((path / name).is_file() for name in needed))
+        return next(whole, self.model_folder)
 
 
 class PendingSave:

@@ -155,7 +155,7 @@ def open_inputs(config: RunConfig) -> DataInputs:
     check_data_inputs(config)
     path = resolve_model_path(config)
     folder = ModelFolder(path)
-    weights = path if folder.weight_files("ema") or folder.weight_files("model") else None
+    weights = path if folder.holds_weights else None
     vae = vae_config(TensorFiles([path / VAE]), path / VAE)
     model = bagel_config(config, folder, weights, vae)
     return DataInputs(config, open_datasets(config), path, model, vae, open_tokenizer(path, model))

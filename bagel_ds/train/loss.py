@@ -55,10 +55,16 @@ class LossSums(NamedTuple):
     mse: Tensor
 
 
+def token_losses(output: BagelOutput, batch: PackedBatch, options: LossOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """(cross entropy of each label times its weight [K], the weights [K], squared error of each noised token [M])."""
+    weights = batch.ce_loss_weights if options.ce_loss_reweighting else torch.ones_like(batch.ce_loss_weights)
+    ce = output.ce * weights if options.ce_loss_reweighting else output.ce
+    return ce, weights, output.mse.mean(dim=-1)
+
+
 def partial_means(output: BagelOutput, batch: PackedBatch, totals: WindowTotals, options: LossOptions) -> LossSums:
     """One micro-batch's contribution to the step's mean cross entropy and mean squared error."""
-    ce = output.ce * batch.ce_loss_weights if options.ce_loss_reweighting else output.ce
-    mse = output.mse.mean(dim=-1)
+    ce, _, mse = token_losses(output, batch, options)
     # A kind that nobody has sums to zero; dividing by 1 keeps it so and keeps it in the graph.
     return LossSums(ce.sum() / (totals.ce or 1.0), mse.sum() / (totals.mse or 1.0))
 

@@ -59,7 +59,7 @@ def run_rank(argv: Sequence[str] | None = None, by: Started | None = None) -> in
     except UserError as fault:
         return _tell(fault, rank == 0)
     try:
-        notes = refuse_faults(machine_findings(config, launch.local_size or 1))
+        notes = refuse_faults(machine_findings(launch.local_size or 1))
     except UserError as fault:
         return _tell(fault, not launch.local_rank, f"host {socket.gethostname()}: " if rank else "")
     return _train(config, launch, launcher, notes)

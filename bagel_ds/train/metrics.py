@@ -41,7 +41,8 @@ METRIC_NAMES = (
     "data/packing_efficiency",
     "data/imbalance",
 )
-METRIC_PREFIXES = ("data/epoch/", "data/skipped/")  # followed by the dataset's name
+# Followed by the dataset's name, loss/mse_t/ by a band of timesteps.
+METRIC_PREFIXES = ("loss/mse/", "loss/ce/", "loss/mse_t/", "data/epoch/", "data/skipped/")
 
 # What a log line shows after the three fields of the original, in this order.
 _LINE_FIELDS = (

@@ -16,6 +16,7 @@ from typing import Callable, Mapping, Sequence
 from bagel_ds.data.loader import MicroBatch
 from bagel_ds.model.config import BagelConfig
 from bagel_ds.train.agreement import everyone, is_main
+from bagel_ds.train.loss_parts import LossParts
 from bagel_ds.train.step import StepResult
 from bagel_ds.train.throughput import device_memory, host_gib, pack_flops, peak_tflops
 
@@ -26,9 +27,15 @@ class StepMeter:
     """`add` every step, `read` (on every rank) the steps that are logged."""
 
     def __init__(
-        self, model: BagelConfig, peak_device_tflops: float, unusable_rows: Callable[[], Mapping[str, int]] = dict
+        self,
+        model: BagelConfig,
+        peak_device_tflops: float,
+        unusable_rows: Callable[[], Mapping[str, int]] = dict,
+        parts: LossParts | None = None,
     ):
-        """`unusable_rows` counts, by dataset, the rows that are left out before any is read."""
+        """`unusable_rows` counts, by dataset, the rows that are left out before any is read; `parts` has made those
+        of the results."""
+        self._parts = parts
         self._model, self._peak, self._unusable_rows = model, peak_tflops(peak_device_tflops), unusable_rows
         self._broken: dict[str, str] = {}  # row and reason -> dataset, over all ranks
         self._newly_broken: dict[str, str] = {}  # met by this rank since the last logged step
@@ -51,11 +58,14 @@ class StepMeter:
     def read(self, rate: float, result: StepResult) -> dict[str, float | None]:
         """Metrics under their public names; None where a step has no such number."""
         seconds = time.monotonic() - self._began
-        ranks = everyone((self._flops, device_memory(), host_gib(), socket.gethostname(), self._newly_broken))
+        parts = None if result.parts is None else result.parts.tolist()
+        mine = (self._flops, device_memory(), host_gib(), socket.gethostname(), parts, self._newly_broken)
+        ranks = everyone(mine)
         values: dict[str, float | None] = {
             "loss/mse": result.mse,
             "loss/ce": result.ce,
             "loss/total": result.total,
+            **(self._parts.means([parts for *_, parts, _ in ranks]) if self._parts is not None else {}),
             "optim/lr": rate,
             "optim/grad_norm": result.grad_norm,
             "perf/tokens_per_sec": self._tokens / seconds,
@@ -68,7 +78,7 @@ class StepMeter:
         values["memory/device_gib"] = max((device.allocated for device in devices), default=None)
         values["memory/device_reserved_gib"] = max((device.reserved for device in devices), default=None)
         hosts: Counter[str] = Counter()
-        for _, _, host, name, _ in ranks:
+        for _, _, host, name, *_ in ranks:
             hosts[name] += host  # type: ignore[assignment]
         values["memory/host_gib"] = max(hosts.values())
         self.device_peak = values["memory/device_reserved_gib"]

@@ -49,7 +49,7 @@ from bagel_ds.train.start import StartPoint, StartWeights, open_start, sound_sta
 from bagel_ds.train.stop import forget_stops
 from bagel_ds.waiting import waiting_for
 from bagel_ds.zero.builds import build, needed_ops
-from bagel_ds.zero.config import check_with_deepspeed, resolve_ds_config
+from bagel_ds.zero.config import check_file_with_deepspeed, check_with_deepspeed, resolve_ds_config
 from bagel_ds.zero.memory import MemoryPlan
 from bagel_ds.zero.nvme import check_nvme, fit_buffers, nvme_bytes, nvme_folders
 from bagel_ds.zero.swap_folders import run_folder, sweep_folders, take_folder
@@ -166,6 +166,7 @@ def _take_checkpoint_dir(config: RunConfig) -> Claim | None:
 
 
 def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+    check_file_with_deepspeed(config.training.ds_config)
     ds_config, notes = resolve_ds_config(config.training.ds_config, config, dist.get_world_size(), hosts().group)
     check_with_deepspeed(ds_config)
     return ds_config, notes

@@ -16,7 +16,16 @@ from bagel_ds.arguments import TrainingArguments
 from bagel_ds.checkpoint.folder import BagelWeights, ModelFolder
 from bagel_ds.checkpoint.parts import PartsWeights
 from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
-from bagel_ds.checkpoint.steps import MANIFEST, STATE, holds_state, latest_remark, newest_state, states
+from bagel_ds.checkpoint.steps import (
+    MANIFEST,
+    STATE,
+    checkpoints_near,
+    holds_state,
+    latest_remark,
+    meant_checkpoint,
+    newest_state,
+    states,
+)
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import MASTER, WeightSource
 from bagel_ds.train.agreement import SharedFault, is_main, together
@@ -62,9 +71,12 @@ def find_start(
                 "--auto_resume False --resume_from ... --resume_model_only True takes the weights of one alone."
             )
     if training.resume_from is not None:
-        folder = Path(training.resume_from)
+        folder = meant_checkpoint(Path(training.resume_from))
         if not folder.is_dir():
-            raise UserError(f"--resume_from {folder} does not exist; pass a checkpoint folder such as .../step_1000.")
+            raise UserError(f"--resume_from {folder} does not exist; {pass_a_checkpoint(folder)}")
+        is_any = (folder / MANIFEST).is_file() or holds_state(folder) or ModelFolder(folder).holds_weights
+        if not is_any and checkpoints_near(folder):
+            raise UserError(f"--resume_from {folder} is not a checkpoint itself; {pass_a_checkpoint(folder)}")
         return _named_start(folder, training.resume_model_only)
     if training.finetune_from_hf:
         return StartPoint(model_folder, False, "finetune_from_hf: the weights of model_path")
@@ -75,6 +87,12 @@ def find_start(
         "--auto_resume True with a checkpoint_dir that holds one, or folders of a language model and a ViT as "
         "--llm_path and --vit_path with --vae_path."
     )
+
+
+def pass_a_checkpoint(folder: Path) -> str:
+    """What to do about a path that leads to no checkpoint."""
+    near = checkpoints_near(folder)
+    return f"pass a checkpoint folder such as .../step_1000{near and ': ' + near}."
 
 
 def _named_start(folder: Path, model_only: bool) -> StartPoint:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.train.loss import LossOptions, LossSums, partial_means, weighted, window_totals
+from bagel_ds.train.loss_parts import LossParts
 from bagel_ds.zero.engine import ZeroEngine
 
 Encode = Callable[[PackedBatch], Tensor]  # the batch's images as clean latent tokens [G, F] fp32
@@ -30,6 +31,7 @@ class StepResult(NamedTuple):
     tokens: int  # over all ranks
     applied: bool  # False where a loss or gradient was not finite: nothing was updated on any rank
     stop: bool  # a rank wants to stop after this step
+    parts: Tensor | None = None  # of the losses (`LossParts`): this rank's sums, on its device
 
 
 def _spoiled_unless_finite(loss: Tensor) -> Tensor:
@@ -45,19 +47,24 @@ def optimizer_step(
     options: LossOptions,
     wants_stop: Callable[[], bool] = lambda: False,
     before_update: Callable[[], None] = lambda: None,
+    parts: LossParts | None = None,
 ) -> StepResult:
     """Forward, backward and update over `window` (this rank's micro-batches, as many as accumulation steps).
 
     `before_update` is called once, after the last backward pass. `wants_stop` is asked once, after the update; the
-    answer of any rank holds for all.
+    answer of any rank holds for all. `parts` adds up what the losses consist of.
     """
     totals = window_totals(window, options, engine.device)
     world = dist.get_world_size()
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # ce, mse
+    part_sums = torch.empty(0) if parts is None else parts.zeros(engine.device)
     grad_norm = None
     for batch in window:
         batch = batch.to(engine.device)
-        means = partial_means(engine.forward(batch, encode(batch)), batch, totals, options)
+        output = engine.forward(batch, encode(batch))
+        means = partial_means(output, batch, totals, options)
+        if parts is not None:
+            parts.add(part_sums, output, batch)
         sums += torch.stack(means).detach()
         # DeepSpeed averages gradients over ranks; the means are already over all of them.
         engine.backward(_spoiled_unless_finite(weighted(means, options)) * world)
@@ -74,4 +81,5 @@ def optimizer_step(
         tokens=int(totals.tokens),
         applied=math.isfinite(grad_norm),
         stop=stops > 0,
+        parts=None if parts is None else part_sums,
     )

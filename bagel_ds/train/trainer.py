@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from bagel_ds.checkpoint.finite import CheckedWeights
 from bagel_ds.checkpoint.steps import mark_final, read_trainer
 from bagel_ds.command_line import duration_seconds
 from bagel_ds.config import RunConfig, wandb_wanted
@@ -37,6 +38,7 @@ from bagel_ds.train.checkpoints import CheckpointWriter, restore_moments
 from bagel_ds.train.failure import ending_alone
 from bagel_ds.train.guards import NonFiniteGuard
 from bagel_ds.train.loss import LossOptions
+from bagel_ds.train.loss_parts import LossParts
 from bagel_ds.train.memory import outcome, plan_lines
 from bagel_ds.train.metrics import MetricsLog, SilentMetricsLog, WandbOptions
 from bagel_ds.train.out_of_memory import memory_fault
@@ -74,12 +76,14 @@ class Trainer:
         self.plan_state: dict[str, Any] | None = None
         self._take_place()
         # Before minutes of loading: what is wrong with the data shows here.
-        with watch.phase(self.steps_done, "data"), waiting_for("the first packs", "DataLoader workers start and read"):
+        with watch.phase(self.steps_done, "data"), waiting_for("the first packs", "data workers start and read"):
             self.batches = primed(self._micro_batches())
         with watch.phase(self.steps_done, "engine"), waiting_for("the network to be built"):
             self.engine = self._build_engine()
         self.vae = self.prepared.vae.to(self.engine.device)
         self.loss_options = LossOptions(self.args.ce_weight, self.args.mse_weight, self.args.ce_loss_reweighting)
+        shift = self.prepared.model.timestep_shift
+        self.loss_parts = LossParts(self.prepared.data.datasets, shift, self.loss_options)
         usual = "minutes for a 7B with offload"
         with watch.phase(self.steps_done, "load"), waiting_for("weights and optimizer states", usual):
             self._load()
@@ -98,7 +102,8 @@ class Trainer:
             self._show_packs()
             if self._is_last():
                 self._say_that_nothing_is_left()
-            meter = StepMeter(self.prepared.model, self.args.peak_device_tflops, self.prepared.data.unusable_rows)
+            data, peak = self.prepared.data, self.args.peak_device_tflops
+            meter = StepMeter(self.prepared.model, peak, data.unusable_rows, self.loss_parts)
             stop = self._listen_for_stops()
             for step in range(self.steps_done, self.args.total_steps):
                 with watch.phase(step, "data"):
@@ -136,6 +141,7 @@ class Trainer:
                 self.loss_options,
                 lambda: stop.wanted() is not None,
                 before_update,
+                self.loss_parts,
             )
         except Exception as error:
             fault = self._memory_fault(error, batches)
@@ -228,7 +234,8 @@ class Trainer:
         for line in opened.description:
             logger.info(line)
         adam = AdamOptions((self.args.beta1, self.args.beta2), self.args.eps)
-        self.engine.start(opened.weights, adam)
+        weights = CheckedWeights(opened.weights, str(self.prepared.start.folder))
+        self.engine.start(weights, adam, loaded=lambda: together(weights.check))
         self.ema = self._start_average()
         if opened.state is not None:
             restore_moments(self.engine, opened.state, self.steps_done - self.skipped_before)
@@ -243,7 +250,13 @@ class Trainer:
             folder=average_folder(self.prepared.ds_config, self.rank),
             updates_done=self.steps_done - self.skipped_before,
         )
-        return together(lambda: self.engine.start_ema(options, self.prepared.weights.averages))
+        averages = self.prepared.weights.averages
+        if averages is None:
+            return together(lambda: self.engine.start_ema(options, None))
+        checked = CheckedWeights(averages, f"{self.prepared.start.folder} (moving average)")
+        ema = together(lambda: self.engine.start_ema(options, checked))
+        together(checked.check)
+        return ema
 
     def _index_the_rest(self) -> BackgroundIndex:
         """Index what this run will need later, once per host, in a process beside it."""

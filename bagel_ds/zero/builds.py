@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bagel_ds.errors import UserError
+from bagel_ds.liveness import timed_elsewhere
 from bagel_ds.user_folders import extensions_folder
 from bagel_ds.waiting import waiting_for
 from bagel_ds.zero.draft import offload_device
@@ -71,7 +72,7 @@ def build(ops: Sequence[Op]) -> None:
     for op in ops:
         with _alone(op):
             remove_stale_locks(extensions_folder(), op.name)
-            with waiting_for(f"DeepSpeed's {op.name} to be compiled", _USUAL):
+            with timed_elsewhere(), waiting_for(f"DeepSpeed's {op.name} to be compiled", _USUAL):
                 if not is_built(op):
                     logger.info(
                         "compiling DeepSpeed's %s (%s) into %s: %s", op.name, op.purpose, extensions_folder(), _USUAL
@@ -136,7 +137,7 @@ def _alone(op: Op) -> Iterator[None]:
             "folder you may write"
         ) from None
     try:
-        with waiting_for(f"another process that compiles into {folder}", _USUAL):
+        with timed_elsewhere(), waiting_for(f"another process that compiles into {folder}", _USUAL):
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             except OSError as error:

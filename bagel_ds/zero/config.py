@@ -3,11 +3,17 @@
 Guarantees: what is returned holds no "auto" and says explicitly what DeepSpeed's defaults would decide silently
 (clipping, batch sizes, precision). A contradiction is an error only for lr, betas, eps, clipping, accumulation,
 micro-batch and precision, plus for what this trainer would not do as written; everything else in the file holds as it
-stands. The FSDP options of the original's scripts act only where given and left open in the file. Needs no deepspeed.
+stands. The FSDP options of the original's scripts act only where given and left open in the file. Needs no deepspeed,
+except to check a file's keys (`check_*`).
 """
 
 from __future__ import annotations
 
+import importlib.util
+import io
+import logging
+import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 from bagel_ds.config import RunConfig
@@ -24,6 +30,8 @@ from bagel_ds.zero.draft import (
 from bagel_ds.zero.fsdp import settle_sharding
 
 __all__ = [
+    "check_file_with_deepspeed",
+    "check_planned_file",
     "check_with_deepspeed",
     "ds_configs_folder",
     "find_ds_config",
@@ -44,7 +52,7 @@ def resolve_ds_config(
     fault.
     """
     path = find_ds_config(name_or_path)
-    draft = Draft(read_ds_config(path), path.name, config, world_size, ranks_per_host)
+    draft = Draft(read_ds_config(path).content, path.name, config, world_size, ranks_per_host)
     presets = ds_configs_folder()
     if path.parent.resolve() != presets.resolve() and (presets / path.name).is_file():
         draft.notes.append(f"ds_config is the file {path}, not the preset of the same name")
@@ -59,8 +67,33 @@ def resolve_ds_config(
     return draft.ds, draft.notes
 
 
+def check_file_with_deepspeed(name_or_path: str) -> None:
+    """Raise UserError with every key of a file that DeepSpeed doesn't know or can't read. Imports deepspeed."""
+    from bagel_ds.zero.known_keys import check_keys
+
+    check_keys(read_ds_config(find_ds_config(name_or_path)))
+
+
+def check_planned_file(name_or_path: str) -> str | None:
+    """`check_file_with_deepspeed` for commands that work without DeepSpeed; a remark where it could not be checked.
+
+    Presets are known to be right, so only files of a user's own cost the seconds that importing deepspeed takes.
+    """
+    path = find_ds_config(name_or_path)
+    if path.parent.resolve() == ds_configs_folder().resolve():
+        return None
+    if importlib.util.find_spec("deepspeed") is None:
+        return f"the keys of {path} are not checked, as deepspeed is not installed: DeepSpeed ignores misspelled ones"
+    if "deepspeed" not in sys.modules:
+        with redirect_stdout(io.StringIO()):  # it logs to stdout, which belongs to the command's result
+            import deepspeed  # noqa: F401
+        logging.getLogger("DeepSpeed").handlers[:] = [logging.lastResort]  # type: ignore[list-item]
+    check_file_with_deepspeed(name_or_path)
+    return None
+
+
 def check_with_deepspeed(ds: dict[str, Any]) -> None:
-    """Let DeepSpeed read a resolved configuration, so that a misspelt key is a message and not a traceback later."""
+    """Let DeepSpeed read a resolved configuration, for what concerns several keys together."""
     from deepspeed.runtime.config import DeepSpeedConfigError, _reject_removed_config_keys
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -184,6 +217,7 @@ _UNSUPPORTED = {
     "prescale_gradients": (False, "the loss is normalised for averaged gradients"),
     "data_efficiency": (None, "packs come from the trainer's own plan"),
     "tensor_parallel": (None, "the model is sharded by ZeRO alone"),
+    "sequence_parallel_size": (1, "the model is sharded by ZeRO alone"),
     "pipeline": (None, "the model is sharded by ZeRO alone"),
     "expert_parallel": (None, "the model is sharded by ZeRO alone"),
     "hybrid_engine": (None, "it is for reinforcement learning"),
@@ -209,7 +243,7 @@ def _refuse_unsupported(draft: Draft) -> None:
 def _settle_leftovers(draft: Draft) -> None:
     """Any other "auto": in the ZeRO section what our preset of the stage says, elsewhere DeepSpeed's own default."""
     zero = draft.ds["zero_optimization"]
-    preset = read_ds_config(ds_configs_folder() / f"zero{zero['stage']}.json")["zero_optimization"]
+    preset = read_ds_config(ds_configs_folder() / f"zero{zero['stage']}.json").content["zero_optimization"]
     for key, value in list(zero.items()):
         if value == AUTO and preset.get(key, AUTO) != AUTO:
             zero[key] = preset[key]

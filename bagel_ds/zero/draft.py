@@ -15,6 +15,7 @@ from typing import Any
 
 import bagel_ds
 from bagel_ds.config import RunConfig
+from bagel_ds.config_files import Document, read_json
 from bagel_ds.errors import UserError
 
 AUTO = "auto"
@@ -40,15 +41,15 @@ def find_ds_config(name_or_path: str) -> Path:
     raise UserError(f"--ds_config {name_or_path}: no such file, and no preset of that name; the presets are: {presets}")
 
 
-def read_ds_config(path: Path) -> dict[str, Any]:
-    """The file's content. Raises UserError where it is not a JSON object."""
+def read_ds_config(path: Path) -> Document:
+    """The file's content, a JSON object. Raises UserError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as fault:
-        raise UserError(f"--ds_config {path}: can't be read as JSON ({fault}); correct the file") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--ds_config {path}: expected a JSON object, found {content!r:.60}; correct the file")
-    return content
+        document = read_json(path)
+    except UserError as fault:
+        raise UserError(f"--ds_config: {fault}") from None
+    if not isinstance(document.content, dict):
+        raise UserError(f"--ds_config {path}: expected a JSON object, found {document.content!r:.60}; correct the file")
+    return document
 
 
 def zero_stage(ds: dict[str, Any]) -> int:

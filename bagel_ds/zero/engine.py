@@ -52,9 +52,13 @@ class ZeroEngine:
         self.shapes = {name: full_shape(parameter) for name, parameter in self.module.named_parameters()}
         self.device: torch.device = torch.device(deepspeed.get_accelerator().current_device_name())
 
-    def start(self, weights: WeightSource, adam: AdamOptions) -> int:
-        """Load this rank's weights, make the optimizer, give its masters the source's precision. Returns bytes read."""
+    def start(self, weights: WeightSource, adam: AdamOptions, loaded: Callable[[], None] = lambda: None) -> int:
+        """Load this rank's weights, make the optimizer, give its masters the source's precision. Returns bytes read.
+
+        `loaded` is called once every rank has read its weights and before any waits for another.
+        """
         read = load_weights(self.module, weights)
+        loaded()
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         if not parameters:
             raise UserError(

@@ -33,10 +33,14 @@ def _convert_old_keys(draft: Draft) -> None:
     zero = draft.section("zero_optimization")
     for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
         if old in zero:
+            if zero.get(new, AUTO) not in (AUTO, None):
+                draft.fault(f"{old} and {new} are the same; keep {new}")
             wanted = zero.pop(old) is True
             if wanted and zero.get(new) is None:
                 zero[new] = {"device": "cpu"}
     if "bfloat16" in draft.ds:
+        if "bf16" in draft.ds:
+            draft.fault("bf16 and bfloat16 are the same section; keep one of the two")
         draft.ds.setdefault("bf16", draft.ds.pop("bfloat16"))
 
 

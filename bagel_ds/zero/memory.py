@@ -32,11 +32,12 @@ from bagel_ds.zero.memory_states import (
 )
 from bagel_ds.zero.memory_traffic import Traffic, step_traffic
 
-# Measured on CPU (torch 2.13, deepspeed 0.19.8): the launcher's two processes, a rank's libraries and data plan, a
-# DataLoader worker beside its packs, and what oneDNN keeps of compiled kernels for packs of ever new lengths.
+# Measured on CPU (torch 2.13, deepspeed 0.19.8): the launcher's two processes, a rank's libraries and data plan, the
+# process that its data workers are forked from, a worker beside its packs, and what oneDNN keeps of compiled kernels
+# for packs of ever new lengths.
 LAUNCHER = 322 * MIB
 RANK = 270 * MIB
-WORKER = 90 * MIB
+WORKER_SERVER, WORKER = 100 * MIB, 90 * MIB
 CPU_KERNELS = {True: 330 * MIB, False: 90 * MIB}  # in bf16, in fp32
 # Allowances on a GPU: what the driver and CUDA's libraries take on the device and in the process, NCCL's buffers, and
 # what the caching allocator can't use of what comes and goes.
@@ -230,7 +231,7 @@ def _process_states(run: MemoryOptions, on_cpu: bool, bf16: bool) -> list[State]
     packs = run.num_workers * run.prefetch_factor if run.num_workers else 1
     found = [
         State("processes of the ranks", HOST, RANK + (CPU_KERNELS[bf16] if on_cpu else CUDA_HOST)),
-        State("DataLoader workers", HOST, run.num_workers * WORKER),
+        State("data workers", HOST, WORKER_SERVER + run.num_workers * WORKER if run.num_workers else 0),
         State("prepared packs", HOST, packs * run.max_num_tokens * PACK_BYTES_PER_TOKEN),
     ]
     if not on_cpu:

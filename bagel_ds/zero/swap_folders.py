@@ -20,6 +20,7 @@ import uuid
 from pathlib import Path
 
 from bagel_ds.errors import UserError
+from bagel_ds.liveness import going_on
 from bagel_ds.waiting import waiting_for
 
 logger = logging.getLogger("bagel_ds")
@@ -56,6 +57,7 @@ def take_folder(folder: Path, first: bool, patience: float = _PATIENCE_SECONDS) 
                         f"--nvme_path: {folder} is in use by another run ({_holder(folder)}), which has the same "
                         "checkpoint_dir and host name. End that run, or pass another --nvme_path or --checkpoint_dir."
                     )
+                going_on()
                 time.sleep(_POLL_SECONDS)
         if first:
             _empty(folder)

@@ -230,3 +230,25 @@ def test_a_shard_size_of_nothing_is_refused_before_anything_is_written(
 def test_a_shard_size_that_is_none_is_a_message() -> None:
     with pytest.raises(UserError, match="--max_shard_size five"):
         _bytes_of("five")
+
+
+def test_latest_is_followed(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "latest").write_text("step_7\n")
+    assert cli.main(["export", str(tmp_path / "latest"), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("given", ["step_37", ".", "latest", "results"])
+def test_a_path_that_is_no_checkpoint_names_those_that_are(
+    given: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "latest").write_text("step_8\n")  # gone since
+    without_state = tmp_path / "step_9"
+    without_state.mkdir()
+    write_manifest(without_state, {})
+    if given == "results":
+        (tmp_path / "results" / "checkpoints").mkdir(parents=True)
+        checkpoint.rename(tmp_path / "results" / "checkpoints" / "step_7")
+    assert cli.main(["export", str(tmp_path / given), "--out", str(tmp_path / "out")]) == 2
+    message = capsys.readouterr().err
+    assert "holds step_7." in message and not (tmp_path / "out").exists()

@@ -107,7 +107,7 @@ _DAMAGED = {
     "negative offsets": _header({"w": {**_ENTRY, "data_offsets": [-8, 0]}}) + bytes(8),
     "an entry without a dtype": _header({"w": {"shape": [2], "data_offsets": [0, 8]}}) + bytes(8),
     "an entry that is a number": _header({"w": 3}) + bytes(8),
-    "an unknown dtype": _header({"w": {**_ENTRY, "dtype": "F4"}}) + bytes(8),
+    "an unknown dtype": _header({"w": {**_ENTRY, "dtype": "?4"}}) + bytes(8),
 }
 
 

@@ -246,7 +246,7 @@ def test_without_any_dataset_info_the_places_searched_are_named(tmp_path: Path) 
 def test_a_dataset_info_that_is_no_text_is_a_message(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.yaml").write_bytes(b"\xff\xfe\x00")
     message = _faults(write_config(tmp_path, {"t2i_pretrain": {"dataset_names": ["t2i"]}}))
-    assert "dataset_info.yaml cannot be read" in message
+    assert "dataset_info.yaml is not UTF-8 text" in message
 
 
 @pytest.mark.parametrize("kind", ["t2i_pretrain", "vlm_sft"])
@@ -272,3 +272,121 @@ def test_configs_are_plain_values(tmp_path: Path, data: dict[str, Any]) -> None:
     first, second = (load_dataset_config(str(tmp_path / "example.yaml")) for _ in range(2))
     assert isinstance(first, DatasetConfig)
     assert first == second and hash(first) == hash(second)
+
+
+TWO_GROUPS = """t2i_pretrain:
+  dataset_names: [{name: cats, data_dir: t2i}]
+  weight: 1
+t2i_pretrain:
+  dataset_names: [{name: dogs, data_dir: t2i}]
+  weight: 3
+"""
+
+
+def test_a_group_given_twice_is_refused_with_the_remedy_that_works(tmp_path: Path, data: dict[str, Any]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(TWO_GROUPS)
+    message = _faults(str(path))
+    assert f"{path}, line 4: the key 't2i_pretrain' is given twice (first in line 1)" in message
+    assert "`kind: t2i_pretrain`" in message
+    path.write_text(TWO_GROUPS.replace("t2i_pretrain:", "dogs:\n  kind: t2i_pretrain", 1))
+    assert [(group.name, group.kind, group.weight) for group in load_dataset_config(str(path)).groups] == [
+        ("dogs", "t2i_pretrain", 1.0),
+        ("t2i_pretrain", "t2i_pretrain", 3.0),
+    ]
+
+
+def test_groups_may_merge_what_a_block_of_another_name_holds(tmp_path: Path, data: dict[str, Any]) -> None:
+    (tmp_path / "mine.yaml").write_text(
+        "x-sizes: &sizes\n  image_transform_args: {image_stride: 16, max_image_size: 96, min_image_size: 64}\n"
+        "t2i_pretrain:\n  <<: *sizes\n  dataset_names: [{name: cats, data_dir: t2i}]\n"
+        "dogs:\n  <<: *sizes\n  kind: t2i_pretrain\n  weight: 1e-1\n  dataset_names: [{name: dogs, data_dir: t2i}]\n"
+    )
+    first, second = load_dataset_config(str(tmp_path / "mine.yaml")).groups
+    assert first.vae_transform == second.vae_transform == ImageTransform(16, 96, 64)
+    assert (first.weight, second.weight) == (1.0, 0.1)
+
+
+def test_a_group_with_a_name_of_its_own_finds_the_datasets_of_its_kind(tmp_path: Path, data: dict[str, Any]) -> None:
+    (tmp_path / "dataset_info.yaml").write_text(yaml.safe_dump(data))
+    own = {"dogs": {"kind": "t2i_pretrain", "dataset_names": ["t2i"]}}
+    (group,) = load_dataset_config(write_config(tmp_path, own)).groups
+    assert group.datasets[0].name == "t2i"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("data_names: {t2i_pretrain: [t2i], t2i_pretrain: [t2i]}\n", "`kind: t2i_pretrain`"),
+        ("data_weights: {a: 1}\ndata_names: {a: [t2i]}\ndata_weights: {a: 2}\n", "'data_weights' is given twice"),
+        (
+            "t2i_pretrain:\n  dataset_names: [t2i]\n  weight: 1\n  weight: 2\n",
+            "line 4: the key 'weight' in t2i_pretrain",
+        ),
+        ("t2i_pretrain:\n  dataset_names: [{name: a, data_dir: t2i, data_dir: vlm}]\n", "'data_dir'"),
+        ("t2i_pretrain: {image_transform_args: {image_stride: 16, image_stride: 8}}\n", "'image_stride'"),
+    ],
+)
+def test_keys_given_twice_are_refused_at_every_level(
+    tmp_path: Path, data: dict[str, Any], text: str, words: str
+) -> None:
+    (tmp_path / "dataset_info.yaml").write_text(yaml.safe_dump(data))
+    (tmp_path / "mine.yaml").write_text(text)
+    assert words in _faults(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    "form, text, line",
+    [
+        ("yaml", "t2i_pretrain:\n  t2i: {data_dir: t2i}\nt2i_pretrain:\n  b: {data_dir: t2i}\n", 3),
+        ("json", '{"DATASET_INFO": {"t2i_pretrain": {"t2i": {"data_dir": "t2i"}},\n"t2i_pretrain": {}}}', 2),
+        ("py", 'DATASET_INFO = {\n"t2i_pretrain": {},\n"t2i_pretrain": {"t2i": {"data_dir": "t2i"}}}', 3),
+        ("py", 'DATASET_INFO = {"t2i_pretrain": {"t2i": {}}}\nDATASET_INFO["t2i_pretrain"] = {}', 2),
+        ("py", 'DATASET_INFO = {"t2i_pretrain": {}}\nDATASET_INFO["t2i_pretrain"] = {}', 2),
+    ],
+)
+def test_a_group_given_twice_in_dataset_info_is_refused(tmp_path: Path, form: str, text: str, line: int) -> None:
+    info = tmp_path / f"dataset_info.{form}"
+    info.write_text(text)
+    message = _faults(write_config(tmp_path, {"t2i_pretrain": {"dataset_names": ["t2i"]}}))
+    assert f"{info}, line {line}: " in message and "given twice" in message
+    assert "list the datasets of both under one key" in message and "`kind: t2i_pretrain`" in message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'DATASET_INFO = {"t2i_pretrain": {"t2i": {"data_dir": "a", "data_dir": "b"}}}',
+        'DATASET_INFO = {"t2i_pretrain": {"t2i": {}, "t2i": {}}}',
+        'DATASET_INFO = {"t2i_pretrain": {}}\nDATASET_INFO["t2i_pretrain"]["t2i"] = {"path": "a", "path": "b"}',
+        "DATASET_INFO = {}\nDATASET_INFO = {}",
+        'DATASET_REGISTRY = {"a": T2I, "a": Edit}\nDATASET_INFO = {}',
+    ],
+)
+def test_python_literals_give_no_key_twice(tmp_path: Path, text: str) -> None:
+    (tmp_path / "dataset_info.py").write_text(text)
+    assert "twice" in _faults(write_config(tmp_path, {"t2i_pretrain": {"dataset_names": ["t2i"]}}))
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("t2i_pretrain:\n  dataset_names: [t2i]\n  weight: x\n", 3),
+        ("t2i_pretrain:\n  dataset_names: [t2i]\n  wieght: 1\n", 3),
+        ("t2i_pretrain:\n  dataset_names:\n  - t2i\n  num_used_data: [-1]\n", 4),
+        ("t2i_pretrain:\n  dataset_names: [t2i]\nvlm_sft: 3\n", 3),
+        ("t2i_pretrain:\n  dataset_names:\n  - t3i\n", 2),
+        ("t2i_pretrain:\n  dataset_names:\n  - name: a\n    data_dir: absent\n", 3),
+        ("data_names:\n  t2i_pretrain: [t2i]\n  sft: [t2i]\n", 3),
+    ],
+)
+def test_a_bad_value_names_file_and_line(tmp_path: Path, data: dict[str, Any], text: str, line: int) -> None:
+    (tmp_path / "dataset_info.yaml").write_text(yaml.safe_dump(data))
+    (tmp_path / "mine.yaml").write_text(text)
+    assert f"{tmp_path / 'mine.yaml'}, line {line}: " in _faults(str(tmp_path / "mine.yaml"))
+
+
+def test_a_bad_path_names_the_line_of_dataset_info(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.yaml").write_text("t2i_pretrain:\n  other: {}\n  t2i: {data_dir: absent}\n")
+    message = _faults(write_config(tmp_path, {"t2i_pretrain": {"dataset_names": ["t2i"]}}))
+    assert f"{tmp_path / 'dataset_info.yaml'}, line 3: " in message

@@ -11,7 +11,7 @@ import shutil
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from bagel_ds.checkpoint.steps import MANIFEST, TRAINER
 from tests.launch import REPOSITORY, Finished, cpu_environment, deepspeed, free_port, run_to_end
@@ -38,12 +38,14 @@ class Outcome:
     output: str
 
 
-def run_cases(folder: Path, cases: Sequence[Case], ranks: int = 1, timeout: float = 900) -> dict[str, list[Outcome]]:
+def run_cases(
+    folder: Path, cases: Sequence[Case], ranks: int = 1, timeout: float = 900, env: Mapping[str, str] | None = None
+) -> dict[str, list[Outcome]]:
     """Outcomes by case and rank. One rank is started without the launcher, which would only take longer."""
     folder.mkdir(parents=True, exist_ok=True)
     cases_file = folder / "cases.json"
     cases_file.write_text(json.dumps([asdict(case) for case in cases]))
-    log = launch(MANY_RUNS, [cases_file, folder], ranks, timeout).output
+    log = launch(MANY_RUNS, [cases_file, folder], ranks, timeout, env).output
     outcomes: dict[str, list[Outcome]] = {}
     for case in cases:
         files = [folder / f"{case.name}.rank{rank}.json" for rank in range(ranks)]
@@ -53,14 +55,15 @@ def run_cases(folder: Path, cases: Sequence[Case], ranks: int = 1, timeout: floa
     return outcomes
 
 
-def launch(script: Path, words: Sequence[object], ranks: int, timeout: float = 900) -> Finished:
+def launch(
+    script: Path, words: Sequence[object], ranks: int, timeout: float = 900, env: Mapping[str, str] | None = None
+) -> Finished:
     """Run `script` on so many ranks: by the deepspeed launcher, or as one process with a rank's environment."""
     if ranks > 1:
-        return deepspeed(script, words, ranks, timeout=timeout)
+        return deepspeed(script, words, ranks, timeout=timeout, env=env)
     port = free_port()
-    environment = cpu_environment(
-        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
+    environment = cpu_environment(**rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **(env or {}))
     return run_to_end([sys.executable, str(script), *map(str, words)], environment, port, timeout)
 
 

@@ -4,11 +4,11 @@ The environment variable BAGEL_TEST_FAULTS holds a JSON list of {at, rank?, step
 `at` is "index", "load", "data", "worker" (of a launch of its own, before a worker makes a batch), "step", "save" (files
 are there, nothing is complete yet), "export" (of a share of the weights), "gather" (of weights from several hosts),
 "write" (of the states) or "hosts" (ranks seem to run on several); `do` is "sleep" (for `seconds`), "nan" (in this
-step's batches), "inf" (a loss that is not finite although its gradients are), "stop" (SIGSTOP), "kill", "oom", "fault"
-(a `UserError` of this rank), "full" (the disk), "late" (of "write": only when the next update waits for it) or
-"nothing"; `marker` is a file made when the place is reached. Without `rank` it happens on every rank, without `step`
-and `times` every time. The end of the process group waits for all ranks, as under NCCL. With BAGEL_TEST_HOST the host
-of this rank seems to have that name.
+step's batches), "inf" (a loss that is not finite although its gradients are), "stop" (SIGSTOP), "kill", "oom", "cap"
+(the GPU has no memory left, so that torch itself runs out), "fault" (a `UserError` of this rank), "full" (the disk),
+"late" (of "write": only when the next update waits for it) or "nothing"; `marker` is a file made when the place is
+reached. Without `rank` it happens on every rank, without `step` and `times` every time. The end of the process group
+waits for all ranks, as under NCCL. With BAGEL_TEST_HOST the host of this rank seems to have that name.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
         done = _happen(faults, "step", number)
         if "nan" in done:
             window[:] = [micro._replace(batch=_not_a_number(micro.batch)) for micro in window]
+        if "cap" in done:
+            _cap_device_memory()
         if "oom" in done:
             import torch
 
@@ -192,6 +194,23 @@ def _happen(faults: list[dict[str, Any]], at: str, step: int | None = None) -> l
                 os.kill(os.getpid(), signal.SIGKILL)
             done.append(fault["do"])
     return done
+
+
+_held: list[Any] = []
+
+
+def _cap_device_memory() -> None:
+    """Leave no room on the GPU. Without a GPU there is nothing to cap, and tests use "oom"."""
+    import torch
+
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.0)
+    for exponent in range(30, 8, -1):  # what is free inside the blocks that torch holds
+        try:
+            while True:
+                _held.append(torch.empty(2**exponent, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            continue
 
 
 def _not_a_number(batch: Any) -> Any:

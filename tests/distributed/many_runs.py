@@ -3,11 +3,12 @@
 Arguments: a JSON file with a list of cases {name, arguments, directory?, on_rank_1?, faults?} and a folder for the
 results (<name>.rank<r>.json with code and output). `on_rank_1` may hold arguments, directory and versions {package:
 version} that only rank 1 sees; `faults` are those of faulty_train.py. What a case leaves unset is as it is for a launch
-of its own.
+of its own. On a GPU the peaks of a case's memory are its own, but for what engines before it may have left.
 """
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from pathlib import Path
 from unittest import mock
 
 import deepspeed
+import torch
 
 from bagel_ds.train import alarm, failure, setup
 from bagel_ds.train import main as train
@@ -39,12 +41,20 @@ def main(cases_file: str, results: str) -> None:
         mock.patch.object(alarm, "sound"),
     ):
         for case in json.loads(Path(cases_file).read_text()):
+            _forget_memory()
             mine = {**case, **(case.get("on_rank_1", {}) if rank == 1 else {})}
             code, output = run(mine)
             path = Path(results) / f"{case['name']}.rank{rank}.json"
             path.write_text(json.dumps({"code": code, "output": output}))
             if code not in (0, 2) and int(os.environ["WORLD_SIZE"]) > 1:
                 sys.exit(1)  # the others may wait for this rank in a collective call
+
+
+def _forget_memory() -> None:
+    if torch.cuda.is_initialized():  # not by this, before a rank has chosen its GPU
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 class _Printed(io.StringIO):

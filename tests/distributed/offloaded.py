@@ -8,18 +8,21 @@ and weights. Every element of every table has a gradient that is different in ea
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bagel_ds import ranges
 from bagel_ds.config import make_config
+from bagel_ds.device import uses_cuda
 from bagel_ds.ranges import MASTER
 from bagel_ds.zero import ema
 from bagel_ds.zero.config import resolve_ds_config
@@ -84,6 +87,8 @@ def train(case: dict[str, Any], results: Path) -> None:
 
 
 def main(cases_file: str, results: str) -> None:
+    if uses_cuda():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
     for case in json.loads(Path(cases_file).read_text()):
         piece = case["piece"]

@@ -45,13 +45,13 @@ class StartedRun:
         results: Path,
         ranks: int = 2,
         faults: Sequence[dict[str, Any]] = (),
-        more: Mapping[str, str] | None = None,
+        env: Mapping[str, str] | None = None,
     ):
         self.results, self.port = results, free_port()
         results.mkdir(parents=True, exist_ok=True)
         self._log = results / f"launch-{self.port}.txt"
         script, extra = (FAULTY, {"BAGEL_TEST_FAULTS": json.dumps(list(faults))}) if faults else (TRAIN, {})
-        environment = cpu_environment(**extra, **more or {})
+        environment = cpu_environment(**extra, **(env or {}))
         self._launch = environment[LAUNCH]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(

@@ -78,9 +78,9 @@ def ds_config_contradicts_lr(demo: Path, own_folder: Path) -> list[str]:
     return arguments(demo, own_folder, ds_config=own_folder / "mine.json")
 
 
-@bad("ds_config", "stge")
+@bad("--ds_config", r"mine\.json, line 3", "'zero_optimisation'", "did you mean 'zero_optimization'")
 def ds_config_misspelt(demo: Path, own_folder: Path) -> list[str]:
-    (own_folder / "mine.json").write_text(json.dumps({"zero_optimization": {"stage": 2, "stge": 2}}))
+    (own_folder / "mine.json").write_text(json.dumps({"steps_per_print": 5, "zero_optimisation": {}}, indent=1))
     return arguments(demo, own_folder, ds_config=own_folder / "mine.json")
 
 
@@ -173,7 +173,63 @@ def weights_cut_short(demo: Path, own_folder: Path) -> list[str]:
 @bad(r"ae\.safetensors", "not a readable safetensors file|damaged|cut short", "again")
 def autoencoder_is_no_safetensors(demo: Path, own_folder: Path) -> list[str]:
     model = linked_model(demo / "model", own_folder / "model", ["ae.safetensors"])
-    (model / "ae.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (model / "ae.safetensors").write_text("<html>not found</html>\n")
+    return arguments(demo, own_folder, model_path=model)
+
+
+LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 29000000000\n"
+
+
+def _with_pointer(demo: Path, folder: Path, name: str, *without: str) -> Path:
+    model = linked_model(demo / "model", folder / "model", [name, *without])
+    (model / name).write_text(LFS)
+    return model
+
+
+@bad(r"ema\.safetensors: it is a Git LFS pointer", "29,000,000,000 bytes", "git lfs pull", "hf download")
+def weights_are_a_git_lfs_pointer(demo: Path, own_folder: Path) -> list[str]:
+    return arguments(demo, own_folder, model_path=_with_pointer(demo, own_folder, "ema.safetensors"))
+
+
+@bad(r"ae\.safetensors: it is a Git LFS pointer", "git lfs pull")
+def autoencoder_is_a_git_lfs_pointer(demo: Path, own_folder: Path) -> list[str]:
+    return arguments(demo, own_folder, model_path=_with_pointer(demo, own_folder, "ae.safetensors"))
+
+
+@bad(r"tokenizer\.json: it is a Git LFS pointer", "git lfs pull")
+def tokenizer_is_a_git_lfs_pointer(demo: Path, own_folder: Path) -> list[str]:
+    return arguments(demo, own_folder, model_path=_with_pointer(demo, own_folder, "tokenizer.json"))
+
+
+@bad(r"ema\.safetensors: \d+ tensors, such as \S+, are stored as F8_E4M3", "Quantized weights can't be", "bf16")
+def weights_in_8_bit_floats(demo: Path, own_folder: Path) -> list[str]:
+    def quantize(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: t.to(torch.float8_e4m3fn) for name, t in tensors.items() if "_proj.weight" in name})
+
+    return arguments(demo, own_folder, model_path=_changed_weights(demo, own_folder, quantize))
+
+
+def _with_nan(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[name].view(-1)[-1] = float("nan")
+
+    return spoil
+
+
+@bad(r"model: tensor connector\.fc2\.bias holds nan at element \d+", "again", "an earlier checkpoint")
+def nan_in_a_part_that_the_data_does_not_use(demo: Path, own_folder: Path) -> list[str]:
+    """Text to image has no picture that the model reads."""
+    model = _changed_weights(demo, own_folder, _with_nan("connector.fc2.bias"))
+    data = _dataset(own_folder, _t2i(demo / "data/bagel_example/t2i"))
+    return arguments(demo, own_folder, model_path=model, **data)
+
+
+@bad(r"ae\.safetensors: tensor decoder\.conv_out\.bias holds inf at element 2", "again")
+def infinity_in_the_autoencoder(demo: Path, own_folder: Path) -> list[str]:
+    model = linked_model(demo / "model", own_folder / "model", ["ae.safetensors"])
+    tensors = load_file(demo / "model" / "ae.safetensors")
+    tensors["decoder.conv_out.bias"][2] = float("inf")
+    save_file(tensors, model / "ae.safetensors")
     return arguments(demo, own_folder, model_path=model)
 
 
@@ -284,6 +340,13 @@ def data_folder_with_nothing_readable(demo: Path, own_folder: Path) -> list[str]
     return arguments(demo, own_folder, **_dataset(own_folder, _t2i(own_folder / "rows")))
 
 
+@bad("t2i_pretrain/mine", r"a\.parquet", "it is a Git LFS pointer", "git lfs pull")
+def data_files_are_git_lfs_pointers(demo: Path, own_folder: Path) -> list[str]:
+    (own_folder / "rows").mkdir()
+    (own_folder / "rows" / "a.parquet").write_text(LFS)
+    return arguments(demo, own_folder, **_dataset(own_folder, _t2i(own_folder / "rows")))
+
+
 @bad("max_num_tokens_per_sample=8", "raise it or shrink")
 def every_sample_too_long(demo: Path, own_folder: Path) -> list[str]:
     return arguments(demo, own_folder, max_num_tokens_per_sample=8)
@@ -374,6 +437,12 @@ def _other_pictures(folder: Path) -> tuple[Path, Path]:
     return places[0], places[1]
 
 
+def _spoiled_model(demo: Path, folder: Path) -> Path:
+    """A NaN that rank 1 of 2 reads under ZeRO-3: the last element of a tensor."""
+    (folder / "spoiled").mkdir()
+    return _changed_weights(demo, folder / "spoiled", _with_nan("vae2llm.weight"))
+
+
 def _differing_cases(demo: Path, folder: Path) -> list[Case]:
     rows = demo / "data/bagel_example/t2i"
     one, heavier = _t2i(rows), {"t2i_pretrain": {**_t2i(rows)["t2i_pretrain"], "num_used_data": [1]}}
@@ -394,6 +463,7 @@ def _differing_cases(demo: Path, folder: Path) -> list[Case]:
         differs("argument", arguments=arguments(demo, folder, **shared, checkpoint_dir=folder / "other")),
         differs("plan", directory=str(other_plan)),
         differs("fault_on_one_rank", directory=str(no_data)),
+        Case("nan_on_one_rank", [*same, "--model_path", str(_spoiled_model(demo, folder))], str(common)),
         Case("pictures", same, str(one_host), {"directory": str(another_host)}),
         Case("checkpoint_dir", relative_checkpoints, str(common), {"directory": str(elsewhere)}),
     ]
@@ -402,6 +472,7 @@ def _differing_cases(demo: Path, folder: Path) -> list[Case]:
 _DIFFERING = {
     "package_version": ["the version of transformers differs", "rank 0 on", "rank 1 on", r"5\.0\.1", "same"],
     "argument": ["--checkpoint_dir differs", "rank 1 on", "other", "same"],
+    "nan_on_one_rank": [r"tensor vae2llm\.weight holds nan at element"],
     "plan": ["data plan", "differs", "rank 1 on", "same files"],
     "pictures": ["plan of the data", "as indexed on each host", "differs", "rank 1 on", "same files"],
     "fault_on_one_rank": ["mine", "nowhere", "does not exist"],

@@ -161,6 +161,8 @@ def test_modality_switches_on_the_mixed_config(
     for line in lines:
         present = {kind for kind in ("loss/ce", "loss/mse") if kind in line}
         assert present == {"loss/ce", "loss/mse"} - {absent}
+        by_dataset = {key.rpartition("/")[0] for key in line if key.startswith(("loss/ce/", "loss/mse/"))}
+        assert by_dataset == present
     complete = {key: (shape, "BF16") for key, (shape, _) in _tensors(demo / "model" / "ema.safetensors").items()}
     for file in ("model.safetensors", "ema.safetensors"):  # whatever trained
         assert _tensors(folder / name / "checkpoints" / "step_2" / file) == complete

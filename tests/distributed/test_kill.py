@@ -125,7 +125,7 @@ def _strike(run: StartedRun, kill: Kill) -> bool:
     """False where the victim has ended already."""
     if kill.victim in ("launch", "all"):
         waiting = run.waiting()
-        if kill.victim == "all":  # so that nobody is left to end DataLoader workers, which must find out themselves
+        if kill.victim == "all":  # so that nobody is left to end workers: the kernel does
             send(run.ranks(), signal.SIGKILL)
         if run.process.poll() is None:
             os.killpg(run.process.pid, signal.SIGKILL)

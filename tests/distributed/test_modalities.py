@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distributed.cases import launch
+from tests.distributed.uneven import DATASETS, SIDES
 
 pytestmark = pytest.mark.distributed
 
@@ -48,6 +49,21 @@ def test_text_on_one_rank_and_images_on_the_other_train_as_both_on_one(case: str
     assert len(two) == len(one) == STEPS
     for step, (found, expected) in enumerate(zip(two, one)):
         assert found == pytest.approx(expected, rel=1e-5), step
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_parts_of_the_losses_do_not_depend_on_the_ranks(case: str, trained: dict[int, Path]) -> None:
+    two, one = (json.loads((trained[ranks] / f"{case}.parts.json").read_text()) for ranks in (2, 1))
+    whole = json.loads((trained[1] / f"{case}.json").read_text())
+    drawn = [rows * columns for rows, columns in SIDES]
+    for step, (found, expected, (ce, mse, _)) in enumerate(zip(two, one, whole, strict=True)):
+        assert found == pytest.approx(expected, rel=1e-5), step
+        labels = [40 + step % 7 + 1, 25 + 1]
+        for kind, tokens, mean in (("mse", drawn, mse), ("ce", labels, ce)):
+            parts = [found[f"loss/{kind}/{name}"] for name in DATASETS]
+            summed = sum(count * part for count, part in zip(tokens, parts, strict=True))
+            assert summed / sum(tokens) == pytest.approx(mean, rel=1e-5), (step, kind)
+        assert any(name.startswith("loss/mse_t/") for name in found)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -19,6 +19,7 @@ import json
 import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Mapping
 
 import pytest
 import torch
@@ -98,21 +99,29 @@ def drawn_cases(world: int, seed: int) -> list[Case]:
 
 @pytest.fixture(scope="module")
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
-    """Every case of so many ranks, in one launch."""
     world = request.param
     folder = tmp_path_factory.mktemp(f"offloaded_{world}")
+    train_tables(folder, world)
+    return world, folder
+
+
+def train_tables(folder: Path, world: int, env: Mapping[str, str] | None = None) -> None:
+    """Every case of so many ranks, in one launch."""
     cases = [case for seed in SEEDS for case in drawn_cases(world, seed)]
     (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
-    finished = launch(OFFLOADED, [folder / "cases.json", folder], world, timeout=900)
+    finished = launch(OFFLOADED, [folder / "cases.json", folder], world, timeout=900, env=env)
     assert finished.code == 0, finished.output[-6000:]
-    return world, folder
 
 
 @pytest.mark.parametrize("trained", RANKS, indirect=True)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("preset", PRESETS[1:])
 def test_states_on_nvme_are_those_in_memory_to_the_last_bit(trained: tuple[int, Path], seed: int, preset: str) -> None:
-    world, folder = trained
+    assert_same_as_in_memory(trained[1], trained[0], seed, preset)
+
+
+def assert_same_as_in_memory(folder: Path, world: int, seed: int, preset: str) -> None:
+    """What `train_tables` left under `preset` equals, to the last bit, what it left with the states in CPU memory."""
     in_memory = json.loads((folder / f"zero3_cpu-{world}-{seed}.json").read_text())
     on_nvme = json.loads((folder / f"{preset}-{world}-{seed}.json").read_text())
     assert on_nvme["norms"] == in_memory["norms"], "the clipping factors follow from these"

@@ -59,7 +59,7 @@ def test_a_tmpdir_of_137_characters_changes_nothing(demo: Path, tmp_path: Path) 
     folder = tmp_path / ("x" * (137 - len(str(tmp_path)) - 1))
     folder.mkdir()
     more = {"TMPDIR": str(folder)}
-    with StartedRun(words_of(demo, tmp_path / "run", stall_timeout=120), tmp_path / "run", more=more) as run:
+    with StartedRun(words_of(demo, tmp_path / "run", stall_timeout=120), tmp_path / "run", env=more) as run:
         assert run.end() == 0, run.output[-4000:]
     assert "done: 1 steps" in run.output
     assert not list(folder.glob("pymp-*"))

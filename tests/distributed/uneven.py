@@ -29,7 +29,9 @@ from bagel_ds.model.config import BagelConfig
 from bagel_ds.model.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.ranges import MASTER, TensorInfo
+from bagel_ds.train.agreement import everyone
 from bagel_ds.train.loss import LossOptions
+from bagel_ds.train.loss_parts import LossParts
 from bagel_ds.train.step import optimizer_step
 from bagel_ds.zero.config import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
@@ -39,6 +41,7 @@ from tests.recordings import bagel_config, weights_of
 
 SIDES = ((4, 6), (5, 3))  # latent tokens of a batch's images: rows, columns
 MIXED = "mixed"
+DATASETS = ("first", "second")  # of the two samples of every batch
 
 
 def batch_of(kind: str, step: int, folder: Path, config: BagelConfig) -> tuple[PackedBatch, Tensor]:
@@ -53,9 +56,8 @@ def batch_of(kind: str, step: int, folder: Path, config: BagelConfig) -> tuple[P
     if kind == TEXT:
         lengths = [40 + step % 7, 25]
         ids = [torch.randint(0, 500, (length,), generator=generator).tolist() for length in lengths]
-        return layout([[Loaded(TEXT, ids=text, loss=True)] for text in ids], special, options), torch.zeros(
-            0, config.latent_features
-        )
+        texts = [[Loaded(TEXT, ids=text, loss=True)] for text in ids]
+        return layout(texts, special, options, datasets=DATASETS), torch.zeros(0, config.latent_features)
     samples = []
     for rows, columns in SIDES:
         noise = torch.randn(rows * columns, config.latent_features, generator=generator)
@@ -63,7 +65,9 @@ def batch_of(kind: str, step: int, folder: Path, config: BagelConfig) -> tuple[P
         timestep = float(torch.randn((), generator=generator))
         samples.append([*read, Loaded(VAE, image=image, loss=True, timestep=timestep, noise=noise)])
     tokens = sum(rows * columns for rows, columns in SIDES)
-    return layout(samples, special, options), torch.randn(tokens, config.latent_features, generator=generator)
+    return layout(samples, special, options, datasets=DATASETS), torch.randn(
+        tokens, config.latent_features, generator=generator
+    )
 
 
 def kinds(step: int, steps: int) -> tuple[str, str]:
@@ -85,20 +89,25 @@ def train(case: dict, steps: int, folder: Path, results: Path) -> None:
     engine = ZeroEngine(lambda: Bagel(config, recompute), lambda name: part_of(name) in trains, ds_config)
     # An epsilon above rounding: what is compared is the gradient, not Adam's magnification of its last bits.
     engine.start(weights, AdamOptions(eps=1e-8))
-    values = []
+    parts = LossParts(DATASETS, config.timestep_shift, LossOptions())
+    values, by_part = [], []
     for step in range(steps):
         both = (MIXED, MIXED) if case.get("mixed") else kinds(step, steps)
         mine = both if world == 1 else (both[rank],)
         made = [batch_of(kind, step, folder, config) for kind in mine]
         latents = iter([tokens for _, tokens in made])
         window = [batch for batch, _ in made]
-        result = optimizer_step(engine, lambda _, latents=latents: next(latents), window, 1e-4, LossOptions())
+        result = optimizer_step(
+            engine, lambda _, latents=latents: next(latents), window, 1e-4, LossOptions(), parts=parts
+        )
         values.append([result.ce, result.mse, result.grad_norm])
+        by_part.append(parts.means(everyone(result.parts.tolist())))
     infos = {name: TensorInfo(torch.float32, shape) for name, shape in engine.shapes.items()}
     final = chain(engine.partitions.pieces(MASTER), frozen_pieces(engine.module))
     export_tensors(results / f"{case['name']}.safetensors", infos, final, engine.device)
     if rank == 0:
         (results / f"{case['name']}.json").write_text(json.dumps(values))
+        (results / f"{case['name']}.parts.json").write_text(json.dumps(by_part))
     engine.close()
     clean_nvme(ds_config)
 

@@ -6,16 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from bagel_ds.config import RunConfig, parse_arguments
 from bagel_ds.doctor import environment
 from bagel_ds.doctor.environment import (
     Finding,
@@ -25,13 +22,10 @@ from bagel_ds.doctor.environment import (
     machine_findings,
     refuse_faults,
     shared_memory_finding,
-    shared_memory_needed,
-    socket_finding,
 )
 from bagel_ds.errors import UserError
 from bagel_ds.units import GIB, MIB
 from bagel_ds.zero.builds import Op
-from bagel_ds.zero.memory import PACK_BYTES_PER_TOKEN
 
 REPOSITORY = Path(__file__).parents[2]
 GOOD_GPU = Finding("GPU", Verdict.GOOD, "a GPU")
@@ -41,7 +35,7 @@ OP = Op("no_such_part", "a part of this test", "pass another preset", lambda: No
 # -------------------------------------------------------------------------------------------------------- versions
 def test_this_environment_suffices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "gpu_finding", lambda: GOOD_GPU)
-    refuse_faults(machine_findings(config(), 1))
+    refuse_faults(machine_findings(1))
 
 
 def test_minimum_versions_are_those_of_pyproject() -> None:
@@ -63,7 +57,7 @@ def test_old_and_absent_packages_are_named_with_what_is_needed(monkeypatch: pyte
     versions = {"torch": "2.10.1+cu128", "transformers": None, "deepspeed": "0.19.7", "pillow": "12.3.0"}
     monkeypatch.setattr(environment, "installed_version", versions.get)
     with pytest.raises(UserError) as caught:
-        refuse_faults(machine_findings(config(), 1))
+        refuse_faults(machine_findings(1))
     message = str(caught.value)
     for word in ("2.10.1+cu128", "2.11", "transformers is not installed", "5.17", "0.19.7", "deepspeed==0.19.8"):
         assert word in message
@@ -79,7 +73,7 @@ def test_builds_and_release_candidates_of_a_sufficient_version_suffice(monkeypat
     }
     monkeypatch.setattr(environment, "installed_version", versions.get)
     monkeypatch.setattr(environment, "gpu_finding", lambda: GOOD_GPU)
-    refuse_faults(machine_findings(config(), 1))
+    refuse_faults(machine_findings(1))
 
 
 # ------------------------------------------------------------------------------------------------------------- GPU
@@ -183,91 +177,43 @@ def shared_memory(monkeypatch: pytest.MonkeyPatch, size: int, free: int) -> None
     monkeypatch.setattr(os, "statvfs", lambda path: Blocks(1, size, free))
 
 
-def config(line: str = "") -> RunConfig:
-    return parse_arguments(line.split())
-
-
-def test_dockers_shared_memory_is_too_small_for_a_default_pack(monkeypatch: pytest.MonkeyPatch) -> None:
-    shared_memory(monkeypatch, 64 * MIB, 64 * MIB)
-    found = shared_memory_finding(config("--num_workers 1 --prefetch_factor 1"), 1)
-    assert found.verdict is Verdict.FAULT
-    expected = ("/dev/shm has 64 MiB free", "148 MiB", "74 MiB each", "36,864", "--shm-size=1g", "--ipc=host")
-    for word in (*expected, "--num_workers 0", "Docker"):
-        assert word in found.text, word
-
-
-@pytest.mark.parametrize("ranks", [1, 8])
-def test_shared_memory_must_hold_the_packs_of_all_workers_and_not_a_byte_more(
-    ranks: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("size", "ranks", "accelerator", "gpu", "verdict"),
+    [
+        (GIB, 2, None, True, Verdict.GOOD),
+        (GIB - 1, 2, None, True, Verdict.NOTE),
+        (64 * MIB, 2, "cuda", True, Verdict.NOTE),
+        (64 * MIB, 1, None, True, Verdict.GOOD),
+        (64 * MIB, 8, "cpu", True, Verdict.GOOD),
+        (64 * MIB, 8, None, False, Verdict.GOOD),
+    ],
+)
+def test_shared_memory_matters_to_several_gpus_of_a_host(
+    size: int, ranks: int, accelerator: str | None, gpu: bool, verdict: Verdict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = config("--num_workers 3 --prefetch_factor 4 --max_num_tokens 1000")
-    needed = ranks * 13 * 1000 * PACK_BYTES_PER_TOKEN
-    assert shared_memory_needed(run, ranks) == needed
-    shared_memory(monkeypatch, GIB, needed)
-    assert shared_memory_finding(run, ranks).verdict is Verdict.GOOD
-    shared_memory(monkeypatch, GIB, needed - 1)
-    assert shared_memory_finding(run, ranks).verdict is Verdict.FAULT
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    if accelerator is not None:
+        monkeypatch.setenv("DS_ACCELERATOR", accelerator)
+    monkeypatch.setattr(environment, "gpu_is_present", lambda: gpu)
+    monkeypatch.setattr(environment, "write_fault", lambda path: None)
+    shared_memory(monkeypatch, size, size)
+    found = shared_memory_finding(ranks)
+    assert found.verdict is verdict
+    if verdict is Verdict.NOTE:
+        assert "NCCL" in found.text and "--shm-size=1g" in found.text and "--ipc=host" in found.text
 
 
-def test_a_machine_without_shared_memory_trains_without_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_memory_that_can_not_be_written_or_is_not_there_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.setattr(environment, "gpu_is_present", lambda: True)
     monkeypatch.setattr(environment, "SHARED_MEMORY", Path("/no/such/place"))
-    assert shared_memory_finding(config(), 1).verdict is Verdict.FAULT
-    assert shared_memory_finding(config("--num_workers 0"), 8).verdict is Verdict.GOOD
-
-
-def test_shared_memory_that_can_not_be_written_is_a_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shared_memory_finding(2).verdict is Verdict.NOTE
     (tmp_path / "file").touch()
     monkeypatch.setattr(environment, "SHARED_MEMORY", tmp_path / "file")
     shared_memory(monkeypatch, 100 * GIB, 100 * GIB)
-    found = shared_memory_finding(config(), 1)
-    assert found.verdict is Verdict.FAULT and "can't be written (Not a directory)" in found.text
-    assert shared_memory_finding(config("--num_workers 0"), 1).verdict is Verdict.GOOD
-
-
-# ------------------------------------------------------------------------------------------------ temporary files
-@pytest.fixture
-def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder of temporary files with a short name."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        monkeypatch.setattr(tempfile, "tempdir", folder)
-        yield Path(folder)
-
-
-@pytest.mark.parametrize(("characters", "verdict"), [(75, Verdict.GOOD), (76, Verdict.FAULT), (137, Verdict.FAULT)])
-def test_a_folder_of_temporary_files_is_too_long_where_a_workers_socket_is(
-    characters: int, verdict: Verdict, temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = temporary / ("x" * (characters - len(str(temporary)) - 1))
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    assert len(str(folder)) == characters
-    found = socket_finding(config())
-    assert found.verdict is verdict and list(folder.iterdir()) == []
-    if verdict is Verdict.FAULT:
-        assert all(word in found.text for word in (str(folder), f"{characters} characters", "export TMPDIR=/tmp"))
-    assert socket_finding(config("--num_workers 0")).verdict is Verdict.GOOD
-    # What it stands for: the address that a worker's own listener takes.
-    from multiprocessing import connection
-
-    with monkeypatch.context() as fresh:
-        from multiprocessing import util
-
-        fresh.setattr(util, "get_temp_dir", lambda: tempfile.mkdtemp(prefix="pymp-"))
-        try:
-            connection.Listener(family="AF_UNIX").close()
-            works = True
-        except OSError:
-            works = False
-    assert works == (verdict is Verdict.GOOD)
-
-
-def test_without_any_folder_for_temporary_files_one_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none() -> str:
-        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/var/tmp']")
-
-    monkeypatch.setattr(tempfile, "gettempdir", none)
-    found = socket_finding(config())
-    assert found.verdict is Verdict.FAULT and "No usable temporary directory" in found.text and "TMPDIR" in found.text
+    assert shared_memory_finding(2).verdict is Verdict.NOTE
 
 
 # ------------------------------------------------------------------------------------------------------- compiler
@@ -357,13 +303,12 @@ def test_what_is_built_needs_no_compiler(nothing_built: Path, monkeypatch: pytes
 def test_all_faults_of_a_run_come_in_one_message(nothing_built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "gpu_finding", lambda: GOOD_GPU)
     monkeypatch.setattr(shutil, "which", lambda name, **_: "/usr/bin/ninja" if name == "ninja" else None)
-    monkeypatch.setattr(tempfile, "tempdir", "/tmp/" + "x" * 100)
-    shared_memory(monkeypatch, 0, 0)
+    monkeypatch.setattr(environment, "installed_version", lambda name: "0.1" if name == "pillow" else "99")
     with pytest.raises(UserError) as caught:
-        refuse_faults([*machine_findings(config(), 2), compiler_finding([OP])])
+        refuse_faults([*machine_findings(2), compiler_finding([OP])])
     message = str(caught.value)
     assert message.startswith("This machine isn't ready for the run:") and message.count("\n  - ") == 3
-    assert all(word in message for word in ("C++ compiler", "TMPDIR", "/dev/shm"))
+    assert all(word in message for word in ("C++ compiler", "pillow is 0.1, which is too old", "deepspeed is 99"))
 
 
 def test_notes_are_handed_on_and_good_findings_are_silent() -> None:
@@ -387,7 +332,7 @@ def test_a_home_that_can_be_written_is_good_and_one_that_is_not_there_is_noted(
 def test_faults_of_packages_keep_torch_from_being_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "installed_version", lambda name: None)
     monkeypatch.setattr(environment, "gpu_finding", lambda: pytest.fail("it imports torch"))
-    assert {finding.name for finding in machine_findings(config(), 1)} >= {
+    assert {finding.name for finding in machine_findings(1)} >= {
         "Python",
         "torch",
         "deepspeed",

@@ -1,13 +1,16 @@
-"""Tests that need a CUDA device; `make test-gpu` runs them, everything else leaves them out."""
+"""Tests that need a CUDA device: `make test-gpu` runs them, all other targets leave them out.
+
+BAGEL_GPU_REHEARSAL=1 (launches.py) runs them on a CPU, which shows that the tests themselves work.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 
 from bagel_ds.demo import write_demo
+from tests.gpu.launches import GPUS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -15,7 +18,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.gpu)
-            if not torch.cuda.is_available():
+            if not GPUS:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 

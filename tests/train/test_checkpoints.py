@@ -592,3 +592,15 @@ def test_space_is_reserved_before_anything_is_written(tmp_path: Path) -> None:
     writer = TensorFileWriter(tmp_path / "x.safetensors", {"w": TensorInfo(torch.float32, (1000,))})
     assert (tmp_path / "x.safetensors").stat().st_size == writer.nbytes
     writer.close()
+
+
+def test_a_run_whose_model_folder_is_a_checkpoint_may_remove_it(writer: CheckpointWriter) -> None:
+    """As the message for a lost base model offers: --model_path .../step_1."""
+    first = save(writer, 1)
+    resumed = dataclasses.replace(writer, model_folder=first, keep_last=1)
+    for step in (2, 3, 4):
+        saved = save(resumed, step)
+        thin_out(writer.checkpoint_dir, keep_last=1, delete_previous_state=False, saved=saved)
+        assert all((saved / name).read_text() == name for name in ("llm_config.json", "tokenizer.json"))
+        assert (saved / "ae.safetensors").is_file() and manifest_fault(saved) is None
+    assert not first.exists()

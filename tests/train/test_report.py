@@ -6,10 +6,13 @@ import logging
 from typing import Any
 
 import pytest
+import torch
 
 from bagel_ds.data.loader import MicroBatch
 from bagel_ds.model.config import BagelConfig
 from bagel_ds.train import report
+from bagel_ds.train.loss import LossOptions
+from bagel_ds.train.loss_parts import LossParts
 from bagel_ds.train.metrics import METRIC_NAMES, METRIC_PREFIXES
 from bagel_ds.train.report import StepMeter
 from bagel_ds.train.step import StepResult
@@ -54,6 +57,30 @@ def test_every_number_has_a_public_name(clock: Clock) -> None:
     assert values["data/epoch/vlm"] == 1.5 and values["data/skipped/vlm"] == 0
 
 
+def test_parts_of_the_losses_come_from_all_ranks_in_one_exchange(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = LossParts(["t2i", "vlm"], 1.0, LossOptions())
+    exchanges = []
+
+    def two_ranks(mine: tuple) -> list[tuple]:
+        exchanges.append(mine)
+        theirs = torch.zeros(2, 8, dtype=torch.float64)
+        theirs[:, 0] = torch.tensor([9.0, 1.0])  # one token of t2i with an error of 9
+        return [mine, (*mine[:4], theirs.tolist(), *mine[5:])]
+
+    monkeypatch.setattr(report, "everyone", two_ranks)
+    meter = StepMeter(BagelConfig(), 0.0, parts=parts)
+    sums = parts.zeros(torch.device("cpu"))
+    sums[:, 0] = torch.tensor([6.0, 2.0])
+    sums[:, 3] = torch.tensor([1.0, 4.0])
+    result = RESULT._replace(parts=sums)
+    meter.add([micro()], result)
+    clock.now += 1
+    values = meter.read(1e-4, result)
+    assert values["loss/mse/t2i"] == 5.0 and values["loss/ce/vlm"] == 0.25
+    assert "loss/mse/vlm" not in values and len(exchanges) == 1
+    assert all(name in METRIC_NAMES or name.startswith(METRIC_PREFIXES) for name in values)
+
+
 def test_speeds_are_means_since_the_last_logged_step(clock: Clock) -> None:
     meter = StepMeter(BagelConfig(), peak_device_tflops=0.0)
     for _ in range(4):
@@ -95,8 +122,9 @@ def test_a_skipped_row_is_counted_once_and_named_once(
 
 def test_utilisation_is_over_all_ranks(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     def two_ranks(mine: Any) -> list[Any]:
-        flops, device, host, _, skipped = mine
-        return [(flops, device, 2.0, "a", skipped), (3 * flops, device, 3.0, "a", {"row 7": "t2i", "row 8": "t2i"})]
+        flops, device, host, _, parts, skipped = mine
+        broken = {"row 7": "t2i", "row 8": "t2i"}
+        return [(flops, device, 2.0, "a", parts, skipped), (3 * flops, device, 3.0, "a", parts, broken)]
 
     meter = StepMeter(BagelConfig(), peak_device_tflops=100.0)
     meter.add([micro()], RESULT)

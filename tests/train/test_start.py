@@ -147,6 +147,30 @@ def test_a_folder_without_state_gives_its_weights_and_says_why(tmp_path: Path) -
         sound_start_of(tmp_path, resume_from=str(given_up))
 
 
+@pytest.mark.parametrize("given", ["ck", ".", "ck/step_37", "ck/latest"])
+def test_a_path_that_is_no_checkpoint_names_those_that_are(given: str, tmp_path: Path) -> None:
+    for step in (5, 40, 100):
+        checkpoint(tmp_path / ("checkpoints" if given == "." else "ck"), step)
+    (tmp_path / "ck").mkdir(exist_ok=True)
+    (tmp_path / "ck" / "latest").write_text("step_41\n")
+    with pytest.raises(UserError, match=r"--resume_from .*holds step_100, step_40, step_5\."):
+        start_of(tmp_path, resume_from=str(tmp_path / given))
+
+
+def test_many_checkpoints_are_named_by_their_newest(tmp_path: Path) -> None:
+    for step in range(1, 21):
+        checkpoint(tmp_path / "ck", step)
+    with pytest.raises(UserError, match=r"holds step_20, .* step_13, \.\.\. \(20 in all\)"):
+        start_of(tmp_path, resume_from=str(tmp_path / "ck"))
+
+
+def test_latest_is_followed(tmp_path: Path) -> None:
+    newest = checkpoint(tmp_path / "other", 7)
+    (tmp_path / "other" / "latest").write_text("step_7\n")
+    found = start_of(tmp_path, resume_from=str(tmp_path / "other" / "latest"))
+    assert found.full and found.folder == newest
+
+
 def test_nothing_named_is_a_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to start from: pass --finetune_from_hf True"):
         start_of(tmp_path)

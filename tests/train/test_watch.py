@@ -213,7 +213,7 @@ from tests.data import worker_functions as functions
 worker = start_worker(functions.stay, "stopped", name="data worker 0")
 worker.receive()
 worker.doing = lambda: "it made a pack"
-found = StallWatch(None, 0, 1, timeout=2)
+found = StallWatch(None, 0, 1, timeout=5)
 with found.phase(0, "data"):
     time.sleep(60)
 """

@@ -280,3 +280,20 @@ def test_sharding_strategy_fills_an_open_stage(tmp_path: Path, strategy: str, st
 def test_old_offload_spelling_is_read(tmp_path: Path) -> None:
     ds, _ = resolve(tmp_path, {"zero_optimization": {"stage": 2, "cpu_offload": True}})
     assert offload_device(ds, "optimizer") == "cpu"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        (
+            '{"zero_optimization": {"stage": 3},\n"zero_optimization": {"stage": 2}}',
+            "line 2: the key 'zero_optimization'",
+        ),
+        ('{"bf16": {\n"enabled": true,\n"enabled": true}}', "line 3: the key 'enabled' in bf16"),
+    ],
+)
+def test_a_key_given_twice_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "ds.json").write_text(text)
+    with pytest.raises(UserError, match="given twice") as caught:
+        resolve_ds_config(str(tmp_path / "ds.json"), config(), 2)
+    assert "--ds_config" in str(caught.value) and words in str(caught.value)

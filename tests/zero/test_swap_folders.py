@@ -17,7 +17,7 @@ from bagel_ds.zero.swap_folders import leave_folders, run_folder, sweep_folders,
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# Holds a folder as a rank does, until a line comes in; a forked child lives on, as DataLoader workers may for seconds.
+# Holds a folder as a rank does, until a line comes in; a forked child lives on, as a process that somebody forks may.
 RANK = """
 import os, sys, time
 from pathlib import Path
@@ -131,7 +131,7 @@ from pathlib import Path
 from bagel_ds.train import main
 from bagel_ds.zero.swap_folders import run_folder, take_folder
 
-def run_rank(argv):
+def run_rank(argv, by):
     take_folder(run_folder(Path(argv[1]), "checkpoints"), first=True)
     Path(argv[1], "reached").touch()
     os.kill(os.getpid(), signal.SIGKILL)

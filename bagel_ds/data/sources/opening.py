@@ -7,13 +7,13 @@ says what is wrong, all faults at once.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bagel_ds.config_files import read_json
 from bagel_ds.data.index import DataFile, DataIndex, FileIndex
 from bagel_ds.data.plan import PROBED_ROWS, order_of_need
 from bagel_ds.data.sources.kinds import KINDS
@@ -202,8 +202,8 @@ def _compare_parquet_info(group: GroupConfig, entry: DatasetEntry, found: Sequen
         return
     where = f"dataset {group.name}/{entry.name}: parquet_info {entry.parquet_info}"
     try:
-        info = json.loads(Path(entry.parquet_info).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        info = read_json(Path(entry.parquet_info)).content
+    except UserError as error:
         logger.warning("%s cannot be read (%s); the files' own footers are used", where, error)
         return
     stated = {index.path: _stated_groups(info, index.path, alone=len(found) == 1) for index in found}

@@ -1,0 +1,98 @@
+"""The Markdown table of on_gpu.py's results: one row per piece, ready for docs/benchmarks.md.
+
+Guarantees: every piece has a row, also one that failed, ran into the limit or was not run; each row names its device
+where results of several are mixed, and rehearsals are marked as such.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping
+
+Numbers = Callable[[Any], str]  # of a piece's report
+
+
+def tests(report: Any) -> str:
+    counted = f"{report['passed']} passed, {len(report['skipped'])} skipped"
+    return counted + (f", failed: {', '.join(report['failed'])}" if report["failed"] else "")
+
+
+def depths(report: Any) -> str:
+    found = []
+    for one in report["runs"]:
+        if "failed" in one:
+            found.append(f"{one['layers']} layers failed")
+            continue
+        found.append(
+            f"{one['layers']} layers: device {one['device_gib']:.2f} GiB ({one['planned_device_gib']} planned), "
+            f"host {one['host_gib']} ({one['planned_host_gib']}), {one['step_seconds']:.1f} s per step, "
+            f"{one['tokens_per_second']:.0f} tokens/s"
+        )
+    if whole := report["extrapolated"]:
+        found.append(
+            f"{whole['layers']} layers, extrapolated: device {whole['device_gib']}, host {whole['host_gib']}, "
+            f"{whole['step_seconds']} s per step"
+        )
+    return f"{report['preset']}, packs of {report['tokens']:,} tokens. {'; '.join(found)}"
+
+
+def saving(report: Any) -> str:
+    found = [
+        f"{preset}: {one['overlapped_still_seconds']} s without training where the save of {one['checkpoint_gib']} GiB "
+        f"overlaps it, else {one['foreground_still_seconds']} s"
+        for preset, one in report["presets"].items()
+    ]
+    return f"{report['parameters']:,} parameters, {report['ranks']} rank(s). {'; '.join(found)}"
+
+
+def cost_model(report: Any) -> str:
+    found = []
+    for part, one in report["parts"].items():
+        ours = next(line for line in one["lines"] if line["counted"] == "cost")
+        weights = ", ".join(f"{term} {weight:.2f}" for term, weight in one["weights"].items())
+        found.append(f"{part}: spread {ours['spread']:.1%}, worst {ours['worst']:.1%}; a FLOP takes by term: {weights}")
+    return ". ".join(found)
+
+
+def nvme_step(report: Any) -> str:
+    return "; ".join(
+        f"{name}: {one['read_gib']:.2f} GiB read, {one['written_gib']:.2f} written, swapping at {one['swapping']:.2f} "
+        f"of a plain copy's rate"
+        for name, one in report.items()
+    )
+
+
+# By the script's name; tests/gpu share one.
+NUMBERS: dict[str, Numbers] = {
+    "tests": tests,
+    "gpu_depths": depths,
+    "saving": saving,
+    "cost_model": cost_model,
+    "nvme_step": nvme_step,
+}
+
+
+def table(results: Mapping[str, Any], numbers: Mapping[str, Numbers]) -> str:
+    """`results` by piece, those that were run; `numbers` of all pieces, in their order."""
+    machines = list(dict.fromkeys(_machine(result) for result in results.values()))
+    lines = [*machines, "", "| piece | device | result | seconds | numbers |", "|---|---|---|---|---|"]
+    for name, say in numbers.items():
+        result = results.get(name)
+        if result is None:
+            lines.append(f"| {name} | | not run | | |")
+            continue
+        report = result["report"]
+        shown = "" if report is None else say(report).replace("|", "\\|").replace("\n", " ")
+        lines.append(f"| {name} | {result['device']} | {_outcome(result)} | {result['seconds']:.0f} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def _outcome(result: Any) -> str:
+    if result["exit_code"] == 0:
+        return "no report" if result["report"] is None else "ok"
+    return "**past the limit**" if result["exit_code"] == 124 else f"**exit code {result['exit_code']}**"
+
+
+def _machine(result: Any) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items() if number)
+    rehearsed = "Rehearsed at toy size, these are no measurements: " if result["rehearsed"] else ""
+    return f"{rehearsed}{result['devices']} x {result['device']} ({versions})."
