@@ -150,7 +150,8 @@ class StallWatch:
         print("\n".join(lines), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         for worker in show_stacks():
-            print(f"[rank {self._rank}] asked for its stacks: {worker}", file=sys.stderr, flush=True)
+            # In one piece: the worker writes there, too.
+            print(f"[rank {self._rank}] asked for its stacks: {worker}\n", end="", file=sys.stderr, flush=True)
         self._signal_neighbours(ranks, signal.SIGCONT)  # so that one that was stopped can tell, too
         time.sleep(min(5.0, self._timeout))  # for the others, which see the same
         self._signal_neighbours(self._ranks(), signal.SIGKILL)
