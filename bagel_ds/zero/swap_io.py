@@ -17,6 +17,7 @@ import os
 import threading
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, Callable, Iterator, NamedTuple
 
@@ -241,6 +242,8 @@ def locked_tensor(numel: int, dtype: torch.dtype) -> Tensor:
     """A zeroed 1-D CPU tensor that begins at a page; locked in RAM where the limits of this process allow that."""
     nbytes = max(1, numel * dtype.itemsize)
     memory = mmap.mmap(-1, nbytes)
+    with suppress(OSError):  # kernels without huge pages: then the drive's reads and writes pin more, smaller ones
+        memory.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(memory, dtype=dtype, count=numel) if numel else torch.empty(0, dtype=dtype)
     address = _address(memory)
     if ctypes.CDLL(None, use_errno=True).mlock(ctypes.c_void_p(address), ctypes.c_size_t(nbytes)) != 0:
