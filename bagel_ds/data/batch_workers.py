@@ -54,9 +54,9 @@ class _BatchWorker:
     """
 
     def __init__(self, number: int, maker: Callable[[PackTask], PackedBatch], device: int | None) -> None:
+        self._given: deque[PackTask] = deque()
         self._worker = start_worker(_make_batches, shared=maker, name=f"data worker {number}")
         self._worker.doing = self._doing
-        self._given: deque[PackTask] = deque()
         self._made: SimpleQueue[PackedBatch | BaseException] = SimpleQueue()
         self._device = device
         self._thread = threading.Thread(target=self._receive, name=self._worker.name, daemon=True)

@@ -136,7 +136,8 @@ class _Server:
             except OSError as error:
                 raise UserError(_NO_PROCESS.format(error.strerror)) from None
             self._control = Connection(ours.detach())
-        self._control.send((sys.path, _PRELOAD))
+        with suppress(OSError):  # where it has ended already the first question says so
+            self._control.send((sys.path, _PRELOAD))
 
     def start(self, function: Callable[..., None], arguments: tuple[Any, ...], shared: Any, name: str) -> Worker:
         ours, theirs = socket.socketpair()
