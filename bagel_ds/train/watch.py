@@ -67,6 +67,7 @@ class StallWatch:
         if self._timeout > 0:
             (folder / HEARTBEATS).mkdir(parents=True, exist_ok=True)
             self._folder = folder / HEARTBEATS
+            self._write()  # at once: a rank that stops now is known to the others
 
     def goes_on(self) -> None:
         """The phase that this rank is in has its whole timeout before it again."""
