@@ -25,9 +25,12 @@ class LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for value in tree_iter(result):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and self._counts(value):
                 self._count(value.untyped_storage())
         return result
+
+    def _counts(self, tensor: torch.Tensor) -> bool:
+        return True
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()

@@ -6,15 +6,13 @@ between a "cuda" and a "cpu" tensor and the bytes of live "cuda" tensors.
 
 from __future__ import annotations
 
-import weakref
 from contextlib import ExitStack
 from typing import Any
 
 import torch
+from live_tensors import LiveTensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 
 class _WithoutDeviceGuard(TorchFunctionMode):
@@ -29,13 +27,12 @@ class _WithoutDeviceGuard(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class TwoPlaces(TorchDispatchMode):
-    """`moved` bytes between the two so far; `on_gpu` bytes that live there now and `gpu_peak`, their maximum."""
+class TwoPlaces(LiveTensors):
+    """`moved` bytes between the two so far; `now` bytes that live on the GPU and `peak`, their maximum."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.moved = self.on_gpu = self.gpu_peak = 0
-        self._seen: set[int] = set()
+        self.moved = 0
         self._stack = ExitStack()
 
     def __enter__(self) -> TwoPlaces:
@@ -50,30 +47,16 @@ class TwoPlaces(TorchDispatchMode):
 
     def restart(self) -> None:
         """Count from here: what lives now is the least there is."""
-        self.moved, self.gpu_peak = 0, self.on_gpu
+        self.moved, self.peak = 0, self.now
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = super().__torch_dispatch__(func, types, args, kwargs)
         if func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
             source = args[1] if func is torch.ops.aten.copy_.default else args[0]
             if {source.device.type, result.device.type} == {"cpu", "cuda"}:
                 # torch converts on the source's side where it goes to the GPU, on the host where it comes from there.
                 self.moved += (result if result.device.type == "cuda" else source).nbytes
-        for value in tree_iter(result):
-            if isinstance(value, torch.Tensor) and value.device.type == "cuda":
-                self._count(value.untyped_storage())
         return result
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self._seen.add(key)
-        self.on_gpu += size
-        self.gpu_peak = max(self.gpu_peak, self.on_gpu)
-
-        def ended() -> None:
-            self.on_gpu -= size
-            self._seen.discard(key)
-
-        weakref.finalize(storage, ended)
+    def _counts(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == "cuda"

@@ -148,12 +148,12 @@ def stage3_window(window: Window) -> tuple[float, int, int]:
     gradients = [torch.zeros(numel, dtype=sums, device="cuda") for _ in range(COUNT)]
     places = torch.utils._python_dispatch._get_current_dispatch_mode()
     places.restart()
-    before = places.on_gpu
+    before = places.now
     for index in range(window.micro_batches):
         optimizer.micro_step_id = index
         optimizer.is_gradient_accumulation_boundary = lambda last=index == window.micro_batches - 1: last
         optimizer.partition_grads(parameters(numel), gradients)
-    return places.moved / (COUNT * numel), places.gpu_peak - before, places.on_gpu - before
+    return places.moved / (COUNT * numel), places.peak - before, places.now - before
 
 
 def stage12_window(window: Window) -> tuple[float, int, int]:
@@ -192,7 +192,7 @@ def stage12_window(window: Window) -> tuple[float, int, int]:
     gradients = [torch.zeros(numel, dtype=weights, device="cuda") for _ in range(COUNT)]
     places = torch.utils._python_dispatch._get_current_dispatch_mode()
     places.restart()
-    before = places.on_gpu
+    before = places.now
     for index in range(window.micro_batches):
         optimizer.micro_step_id = index
         is_last = index == window.micro_batches - 1
@@ -201,7 +201,7 @@ def stage12_window(window: Window) -> tuple[float, int, int]:
             if window.stage == 2 or is_last:  # else the backward pass reduces nothing
                 parameter.grad, parameter.dtype = gradient, weights
                 optimizer.copy_grads_in_partition(parameter, 0)
-    return places.moved / (COUNT * numel), places.gpu_peak - before, places.on_gpu - before
+    return places.moved / (COUNT * numel), places.peak - before, places.now - before
 
 
 WINDOWS = [
