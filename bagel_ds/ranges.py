@@ -12,7 +12,7 @@ from typing import Callable, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from bagel_ds.liveness import going_on
+from bagel_ds.machine.liveness import going_on
 
 MASTER = "master"  # kind of range: the weights the optimizer updates, as ZeRO partitions and training states name them
 COPIED_ELEMENTS = 2**24  # at a time

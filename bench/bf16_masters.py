@@ -29,9 +29,9 @@ sys.path.insert(0, str(REPOSITORY))  # also where the package is not installed
 import torch  # noqa: E402
 
 from bagel_ds.checkpoint.state import StateFiles  # noqa: E402
-from bagel_ds.checkpoint.steps import STATE  # noqa: E402
-from bagel_ds.checkpoint.tensors import TensorFiles  # noqa: E402
+from bagel_ds.checkpoint.step_folders import STATE  # noqa: E402
 from bagel_ds.demo import write_demo  # noqa: E402
+from bagel_ds.model_folder.tensor_files import TensorFiles  # noqa: E402
 from bagel_ds.ranges import MASTER  # noqa: E402
 from bench.measured_run import measured_run  # noqa: E402
 

@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bagel_ds.data.cost import CostModel, Work, work_of
-from bagel_ds.data.packing import LLM_TOLERANCE, VISION_TOLERANCE
-from bagel_ds.data.plan import PackingOptions, Planner, imbalance
-from bagel_ds.device import choose_kernels, device_type
+from bagel_ds.data.plan.cost import CostModel, Work, work_of
+from bagel_ds.data.plan.packing import LLM_TOLERANCE, VISION_TOLERANCE
+from bagel_ds.data.plan.planner import PackingOptions, Planner, imbalance
+from bagel_ds.machine.device import choose_kernels, device_type
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch, normalize_pixels
 from bagel_ds.model.recompute import recompute

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import torch
 
-from bagel_ds.data.layout import LayoutOptions, Loaded, layout
-from bagel_ds.data.sample import TEXT, VAE, VIT, Entry, SamplePlan
-from bagel_ds.data.tokenizer import SpecialTokens
+from bagel_ds.data.batches.layout import LayoutOptions, Loaded, layout
+from bagel_ds.data.samples.sample import TEXT, VAE, VIT, Entry, SamplePlan
 from bagel_ds.model.batch import PackedBatch
-from bagel_ds.model.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
+from bagel_ds.model.shape.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
+from bagel_ds.model_folder.tokenizer import SpecialTokens
 
 
 class Size(NamedTuple):

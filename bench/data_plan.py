@@ -21,10 +21,10 @@ from typing import Any, Iterator, NamedTuple, Protocol, Sequence
 
 import numpy as np
 
-from bagel_ds.data.cost import CostModel, work_of
-from bagel_ds.data.packing import Pack
-from bagel_ds.data.plan import PackingOptions, Planner, imbalance
-from bagel_ds.data.sample import TEXT, VAE, VIT, Entry, SamplePlan
+from bagel_ds.data.plan.cost import CostModel, work_of
+from bagel_ds.data.plan.packing import Pack
+from bagel_ds.data.plan.planner import PackingOptions, Planner, imbalance
+from bagel_ds.data.samples.sample import TEXT, VAE, VIT, Entry, SamplePlan
 
 BUDGETS = ((10240, 11520, 10240), (32768, 36864, 16384))  # expected, max, per sample
 UNIT_ROWS = 100  # rows per row group

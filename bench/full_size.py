@@ -27,21 +27,21 @@ import deepspeed  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from bagel_ds.checkpoint.export import stream_tensors  # noqa: E402
-from bagel_ds.config import make_config  # noqa: E402
+from bagel_ds.arguments.run_config import make_config  # noqa: E402
+from bagel_ds.checkpoint.gather import stream_tensors  # noqa: E402
 from bagel_ds.errors import UserError  # noqa: E402
 from bagel_ds.model.bagel import Bagel  # noqa: E402
 from bagel_ds.model.batch import CAUSAL, NOISE, PackedBatch  # noqa: E402
-from bagel_ds.model.config import BagelConfig  # noqa: E402
-from bagel_ds.model.parts import part_of  # noqa: E402
+from bagel_ds.model.losses.normalization import LossOptions  # noqa: E402
+from bagel_ds.model.shape.config import BagelConfig  # noqa: E402
+from bagel_ds.model.shape.parts import part_of  # noqa: E402
 from bagel_ds.ranges import MASTER, TensorInfo  # noqa: E402
-from bagel_ds.train.loss import LossOptions  # noqa: E402
+from bagel_ds.train.metrics.throughput import host_gib  # noqa: E402
 from bagel_ds.train.step import optimizer_step  # noqa: E402
-from bagel_ds.train.throughput import host_gib  # noqa: E402
 from bagel_ds.units import GIB  # noqa: E402
-from bagel_ds.zero.config import resolve_ds_config  # noqa: E402
+from bagel_ds.zero.config.nvme import LARGEST_7B, check_nvme, clean_nvme, fit_buffers  # noqa: E402
+from bagel_ds.zero.config.resolve import resolve_ds_config  # noqa: E402
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine  # noqa: E402
-from bagel_ds.zero.nvme import LARGEST_7B, check_nvme, clean_nvme, fit_buffers  # noqa: E402
 from bagel_ds.zero.weights import frozen_pieces  # noqa: E402
 
 TRAINED = "vae2llm"  # at the network's entrance, so that the backward pass goes through every layer

@@ -24,14 +24,14 @@ sys.path.insert(0, str(REPOSITORY))  # also where the package is not installed
 
 import torch  # noqa: E402
 
-from bagel_ds.config import make_config  # noqa: E402
+from bagel_ds.arguments.run_config import make_config  # noqa: E402
 from bagel_ds.demo import write_demo  # noqa: E402
-from bagel_ds.device import device_type  # noqa: E402
-from bagel_ds.model.config import BagelConfig, VAEConfig  # noqa: E402
+from bagel_ds.machine.device import device_type  # noqa: E402
+from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory  # noqa: E402
+from bagel_ds.memory.suggestions import resolved  # noqa: E402
+from bagel_ds.model.shape.config import BagelConfig, VAEConfig  # noqa: E402
+from bagel_ds.model.shape.parameters import parameter_sizes  # noqa: E402
 from bagel_ds.units import GIB  # noqa: E402
-from bagel_ds.zero.memory import MemoryOptions, MemoryPlan, plan_memory  # noqa: E402
-from bagel_ds.zero.memory_parameters import parameter_sizes  # noqa: E402
-from bagel_ds.zero.memory_suggest import resolved  # noqa: E402
 from bench.host_memory import available_gib, gib  # noqa: E402
 from bench.measured_run import measured_run  # noqa: E402
 from bench.random_model import scaled_config, write_random_model  # noqa: E402

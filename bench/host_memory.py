@@ -22,13 +22,13 @@ from typing import Any, Callable
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))  # also where the package is not installed
 
-from bagel_ds.config import make_config  # noqa: E402
+from bagel_ds.arguments.run_config import make_config  # noqa: E402
 from bagel_ds.demo import write_demo  # noqa: E402
-from bagel_ds.model.config import BagelConfig, VAEConfig  # noqa: E402
+from bagel_ds.memory.planner import MemoryOptions, plan_memory  # noqa: E402
+from bagel_ds.memory.suggestions import resolved  # noqa: E402
+from bagel_ds.model.shape.config import BagelConfig, VAEConfig  # noqa: E402
+from bagel_ds.model.shape.parameters import parameter_sizes  # noqa: E402
 from bagel_ds.units import GIB  # noqa: E402
-from bagel_ds.zero.memory import MemoryOptions, plan_memory  # noqa: E402
-from bagel_ds.zero.memory_parameters import parameter_sizes  # noqa: E402
-from bagel_ds.zero.memory_suggest import resolved  # noqa: E402
 from bench.measured_run import Measured, measured_run  # noqa: E402
 from bench.random_model import scaled_config, write_random_model  # noqa: E402
 

@@ -27,19 +27,20 @@ from original_loader import OriginalPacks
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from bagel_ds.data import files
-from bagel_ds.data.config import load_dataset_config
-from bagel_ds.data.draws import normals
-from bagel_ds.data.images import decode_rgb, resize_to_uint8
-from bagel_ds.data.layout import LayoutOptions
-from bagel_ds.data.loader import PlannedData, planned_tasks
-from bagel_ds.data.materialize import materialize
-from bagel_ds.data.plan import PackingOptions, Planner
-from bagel_ds.data.row_cache import LIMIT, GroupKey, ReadsRows, Row, RowCache
-from bagel_ds.data.sample import TEXT, VAE, Entry, SamplePlan
-from bagel_ds.data.sources import GroupStream, SampleOptions, open_streams
-from bagel_ds.data.tokenizer import Tokenizer, load_tokenizer
+from bagel_ds.data.batches.layout import LayoutOptions
+from bagel_ds.data.batches.loader import PlannedData, planned_tasks
+from bagel_ds.data.batches.materialize import materialize
+from bagel_ds.data.config.dataset_config import load_dataset_config
+from bagel_ds.data.files import rows as raw_rows
+from bagel_ds.data.files.row_cache import LIMIT, GroupKey, ReadsRows, Row, RowCache
+from bagel_ds.data.plan.planner import PackingOptions, Planner
+from bagel_ds.data.samples.draws import normals
+from bagel_ds.data.samples.images import decode_rgb, resize_to_uint8
+from bagel_ds.data.samples.sample import TEXT, VAE, Entry, SamplePlan
+from bagel_ds.data.streams.opening import open_streams
+from bagel_ds.data.streams.stream import GroupStream, SampleOptions
 from bagel_ds.demo.tokenizer import train_tokenizer
+from bagel_ds.model_folder.tokenizer import Tokenizer, load_tokenizer
 
 BUDGETS = {"expected_num_tokens": 32768, "max_num_tokens": 36864}
 GROUPS = {"t2i": "t2i_pretrain", "edit": "unified_edit", "vlm": "vlm_sft"}
@@ -255,7 +256,7 @@ def measure(folder: Path, rows: int, packs: int, rounds: int) -> dict[str, Any]:
             loader = original(folder, plans, tokenizer, masks)
             ways[way].append(cost_per_sample(loader, lambda pack: len(pack["sample_lens"])))
     best = {way: Cost(*map(min, zip(*costs, strict=True))) for way, costs in ways.items()}
-    files.forget_open_files()
+    raw_rows.forget_open_files()
     return {
         "samples": sum(map(len, plans)),
         "samples_per_second": {way: 1 / cost.clock for way, cost in best.items()},

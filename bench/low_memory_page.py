@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bagel_ds.zero.memory_table import table
+from bagel_ds.memory.table import table
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "low_memory.md"
 BEGIN, END = "<!-- bagel-ds memory --table -->", "<!-- end of the table -->"

@@ -21,11 +21,11 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 import bagel_ds.train.trainer as trainer_module  # noqa: E402
-from bagel_ds.device import uses_cuda  # noqa: E402
-from bagel_ds.train.agreement import barrier, everyone  # noqa: E402
+from bagel_ds.machine.device import uses_cuda  # noqa: E402
 from bagel_ds.train.main import main  # noqa: E402
+from bagel_ds.train.process.allocators import return_freed_memory  # noqa: E402
+from bagel_ds.train.ranks.agreement import barrier, everyone  # noqa: E402
 from bagel_ds.units import GIB  # noqa: E402
-from bagel_ds.zero.memory_allocator import return_freed_memory  # noqa: E402
 
 
 def mark(phase: str) -> None:

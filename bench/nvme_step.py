@@ -30,12 +30,12 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import deepspeed  # noqa: E402
 import torch  # noqa: E402
 
-from bagel_ds.config import make_config  # noqa: E402
+from bagel_ds.arguments.run_config import make_config  # noqa: E402
 from bagel_ds.units import GIB, MIB  # noqa: E402
 from bagel_ds.zero import engine as engine_module  # noqa: E402
-from bagel_ds.zero.config import resolve_ds_config  # noqa: E402
+from bagel_ds.zero.config.nvme import clean_nvme  # noqa: E402
+from bagel_ds.zero.config.resolve import resolve_ds_config  # noqa: E402
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine  # noqa: E402
-from bagel_ds.zero.nvme import clean_nvme  # noqa: E402
 from bench.random_tables import RandomSource, Tables  # noqa: E402
 
 REQUEST = 8 * MIB

@@ -193,7 +193,7 @@ def _machine(rehearse: bool) -> dict[str, Any]:
     """What a result depends on. `device` is None where a GPU is wanted and there is none."""
     import torch  # here, so that `list` and `table` need no torch
 
-    from bagel_ds.device import uses_cuda
+    from bagel_ds.machine.device import uses_cuda
 
     device, driver = ("CPU" if rehearse else None), None
     if not rehearse and uses_cuda():

@@ -22,9 +22,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from bagel_ds.data.images import ImageTransform
-from bagel_ds.data.layout import position_grid
-from bagel_ds.data.tokenizer import Tokenizer
+from bagel_ds.data.batches.layout import position_grid
+from bagel_ds.data.samples.images import ImageTransform
+from bagel_ds.model_folder.tokenizer import Tokenizer
 
 VAE, VIT_EDIT, VIT_VLM = (
     ImageTransform(16, 1024, 512),

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from bagel_ds.checkpoint.folder import ModelFolder
-from bagel_ds.checkpoint.tensors import TensorFileWriter
 from bagel_ds.model.bagel import Bagel
-from bagel_ds.model.config import BagelConfig, LLMConfig, ViTConfig
+from bagel_ds.model.shape.config import BagelConfig, LLMConfig, ViTConfig
+from bagel_ds.model_folder.folder import ModelFolder
+from bagel_ds.model_folder.tensor_files import TensorFileWriter
 from bagel_ds.ranges import TensorInfo
 
 HEAD_DIM = 64

@@ -28,7 +28,7 @@ sys.path.insert(0, str(REPOSITORY))  # also where the package is not installed
 import torch  # noqa: E402
 
 from bagel_ds.demo import write_demo  # noqa: E402
-from bagel_ds.device import device_type  # noqa: E402
+from bagel_ds.machine.device import device_type  # noqa: E402
 from bagel_ds.units import GIB  # noqa: E402
 from bench.measured_run import measured_run  # noqa: E402
 from bench.random_model import scaled_config, write_random_model  # noqa: E402

@@ -14,9 +14,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also where the package is not installed
 
 import bagel_ds.train.trainer as trainer_module  # noqa: E402
-from bagel_ds.train.agreement import is_main  # noqa: E402
 from bagel_ds.train.main import main  # noqa: E402
-from bagel_ds.train.saving import Saving  # noqa: E402
+from bagel_ds.train.ranks.agreement import is_main  # noqa: E402
+from bagel_ds.train.saves.overlap import Saving  # noqa: E402
 
 
 class EverySecondOverlaps(Saving):

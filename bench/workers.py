@@ -27,12 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from loader import BUDGETS, write_data
 
 import bagel_ds.train.trainer  # noqa: F401  what a rank has imported
-from bagel_ds.data.config import load_dataset_config
-from bagel_ds.data.layout import LayoutOptions
-from bagel_ds.data.loader import PlannedData
-from bagel_ds.data.plan import PackingOptions
-from bagel_ds.data.sources import SampleOptions, open_streams
-from bagel_ds.data.tokenizer import load_tokenizer
+from bagel_ds.data.batches.layout import LayoutOptions
+from bagel_ds.data.batches.loader import PlannedData
+from bagel_ds.data.config.dataset_config import load_dataset_config
+from bagel_ds.data.plan.planner import PackingOptions
+from bagel_ds.data.streams.opening import open_streams
+from bagel_ds.data.streams.stream import SampleOptions
+from bagel_ds.model_folder.tokenizer import load_tokenizer
 from bagel_ds.units import MIB
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
@@ -89,7 +90,8 @@ def measure(data: PlannedData, workers: int, batches: int) -> dict[str, Any]:
 
 def spawned() -> dict[str, float]:
     """A process that has imported what a worker needs."""
-    code = "import bagel_ds.data.loader, bagel_ds.data.check, psutil; print(psutil.Process().memory_full_info().uss)"
+    modules = "bagel_ds.data.batches.loader, bagel_ds.data.inspect.check, psutil"
+    code = f"import {modules}; print(psutil.Process().memory_full_info().uss)"
     began = time.perf_counter()
     ended = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
     return {"seconds": time.perf_counter() - began, "own_mib": int(ended.stdout) / MIB}

@@ -19,14 +19,15 @@ from PIL import Image
 from recordings import bagel_config, read_json, reference, tensors
 from torch import Tensor
 
-from bagel_ds.data.config import load_dataset_config
-from bagel_ds.data.images import decode_rgb, resize_to_uint8
-from bagel_ds.data.layout import LayoutOptions
-from bagel_ds.data.records import ParsedRow
-from bagel_ds.data.sample import TEXT, VAE, Entry, SamplePlan
-from bagel_ds.data.sources import GroupStream, SampleOptions, open_streams
-from bagel_ds.data.tokenizer import Tokenizer, load_tokenizer
+from bagel_ds.data.batches.layout import LayoutOptions
+from bagel_ds.data.config.dataset_config import load_dataset_config
+from bagel_ds.data.formats.record import ParsedRow
+from bagel_ds.data.samples.images import decode_rgb, resize_to_uint8
+from bagel_ds.data.samples.sample import TEXT, VAE, Entry, SamplePlan
+from bagel_ds.data.streams.opening import open_streams
+from bagel_ds.data.streams.stream import GroupStream, SampleOptions
 from bagel_ds.model.batch import normalize_pixels
+from bagel_ds.model_folder.tokenizer import Tokenizer, load_tokenizer
 
 EXPECTED = "packing/expected"
 _EPOCHS = 10_000  # enough for every choice of a row to turn up

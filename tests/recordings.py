@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bagel_ds.checkpoint.folder import BagelWeights, ModelFolder
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch, patchify
-from bagel_ds.model.config import BagelConfig
+from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model_folder.folder import BagelWeights, ModelFolder
 
 UNSET = "BAGEL_REFERENCE_DIR is unset: the recordings of the original are not at hand"
 

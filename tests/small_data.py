@@ -15,9 +15,10 @@ from PIL import Image
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
-from bagel_ds.data.config import DatasetConfig, load_dataset_config
-from bagel_ds.data.sources import GroupStream, SampleOptions, open_streams
-from bagel_ds.data.tokenizer import Tokenizer, load_tokenizer
+from bagel_ds.data.config.dataset_config import DatasetConfig, load_dataset_config
+from bagel_ds.data.streams.opening import open_streams
+from bagel_ds.data.streams.stream import GroupStream, SampleOptions
+from bagel_ds.model_folder.tokenizer import Tokenizer, load_tokenizer
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 VAE_ARGS = {"image_stride": 16, "max_image_size": 96, "min_image_size": 32}

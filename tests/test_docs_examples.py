@@ -14,7 +14,7 @@ from typing import Iterator, NamedTuple
 
 import pytest
 
-from bagel_ds.cli import main
+from bagel_ds.cli.main import main
 from tests.guide_commands import GUIDE_COMMANDS, arguments
 
 REPOSITORY = Path(__file__).parents[1]

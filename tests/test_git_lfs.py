@@ -7,15 +7,15 @@ from typing import Callable
 
 import pytest
 
-from bagel_ds.checkpoint.tensors import read_header
 from bagel_ds.config_files import read_json, read_yaml
-from bagel_ds.data.file_rows import layout_of
-from bagel_ds.data.images import BadImage, decode_rgb, image_size
-from bagel_ds.data.index import DataFile
-from bagel_ds.data.sources.kinds import KINDS
-from bagel_ds.data.tokenizer import load_tokenizer
+from bagel_ds.data.formats.registry import KINDS
+from bagel_ds.data.index.data_file import layout_of
+from bagel_ds.data.index.index import DataFile
+from bagel_ds.data.samples.images import BadImage, decode_rgb, image_size
 from bagel_ds.errors import UserError
 from bagel_ds.git_lfs import pointer_fault
+from bagel_ds.model_folder.tensor_files import read_header
+from bagel_ds.model_folder.tokenizer import load_tokenizer
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 29000000000\n"
 WORDS = ("Git LFS pointer", "29,000,000,000 bytes", "git lfs pull", "hf download")

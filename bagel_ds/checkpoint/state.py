@@ -17,8 +17,8 @@ from typing import Iterable, Mapping, NamedTuple
 import torch
 from torch import Tensor
 
-from bagel_ds.checkpoint.tensors import TensorFiles, TensorFileWriter
 from bagel_ds.errors import UserError
+from bagel_ds.model_folder.tensor_files import TensorFiles, TensorFileWriter
 from bagel_ds.ranges import Pieces, TensorInfo
 
 EMA, WEIGHT = "ema", "weight"

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bagel_ds.model.config import VAEConfig
+from bagel_ds.model.shape.config import VAEConfig
 from bagel_ds.model.vae import AutoEncoder, Downsample, ResBlock, SpatialAttention, Upsample
 
 CONFIG = VAEConfig(channels=32)  # the least that 32 normalisation groups allow; everything else as released

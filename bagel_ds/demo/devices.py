@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import sys
 
-from bagel_ds.device import uses_cuda
 from bagel_ds.doctor.environment import check_gpu
 from bagel_ds.errors import UserError
+from bagel_ds.machine.device import uses_cuda
 
 
 def usable_gpus() -> int:

@@ -19,8 +19,8 @@ from torch import Tensor
 from bagel_ds.demo.autoencoder import haar_autoencoder
 from bagel_ds.demo.tokenizer import write_tokenizer
 from bagel_ds.model.bagel import Bagel
-from bagel_ds.model.config import BagelConfig, LLMConfig, ViTConfig
 from bagel_ds.model.embeddings import position_table
+from bagel_ds.model.shape.config import BagelConfig, LLMConfig, ViTConfig
 
 VIT = ViTConfig(hidden_size=64, intermediate_size=128, num_layers=2, num_attention_heads=4)
 VIT_LAYERS_IN_FILE = VIT.num_layers + 1  # one more than is built, as in the released vit_config.json

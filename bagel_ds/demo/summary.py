@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from bagel_ds.errors import UserError
-from bagel_ds.output import run_command
+from bagel_ds.machine.output import run_command
 
 LOSSES = {"loss/mse": "MSE (generation)", "loss/ce": "CE (text)"}
 

@@ -24,14 +24,14 @@ from typing import NamedTuple
 
 from packaging.version import Version
 
-from bagel_ds.device import ACCELERATORS, asked_accelerator
 from bagel_ds.errors import UserError, all_faults
+from bagel_ds.machine.device import ACCELERATORS, asked_accelerator
+from bagel_ds.machine.user_folders import settle_user_folders, write_fault
 from bagel_ds.units import GIB, MIB
-from bagel_ds.user_folders import settle_user_folders, write_fault
-from bagel_ds.zero.builds import Op, find_ninja, is_built
+from bagel_ds.zero.ops import Op, find_ninja, is_built
 
 MINIMUM_PYTHON = (3, 11)
-# Pillow before 13.0 resizes tall images to other pixels (data/images.py).
+# Pillow before 13.0 resizes tall images to other pixels (data/samples/images.py).
 MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17", "pillow": "13.0"}
 DEEPSPEED_VERSION = "0.19.8"  # exactly: zero/partitions.py reads its internals
 MINIMUM_DRIVERS = {12: "525.60.13", 13: "580.65.06"}  # NVIDIA's Linux driver, by major CUDA version of the torch build

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from bagel_ds.model.attention import AttentionLayout
 from bagel_ds.model.batch import PackedBatch, normalize_pixels
-from bagel_ds.model.config import BagelConfig
 from bagel_ds.model.embeddings import PositionTable, TimestepEmbedder, rope_tables
 from bagel_ds.model.layers import GELUMLP, Linear
 from bagel_ds.model.mot import Experts, LanguageModel, PackGeometry
 from bagel_ds.model.recompute import Recompute, keep
+from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model.vit import NaViT
 
 
@@ -36,7 +36,7 @@ def flow_time(timesteps: Tensor, shift: float) -> Tensor:
 
 
 class Bagel(nn.Module):
-    """Weights are not initialised here: load them (`checkpoint/folder.py`) before the first forward."""
+    """Weights are not initialised here: load them (`model_folder/folder.py`) before the first forward."""
 
     def __init__(self, config: BagelConfig, recompute: Recompute = keep):
         super().__init__()

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from bagel_ds.model.attention import AttentionLayout, attend
-from bagel_ds.model.config import BagelConfig, LLMConfig
 from bagel_ds.model.embeddings import apply_rope
-from bagel_ds.model.head import CrossEntropyHead
 from bagel_ds.model.layers import Embedding, Linear, RMSNorm, SwiGLUMLP
+from bagel_ds.model.losses.head import CrossEntropyHead
 from bagel_ds.model.recompute import Recompute
+from bagel_ds.model.shape.config import BagelConfig, LLMConfig
 
 GEN = "_moe_gen"
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel_ds.model.batch import normalize_pixels, patchify
-from bagel_ds.model.config import VAEConfig
+from bagel_ds.model.shape.config import VAEConfig
 
 GROUPS = 32
 

@@ -13,9 +13,9 @@ from typing import Sequence
 from torch import Tensor, nn
 
 from bagel_ds.model.attention import AttentionLayout, attend
-from bagel_ds.model.config import ViTConfig
 from bagel_ds.model.layers import GELUMLP, Embedding, Linear
 from bagel_ds.model.recompute import Recompute
+from bagel_ds.model.shape.config import ViTConfig
 
 
 class ViTAttention(nn.Module):

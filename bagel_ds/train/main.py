@@ -17,16 +17,16 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Sequence
 
-from bagel_ds.config import RunConfig, parse_arguments, wandb_wanted
-from bagel_ds.data.processes import start_server
-from bagel_ds.device import choose_kernels, uses_cuda
+from bagel_ds.arguments.run_config import RunConfig, parse_arguments, wandb_wanted
 from bagel_ds.doctor.environment import machine_findings, refuse_faults
 from bagel_ds.errors import UserError
-from bagel_ds.output import outlive_the_reader
-from bagel_ds.train.detach import end_at_once, run_detached
-from bagel_ds.train.launcher import Launch, LauncherProcess, Started, check_address, started
-from bagel_ds.train.quiet import quiet_warnings
-from bagel_ds.waiting import waiting_for
+from bagel_ds.machine.device import choose_kernels, uses_cuda
+from bagel_ds.machine.output import outlive_the_reader
+from bagel_ds.machine.waiting import waiting_for
+from bagel_ds.processes import start_server
+from bagel_ds.train.process.detach import end_at_once, run_detached
+from bagel_ds.train.process.quiet import quiet_warnings
+from bagel_ds.train.ranks.launcher import Launch, LauncherProcess, Started, check_address, started
 
 logger = logging.getLogger("bagel_ds")
 
@@ -70,19 +70,19 @@ def _train(config: RunConfig, launch: Launch, launcher: LauncherProcess | None, 
     if config.data.num_workers:
         start_server()  # which then imports torch while this process does
     # Imported here: torch and DeepSpeed take seconds, and what is above must work without them and on an old Python.
-    from bagel_ds.train.metrics import setup_logging
+    from bagel_ds.train.metrics.log import setup_logging
 
     setup_logging(None, launch.rank)
     with waiting_for("torch and DeepSpeed to be imported", "minutes from a slow network disk, the first time"):
-        from bagel_ds.train import alarm
-        from bagel_ds.train.agreement import SharedFault, from_every_host, together
-        from bagel_ds.train.failure import ending_alone
-        from bagel_ds.train.out_of_memory import memory_fault
-        from bagel_ds.train.process_group import join_ranks
+        from bagel_ds.train.process.allocators import exact_pinned_memory, return_freed_memory
+        from bagel_ds.train.process.out_of_memory import memory_fault
+        from bagel_ds.train.process.stall import start_watch
+        from bagel_ds.train.ranks import alarm
+        from bagel_ds.train.ranks.agreement import SharedFault, from_every_host, together
+        from bagel_ds.train.ranks.failure import ending_alone
+        from bagel_ds.train.ranks.process_group import join_ranks
         from bagel_ds.train.trainer import Trainer
-        from bagel_ds.train.watch import start_watch
-        from bagel_ds.zero.memory_allocator import exact_pinned_memory, return_freed_memory
-        from bagel_ds.zero.swap_folders import leave_folders
+        from bagel_ds.zero.host.swap_folders import leave_folders
 
     quiet_warnings()
     return_freed_memory()
@@ -138,7 +138,7 @@ def _leave_group(code: int) -> None:
 
 def check_wandb_of(config: RunConfig, rank: int) -> None:
     """Raise `UserError` where the rank that logs is to use Weights & Biases and can't: before anything is loaded."""
-    from bagel_ds.train.metrics import WandbOptions, check_wandb
+    from bagel_ds.train.metrics.log import WandbOptions, check_wandb
 
     if rank == 0 and wandb_wanted(config):
         check_wandb(WandbOptions(offline=config.training.wandb_offline))
@@ -146,7 +146,7 @@ def check_wandb_of(config: RunConfig, rank: int) -> None:
 
 def _remove_swap_files(argv: Sequence[str] | None) -> None:
     """Remove what no living rank holds below --nvme_path, in the process that outlives its rank."""
-    from bagel_ds.zero.swap_folders import sweep_folders
+    from bagel_ds.zero.host.swap_folders import sweep_folders
 
     with suppress(UserError):  # told by the rank
         nvme_path = parse_arguments(list(sys.argv[1:] if argv is None else argv)).training.nvme_path

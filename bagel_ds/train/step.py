@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagel_ds.model.batch import PackedBatch
-from bagel_ds.train.loss import LossOptions, LossSums, partial_means, weighted, window_totals
-from bagel_ds.train.loss_parts import LossParts
+from bagel_ds.model.losses.by_part import LossParts
+from bagel_ds.model.losses.normalization import LossOptions, LossSums, partial_means, weighted, window_totals
 from bagel_ds.zero.engine import ZeroEngine
 
 Encode = Callable[[PackedBatch], Tensor]  # the batch's images as clean latent tokens [G, F] fp32

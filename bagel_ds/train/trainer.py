@@ -17,44 +17,44 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bagel_ds.checkpoint.finite import CheckedWeights
-from bagel_ds.checkpoint.steps import mark_final, read_trainer
-from bagel_ds.command_line import duration_seconds
-from bagel_ds.config import RunConfig, wandb_wanted
-from bagel_ds.data.index_background import BackgroundIndex, index_in_background
-from bagel_ds.data.inspect import first_packs, pack_text
-from bagel_ds.data.loader import MicroBatch, primed
-from bagel_ds.device import uses_cuda
+from bagel_ds.arguments.parse import duration_seconds
+from bagel_ds.arguments.run_config import RunConfig, wandb_wanted
+from bagel_ds.checkpoint.step_folders import mark_final, read_trainer
+from bagel_ds.data.batches.loader import MicroBatch, primed
+from bagel_ds.data.index.background import BackgroundIndex, index_in_background
+from bagel_ds.data.inspect.packs import first_packs, pack_text
 from bagel_ds.errors import UserError
+from bagel_ds.machine.device import uses_cuda
+from bagel_ds.machine.waiting import waiting_for
+from bagel_ds.memory.activations import arena_bytes
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch
-from bagel_ds.model.parts import part_of
+from bagel_ds.model.losses.by_part import LossParts
+from bagel_ds.model.losses.normalization import LossOptions
 from bagel_ds.model.recompute import recompute_mode
+from bagel_ds.model.shape.parts import part_of
 from bagel_ds.model.vae import encode_images
-from bagel_ds.train import alarm
-from bagel_ds.train.agreement import barrier, check_equal, is_main, local_rank, on_one_host, together
-from bagel_ds.train.changes import keep_config, versions
-from bagel_ds.train.checkpoints import CheckpointWriter, restore_moments
-from bagel_ds.train.failure import ending_alone
-from bagel_ds.train.guards import NonFiniteGuard
-from bagel_ds.train.loss import LossOptions
-from bagel_ds.train.loss_parts import LossParts
-from bagel_ds.train.memory import outcome, plan_lines
-from bagel_ds.train.metrics import MetricsLog, SilentMetricsLog, WandbOptions
-from bagel_ds.train.out_of_memory import memory_fault
-from bagel_ds.train.report import StepMeter
-from bagel_ds.train.saving import Saving
+from bagel_ds.model_folder.finite import CheckedWeights
+from bagel_ds.train.memory_plan import outcome, plan_lines
+from bagel_ds.train.metrics.log import MetricsLog, SilentMetricsLog, WandbOptions
+from bagel_ds.train.metrics.meter import StepMeter
+from bagel_ds.train.nonfinite import NonFiniteGuard
+from bagel_ds.train.prepare import describe_parameters, prepare, trainable
+from bagel_ds.train.process.out_of_memory import memory_fault
+from bagel_ds.train.process.stall import StallWatch
+from bagel_ds.train.process.stop import StopRequest
+from bagel_ds.train.ranks import alarm
+from bagel_ds.train.ranks.agreement import barrier, check_equal, is_main, local_rank, on_one_host, together
+from bagel_ds.train.ranks.failure import ending_alone
+from bagel_ds.train.saves.changes import keep_config, versions
+from bagel_ds.train.saves.overlap import Saving
+from bagel_ds.train.saves.writer import CheckpointWriter, restore_moments
 from bagel_ds.train.schedule import learning_rate
-from bagel_ds.train.setup import describe_parameters, prepare, trainable
 from bagel_ds.train.step import StepResult, optimizer_step
-from bagel_ds.train.stop import StopRequest
-from bagel_ds.train.watch import StallWatch
-from bagel_ds.waiting import waiting_for
+from bagel_ds.zero.config.nvme import average_folder
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
-from bagel_ds.zero.memory_activations import arena_bytes
-from bagel_ds.zero.nvme import average_folder
-from bagel_ds.zero.swap_folders import leave_folders
+from bagel_ds.zero.host.swap_folders import leave_folders
 
 logger = logging.getLogger("bagel_ds")
 

@@ -14,9 +14,9 @@ from typing import Any, Sequence
 
 import torch
 
-from bagel_ds.data.materialize import PackTask
-from bagel_ds.data.sample import TEXT, Entry, SamplePlan
-from bagel_ds.data.sources.reader import RowAddress, RowPlace
+from bagel_ds.data.batches.materialize import PackTask
+from bagel_ds.data.samples.sample import TEXT, Entry, SamplePlan
+from bagel_ds.data.streams.reader import RowAddress, RowPlace
 from bagel_ds.errors import UserError
 from bagel_ds.model.batch import CAUSAL, PackedBatch
 

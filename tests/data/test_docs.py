@@ -20,8 +20,9 @@ from small_data import (
     write_parquet,
 )
 
-from bagel_ds.data.config import load_dataset_config
-from bagel_ds.data.sources import SampleOptions, open_streams
+from bagel_ds.data.config.dataset_config import load_dataset_config
+from bagel_ds.data.streams.opening import open_streams
+from bagel_ds.data.streams.stream import SampleOptions
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 

@@ -148,7 +148,7 @@ def test_the_configs_name_each_other_and_the_true_counts(demo: Path) -> None:
 def test_the_configs_are_read_without_a_fault_from_any_folder(
     demo: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bagel_ds.data.config import load_dataset_config
+    from bagel_ds.data.config.dataset_config import load_dataset_config
 
     monkeypatch.chdir(tmp_path)
     groups = load_dataset_config(str(demo / name)).groups

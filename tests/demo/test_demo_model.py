@@ -19,8 +19,8 @@ from bagel_ds.demo.model import network_config
 from bagel_ds.demo.scenes import draw, random_scene
 from bagel_ds.demo.tokenizer import SPECIAL_TOKENS, train_tokenizer
 from bagel_ds.model.bagel import Bagel
-from bagel_ds.model.config import VAEConfig
 from bagel_ds.model.embeddings import position_table
+from bagel_ds.model.shape.config import VAEConfig
 from bagel_ds.model.vae import AutoEncoder
 
 TEXTS = [
@@ -75,7 +75,7 @@ def test_transformers_reads_the_tokenizer_with_the_same_ids(folder: Path, tokeni
 def test_fewer_tokenizer_files_give_the_same_ids(
     folder: Path, tokenizer: Tokenizer, kept: tuple[str, ...], tmp_path: Path
 ) -> None:
-    from bagel_ds.data.tokenizer import load_tokenizer
+    from bagel_ds.model_folder.tokenizer import load_tokenizer
 
     for name in kept:
         (tmp_path / name).write_bytes((folder / name).read_bytes())
@@ -124,7 +124,7 @@ def test_every_parameter_of_the_network_is_there_in_bf16(
 
 
 def test_the_folders_configurations_describe_the_network(folder: Path, tokenizer: Tokenizer) -> None:
-    from bagel_ds.checkpoint.folder import ModelFolder
+    from bagel_ds.model_folder.folder import ModelFolder
 
     config = network_config(tokenizer.get_vocab_size())
     assert ModelFolder(folder).llm_config() == config.llm

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bagel_ds.config import parse_arguments
+from bagel_ds.arguments.run_config import parse_arguments
 from bagel_ds.demo.devices import usable_gpus
 from bagel_ds.errors import UserError
 
@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedP
     programs.mkdir()
     scripts = {
         "python": f'#!/bin/sh\nexec "{sys.executable}" "$@"\n',
-        "bagel-ds": f'#!/bin/sh\nexec "{sys.executable}" -m bagel_ds.cli "$@"\n',
+        "bagel-ds": f'#!/bin/sh\nexec "{sys.executable}" -m bagel_ds.cli.main "$@"\n',
         "deepspeed": FAKE_DEEPSPEED.format(python=sys.executable, record=str(record)),
     }
     for name, text in scripts.items():

@@ -25,13 +25,13 @@ from deepspeed.utils import groups
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from bagel_ds.checkpoint.export import export_tensors
-from bagel_ds.config import make_config
+from bagel_ds.arguments.run_config import make_config
+from bagel_ds.checkpoint.gather import export_tensors
 from bagel_ds.ranges import MASTER, TensorInfo
-from bagel_ds.train.checkpoints import restore_moments
-from bagel_ds.zero.config import resolve_ds_config
+from bagel_ds.train.saves.writer import restore_moments
+from bagel_ds.zero.config.nvme import clean_nvme, fit_buffers
+from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
-from bagel_ds.zero.nvme import clean_nvme, fit_buffers
 from bagel_ds.zero.partitions import MOMENTS
 
 UPDATES = 3

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
-from bagel_ds.checkpoint.steps import MANIFEST, TRAINER
+from bagel_ds.checkpoint.step_folders import MANIFEST, TRAINER
 from tests.launch import REPOSITORY, Finished, cpu_environment, deepspeed, free_port, run_to_end
 
 MANY_RUNS = Path(__file__).with_name("many_runs.py")

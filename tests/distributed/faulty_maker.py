@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 
-from bagel_ds.data.materialize import BatchMaker, PackTask
+from bagel_ds.data.batches.materialize import BatchMaker, PackTask
 from bagel_ds.model.batch import PackedBatch
 from tests.distributed.faulty_train import FAULTS, _happen
 

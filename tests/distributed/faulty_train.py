@@ -32,9 +32,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bagel_ds.errors import UserError
-from bagel_ds.train.detach import run_detached
-from bagel_ds.train.launcher import Started, started
 from bagel_ds.train.main import run_rank
+from bagel_ds.train.process.detach import run_detached
+from bagel_ds.train.ranks.launcher import Started, started
 
 FAULTS = "BAGEL_TEST_FAULTS"
 
@@ -67,15 +67,16 @@ def _faulty_run(faults: list[dict[str, Any]], by: Started) -> int:
 def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
     """Runs of the trainer in this block meet `faults`."""
     from bagel_ds.checkpoint import state
-    from bagel_ds.data import loader
-    from bagel_ds.train import background, checkpoints, setup, trainer
+    from bagel_ds.data.batches import loader
+    from bagel_ds.train import prepare, trainer
     from bagel_ds.train import step as step_module
+    from bagel_ds.train.saves import background, writer
     from tests.distributed.faulty_maker import FaultyMaker
 
     load, step = trainer.Trainer._load, trainer.Trainer._step
-    complete, stream, fill = checkpoints.PendingSave._complete, state.fill_whole, state.fill_rank
-    one_host, gather = trainer.on_one_host, checkpoints.stream_tensors
-    means, open_data = step_module.partial_means, setup.open_data
+    complete, stream, fill = writer.PendingSave._complete, state.fill_whole, state.fill_rank
+    one_host, gather = trainer.on_one_host, writer.stream_tensors
+    means, open_data = step_module.partial_means, prepare.open_data
     wait, waited_for = background.Background.wait, threading.Event()
 
     def faulty_load(self: Any) -> None:
@@ -146,12 +147,12 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
 
     with (
         _instead(loader, "BatchMaker", FaultyMaker if FAULTS in os.environ else loader.BatchMaker),
-        _instead(setup, "open_data", faulty_open),
+        _instead(prepare, "open_data", faulty_open),
         _instead(trainer, "islice", faulty_islice),
         _instead(trainer.Trainer, "_load", faulty_load),
         _instead(trainer.Trainer, "_step", faulty_step),
-        _instead(checkpoints.PendingSave, "_complete", faulty_complete),
-        _instead(checkpoints, "stream_tensors", faulty_gather),
+        _instead(writer.PendingSave, "_complete", faulty_complete),
+        _instead(writer, "stream_tensors", faulty_gather),
         _instead(state, "fill_whole", faulty_stream),
         _instead(state, "fill_rank", faulty_fill),
         _instead(trainer, "on_one_host", faulty_hosts),

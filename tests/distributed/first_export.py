@@ -16,15 +16,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from bagel_ds.checkpoint.export import export_tensors
-from bagel_ds.config import parse_arguments
+from bagel_ds.arguments.run_config import parse_arguments
+from bagel_ds.checkpoint.gather import export_tensors
 from bagel_ds.ranges import MASTER, TensorInfo
-from bagel_ds.train.launcher import read_launch
-from bagel_ds.train.metrics import setup_logging
-from bagel_ds.train.process_group import join_ranks
-from bagel_ds.train.quiet import quiet_warnings
+from bagel_ds.train.metrics.log import setup_logging
+from bagel_ds.train.process.quiet import quiet_warnings
+from bagel_ds.train.process.stall import start_watch
+from bagel_ds.train.ranks.launcher import read_launch
+from bagel_ds.train.ranks.process_group import join_ranks
 from bagel_ds.train.trainer import Trainer
-from bagel_ds.train.watch import start_watch
 from bagel_ds.zero.weights import frozen_pieces
 
 

@@ -21,8 +21,9 @@ from unittest import mock
 import deepspeed
 import torch
 
-from bagel_ds.train import alarm, failure, setup
 from bagel_ds.train import main as train
+from bagel_ds.train import prepare
+from bagel_ds.train.ranks import alarm, failure
 from tests.distributed.faulty_train import going_wrong
 
 
@@ -67,10 +68,10 @@ class _Printed(io.StringIO):
 def run(case: dict) -> tuple[int, str]:
     printed = _Printed()
     versions = case.get("versions", {})
-    real = setup.installed_version
+    real = prepare.installed_version
     os.chdir(case.get("directory", os.getcwd()))
     with redirect_stdout(printed), redirect_stderr(printed):
-        patched = mock.patch.object(setup, "installed_version", lambda name: versions.get(name) or real(name))
+        patched = mock.patch.object(prepare, "installed_version", lambda name: versions.get(name) or real(name))
         with patched, going_wrong(case.get("faults", [])):
             try:
                 code = train.main(case["arguments"])

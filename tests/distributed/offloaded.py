@@ -21,14 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bagel_ds import ranges
-from bagel_ds.config import make_config
-from bagel_ds.device import uses_cuda
+from bagel_ds.arguments.run_config import make_config
+from bagel_ds.machine.device import uses_cuda
 from bagel_ds.ranges import MASTER
 from bagel_ds.zero import ema
-from bagel_ds.zero.config import resolve_ds_config
+from bagel_ds.zero.config.nvme import clean_nvme, fit_buffers
+from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.ema import EMAOptions
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
-from bagel_ds.zero.nvme import clean_nvme, fit_buffers
 from bagel_ds.zero.partitions import MOMENTS
 from bagel_ds.zero.weights import held_weight
 from bench.random_tables import RandomSource, Tables

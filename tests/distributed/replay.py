@@ -15,19 +15,19 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from bagel_ds.checkpoint.export import export_tensors
-from bagel_ds.config import make_config
+from bagel_ds.arguments.run_config import make_config
+from bagel_ds.checkpoint.gather import export_tensors
 from bagel_ds.model.bagel import Bagel
-from bagel_ds.model.parts import Freezing, part_of, trainable_parts
+from bagel_ds.model.losses.normalization import LossOptions
 from bagel_ds.model.recompute import recompute_mode
+from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
 from bagel_ds.ranges import MASTER, TensorInfo
-from bagel_ds.train.loss import LossOptions
 from bagel_ds.train.schedule import learning_rate
 from bagel_ds.train.step import optimizer_step
-from bagel_ds.zero.config import resolve_ds_config
+from bagel_ds.zero.config.nvme import clean_nvme, fit_buffers
+from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.ema import EMAOptions
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
-from bagel_ds.zero.nvme import clean_nvme, fit_buffers
 from bagel_ds.zero.weights import frozen_pieces
 from tests.recordings import bagel_config, read_json, recorded_batch, reference, tensors, weights_of
 

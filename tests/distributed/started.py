@@ -164,7 +164,7 @@ def send(pids: Sequence[int], number: int) -> None:
 
 
 def _is_server(process: psutil.Process) -> bool:
-    return "bagel_ds.data.processes" in process.cmdline()
+    return "bagel_ds.processes" in process.cmdline()
 
 
 def _send(pid: int, number: int) -> None:

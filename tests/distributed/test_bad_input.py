@@ -19,8 +19,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from bagel_ds.data.plan import PROBED_ROWS
-from bagel_ds.data.shuffle import RowOrder
+from bagel_ds.data.plan.planner import PROBED_ROWS
+from bagel_ds.data.plan.row_order import RowOrder
 from tests.distributed.cases import Case, Outcome, arguments, linked_model, own, run_cases
 from tests.launch import TRAIN, cpu_environment, deepspeed
 from tests.small_data import conversation, picture, write_conversations

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bagel_ds.train.claim import claim
+from bagel_ds.train.saves.lock import claim
 from tests.distributed.cases import Case, Outcome, arguments, run_cases
 from tests.distributed.started import StartedRun
-from tests.train.test_start import checkpoint
+from tests.train.saves.test_start import checkpoint
 
 pytestmark = pytest.mark.distributed
 

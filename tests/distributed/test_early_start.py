@@ -13,8 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from bagel_ds.data.index_cache import BESIDE_DATA
-from bagel_ds.data.sources.opening import AT_ONCE_ROWS
+from bagel_ds.data.index.cache import BESIDE_DATA
+from bagel_ds.data.streams.opening import AT_ONCE_ROWS
 from tests.distributed.cases import arguments
 from tests.launch import TRAIN, cpu_environment, deepspeed, free_port, run_to_end
 
@@ -52,7 +52,9 @@ def test_training_begins_before_its_files_are_indexed_and_sees_the_same_packs(de
     assert 0 < len(list(entries.glob("*.safetensors"))) <= FILES
 
     words = ["index", "--model_path", demo / "model", "--dataset_config_file", config, "--max_latent_size", 64]
-    index = run_to_end([sys.executable, "-m", "bagel_ds.cli", *map(str, words)], cpu_environment(), free_port(), 600)
+    index = run_to_end(
+        [sys.executable, "-m", "bagel_ds.cli.main", *map(str, words)], cpu_environment(), free_port(), 600
+    )
     assert index.code == 0, index.output[-4000:]
     assert len(list(entries.glob("*.safetensors"))) == FILES
     whole = deepspeed(TRAIN, arguments(demo, tmp_path / "whole", **short), ranks=2)

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import pytest
 
-from bagel_ds.checkpoint.steps import checksum_fault, manifest_fault, newest_state, state_files, step_folders
-from bagel_ds.data.index_cache import BESIDE_DATA
+from bagel_ds.checkpoint.step_folders import checksum_fault, manifest_fault, newest_state, state_files, step_folders
+from bagel_ds.data.index.cache import BESIDE_DATA
 from tests.distributed.cases import arguments, losses
 from tests.distributed.started import StartedRun, send, steps_logged
 from tests.launch import TRAIN, deepspeed

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from bagel_ds.checkpoint.folder import TOKENIZER_FILES
-from bagel_ds.data.tokenizer import load_tokenizer
+from bagel_ds.model_folder.folder import TOKENIZER_FILES
+from bagel_ds.model_folder.tokenizer import load_tokenizer
 from tests.distributed.cases import Case, arguments, run_cases
 
 pytestmark = pytest.mark.distributed

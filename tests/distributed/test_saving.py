@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bagel_ds.checkpoint.steps import newest_state, step_folders
+from bagel_ds.checkpoint.step_folders import newest_state, step_folders
 from tests.distributed.cases import Case, Outcome, arguments, checksums, losses, run_cases
 from tests.distributed.started import StartedRun, send
 from tests.launch import TRAIN, deepspeed

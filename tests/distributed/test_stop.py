@@ -80,7 +80,7 @@ def test_signals_to_launcher_group_and_rank_save_and_the_run_goes_on_exactly(dem
         done = assert_saved_where_it_stopped(run)
     with StartedRun(words, stopped) as run:
         run.until_step(done + 1)
-        command = [sys.executable, "-m", "bagel_ds.cli", "stop", str(stopped)]
+        command = [sys.executable, "-m", "bagel_ds.cli.main", "stop", str(stopped)]
         said = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60).stdout
         assert "saves and ends after its current step" in said
         assert run.end() == 0

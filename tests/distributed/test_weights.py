@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bagel_ds.model.embeddings import position_table
-from bagel_ds.model.parts import POSITION_TABLES
+from bagel_ds.model.shape.parts import POSITION_TABLES
 from tests.distributed.cases import arguments, launch, linked_model
 
 pytestmark = pytest.mark.distributed

@@ -18,24 +18,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bagel_ds.checkpoint.export import export_tensors
-from bagel_ds.config import make_config
-from bagel_ds.data.layout import LayoutOptions, Loaded, layout
-from bagel_ds.data.sample import TEXT, VAE, VIT
-from bagel_ds.data.tokenizer import load_tokenizer
+from bagel_ds.arguments.run_config import make_config
+from bagel_ds.checkpoint.gather import export_tensors
+from bagel_ds.data.batches.layout import LayoutOptions, Loaded, layout
+from bagel_ds.data.samples.sample import TEXT, VAE, VIT
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch
-from bagel_ds.model.config import BagelConfig
-from bagel_ds.model.parts import Freezing, part_of, trainable_parts
+from bagel_ds.model.losses.by_part import LossParts
+from bagel_ds.model.losses.normalization import LossOptions
 from bagel_ds.model.recompute import recompute_mode
+from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
+from bagel_ds.model_folder.tokenizer import load_tokenizer
 from bagel_ds.ranges import MASTER, TensorInfo
-from bagel_ds.train.agreement import everyone
-from bagel_ds.train.loss import LossOptions
-from bagel_ds.train.loss_parts import LossParts
+from bagel_ds.train.ranks.agreement import everyone
 from bagel_ds.train.step import optimizer_step
-from bagel_ds.zero.config import resolve_ds_config
+from bagel_ds.zero.config.nvme import clean_nvme, fit_buffers
+from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
-from bagel_ds.zero.nvme import clean_nvme, fit_buffers
 from bagel_ds.zero.weights import frozen_pieces
 from tests.recordings import bagel_config, weights_of
 

@@ -25,7 +25,7 @@ from bagel_ds.doctor.environment import (
 )
 from bagel_ds.errors import UserError
 from bagel_ds.units import GIB, MIB
-from bagel_ds.zero.builds import Op
+from bagel_ds.zero.ops import Op
 
 REPOSITORY = Path(__file__).parents[2]
 GOOD_GPU = Finding("GPU", Verdict.GOOD, "a GPU")

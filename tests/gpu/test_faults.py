@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from bagel_ds.checkpoint.steps import TRAINER, newest_state
-from bagel_ds.train.guards import load_batch
+from bagel_ds.checkpoint.step_folders import TRAINER, newest_state
+from bagel_ds.train.nonfinite import load_batch
 from tests.distributed.started import StartedRun, send, steps_logged
 from tests.gpu.launches import RANKS, REHEARSED, started, words_of
 from tests.launch import REPOSITORY
@@ -43,7 +43,7 @@ def test_a_stopped_run_is_saved_and_goes_on_where_it_was(demo: Path, tmp_path: P
         done = saved_step(run)
     with started(words, tmp_path) as run:
         run.until_step(done + 1)
-        command = [sys.executable, "-m", "bagel_ds.cli", "stop", str(tmp_path)]
+        command = [sys.executable, "-m", "bagel_ds.cli.main", "stop", str(tmp_path)]
         subprocess.run(command, cwd=REPOSITORY, capture_output=True, check=True, timeout=120)
         assert run.end() == 0
         assert f"resumed after step {done}" in run.output

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from bagel_ds.device import choose_kernels
+from bagel_ds.machine.device import choose_kernels
 from bagel_ds.model.attention import BACKENDS, AttentionLayout, attend
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
 from bagel_ds.model.offload import OffloadedInputs

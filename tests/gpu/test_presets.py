@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from bagel_ds.train.throughput import peak_tflops
+from bagel_ds.memory.planner import CUDA_CONTEXT
+from bagel_ds.train.metrics.throughput import peak_tflops
 from bagel_ds.units import GIB
-from bagel_ds.zero.memory import CUDA_CONTEXT
 from tests.distributed.cases import Case, Outcome, losses
 from tests.gpu.launches import (
     BF16,

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from bagel_ds.checkpoint.state import Held, StateFiles, fill_rank, open_rank
-from bagel_ds.checkpoint.steps import step_folders
+from bagel_ds.checkpoint.step_folders import step_folders
 from bagel_ds.ranges import MASTER, Pieces, Range
-from bagel_ds.train.background import Background
+from bagel_ds.train.saves.background import Background
 from tests.distributed.cases import Case, Outcome
 from tests.gpu.launches import DEVICE, RANKS, REHEARSED, assert_done, metrics, run_cases, words_of
 

@@ -10,9 +10,9 @@ import torch
 
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import CAUSAL, NOISE, PackedBatch
-from bagel_ds.model.config import BagelConfig, LLMConfig, ViTConfig
-from bagel_ds.model.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.recompute import MODES, recompute_mode
+from bagel_ds.model.shape.config import BagelConfig, LLMConfig, ViTConfig
+from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
 
 LLM = LLMConfig(32, 48, 2, 4, 2, 64)
 TINY = BagelConfig(llm=LLM, vit=ViTConfig(24, 32, 2, 2), max_latent_size=8)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from bagel_ds.model.bagel import Bagel
-from bagel_ds.model.config import BagelConfig, VAEConfig
-from bagel_ds.model.parts import part_of
+from bagel_ds.model.shape.config import BagelConfig, VAEConfig
+from bagel_ds.model.shape.parts import part_of
 from bagel_ds.model.vae import AutoEncoder
 from tests.recordings import read_json
 

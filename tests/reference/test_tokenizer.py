@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from recordings import read_json, reference
 
-from bagel_ds.data.tokenizer import load_tokenizer
+from bagel_ds.model_folder.tokenizer import load_tokenizer
 
 FOLDERS = {
     "tokenizer.json alone": ["tokenizer.json"],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from recordings import UNSET, read_json, reference, reference_folder, tensors
 
-from bagel_ds.data.images import ImageTransform, decode_rgb, image_size, resize_to_uint8
+from bagel_ds.data.samples.images import ImageTransform, decode_rgb, image_size, resize_to_uint8
 from bagel_ds.model.batch import normalize_pixels
 
 SIZES, IMAGES = "transforms/resize", "transforms/images"

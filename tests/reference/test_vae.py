@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from bagel_ds.checkpoint.folder import ModelFolder
 from bagel_ds.model.batch import patchify
 from bagel_ds.model.vae import AutoEncoder, encode_images
+from bagel_ds.model_folder.folder import ModelFolder
 from tests.recordings import (
     UNSET,
     bagel_config,

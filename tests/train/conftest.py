@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from bagel_ds.train import agreement
-from bagel_ds.train.hosts import Hosts, RankInfo
+from bagel_ds.train.ranks import agreement
+from bagel_ds.train.ranks.hosts import Hosts, RankInfo
 
 
 def rank_on(host: str, **changed: object) -> RankInfo:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from bagel_ds import cli
-from bagel_ds.config import parse_arguments
-from bagel_ds.data.inspect import ShownPack, first_packs, kept_pack, pack_text
+from bagel_ds.arguments.run_config import parse_arguments
+from bagel_ds.cli import main
+from bagel_ds.data.inspect.packs import ShownPack, first_packs, kept_pack, pack_text
 from bagel_ds.demo import write_demo
-from bagel_ds.train.guards import load_batch, save_batch
-from bagel_ds.train.inputs import open_inputs
+from bagel_ds.inputs.data import open_inputs
+from bagel_ds.train.nonfinite import load_batch, save_batch
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,8 @@ def test_the_command_shows_one_and_names_one_that_is_not_there(
     inputs = open_inputs(parse_arguments(words))
     pack = next(first_packs(inputs.plan(progress=False), 1))
     save_batch(tmp_path / "step_7_rank_0_pack_0", pack.batch)
-    assert cli.main(["inspect", f"--pack={tmp_path / 'step_7_rank_0_pack_0.json'}", *words]) == 0
+    assert main.main(["inspect", f"--pack={tmp_path / 'step_7_rank_0_pack_0.json'}", *words]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in pack.batch.samples) and "of 640 tokens" in shown
-    assert cli.main(["inspect", f"--pack={tmp_path / 'step_8_rank_0_pack_0'}", *words]) == 2
+    assert main.main(["inspect", f"--pack={tmp_path / 'step_8_rank_0_pack_0'}", *words]) == 2
     assert "step_8_rank_0_pack_0.json is not there" in capsys.readouterr().err

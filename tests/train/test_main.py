@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from bagel_ds.config import parse_arguments
+from bagel_ds.arguments.run_config import parse_arguments
 from bagel_ds.errors import UserError
 from bagel_ds.train import main
 from bagel_ds.train.main import check_wandb_of

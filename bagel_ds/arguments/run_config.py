@@ -1,0 +1,249 @@
+"""The configuration of a run: read once, validated once, all faults listed at once.
+
+Guarantees: a `RunConfig` from `parse_arguments` is consistent in itself; its `notes` say in one line each what was
+changed and which options have no effect. It doesn't look at files (`preflight.py` does) nor at the DeepSpeed
+configuration (`zero/config/resolve.py` does), except for a YAML file of options.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+
+from bagel_ds.arguments.options import SECTIONS, DataArguments, ModelArguments, TrainingArguments
+from bagel_ds.arguments.parse import Words, duration_seconds, help_text, read_option_file, read_words
+from bagel_ds.errors import all_faults
+
+ATTENTION_BACKENDS = ("sdpa",)  # those that exist; the others go on with the first one, since the result is the same
+
+_PATHS = """model_path llm_path vit_path vae_path dataset_config_file dataset_info index_cache results_dir
+    checkpoint_dir resume_from ds_config nvme_path""".split()
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All options of a run; `explicit` names those a person gave, `notes` is what the log should say about them.
+
+    `places` says where a file gives an option ("run.yaml, line 3").
+    """
+
+    model: ModelArguments = ModelArguments()
+    data: DataArguments = DataArguments()
+    training: TrainingArguments = TrainingArguments()
+    explicit: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+    places: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def to_yaml(self) -> str:
+        """The effective configuration; `--config` reads it back to an equal run."""
+        content: dict[str, Any] = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
+        content["explicit"] = sorted(self.explicit)
+        return yaml.safe_dump(content, sort_keys=False)
+
+    def values(self) -> dict[str, Any]:
+        """Every option by name."""
+        return {key: value for name in SECTIONS for key, value in dataclasses.asdict(getattr(self, name)).items()}
+
+    def placed(self, faults: list[str]) -> list[str]:
+        """The same faults, each with the file and line of the options that it names, where a file gives them."""
+        return [self._places_in(fault) + fault for fault in faults]
+
+    def _places_in(self, fault: str) -> str:
+        named = re.findall(r"--(\w+)", fault)
+        places = dict.fromkeys(self.places[name] for name in named if name in self.places)
+        return " and ".join(places) + ": " if places else ""
+
+    @property
+    def attention(self) -> str:
+        """The attention backend this run uses."""
+        wanted = _wanted_attention(self)
+        return wanted if wanted in ATTENTION_BACKENDS else ATTENTION_BACKENDS[0]
+
+    @property
+    def exported_dtype(self) -> str:
+        """ "bf16" or "fp32": the number format of exported weights."""
+        return self.training.precision if self.training.save_dtype == "auto" else self.training.save_dtype
+
+
+def parse_arguments(argv: list[str], own: Sequence[str] = ()) -> RunConfig:
+    """The configuration behind a command line (without the program's name).
+
+    `own` are the options of a command that takes the trainer's besides, for its suggestions. Raises UserError with
+    every fault; `--help` prints all options and exits 0.
+    """
+    words = read_words(argv, own)
+    if words.help:
+        print(help_text())
+        raise SystemExit(0)
+    in_file = Words() if words.config_file is None else read_option_file(words.config_file)
+    all_faults(in_file.faults + words.faults, "These options can't be understood:")
+    places = {name: place for name, place in in_file.places.items() if name not in words.values}
+    return make_config(in_file.values | words.values, frozenset(in_file.explicit | words.explicit), places)
+
+
+def make_config(
+    values: dict[str, Any], explicit: frozenset[str] | None = None, places: Mapping[str, str] | None = None
+) -> RunConfig:
+    """A validated configuration from typed values by option name; those in `explicit` (default: all) were given."""
+    values = {key: _from_home(value) if key in _PATHS else value for key, value in values.items()}
+    parts: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
+        known = {field.name for field in dataclasses.fields(section)}
+        parts[name] = section(**{key: value for key, value in values.items() if key in known})
+    config = RunConfig(**parts, explicit=frozenset(values) if explicit is None else explicit, places=places or {})
+    all_faults(config.placed(_faults(config)), "These options can't be used together or as given:")
+    config, notes = _lower_budgets(config)
+    return dataclasses.replace(config, notes=tuple(notes + _notes(config)))
+
+
+def _from_home(path: str | None) -> str | None:
+    """The path that the shell would have made of `~/...`, which it leaves alone in `--name=~/...` and in YAML."""
+    return os.path.expanduser(path) if path is not None and path.startswith("~") else path
+
+
+def wandb_wanted(config: RunConfig) -> bool:
+    """Whether this run logs to Weights & Biases: enable_wandb decides, else naming a project or a run turns it on."""
+    if config.training.enable_wandb is not None:
+        return config.training.enable_wandb
+    return bool({"wandb_project", "wandb_name"} & config.explicit)
+
+
+def _wanted_attention(config: RunConfig) -> str:
+    if config.training.use_flex and "attn" not in config.explicit:
+        return "flex"
+    return ATTENTION_BACKENDS[0] if config.training.attn == "auto" else config.training.attn
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+_AT_LEAST_ONE = """max_num_tokens_per_sample expected_num_tokens max_num_tokens prefetch_factor total_steps log_every
+    save_every gradient_accumulation_steps latent_patch_size vit_patch_size vit_max_num_patch_per_side max_latent_size
+    num_replicate num_shard ema_every""".split()
+_NOT_NEGATIVE = """num_workers prefer_buffer_before max_buffer_size data_seed global_seed debug_batches warmup_steps lr
+    min_lr eps max_grad_norm mse_weight ce_weight peak_device_tflops keep_last stall_timeout max_nonfinite""".split()
+_PROBABILITIES = ["text_cond_dropout_prob", "vae_cond_dropout_prob", "vit_cond_dropout_prob"]
+_DECAYS = ["beta1", "beta2", "ema"]
+
+_RANGES: list[tuple[list[str], Callable[[Any], bool], str]] = [
+    (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
+    (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
+    (_PROBABILITIES, lambda value: 0 <= value <= 1, "a probability between 0 and 1"),
+    (_DECAYS, lambda value: 0 <= value < 1, "0 or more and below 1"),
+    (["timestep_shift"], lambda value: value > 0, "above 0"),
+    (["vit_select_layer"], lambda value: value < 0, "below 0 (counted from the last layer)"),
+]
+
+# Values that would change what is computed, and that this version does not compute: (option, the one accepted, why).
+_ONLY: list[tuple[str, Any, str]] = [
+    ("layer_module", "Qwen2MoTDecoderLayer", "only the mixture of transformers of BAGEL-7B-MoT is built"),
+    ("connector_act", "gelu_pytorch_tanh", "BAGEL's connector was trained with it"),
+    ("vit_rope", False, "BAGEL's ViT has a learned position table instead"),
+    ("tie_word_embeddings", False, "BAGEL has two matrices, and its checkpoint holds both"),
+    ("freeze_vae", True, "the VAE is never trained, here or in the original"),
+]
+
+
+def _faults(config: RunConfig) -> list[str]:
+    values = config.values()
+    faults = []
+    for names, is_good, expected in _RANGES:
+        for name in names:
+            if values[name] is not None and not is_good(values[name]):
+                faults.append(f"--{name} {values[name]}: expected {expected}")
+    for name, accepted, reason in _ONLY:
+        if values[name] != accepted:
+            faults.append(f"--{name} {values[name]} is not supported: {reason}; leave it out or pass {accepted}")
+    if not values["visual_gen"] and not values["visual_und"]:
+        faults.append(
+            "--visual_gen False and --visual_und False leave nothing to train; leave out at least one of the two"
+        )
+    if values["auto_resume"] and values["start_anew"]:
+        faults.append(
+            "--auto_resume True goes on with the run in checkpoint_dir, --start_anew True moves it aside; leave out "
+            "one of the two"
+        )
+    if values["stop_after"] is not None and duration_seconds(values["stop_after"]) is None:
+        faults.append(f"--stop_after {values['stop_after']}: expected a duration such as 3h50m, 90m, 45s or seconds")
+    if values["lr_scheduler"] == "cosine" and values["lr"] == 0:
+        faults.append("--lr_scheduler cosine needs an --lr above 0, found 0")
+    if values["ce_weight"] == 0 and values["mse_weight"] == 0:
+        faults.append("--ce_weight 0 and --mse_weight 0 leave no loss; raise at least one of the two")
+    return faults
+
+
+# ----------------------------------------------------------------------------------------------- what is explained
+def _lower_budgets(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """Both guides' remedy for full memory lowers only some of the three budgets; the smallest rules the others."""
+    limit = config.data.max_num_tokens
+    lowered: dict[str, Any] = {}
+    notes = []
+    for name in ("expected_num_tokens", "max_num_tokens_per_sample"):
+        value = getattr(config.data, name)
+        if value > limit:
+            lowered[name] = limit
+            notes.append(f"{name} lowered from {value} to {limit}, the limit given by max_num_tokens")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **lowered)), notes
+
+
+def _notes(config: RunConfig) -> list[str]:
+    return _attention_notes(config) + _effectless_notes(config) + _schedule_notes(config)
+
+
+def _attention_notes(config: RunConfig) -> list[str]:
+    wanted = _wanted_attention(config)
+    source = "attn" if "attn" in config.explicit else "use_flex True"
+    notes = []
+    if config.training.use_flex and "attn" in config.explicit and config.training.attn != "flex":
+        notes.append(f"use_flex True has no effect: attn {config.training.attn} is given too and decides")
+    if wanted not in ATTENTION_BACKENDS:
+        asked = source if source == "use_flex True" else f"attn {wanted}"
+        notes.append(
+            f"{asked}: this version computes attention with {config.attention}; the result is the same, only slower"
+        )
+    return notes
+
+
+def _effectless_notes(config: RunConfig) -> list[str]:
+    given = config.explicit
+    notes = [
+        f"{name} has no effect: packs are planned ahead, so there is no overflow buffer"
+        for name in ("prefer_buffer_before", "max_buffer_size")
+        if name in given
+    ]
+    wandb = sorted(name for name in given if name.startswith("wandb_"))
+    if wandb and not wandb_wanted(config):
+        reason = "enable_wandb False" if "enable_wandb" in given else "neither wandb_project nor wandb_name is given"
+        notes.append(f"W&B is off ({reason}): {', '.join(wandb)} without effect")
+    parts = sorted({"llm_path", "vit_path", "vae_path"} & given)
+    if parts and config.training.finetune_from_hf:
+        notes.append(f"{', '.join(parts)} without effect: finetune_from_hf True takes everything from model_path")
+    if "resume_model_only" in given and config.training.resume_model_only and config.training.resume_from is None:
+        notes.append("resume_model_only has no effect: it concerns resume_from, which is not given")
+    if "min_lr" in given and config.training.lr_scheduler == "constant":
+        notes.append("min_lr has no effect: lr_scheduler is constant")
+    if "prefetch_factor" in given and config.data.num_workers == 0:
+        notes.append("prefetch_factor has no effect: num_workers is 0")
+    return notes
+
+
+def _schedule_notes(config: RunConfig) -> list[str]:
+    training, notes = config.training, []
+    if training.ema > 0:
+        half_life = math.log(0.5) / math.log(training.ema)
+        if half_life > training.total_steps:
+            notes.append(
+                f"ema {training.ema} forgets half of its start only after {half_life:.0f} steps, and the run has "
+                f"{training.total_steps}: ema.safetensors will lie near the weights it started from"
+            )
+    if training.warmup_steps >= training.total_steps:
+        notes.append(
+            f"warmup_steps {training.warmup_steps} is not below total_steps {training.total_steps}: "
+            f"the learning rate never reaches lr {training.lr}"
+        )
+    return notes

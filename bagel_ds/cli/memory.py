@@ -1,0 +1,153 @@
+"""`bagel-ds memory`: the memory planner on the command line.
+
+Guarantees: takes every argument of the trainer under its own name, or a whole training command as it stands in a
+script; reads headers and configuration files only, never weights; needs neither a GPU nor DeepSpeed (where it is
+installed, it checks the keys of a --ds_config that is not a preset).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from bagel_ds.arguments.run_config import RunConfig, parse_arguments
+from bagel_ds.cli.launch_line import LaunchLine, Ranks, launched_ranks, read_launch_line
+from bagel_ds.cli.option_values import at_least_one, gibibytes, gibibytes_or_none
+from bagel_ds.errors import UserError
+from bagel_ds.inputs.files import hub_folder, is_hub_id
+from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
+from bagel_ds.memory.report import not_compared, report_lines, size_options, suggestion_lines
+from bagel_ds.memory.suggestions import resolved, suggestions
+from bagel_ds.model.shape.config import BagelConfig, VAEConfig
+from bagel_ds.zero.config.resolve import check_planned_file
+
+RELEASED = "BAGEL-7B-MoT"
+_RELEASED_NAMES = ("7b", RELEASED.lower(), f"bytedance-seed/{RELEASED.lower()}")
+TOO_SMALL = 1  # the exit code of --check
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the planner alone; the trainer's own come besides (`options.training`)."""
+    parser.add_argument("--model", help=f"7b, {RELEASED} or another hub id: plan without the model's folder")
+    parser.add_argument("--world_size", "--world-size", type=at_least_one, help="ranks (GPUs) in all (default 1)")
+    parser.add_argument("--ranks_per_host", "--ranks-per-host", type=at_least_one, help="default: all on one host")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="what the ranks compute on")
+    parser.add_argument("--gpu_memory", "--gpu-memory", type=gibibytes, metavar="GIB", help="memory of one GPU")
+    parser.add_argument("--host_memory", "--host-memory", type=gibibytes, metavar="GIB", help="RAM of one host")
+    parser.add_argument(
+        "--nvme", type=gibibytes_or_none, metavar="GIB", help="free space of one host's NVMe; 0: there is none"
+    )
+    parser.add_argument(
+        "--max_image_size", "--max-image-size", type=at_least_one, default=1024, metavar="PIXELS",
+        help="longest side of an image that is drawn or edited (default 1024)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="for scripts: exit code 0 only if it fits, 1 if not, 2 if a size is missing",
+    )
+    parser.add_argument("--table", action="store_true", help="print the table of docs/low_memory.md and nothing else")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the plan; `options.training` holds the words that are the trainer's. The exit code."""
+    if options.table:
+        from bagel_ds.memory.table import table
+
+        print(table())
+        return 0
+    line = read_launch_line(options.training)
+    config = parse_arguments(line.training, options.own)
+    ranks = _ranks(options, line)
+    model, vae = _network(options.model, config)
+    memory = MemoryOptions.of(
+        config,
+        ranks.all,
+        ranks_per_host=ranks.per_host,
+        device=options.device,
+        image_pixels=options.max_image_size**2,
+        vae=vae,
+        gpu_memory=options.gpu_memory,
+        host_memory=options.host_memory,
+        nvme=options.nvme,
+    )
+    if remark := check_planned_file(config.training.ds_config):
+        print(f"bagel-ds: {remark}", file=sys.stderr)
+    ds_config = resolved(config.training.ds_config, config, model, ranks.all, ranks.per_host)
+    plan = plan_memory(model, ds_config, memory)
+    better = [] if plan.fits else suggestions(model, config, memory)
+    if options.json:
+        unknown = {place: round(size, 2) for place, size in not_compared(plan).items()}
+        found = plan.to_json() | {"not_compared_gib": unknown, "suggestions": [each.to_json() for each in better]}
+        print(json.dumps(found, indent=1))
+    else:
+        print("\n".join(report_lines(plan) + ([] if plan.fits else suggestion_lines(better))))
+    return _checked(plan) if options.check else 0
+
+
+def _checked(plan: MemoryPlan) -> int:
+    if plan.fits and (missing := size_options(plan)):
+        raise UserError(f"--check: nothing to compare with; pass {', '.join(missing)}")
+    return 0 if plan.fits else TOO_SMALL
+
+
+def _ranks(options: argparse.Namespace, line: LaunchLine) -> Ranks:
+    """As the options say, else the launcher's line."""
+    launched = launched_ranks(line.launcher) if line.launcher and options.world_size is None else None
+    if line.launcher and options.world_size is None and launched is None:
+        raise UserError(
+            f"{' '.join(line.launcher)}: this part of the line doesn't say how many GPUs it takes; pass --world_size"
+        )
+    world_size = options.world_size or (launched.all if launched else 1)
+    per_host = options.ranks_per_host or (launched.per_host if launched else world_size)
+    if world_size % per_host:
+        raise UserError(f"--world_size {world_size} is not a multiple of --ranks_per_host {per_host}")
+    return Ranks(world_size, per_host)
+
+
+def _network(model: str | None, config: RunConfig) -> tuple[BagelConfig, VAEConfig]:
+    """What is planned for: --model, or what is found at --model_path."""
+    if model is None and "model_path" not in config.explicit:
+        raise UserError("bagel-ds memory: pass --model_path with the model's folder or hub id, or --model 7b")
+    name = model or config.model.model_path
+    if model is None and Path(name).is_dir():
+        return _from_folder(config, Path(name))
+    if name.lower() in _RELEASED_NAMES:
+        return _released(config), VAEConfig()
+    if is_hub_id(name):
+        return _from_folder(config, hub_folder(name, "--model" if model else "--model_path", ("*config.json",)))
+    if model is not None:
+        raise UserError(f"--model {model}: expected 7b or the id of a model on the hub; for a folder pass --model_path")
+    if Path(name).name.lower() == RELEASED.lower():
+        print(f"{name} is not there: planned for the released {RELEASED}, whose name it has", file=sys.stderr)
+        return _released(config), VAEConfig()
+    return _from_folder(config, Path(name))  # which says that it is not there
+
+
+def _released(config: RunConfig) -> BagelConfig:
+    """BAGEL-7B-MoT under the run's switches."""
+    training = config.training
+    return dataclasses.replace(
+        BagelConfig(),
+        max_latent_size=config.model.max_latent_size or BagelConfig().max_latent_size,
+        visual_gen=training.visual_gen,
+        visual_und=training.visual_und,
+        freeze_und=training.freeze_und,
+    )
+
+
+def _from_folder(config: RunConfig, path: Path) -> tuple[BagelConfig, VAEConfig]:
+    """The network and autoencoder that the trainer would build from a model folder."""
+    from bagel_ds.inputs.data import bagel_config
+    from bagel_ds.model_folder.folder import VAE, ModelFolder, vae_config
+    from bagel_ds.model_folder.tensor_files import TensorFiles
+
+    folder = ModelFolder(path)
+    autoencoder = folder.path / VAE
+    vae = vae_config(TensorFiles([autoencoder]), autoencoder) if autoencoder.exists() else VAEConfig()
+    weights = folder.path if folder.holds_weights else None
+    return bagel_config(config, folder, weights, vae), vae

@@ -1,0 +1,83 @@
+"""`bagel-ds stop` and `bagel-ds export`: what one does with a run and with what it left."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from bagel_ds.errors import UserError
+from bagel_ds.machine.output import log_to_stderr
+
+_HEADER_BYTES = 2**20  # of a safetensors file, at the most; --max_shard_size counts tensors
+
+
+def add_commands(commands: Any) -> None:
+    """Add both to the subcommands of `bagel-ds`."""
+    stop = commands.add_parser("stop", help="ask a running training to save and end after its current step")
+    stop.add_argument("folder", type=Path, help="its results_dir or checkpoint_dir")
+    stop.set_defaults(run=_stop)
+
+    export = commands.add_parser("export", help="write a model folder from a training checkpoint, without GPUs")
+    export.add_argument("checkpoint", type=Path, help="a checkpoint folder, such as results/checkpoints/step_1000")
+    export.add_argument("--out", type=Path, required=True, help="model folder to write")
+    export.add_argument("--save_dtype", choices=("bf16", "fp32"), default="bf16", help="number format (default bf16)")
+    export.add_argument(
+        "--max_shard_size", default=None, help="cut the weights into files of at most this, such as 5GB"
+    )
+    export.add_argument("--json", action="store_true", help="print what was written as JSON")
+    export.set_defaults(run=_export)
+
+
+def _stop(options: argparse.Namespace) -> None:
+    from bagel_ds.train.process.stop import write_stop_file
+    from bagel_ds.train.saves.lock import RunFound, find_run
+
+    found = find_run(options.folder) if options.folder.is_dir() else RunFound(False, "no folder")
+    if found is None:
+        raise UserError(
+            f"no run uses {options.folder}, so there is nothing to stop; pass the results_dir or checkpoint_dir of one "
+            "that is running"
+        )
+    path = write_stop_file(options.folder)
+    if found.sure:
+        print(f"wrote {path}: the run ({found.what}) saves and ends after its current step")
+    else:
+        print(f"wrote {path}: a run that uses this folder ends after its current step ({found.what})")
+
+
+def _export(options: argparse.Namespace) -> None:
+    import torch
+
+    from bagel_ds.checkpoint.export import export_checkpoint
+
+    log_to_stderr()
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.save_dtype]
+    limit = None if options.max_shard_size is None else _bytes_of(options.max_shard_size)
+    written = export_checkpoint(options.checkpoint, options.out, dtype, limit)
+    if options.json:
+        print(json.dumps({path.name: path.stat().st_size for path in written}))
+    else:
+        for path in written:
+            print(f"wrote {path} ({path.stat().st_size:,} bytes)")
+    larger = [path.name for path in written if limit is not None and path.stat().st_size > limit + _HEADER_BYTES]
+    if larger:
+        print(
+            f"bagel-ds: {len(larger)} files are larger than --max_shard_size {options.max_shard_size}: each holds one "
+            "tensor that is",
+            file=sys.stderr,
+        )
+
+
+def _bytes_of(size: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", size, re.IGNORECASE)
+    if match is None:
+        raise UserError(f"--max_shard_size {size}: expected a size such as 5GB or 500MB")
+    number, unit, binary = match.groups()
+    found = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
+    if found < 1:
+        raise UserError(f"--max_shard_size {size}: no tensor fits that; pass a size such as 5GB, or leave it out")
+    return found

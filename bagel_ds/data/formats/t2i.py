@@ -1,0 +1,54 @@
+"""Text to image: one picture, one of its captions.
+
+Row: `image` (bytes, or struct<bytes, path>) and `captions` (a JSON object or list as a string, a list<string>) or
+`caption` (string). Sample: caption (condition), picture (velocity loss).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from bagel_ds.data.formats.source import MSE, ParsedRow, Piece, Record, Source, image_bytes, needed_columns
+from bagel_ds.data.samples.draws import Draws
+from bagel_ds.data.samples.sample import TEXT, VAE, BadRow
+
+
+class TextToImage(Source):
+    name = "t2i"
+    kinds = ("t2i_pretrain", "code_derived_captions", "repurposing_competition")
+    version = 1
+    losses = frozenset({MSE})
+    conditions_drop = True
+
+    def columns(self, available: Sequence[str]) -> list[str]:
+        captions = [name for name in ("captions", "caption") if name in available]
+        return needed_columns(available, "image", *(captions or ["captions"]))
+
+    def parse(self, row: dict[str, Any], folder: str) -> ParsedRow:
+        return ParsedRow((), _captions(row), [image_bytes(row.get("image"), "image")])
+
+    def arrange(self, record: Record, draws: Draws) -> list[Piece]:
+        return [Piece(TEXT, draws.choice(len(record.text_lengths))), Piece(VAE, 0, loss=True)]
+
+
+def _captions(row: dict[str, Any]) -> list[str]:
+    value = row.get("captions")
+    if value is None:
+        value = row.get("caption")
+        value = [value] if isinstance(value, str) else value
+    elif isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise BadRow(f"captions is not valid JSON ({error})") from error
+        value = [value] if isinstance(value, str) else value
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        raise BadRow("the row has no caption (captions: JSON object, list or list<string>; caption: string)")
+    texts = [text for text in value if isinstance(text, str)]
+    if value and not texts:
+        raise BadRow("none of the captions is text")
+    return texts or [" "]  # as the original: a picture without captions is trained on a blank

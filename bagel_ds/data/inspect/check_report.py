@@ -1,0 +1,120 @@
+"""What `bagel-ds check` found, for people and as JSON.
+
+Guarantees: both show the same numbers; every finding is listed, none shortened away. Percentiles are over samples that
+can be used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from bagel_ds.data.inspect.check import DRAWN, GIVEN, SEEN, TEXTS, DatasetCheck
+from bagel_ds.data.streams.stream import UnusableRow
+
+_PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+_TOKENS = {TEXTS: "text", SEEN: "ViT", GIVEN: "VAE given", DRAWN: "VAE to generate"}
+
+
+def as_json(result: DatasetCheck) -> dict[str, Any]:
+    """One dataset. Lengths in tokens; sizes are [width, height] in pixels as stored, ordered by area."""
+    return {
+        "group": result.group,
+        "dataset": result.dataset,
+        "kind": result.kind,
+        "files": result.files,
+        "rows": result.rows,
+        "usable": result.usable,
+        "too_long": result.too_long,
+        "tokens": dict(result.tokens),
+        "sample_length": _lengths(result),
+        "images": _images(result),
+        "bad_rows": [_place(row) for row in result.unusable],
+        "special_token_rows": [_place(row) for row in result.special],
+        "damaged_images": [_place(row) for row in result.damaged],
+    }
+
+
+def as_text(results: Sequence[DatasetCheck]) -> Iterator[str]:
+    """Lines: a table per dataset, then every finding."""
+    for result in results:
+        yield from _table(result)
+        yield ""
+    for title, findings in (
+        ("rows that cannot be used", [row for result in results for row in result.unusable]),
+        ("rows whose text holds special-token strings (used as they are)", [r for c in results for r in c.special]),
+        ("rows with damaged images (used as far as they go)", [row for result in results for row in result.damaged]),
+    ):
+        yield f"{title}: {len(findings):,}"
+        yield from (f"  {words(row)}: {row.reason}" for row in findings)
+
+
+def unusable(results: Sequence[DatasetCheck]) -> list[str]:
+    """Why training would refuse to start with this data: one message per dataset without a usable row."""
+    return [
+        f"dataset {result.group}/{result.dataset}: none of its {result.rows} rows can be used"
+        for result in results
+        if not result.usable
+    ]
+
+
+def words(row: UnusableRow) -> str:
+    """Where a row lies: dataset, file, row group and row, or line."""
+    place = f"line {row.row}" if row.row_group < 0 else f"row group {row.row_group} row {row.row}"
+    return f"{row.dataset}: {row.file} {'as a whole' if row.row < 0 else place}"
+
+
+def _table(result: DatasetCheck) -> Iterator[str]:
+    share = result.usable / result.rows if result.rows else 0
+    total = sum(result.tokens.values())
+    yield f"{result.group} / {result.dataset} ({result.kind})"
+    yield f"  files            {result.files:,}"
+    yield f"  rows             {result.rows:,}, usable {result.usable:,} ({share:.1%})"
+    yield f"  unusable         {len(result.unusable):,}, {result.too_long:,} of them longer than the limit per sample"
+    if not result.usable:
+        return
+    counts = [(_TOKENS[kind], count) for kind, count in result.tokens.items() if count]
+    yield "  tokens           " + ", ".join(f"{name} {count:,} ({count / total:.0%})" for name, count in counts)
+    yield "  sample length    " + ", ".join(
+        f"{name} {_round(value)}" for name, value in (_lengths(result) or {}).items()
+    )
+    images = _images(result)
+    if images:
+        sizes = ", ".join(f"{name} {images[name][0]} x {images[name][1]}" for name in ("smallest", "median", "largest"))
+        yield f"  images           {images['count']:,}, {sizes}"
+    yield f"  special tokens   in the text of {len(result.special):,} rows"
+    yield f"  damaged images   in {len(result.damaged):,} usable rows"
+
+
+def _lengths(result: DatasetCheck) -> dict[str, float] | None:
+    if not result.lengths:
+        return None
+    lengths = np.array(result.lengths)
+    percentiles = np.percentile(lengths, _PERCENTILES).tolist()
+    middle = {f"p{p}": value for p, value in zip(_PERCENTILES, percentiles, strict=True)}
+    return {"min": int(lengths.min()), **middle, "max": int(lengths.max()), "mean": float(lengths.mean())}
+
+
+def _images(result: DatasetCheck) -> dict[str, Any] | None:
+    if not result.widths:
+        return None
+    sides = np.stack([np.array(result.widths), np.array(result.heights)], axis=1)
+    by_area = sides[np.argsort(sides.prod(axis=1), kind="stable")].tolist()
+    return {"count": len(by_area), "smallest": by_area[0], "median": by_area[len(by_area) // 2], "largest": by_area[-1]}
+
+
+def _place(row: UnusableRow) -> dict[str, Any]:
+    """A finding; lines have no row group, a whole file has no row."""
+    return {
+        "dataset": row.dataset,
+        "file": row.file,
+        "row_group": row.row_group if row.row_group >= 0 else None,
+        "row": row.row if row.row >= 0 else None,
+        "reason": row.reason,
+    }
+
+
+def _round(value: float) -> str:
+    return f"{value:,.0f}"

@@ -1,0 +1,192 @@
+"""What a pack costs: floating-point operations of one training micro-step, counted from the shapes of the network.
+
+Guarantees: integer arithmetic only, so every rank and every machine gets the same numbers; a pack costs exactly the
+sum of its samples (attention never crosses samples). Two numbers, because they are two phases with a barrier each:
+the language model, and vision (ViT and VAE). The operations are those of a step with activation checkpointing under
+ZeRO-3, as torch counts them (tests/data/plan/test_cost.py); work too small to matter (norms, embeddings, the
+64-wide latent projections) is not in it.
+
+Calibrated by bench/cost_model.py (docs/benchmarks.md, "What a pack costs"), so far on a CPU: counted operations explain
+the language model's time of full packs to 1.5 %, tokens to 3.8 %. Operations of different kinds are priced alike.
+Kernels reach different shares of the peak, but ratios from 1/2 to 4 between attention and linear layers, or between VAE
+and ViT, change the imbalance of planned packs in time by less than the packer's tolerances: attention is an eighth of
+the language model's work at 7B, vision a thirtieth of all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from bagel_ds.data.samples.sample import TEXT, VAE, VIT, SamplePlan
+from bagel_ds.model.shape.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
+from bagel_ds.model.shape.parts import Freezing, trainable_parts
+
+UNIT = 10**6  # costs are whole MFLOP: sums over any pack stay far below 2**53, exact as int64 and as float64
+# Matrix products of a checkpointed layer in one step, in forwards: forward, again in the backward pass, the gradient of
+# its input; and one more for that of its weights where they train.
+FROZEN_PASSES, TRAINED_PASSES = 3, 4
+# Attention's backward recomputes the scores: 2.5 forwards (Dao, FlashAttention-2, section 4.1). In halves: an integer.
+ATTENTION_HALF_PASSES = 9
+
+
+class Cost(NamedTuple):
+    """MFLOP of one micro-step."""
+
+    llm: int
+    vision: int
+
+
+class Work(NamedTuple):
+    """What a sample asks of the network, before it is priced."""
+
+    und_tokens: int  # text, ViT patches and all image markers
+    gen_tokens: int  # VAE latents
+    ce_tokens: int  # positions with a cross-entropy label
+    attention_pairs: int  # visible (query, key) pairs
+    vit_patches: tuple[int, ...]  # per ViT image
+    vae_pixels: tuple[int, ...]  # per VAE image
+
+    @property
+    def tokens(self) -> int:
+        """The sample's length."""
+        return self.und_tokens + self.gen_tokens
+
+
+def work_of(plan: SamplePlan) -> Work:
+    """Counts over the sample's splits; a query sees its own (text: up to itself) and all earlier ones but noise."""
+    und = gen = ce = pairs = visible = 0
+    vit: list[int] = []
+    vae: list[int] = []
+    for kind, _, tokens, loss, dropped, special_label, height, width, _ in plan.entries:
+        if dropped:
+            continue
+        length = tokens + 2
+        if kind == TEXT:
+            und += length
+            pairs += length * (length + 1) // 2 + length * visible
+            visible += length
+            ce += (tokens + 1 if loss else 0) + (special_label >= 0)
+            continue
+        pairs += length * (length + visible)
+        if kind == VIT:
+            und += length
+            visible += length
+            vit.append(tokens)
+        else:
+            assert kind == VAE, kind
+            und += 2
+            gen += tokens
+            visible += 0 if loss else length  # noised latents are invisible to later splits
+            vae.append(height * width)
+    return Work(und, gen, ce, pairs, tuple(vit), tuple(vae))
+
+
+def llm_flops_per_token(llm: LLMConfig) -> int:
+    """Forward FLOP of one token through all layers' linear maps; both experts have the same shapes."""
+    heads_width = llm.num_attention_heads * llm.head_dim
+    kv_width = llm.num_key_value_heads * llm.head_dim
+    attention = llm.hidden_size * (2 * heads_width + 2 * kv_width)
+    mlp = 3 * llm.hidden_size * llm.intermediate_size
+    return 2 * llm.num_hidden_layers * (attention + mlp)
+
+
+def vit_flops_per_patch(vit: ViTConfig, llm_hidden: int, trains: bool = True, connector_trains: bool = True) -> int:
+    """FLOP of one patch in one step: patch embedding, all layers' linear maps, connector.
+
+    Only layers are checkpointed, and where no gradient passes they run once. Pixels need none.
+    """
+    layers = vit.num_layers * (4 * vit.hidden_size**2 + 2 * vit.hidden_size * vit.intermediate_size)
+    embedding = vit.num_channels * vit.patch_size**2 * vit.hidden_size
+    return 2 * (
+        layers * (TRAINED_PASSES if trains else 1)
+        + embedding * (1 + trains)
+        + vit.hidden_size * llm_hidden * (1 + connector_trains + trains)
+        + llm_hidden**2 * (1 + connector_trains + (connector_trains or trains))
+    )
+
+
+def vae_flops_per_cell(vae: VAEConfig) -> int:
+    """Forward FLOP of the encoder per latent cell (downsample**2 pixels), without the attention of its middle block."""
+
+    def res_block(inputs: int, outputs: int) -> int:
+        shortcut = inputs * outputs if inputs != outputs else 0
+        return 9 * inputs * outputs + 9 * outputs * outputs + shortcut
+
+    levels = len(vae.channel_multipliers)
+    positions = vae.downsample**2  # of one cell at full resolution
+    total = positions * 9 * 3 * vae.channels
+    width = vae.channels
+    for level, multiplier in enumerate(vae.channel_multipliers):
+        for _ in range(vae.res_blocks):
+            total += positions * res_block(width, vae.channels * multiplier)
+            width = vae.channels * multiplier
+        if level < levels - 1:
+            positions //= 4
+            total += positions * 9 * width * width
+    total += 2 * res_block(width, width) + 4 * width * width + 9 * width * 2 * vae.z_channels
+    return 2 * total
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Prices of the units of `Work`, in FLOP of one training step, built by `of`.
+
+    At 7B a token costs 52 GFLOP, a visible pair 1.8 MFLOP: attention over 8,192 visible keys is about a quarter of
+    a token's linear work.
+    """
+
+    und_token: int
+    gen_token: int
+    ce_token: int
+    attention_pair: int
+    vit_patch: int
+    vit_pair: int
+    vae_cell: int
+    vae_pair: int
+    vae_cell_pixels: int
+
+    @classmethod
+    def of(
+        cls, config: BagelConfig | None = None, vae: VAEConfig | None = None, freezing: Freezing = Freezing()
+    ) -> CostModel:
+        """The prices of a network; BAGEL-7B-MoT with the FLUX autoencoder, all of it trained, by default."""
+        config, vae = config or BagelConfig(), vae or VAEConfig()
+        llm, vit = config.llm, config.vit
+        trained = trainable_parts(config, freezing)
+
+        def passes(part: str) -> int:
+            return TRAINED_PASSES if part in trained else FROZEN_PASSES
+
+        # freeze_und stops the gradient of the input, too.
+        und_passes = 2 if config.freeze_und else passes("und_expert")
+        vit_half_passes = ATTENTION_HALF_PASSES if "vit" in trained else 2
+        token = llm_flops_per_token(llm)
+        heads_width = llm.num_attention_heads * llm.head_dim
+        attention = 4 * llm.num_hidden_layers * heads_width  # scores and values, 2 FLOP per multiply-add
+        vae_width = vae.channels * vae.channel_multipliers[-1]
+        return cls(
+            und_token=token * und_passes,
+            gen_token=token * passes("gen_expert"),
+            ce_token=2 * llm.hidden_size * llm.vocab_size * passes("lm_head"),
+            attention_pair=attention * ATTENTION_HALF_PASSES // 2,
+            vit_patch=vit_flops_per_patch(vit, llm.hidden_size, "vit" in trained, "connector" in trained),
+            vit_pair=4 * vit.num_layers * vit.hidden_size * vit_half_passes // 2,
+            vae_cell=vae_flops_per_cell(vae),
+            vae_pair=4 * vae_width,
+            vae_cell_pixels=vae.downsample**2,
+        )
+
+    def price(self, work: Work) -> Cost:
+        """MFLOP of the sample in the language model and in vision."""
+        llm = (
+            work.und_tokens * self.und_token
+            + work.gen_tokens * self.gen_token
+            + work.ce_tokens * self.ce_token
+            + work.attention_pairs * self.attention_pair
+        )
+        vision = sum(n * self.vit_patch + n * n * self.vit_pair for n in work.vit_patches)
+        for pixels in work.vae_pixels:
+            cells = pixels // self.vae_cell_pixels
+            vision += cells * self.vae_cell + cells * cells * self.vae_pair
+        return Cost(llm // UNIT, vision // UNIT)

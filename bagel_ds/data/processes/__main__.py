@@ -1,7 +1,0 @@
-"""The server's process: `python -m bagel_ds.data.processes DESCRIPTOR STARTER`, started by `worker.py`."""
-
-import sys
-
-from bagel_ds.data.processes.server import main
-
-main(*map(int, sys.argv[1:]))

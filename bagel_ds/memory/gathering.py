@@ -1,0 +1,164 @@
+"""Which parameters ZeRO-3 holds whole at each moment of a step: DeepSpeed's fetch, prefetch and release, replayed.
+
+Guarantees: plain integers; follows partitioned_param_coordinator.py of DeepSpeed 0.19.8 from the second step on, when
+its trace is complete. A parameter is kept after use when it is used again within `stage3_max_reuse_distance` elements,
+or when the prefetcher has passed that next use; a group of parameters gathered together exists twice while it is
+copied out of the flat buffer it arrived in.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.parameters import Call, ParameterSize, parameter_sizes, step_calls
+from bagel_ds.model.shape.parts import Freezing
+
+MOMENTS = ("vit", "embedding", "layer", "head")
+
+
+class GatherOptions(NamedTuple):
+    """Elements; the names are DeepSpeed's, most without their `stage3_`."""
+
+    prefetch_bucket_size: int = 50_000_000
+    param_persistence_threshold: int = 100_000
+    max_live_parameters: int = 1_000_000_000
+    max_reuse_distance: int = 1_000_000_000
+    reduce_bucket_size: int = 500_000_000
+
+    @classmethod
+    def of(cls, ds_config: dict) -> GatherOptions:
+        zero = ds_config.get("zero_optimization", {})
+        found = {name: zero.get(f"stage3_{name}", zero.get(name)) for name in cls._fields}
+        return cls(**{name: int(float(value)) for name, value in found.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Elements over one micro-batch."""
+
+    peak: dict[str, int]  # by moment: most elements held whole at once
+    with_copies: dict[str, int]  # the same with the flat buffers from which they are copied
+    reductions: dict[str, frozenset[tuple[int, int]]]  # (held whole, elements reduced) whenever gradients are reduced
+    persistent: int  # always held whole
+    total: int  # gathered over the whole step, each time counted
+
+    @property
+    def largest(self) -> int:
+        return max(self.with_copies.values())
+
+
+@lru_cache(maxsize=64)
+def gathered(config: BagelConfig, freezing: Freezing, recompute: bool, options: GatherOptions) -> Gathered:
+    """What a step of this network holds whole, beyond its own partitions."""
+    parameters = parameter_sizes(config, freezing)
+    persistent = sum(p.numel for p in parameters if p.numel <= options.param_persistence_threshold)
+    replay = _Replay(parameters, step_calls(config, freezing, recompute), options)
+    replay.run()
+    reductions = {moment: frozenset(found) for moment, found in replay.reductions.items()}
+    return Gathered(replay.peak, replay.with_copies, reductions, persistent, replay.total)
+
+
+class _Replay:
+    def __init__(self, parameters: tuple[ParameterSize, ...], calls: tuple[Call, ...], options: GatherOptions):
+        self._sizes = sizes = [parameter.numel for parameter in parameters]
+        self._trains = [parameter.trains for parameter in parameters]
+        self._calls, self._options = calls, options
+        self._persists = [size <= options.param_persistence_threshold for size in sizes]
+        self._numel_before = [0]  # elements used by all calls before this one
+        for call in calls:
+            self._numel_before.append(self._numel_before[-1] + sum(sizes[index] for index in call.parameters))
+        self._next_use = self._find_next_uses()
+        self._queue = deque((index, step) for step, call in enumerate(calls) for index in call.parameters)
+        self._fetched_for: dict[int, int] = defaultdict(lambda: -1)
+        self._live: dict[int, int] = {}  # parameter -> the gather it came with
+        self._waiting: dict[int, int] = {}  # gather -> its elements, until its flat buffer is copied out
+        self._now = self.total = 0
+        self.peak: dict[str, int] = dict.fromkeys(MOMENTS, 0)
+        self.with_copies = dict(self.peak)
+        self._bucket = 0  # elements of gradients that wait to be reduced
+        self.reductions: dict[str, set[tuple[int, int]]] = {moment: set() for moment in MOMENTS}
+
+    def run(self) -> None:
+        for step, call in enumerate(self._calls):
+            self._fetch([index for index in call.parameters if index not in self._live], 2 * step)
+            self._wait(call, 2 * step)
+            self._prefetch(call, step)
+            self._note(call.moment)
+            if call.backward:
+                self._reduce(call)
+            self._release(call, step)
+        self.reductions[self._calls[-1].moment].add((self._now, self._bucket))
+
+    def _find_next_uses(self) -> list[dict[int, int]]:
+        """For each step: the next step that uses the same parameter again."""
+        following: dict[int, int] = {}
+        found: list[dict[int, int]] = []
+        for step in range(len(self._calls) - 1, -1, -1):
+            found.append({index: following[index] for index in self._calls[step].parameters if index in following})
+            for index in self._calls[step].parameters:
+                following[index] = step
+        return found[::-1]
+
+    def _fetch(self, wanted: list[int], gather: int) -> None:
+        numel = 0
+        for index in wanted:
+            if not self._persists[index]:
+                self._live[index] = gather
+                numel += self._sizes[index]
+        if numel:
+            self._now += numel
+            self.total += numel
+            self._waiting[gather] = numel if len(wanted) > 1 else 0
+
+    def _wait(self, call: Call, gather: int) -> None:
+        """Every gather that brings one of these parameters is copied out of its buffer."""
+        for index in call.parameters:
+            came_with = self._live.get(index)
+            copied = self._waiting.pop(came_with, 0) if came_with is not None else 0
+            if copied:
+                self._note(call.moment, copied)
+
+    def _prefetch(self, call: Call, step: int) -> None:
+        fresh = {index for index in call.parameters if self._fetched_for[index] < step}
+        while self._queue and fresh:
+            index, at = self._queue.popleft()
+            self._fetched_for[index] = max(self._fetched_for[index], at)
+            fresh.discard(index)
+        limit = min(self._options.max_live_parameters - self._now, self._options.prefetch_bucket_size)
+        wanted: list[int] = []
+        numel = 0
+        while self._queue and numel < limit:
+            index, at = self._queue.popleft()
+            self._fetched_for[index] = max(self._fetched_for[index], at)
+            if index not in self._live and index not in wanted and not self._persists[index]:
+                wanted.append(index)
+                numel += self._sizes[index]
+        self._fetch(wanted, 2 * step + 1)
+
+    def _reduce(self, call: Call) -> None:
+        """Gradients fill the bucket; one that does not fit any more sends what waits on its way first."""
+        for index in call.parameters:
+            if not self._trains[index]:
+                continue
+            if self._bucket and self._bucket + self._sizes[index] > self._options.reduce_bucket_size:
+                self.reductions[call.moment].add((self._now, self._bucket))
+                self._bucket = 0
+            self._bucket += self._sizes[index]
+
+    def _release(self, call: Call, step: int) -> None:
+        for index in call.parameters:
+            if index not in self._live or self._fetched_for[index] > step:
+                continue
+            following = self._next_use[step].get(index)
+            traversed = None if following is None else self._numel_before[following] - self._numel_before[step + 1]
+            if traversed is None or traversed >= self._options.max_reuse_distance:
+                del self._live[index]
+                self._now -= self._sizes[index]
+
+    def _note(self, moment: str, copies: int = 0) -> None:
+        self.peak[moment] = max(self.peak[moment], self._now)
+        self.with_copies[moment] = max(self.with_copies[moment], self._now + copies)

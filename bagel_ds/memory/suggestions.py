@@ -1,0 +1,205 @@
+"""Which settings would make a run fit, best first.
+
+Guarantees: every suggestion was planned and fits; none is worse than another in all it changes (the same with fewer
+tokens, or with a setting that is not needed), so that the list shows different ways out. "Best" is the least harm to
+the result and then to the speed: offload before a moving average in bf16, that before fewer tokens, those before no
+moving average, that before frozen parts, and those before bf16 masters; NVMe costs more than host memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any, Iterable, NamedTuple
+
+from bagel_ds.arguments.run_config import RunConfig
+from bagel_ds.errors import UserError
+from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
+from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.parameters import parameter_sizes
+from bagel_ds.model.shape.parts import trainable_parts
+from bagel_ds.zero.config.nvme import fit_buffers
+from bagel_ds.zero.config.resolve import resolve_ds_config
+
+# Presets with what they cost in speed and in accuracy. bf16 masters lose most of an update at BAGEL's learning rate
+# (bench/bf16_masters.py), so frozen parts come before them.
+PRESETS = (
+    ("zero2.json", 0.0, 0.0),
+    ("zero3.json", 0.5, 0.0),
+    ("zero2_cpu.json", 1.5, 0.0),
+    ("zero3_cpu.json", 2.0, 0.0),
+    ("zero3_nvme.json", 7.0, 0.0),
+    ("zero3_nvme_all.json", 8.0, 0.0),
+    ("zero3_cpu_bf16.json", 2.0, 12.0),
+)
+TOKENS = ((0.75, 2.5), (0.5, 6.0), (0.25, 14.0))
+LEAST_TOKENS = 2048
+PARTS = {
+    "und_expert": "the understanding expert",
+    "gen_expert": "the generation expert",
+    "embed_tokens": "the text embedding",
+    "lm_head": "the text head",
+    "vit": "the ViT",
+    "connector": "the connector",
+    "time_embedder": "the timestep embedding",
+    "vae2llm": "the latents' projections",
+    "llm2vae": "the latents' projections",
+}
+PLACEHOLDER = "nvme"  # stands for --nvme_path while only planning
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    settings: tuple[str, ...]  # as arguments of the trainer
+    plan: MemoryPlan
+    trains: str = ""  # where they freeze something: what still trains
+
+    def to_json(self) -> dict[str, Any]:
+        keys = ("gpu_peak_gib", "host_peak_gib", "nvme_gib", "step_traffic_gib")
+        found = self.plan.to_json()
+        return {"settings": list(self.settings), "trains": self.trains, **{key: found[key] for key in keys}}
+
+
+def resolved(
+    name: str, config: RunConfig, model: BagelConfig, world_size: int, ranks_per_host: int | None = None
+) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run that is only planned: `--nvme_path` may be missing."""
+    if config.training.nvme_path is None:
+        config = dataclasses.replace(config, training=dataclasses.replace(config.training, nvme_path=PLACEHOLDER))
+    ds, _ = resolve_ds_config(name, config, world_size, ranks_per_host)
+    training = config.training
+    freezes = training.freeze_llm or training.freeze_vit or model.freeze_und
+    frozen = freezes or not (model.visual_gen and model.visual_und)
+    largest = max(parameter.numel for parameter in parameter_sizes(model))
+    fit_buffers(ds, largest, world_size, frozen and training.activation_checkpointing != "none")
+    return ds
+
+
+def suggestions(model: BagelConfig, config: RunConfig, run: MemoryOptions, count: int = 5) -> list[Suggestion]:
+    """Up to `count` changed runs that fit the budgets of `run`, best first.
+
+    `run` is `MemoryOptions.of(config, ...)`: its budgets and its machine are kept, the rest follows what is changed.
+    """
+    found: list[tuple[tuple[_Change, ...], Suggestion]] = []
+    as_it_is, *candidates = sorted(itertools.product(*_axes(model, config, run)), key=_harm)
+    assert not _settings(as_it_is)
+    for changes in candidates:
+        if any(_is_no_worse(better, changes) for better, _ in found):
+            continue
+        try:
+            plan = _plan(model, config, run, changes)
+        except UserError:
+            continue  # this preset can't be combined with the run's other arguments
+        if plan.fits:
+            found.append((changes, Suggestion(_settings(changes), plan, _still_trains(model, run, changes))))
+            if len(found) == count:
+                break
+    return [suggestion for _, suggestion in found]
+
+
+class _Change(NamedTuple):
+    """One choice about one thing; `cost` orders it among the other choices: worse in no place is no worse."""
+
+    settings: dict[str, Any]  # the trainer's options; empty for as it is
+    cost: tuple[float, ...]
+
+
+_AS_IT_IS = _Change({}, (0.0,))
+
+
+def _axes(model: BagelConfig, config: RunConfig, run: MemoryOptions) -> list[list[_Change]]:
+    """What may be changed, and to what; each list begins with the run as it is."""
+    return [
+        _presets(config.training.ds_config),
+        _tokens(run.max_num_tokens),
+        _checkpointing(run.activation_checkpointing),
+        _averages(run),
+        _freezings(model, run),
+    ]
+
+
+def _presets(present: str) -> list[_Change]:
+    others = [entry for entry in PRESETS if entry[0].removesuffix(".json") != _stem(present)]
+    return [_Change({}, (0.0, 0.0)), *(_Change({"ds_config": name}, (slow, loss)) for name, slow, loss in others)]
+
+
+def _tokens(present: int) -> list[_Change]:
+    fewer = {max(LEAST_TOKENS, int(present * share) // 256 * 256): harm for share, harm in reversed(TOKENS)}
+    return [_AS_IT_IS, *(_Change({"max_num_tokens": n}, (harm,)) for n, harm in fewer.items() if n < present)]
+
+
+def _checkpointing(present: str) -> list[_Change]:
+    found = [("full", 1.0)] if present == "none" else []
+    found += [("offload", 1.5)] if present != "offload" else []
+    return [_AS_IT_IS, *(_Change({"activation_checkpointing": mode}, (harm,)) for mode, harm in found)]
+
+
+def _averages(run: MemoryOptions) -> list[_Change]:
+    found: list[_Change] = [_AS_IT_IS]
+    if run.ema and run.ema_bytes > 2:
+        found.append(_Change({"ema_dtype": "bf16"}, (2.25,)))
+    if run.ema:
+        found.append(_Change({"ema": 0}, (4.5,)))
+    return found
+
+
+def _freezings(model: BagelConfig, run: MemoryOptions) -> list[_Change]:
+    """What could be frozen besides what is. Only what leaves something to train."""
+    found = [_AS_IT_IS]
+    if model.visual_gen and not model.freeze_und and not run.freeze_llm:
+        found.append(_Change({"freeze_und": True}, (10.0,)))
+    if not run.freeze_llm and (model.visual_gen or (model.visual_und and not model.freeze_und)):
+        found.append(_Change({"freeze_llm": True}, (30.0,)))
+    return found
+
+
+def _harm(changes: Iterable[_Change]) -> float:
+    return sum(sum(change.cost) for change in changes)
+
+
+def _settings(changes: Iterable[_Change]) -> tuple[str, ...]:
+    return tuple(f"--{name} {value}" for change in changes for name, value in change.settings.items())
+
+
+def _is_no_worse(one: tuple[_Change, ...], other: tuple[_Change, ...]) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(a <= b for first, second in pairs for a, b in zip(first.cost, second.cost, strict=True))
+
+
+def _plan(model: BagelConfig, config: RunConfig, run: MemoryOptions, changes: tuple[_Change, ...]) -> MemoryPlan:
+    values = {name: value for change in changes for name, value in change.settings.items()}
+    tokens = {"max_num_tokens": values.pop("max_num_tokens")} if "max_num_tokens" in values else {}
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, **tokens),
+        training=dataclasses.replace(config.training, **values),
+    )
+    model = dataclasses.replace(model, freeze_und=model.freeze_und or config.training.freeze_und)
+    changed = MemoryOptions.of(config, run.world_size)
+    run = dataclasses.replace(run, **{name: getattr(changed, name) for name in _FOLLOWING})
+    ds_config = resolved(config.training.ds_config, config, model, run.world_size, run.ranks_per_host)
+    return plan_memory(model, ds_config, run)
+
+
+def _still_trains(model: BagelConfig, run: MemoryOptions, changes: Iterable[_Change]) -> str:
+    """ "the ViT and the connector: 0.4 of 14.6 billion parameters", or nothing where the changes freeze nothing."""
+    frozen = {name for change in changes for name in change.settings if name.startswith("freeze")}
+    if not frozen:
+        return ""
+    model = dataclasses.replace(model, freeze_und=model.freeze_und or "freeze_und" in frozen)
+    freezing = run.freezing._replace(freeze_llm=run.freeze_llm or "freeze_llm" in frozen)
+    parameters = parameter_sizes(model, freezing)
+    parts = trainable_parts(model, freezing)
+    names = list(dict.fromkeys(name for part, name in PARTS.items() if part in parts))
+    listed = " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+    trained, every = (sum(p.numel for p in parameters if p.trains or whole) for whole in (False, True))
+    count = f"{trained / 1e9:.1f}" if trained >= 1e8 else f"{trained / 1e6:.0f} million"
+    return f"{listed}: {count} of {every / 1e9:.1f} billion parameters"
+
+
+_FOLLOWING = ("max_num_tokens", "activation_checkpointing", "freeze_llm", "ema", "ema_bytes")
+
+
+def _stem(preset: str) -> str:
+    return preset.rpartition("/")[2].removesuffix(".json")

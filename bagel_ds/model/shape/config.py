@@ -1,0 +1,80 @@
+"""The shape of a BAGEL network, as plain numbers.
+
+Guarantees: every field has the meaning of the same-named key in llm_config.json / vit_config.json or of the original's
+argument. Reading the files is `model_folder/folder.py`'s work; nothing here touches a disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LLMConfig:
+    """Qwen2 with a mixture of transformers. Defaults are the released BAGEL-7B-MoT."""
+
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int = 4
+    vocab_size: int = 152064
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    qk_norm: bool = True
+    tie_word_embeddings: bool = False
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """SigLIP NaViT. `num_layers` is what is built: the file's num_hidden_layers + 1 + vit_select_layer."""
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_layers: int = 26
+    num_attention_heads: int = 16
+    patch_size: int = 14
+    num_channels: int = 3
+    max_patches_per_side: int = 70
+    layer_norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """FLUX autoencoder. `downsample` is pixels per latent cell and side."""
+
+    channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    res_blocks: int = 2
+    z_channels: int = 16
+    scale_factor: float = 0.3611
+    shift_factor: float = 0.1159
+
+    @property
+    def downsample(self) -> int:
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+
+@dataclass(frozen=True)
+class BagelConfig:
+    """The whole network; the last four change what is computed, not which tensors exist."""
+
+    llm: LLMConfig = LLMConfig()
+    vit: ViTConfig = ViTConfig()
+    z_channels: int = 16
+    latent_patch_size: int = 2
+    max_latent_size: int = 64
+    connector_act: str = "gelu_pytorch_tanh"
+    visual_gen: bool = True
+    visual_und: bool = True
+    timestep_shift: float = 1.0
+    freeze_und: bool = False
+
+    @property
+    def latent_features(self) -> int:
+        """Features of one latent token: 64."""
+        return self.z_channels * self.latent_patch_size**2

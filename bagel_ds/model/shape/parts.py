@@ -1,0 +1,61 @@
+"""The network's parts by parameter name: for counting, for freezing, and for filling what a checkpoint lacks.
+
+Guarantees: every parameter belongs to exactly one part; which parts train follows from the run's switches alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from bagel_ds.model.shape.config import BagelConfig
+
+GENERATION = ("gen_expert", "time_embedder", "vae2llm", "llm2vae")
+UNDERSTANDING_VISION = ("vit", "connector")
+LLM = ("embed_tokens", "und_expert", "gen_expert", "lm_head")
+POSITION_TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
+
+
+class Freezing(NamedTuple):
+    """The original's freeze_* switches; freeze_und lives in `BagelConfig` because it also cuts gradients."""
+
+    freeze_llm: bool = False
+    freeze_vit: bool = False
+
+
+def part_of(name: str) -> str:
+    """The part a parameter belongs to; names are those of `Bagel.named_parameters()`."""
+    if name in POSITION_TABLES:
+        return "position_tables"
+    if name.startswith("language_model."):
+        if "embed_tokens" in name:
+            return "embed_tokens"
+        if "lm_head" in name:
+            return "lm_head"
+        return "gen_expert" if "_moe_gen" in name else "und_expert"
+    return "vit" if name.startswith("vit_model.") else name.split(".")[0]
+
+
+def trainable_parts(config: BagelConfig, freezing: Freezing) -> set[str]:
+    """Parts that receive updates.
+
+    The original keeps requires_grad under freeze_und and under switched-off modalities, with gradients that are exactly
+    zero; not training these parts gives the same weights without their optimizer states.
+    """
+    frozen = {"position_tables"}
+    if freezing.freeze_llm:
+        frozen.update(LLM)
+    if freezing.freeze_vit:
+        frozen.add("vit")
+    if config.freeze_und:
+        frozen.update(("embed_tokens", "und_expert", *UNDERSTANDING_VISION))
+    if not config.visual_gen:
+        frozen.update(GENERATION)
+    if not config.visual_und:
+        frozen.update(UNDERSTANDING_VISION)
+    every_part = {*LLM, *GENERATION, *UNDERSTANDING_VISION, "position_tables"}
+    return every_part - frozen
+
+
+def generation_twin(name: str) -> str | None:
+    """The understanding parameter that a generation expert's parameter starts from (copy_init_moe), or None."""
+    return name.replace("_moe_gen", "") if "_moe_gen" in name else None

@@ -1,0 +1,100 @@
+"""The memory plan of this run on these machines: told at the start, kept to, compared at the end.
+
+Guarantees: a run that the planner says cannot fit this host or its GPUs stops before anything is loaded, naming what
+would fit; --ignore_memory_plan True goes on all the same. What is compared are the planner's peaks and the highest
+values seen at logged steps.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bagel_ds.arguments.run_config import RunConfig
+from bagel_ds.data.config.dataset_config import DatasetConfig
+from bagel_ds.errors import UserError
+from bagel_ds.machine.device import device_type, uses_cuda
+from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
+from bagel_ds.memory.report import report_lines, suggestion_lines, verdict
+from bagel_ds.memory.suggestions import suggestions
+from bagel_ds.model.shape.config import BagelConfig, VAEConfig
+from bagel_ds.train.process.allocators import exact_pinned_memory
+from bagel_ds.units import GIB
+from bagel_ds.zero.config.nvme import nvme_folders
+
+_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
+
+def plan_run(
+    config: RunConfig,
+    datasets: DatasetConfig,
+    model: BagelConfig,
+    vae: VAEConfig,
+    ds_config: dict[str, Any],
+    world_size: int,
+    ranks_here: int,
+) -> MemoryPlan:
+    """The plan of this run, with the memory of this host and its `ranks_here` ranks as budget.
+
+    Raises `UserError` where it cannot fit.
+    """
+    drawn = [group.vae_transform.max_image_size for group in datasets.groups if group.vae_transform is not None]
+    options = MemoryOptions.of(
+        config,
+        world_size,
+        ranks_per_host=ranks_here,
+        device=device_type(),
+        vae=vae,
+        image_pixels=max(drawn, default=0) ** 2,
+        gpu_memory=torch.cuda.mem_get_info()[1] / GIB if uses_cuda() else None,
+        host_memory=host_memory_gib(),
+        nvme=_free_gib(ds_config),
+        rounds_pinned_memory=_rounds_pinned_memory(),
+    )
+    plan = plan_memory(model, ds_config, options)
+    if not plan.fits and not config.training.ignore_memory_plan:
+        better = "\n".join(suggestion_lines(suggestions(model, config, options)))
+        raise UserError(
+            f"this run's memory plan: {verdict(plan)} (`bagel-ds memory` shows the items). {better}\n"
+            "To start all the same, pass --ignore_memory_plan True."
+        )
+    return plan
+
+
+def _rounds_pinned_memory() -> bool:
+    """Whether main.py could not have torch spare large page-locked blocks: one that is older may not be able to."""
+    return uses_cuda() and not exact_pinned_memory()
+
+
+def plan_lines(plan: MemoryPlan) -> list[str]:
+    """The plan for the log."""
+    return ["memory plan:", *(f"  {line}" for line in report_lines(plan))]
+
+
+def outcome(plan: MemoryPlan, reserved_gib: float | None, host_gib: float) -> str:
+    """One line at the end: what was planned beside what was seen at logged steps."""
+    device = ""
+    if reserved_gib is not None:
+        planned = f"{plan.gpu_peak / GIB:.2f} planned, CUDA's context and NCCL included"
+        device = f"GPU {reserved_gib:.2f} GiB reserved by torch, {planned}; "
+    return f"memory peaks: {device}host {host_gib:.2f} GiB seen (ranks alone), {plan.host_peak / GIB:.2f} planned"
+
+
+def host_memory_gib() -> float:
+    """RAM that this process and its neighbours may use: the machine's, or less where a container limits it."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in _CGROUP_LIMITS:
+        try:
+            total = min(total, int(path.read_text()))
+        except (OSError, ValueError):
+            continue  # not there, or "max"
+    return round(total / GIB, 1)
+
+
+def _free_gib(ds_config: dict[str, Any]) -> float | None:
+    folders = nvme_folders(ds_config)
+    return min(shutil.disk_usage(folder).free for folder in folders) / GIB if folders else None

@@ -1,0 +1,105 @@
+"""The numbers of a logged step, put together over all ranks.
+
+Guarantees: one collective exchange per logged step and none in between; speeds are means since the last logged step;
+skipped rows are counted once each, however many epochs and ranks meet them: those that the index or the plan cannot use
+and those whose body turned out to be broken, which are named when they are first met.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections import Counter
+from typing import Callable, Mapping, Sequence
+
+from bagel_ds.data.batches.loader import MicroBatch
+from bagel_ds.model.losses.by_part import LossParts
+from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.train.metrics.throughput import device_memory, host_gib, pack_flops, peak_tflops
+from bagel_ds.train.ranks.agreement import everyone, is_main
+from bagel_ds.train.step import StepResult
+
+logger = logging.getLogger("bagel_ds")
+
+
+class StepMeter:
+    """`add` every step, `read` (on every rank) the steps that are logged."""
+
+    def __init__(
+        self,
+        model: BagelConfig,
+        peak_device_tflops: float,
+        unusable_rows: Callable[[], Mapping[str, int]] = dict,
+        parts: LossParts | None = None,
+    ):
+        """`unusable_rows` counts, by dataset, the rows that are left out before any is read; `parts` has made those
+        of the results."""
+        self._parts = parts
+        self._model, self._peak, self._unusable_rows = model, peak_tflops(peak_device_tflops), unusable_rows
+        self._broken: dict[str, str] = {}  # row and reason -> dataset, over all ranks
+        self._newly_broken: dict[str, str] = {}  # met by this rank since the last logged step
+        self.device_peak: float | None = None  # GiB that torch reserved, up to the last logged step
+        self.host_peak = 0.0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._began = time.monotonic()
+        self._steps, self._tokens, self._flops = 0, 0, 0.0
+        self._window: Sequence[MicroBatch] = ()
+
+    def add(self, window: Sequence[MicroBatch], result: StepResult) -> None:
+        self._steps += 1
+        self._tokens += result.tokens
+        self._flops += sum(pack_flops(micro.batch, self._model) for micro in window)
+        self._newly_broken |= {reason: dataset for micro in window for dataset, reason in micro.batch.skipped}
+        self._window = window
+
+    def read(self, rate: float, result: StepResult) -> dict[str, float | None]:
+        """Metrics under their public names; None where a step has no such number."""
+        seconds = time.monotonic() - self._began
+        parts = None if result.parts is None else result.parts.tolist()
+        mine = (self._flops, device_memory(), host_gib(), socket.gethostname(), parts, self._newly_broken)
+        ranks = everyone(mine)
+        values: dict[str, float | None] = {
+            "loss/mse": result.mse,
+            "loss/ce": result.ce,
+            "loss/total": result.total,
+            **(self._parts.means([parts for *_, parts, _ in ranks]) if self._parts is not None else {}),
+            "optim/lr": rate,
+            "optim/grad_norm": result.grad_norm,
+            "perf/tokens_per_sec": self._tokens / seconds,
+            "perf/step_seconds": seconds / self._steps,
+        }
+        if self._peak is not None:
+            flops = sum(flops for flops, *_ in ranks)
+            values["perf/mfu"] = flops / seconds / (self._peak * 1e12 * len(ranks))
+        devices = [device for _, device, *_ in ranks if device is not None]
+        values["memory/device_gib"] = max((device.allocated for device in devices), default=None)
+        values["memory/device_reserved_gib"] = max((device.reserved for device in devices), default=None)
+        hosts: Counter[str] = Counter()
+        for _, _, host, name, *_ in ranks:
+            hosts[name] += host  # type: ignore[assignment]
+        values["memory/host_gib"] = max(hosts.values())
+        self.device_peak = values["memory/device_reserved_gib"]
+        self.host_peak = max(self.host_peak, max(hosts.values()))
+        values["data/packing_efficiency"] = sum(micro.efficiency for micro in self._window) / len(self._window)
+        values["data/imbalance"] = sum(micro.imbalance for micro in self._window) / len(self._window)
+        values.update({f"data/epoch/{name}": epoch for name, epoch in self._window[-1].epochs.items()})
+        skipped = Counter(self._unusable_rows())
+        skipped.update(self._all_broken([broken for *_, broken in ranks]).values())
+        names = [*self._window[-1].epochs, *skipped]
+        values.update({f"data/skipped/{name}": float(skipped[name]) for name in names})
+        self._restart()
+        return values
+
+    def _all_broken(self, by_rank: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
+        """Every row met so far whose body is broken; those that no rank had met before are named in the log."""
+        for broken in by_rank:
+            for reason, dataset in broken.items():
+                if reason not in self._broken:
+                    self._broken[reason] = dataset
+                    if is_main():
+                        logger.warning("skipped: %s", reason)
+        self._newly_broken = {}
+        return self._broken

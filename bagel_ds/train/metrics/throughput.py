@@ -1,0 +1,119 @@
+"""How fast a run is: arithmetic per pack, peak of the device, memory in use.
+
+Guarantees: FLOPs are the network's own (forward and backward, recomputation not counted), each token at its own expert;
+on a device whose peak is unknown there is no utilisation rather than a wrong one.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from bagel_ds.machine.device import uses_cuda
+from bagel_ds.model.attention import AttentionLayout
+from bagel_ds.model.batch import PackedBatch
+from bagel_ds.model.mot import llm_matmul_parameters
+from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.units import GIB
+
+# Dense bf16 peak in TFLOP/s by whole words of the device's name, of which the longest that occur hold (NVIDIA's data
+# sheets, whose figures with sparsity are halved; a GB200 and a GB300 here are one GPU of the superchip).
+PEAK_TFLOPS = {
+    "GB300": 2500.0,
+    "GB200": 2500.0,
+    "B300": 2250.0,
+    "B200": 2250.0,
+    "B100": 1750.0,
+    "GH200": 989.0,
+    "H200": 989.0,
+    "H200 NVL": 835.0,
+    "H100": 989.0,
+    "H100 NVL": 835.0,
+    "H100 PCIe": 756.0,
+    "H800": 989.0,
+    "H800 PCIe": 756.0,
+    "H20": 148.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "A40": 149.7,
+    "A30": 165.0,
+    "A10": 125.0,
+    "L40S": 362.0,
+    "L40": 181.0,
+    "L20": 119.5,
+    "L4": 121.0,
+    "RTX PRO 6000 Blackwell": 503.8,
+    "RTX PRO 6000 Blackwell Max-Q": 438.9,
+    "RTX PRO 6000 Blackwell Server Edition": 500.0,
+    "RTX 6000 Ada": 364.0,
+    "RTX A6000": 155.0,
+    "RTX 5090": 209.5,
+    "RTX 5080": 112.6,
+    "RTX 4090": 165.2,
+    "RTX 4080": 97.5,
+    "RTX 3090": 71.0,
+}
+# Behind a name of the table: another chip, a slower one, or a part of one. Those with an entry of their own match that.
+_OTHER_DEVICE = r" (Ti|D|SUPER|Laptop|Max-Q|NVL|PCIe|CNX)\b|.* MIG\b"
+
+
+class DeviceMemory(NamedTuple):
+    """Peaks of this process on its GPU, GiB."""
+
+    allocated: float  # by tensors
+    reserved: float  # what torch took from the device for them, fragmentation included: what a plan predicts
+
+
+def peak_tflops(given: float) -> float | None:
+    """`given` where above 0, else the device's dense bf16 peak, else None."""
+    if given > 0:
+        return given
+    if not uses_cuda():
+        return None
+    name = torch.cuda.get_device_name()
+    known = [part for part in PEAK_TFLOPS if re.search(rf"\b{part}\b(?!{_OTHER_DEVICE})", name)]
+    return PEAK_TFLOPS[max(known, key=len)] if known else None
+
+
+def pack_flops(batch: PackedBatch, config: BagelConfig) -> float:
+    """FLOPs of one forward and backward pass over a pack: 6 per parameter and token, and attention's two products."""
+    llm, vit = config.llm, config.vit
+    generation = len(batch.vae_indexes) if config.visual_gen else 0
+    understanding = batch.sequence_length - len(batch.vae_indexes)
+    linear = 6.0 * llm_matmul_parameters(llm) * (understanding + generation)
+    linear += 6.0 * llm.hidden_size * llm.vocab_size * len(batch.label_ids)
+    layout = AttentionLayout.from_splits(batch.sample_lens, batch.split_lens, batch.attn_modes)
+    attention = 12.0 * llm.num_hidden_layers * llm.hidden_size * attended_pairs(layout)
+    patches = sum(batch.vit_seqlens)
+    vit_parameters = vit.num_layers * (4 * vit.hidden_size**2 + 2 * vit.hidden_size * vit.intermediate_size)
+    vit_pairs = sum(length**2 for length in batch.vit_seqlens)
+    vision = 6.0 * vit_parameters * patches + 12.0 * vit.num_layers * vit.hidden_size * vit_pairs
+    return linear + attention + (vision if config.visual_und else 0.0)
+
+
+def attended_pairs(layout: AttentionLayout) -> int:
+    """Query-key pairs that the mask lets through."""
+    pairs = 0
+    for segment, seen in enumerate(layout.visible):
+        length = layout.segment_lens[segment]
+        pairs += length * sum(layout.segment_lens[other] for other in seen)
+        if layout.is_causal[segment]:
+            pairs -= length * (length - 1) // 2
+    return pairs
+
+
+def host_gib() -> float:
+    """Memory of this process that no file backs (anonymous and shared), GiB."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    kib = sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem") if name in fields)
+    return kib / 2**20
+
+
+def device_memory() -> DeviceMemory | None:
+    """None without a GPU."""
+    if not uses_cuda():
+        return None
+    return DeviceMemory(torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB)

@@ -1,0 +1,248 @@
+"""From arguments to the parts of a run, in the order in which faults should be found.
+
+Guarantees: everything that can be wrong with files is found before a rank builds the engine, on all ranks together;
+afterwards every rank holds the same plan.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import bagel_ds
+from bagel_ds.arguments.run_config import RunConfig
+from bagel_ds.checkpoint.step_folders import read_trainer, sweep
+from bagel_ds.data.batches.loader import PlannedData
+from bagel_ds.data.config.dataset_config import DatasetConfig
+from bagel_ds.doctor.environment import compiler_finding, installed_version, refuse_faults
+from bagel_ds.errors import UserError
+from bagel_ds.inputs.data import bagel_config, open_data, open_datasets
+from bagel_ds.inputs.files import check_inputs, parts_of, resolve_model_path, starts_from_parts
+from bagel_ds.machine.waiting import waiting_for
+from bagel_ds.memory.planner import MemoryPlan
+from bagel_ds.model.bagel import Bagel
+from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
+from bagel_ds.model.vae import AutoEncoder
+from bagel_ds.model_folder.folder import ModelFolder
+from bagel_ds.train.memory_plan import plan_run
+from bagel_ds.train.metrics.log import setup_logging
+from bagel_ds.train.process.stop import forget_stops
+from bagel_ds.train.ranks.agreement import (
+    check_equal,
+    check_shared_folder,
+    hosts,
+    is_main,
+    local_rank,
+    one_per_host_first,
+    together,
+)
+from bagel_ds.train.saves.changes import changes, describe_data
+from bagel_ds.train.saves.earlier import check_unoccupied, set_aside
+from bagel_ds.train.saves.lock import Claim, claim, remember
+from bagel_ds.train.saves.start import StartPoint, StartWeights, open_start, sound_start
+from bagel_ds.zero.config.nvme import check_nvme, fit_buffers, nvme_bytes, nvme_folders
+from bagel_ds.zero.config.resolve import check_file_with_deepspeed, check_with_deepspeed, resolve_ds_config
+from bagel_ds.zero.host.swap_folders import run_folder, sweep_folders, take_folder
+from bagel_ds.zero.ops import build, needed_ops
+
+logger = logging.getLogger("bagel_ds")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before any weight is loaded; `weights` are open, and of the network's names and shapes."""
+
+    ds_config: dict[str, Any]
+    notes: list[str]  # lines about it and about this host, for the run's plan
+    memory: MemoryPlan
+    model_folder: Path
+    model: BagelConfig
+    vae: AutoEncoder  # its encoder
+    data: PlannedData
+    described_data: dict[str, str]  # for trainer.json: what a resumed run compares
+    start: StartPoint
+    weights: StartWeights
+    claim: Claim | None  # rank 0's, of the checkpoint_dir
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Check and open everything on all ranks; raises the same `UserError` on each."""
+    packages = ("torch", "deepspeed", "transformers", "numpy", "pillow", "tokenizers")
+    versions = {"bagel_ds": bagel_ds.__version__, **{name: installed_version(name) for name in packages}}
+    check_equal({f"the version of {name}": version for name, version in versions.items()})
+    check_equal({f"--{name}": value for name, value in config.values().items()})
+    together(lambda: check_inputs(config))
+    ds_config, ds_notes = together(lambda: _ds_config(config))
+    check_equal({f"{name} of the ds_config": value for name, value in ds_config.items()})
+    together(lambda: refuse_faults([compiler_finding(needed_ops(ds_config))] if local_rank() == 0 else []))
+    claimed = _take_checkpoint_dir(config)
+    one_per_host_first(lambda: build(needed_ops(ds_config)), "it compiles C++ parts of DeepSpeed, once")
+    model_folder = one_per_host_first(lambda: resolve_model_path(config), "it fetches or assembles the model")
+    parts = parts_of(config)[:2] if starts_from_parts(config) else None
+    start = sound_start(config.training, model_folder, parts)
+    model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start), "it opens the model folder")
+    ds_notes = ds_notes + one_per_host_first(
+        lambda: _ready_nvme(config, ds_config, model), "it makes its folder on NVMe ready"
+    )
+    datasets = together(lambda: open_datasets(config))
+    world, here = dist.get_world_size(), hosts().local_size
+    memory = together(lambda: plan_run(config, datasets, model, vae.config, ds_config, world, here))
+    # Before the data, whose indexing may take long.
+    weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
+    saved = together(lambda: _saved_run(config, start))
+    place = None if saved is None else saved["plan_state"]
+    data = one_per_host_first(
+        lambda: _open_data(config, datasets, model_folder, model, vae, place), "it indexes its data"
+    )
+    described = describe_data(data)
+    if saved is not None and is_main() and (differences := changes(saved, config.values(), described)):
+        logger.info("changed since %s was saved:\n  %s", start.folder.name, "\n  ".join(differences))
+    # That a resumed run's place in the data is one in this run's plan is seen before anything is loaded.
+    together(lambda: data.place(place))
+    check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
+    notes = [*ds_notes, *_crowding(config)]
+    notes += together(lambda: _set_aside(config, saved, start) if is_main() else [])
+    return Prepared(ds_config, notes, memory, model_folder, model, vae, data, described, start, weights, claimed)
+
+
+def _ready_folders(config: RunConfig, claimed: Claim | None) -> None:
+    """Refuse what would replace an earlier run's checkpoints, before anything there is touched; then tidy up."""
+    training = config.training
+    folders = [Path(training.checkpoint_dir), Path(training.results_dir)]
+    named = [training.resume_from, config.model.model_path, *parts_of(config)]
+    try:
+        check_unoccupied(training, [Path(name) for name in named if name is not None])
+    except UserError:
+        if claimed is not None:
+            claimed.release()
+        raise
+    if not training.start_anew:  # which moves all that is there aside, once nothing else can go wrong
+        sweep(folders[0])
+    forget_stops(folders)
+    remember(folders[1], folders[0])
+
+
+def _saved_run(config: RunConfig, start: StartPoint) -> dict[str, Any] | None:
+    """trainer.json of the training state that the run goes on from; None where it starts at step 0."""
+    if not start.full:
+        return None
+    saved = read_trainer(start.folder)
+    done, total = saved["steps_done"], config.training.total_steps
+    if done > total:
+        raise UserError(
+            f"--total_steps {total}: {start.folder} has {done} steps behind it already, so there is nothing to train; "
+            f"pass a larger --total_steps (it counts the steps of the whole run), or start from an earlier checkpoint"
+        )
+    return saved
+
+
+def _set_aside(config: RunConfig, saved: dict[str, Any] | None, start: StartPoint) -> list[str]:
+    """Move an earlier run's files aside; lines for the run's plan, in a log.txt of its own."""
+    made = set_aside(config.training, saved, start.folder)
+    if made:
+        setup_logging(config.training.results_dir, dist.get_rank())
+    return [f"moved what an earlier run left to {folder}" for folder in made]
+
+
+def _take_checkpoint_dir(config: RunConfig) -> Claim | None:
+    """Claim the folder for this run, on rank 0, and put right what earlier ones have left there."""
+    folder = Path(config.training.checkpoint_dir)
+    check_shared_folder(folder, "checkpoint_dir")
+    claimed = one_per_host_first(
+        lambda: claim(folder) if is_main() else None, "another run still uses the checkpoint_dir"
+    )
+    with waiting_for("what an interrupted save has left to be removed"):
+        together(lambda: _ready_folders(config, claimed) if is_main() else None)
+    return claimed
+
+
+def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
+    check_file_with_deepspeed(config.training.ds_config)
+    ds_config, notes = resolve_ds_config(config.training.ds_config, config, dist.get_world_size(), hosts().group)
+    check_with_deepspeed(ds_config)
+    return ds_config, notes
+
+
+def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig) -> list[str]:
+    """Size the swap buffers for this network, take this run's folder, and see that the disk will do.
+
+    Whatever the preset, what earlier runs left below --nvme_path is removed first.
+    """
+    shapes = parameter_shapes(model)
+    trains = trainable(config, model)
+    numels = {name: math.prod(shape) for name, shape in shapes.items()}
+    recomputes = config.training.activation_checkpointing != "none"
+    frozen = not {"und_expert", "gen_expert", "vit"} <= trains
+    fit_buffers(ds_config, max(numels.values()), dist.get_world_size(), recomputes_frozen=recomputes and frozen)
+    trained = sum(numel for name, numel in numels.items() if part_of(name) in trains)
+    share = hosts().local_size / dist.get_world_size()
+    average = 0 if config.training.ema == 0 else 2 if config.training.ema_dtype == "bf16" else 4
+    needed = nvme_bytes(ds_config, sum(numels.values()), trained, average) * share
+    if config.training.nvme_path is not None:
+        path = Path(config.training.nvme_path)
+        if local_rank() == 0:
+            with waiting_for(f"what earlier runs have left in {path} to be removed"):
+                sweep_folders(path)
+        own = run_folder(path, config.training.checkpoint_dir)
+        if own in nvme_folders(ds_config):
+            take_folder(own, first=local_rank() == 0)
+    return check_nvme(ds_config, int(needed))
+
+
+def _crowding(config: RunConfig) -> list[str]:
+    """A line where this host starts more data workers than it has cores."""
+    workers, ranks = config.data.num_workers, hosts().local_size
+    cores = len(os.sched_getaffinity(0))
+    if workers * ranks <= cores:
+        return []
+    return [
+        f"{ranks} rank(s) with --num_workers {workers} start {workers * ranks} processes on {cores} cores; "
+        "fewer may load faster"
+    ]
+
+
+def _open_data(
+    config: RunConfig, datasets: DatasetConfig, folder: Path, model: BagelConfig, vae: AutoEncoder, place: Any
+) -> PlannedData:
+    with waiting_for("the data to be opened and planned", "what must be indexed is indexed once"):
+        return open_data(config, datasets, folder, model, vae.config, is_main(), place)
+
+
+def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[BagelConfig, AutoEncoder]:
+    folder = ModelFolder(path)
+    vae = folder.load_vae(decodes=False)
+    if start.parts is not None and config.model.max_latent_size is None:  # the original's default
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_latent_size=32))
+    return bagel_config(config, folder, None if start.parts else start.folder, vae.config), vae
+
+
+def trainable(config: RunConfig, model: BagelConfig) -> set[str]:
+    """Names of the parts that train."""
+    return trainable_parts(model, Freezing(config.training.freeze_llm, config.training.freeze_vit))
+
+
+def parameter_shapes(model: BagelConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the network, without building it."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in Bagel(model).named_parameters()}
+
+
+def describe_parameters(model: BagelConfig, trains: set[str]) -> list[str]:
+    """A table of the network's parts, their sizes and whether they train, without building it."""
+    counts: dict[str, int] = {}
+    for name, shape in parameter_shapes(model).items():
+        counts[part_of(name)] = counts.get(part_of(name), 0) + math.prod(shape)
+    total, training = sum(counts.values()), sum(count for part, count in counts.items() if part in trains)
+    lines = [f"parameters: {total:,}, of which {training:,} train"]
+    return lines + [
+        f"  {part:<16} {count:>16,}  {'trains' if part in trains else 'frozen'}" for part, count in counts.items()
+    ]

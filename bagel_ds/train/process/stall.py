@@ -1,0 +1,214 @@
+"""A rank that stalls makes every rank say where it is, and ends the job; so does one that has ended.
+
+Guarantees: from the moment the ranks have met, when a phase (setup, data, engine, load, step, save, ...) of this rank
+lasts longer than the timeout, or so long without saying that it goes on (`liveness.py`), it prints its Python stacks,
+those of its workers, and which ranks are behind or silent, and the process ends with code 1 rather than hanging. Ranks
+know of each other through one small file each in a shared folder, written by a thread, so a rank that is stuck in a
+collective call still reports. A rank whose neighbour on the same host has ended, for which NCCL would wait until its
+timeout, ends too, and so do those on other hosts (alarm.py).
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+from bagel_ds.arguments.run_config import RunConfig
+from bagel_ds.machine.liveness import is_timed_elsewhere, listen
+from bagel_ds.processes import show_stacks
+from bagel_ds.train.process.detach import end_at_once, process_state
+from bagel_ds.train.ranks import alarm
+from bagel_ds.train.ranks.agreement import hosts
+
+HEARTBEATS = ".heartbeats"
+SILENT_SECONDS = 90.0  # a rank whose file is so much older than one's own is not running; NFS shows files late
+_GONE_SECONDS = 10.0  # in which a rank whose neighbour has ended may say by itself what that means for it
+
+
+class StallWatch:
+    """One per rank and process; `timeout` in seconds, 0 for none.
+
+    `folder` is seen by all hosts (the checkpoint_dir); without one, see `share`, ranks don't know of each other.
+    `neighbours` are the process ids of the other ranks on this host, by rank.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        neighbours: Mapping[int, int] | None = None,
+    ):
+        self._rank, self._world_size, self._timeout = rank, world_size, timeout
+        self._folder: Path | None = None
+        self._neighbours = dict(neighbours or {})
+        self._interval = min(5.0, timeout / 4) if timeout > 0 else 5.0
+        self._place: tuple[int, str] = (0, "start")
+        self._since = time.monotonic()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        if folder is not None:
+            self.share(folder)
+        listen(self.goes_on)
+        self._thread.start()
+
+    def share(self, folder: Path) -> None:
+        """From now on tell the others there where this rank is; no other run may use it."""
+        if self._timeout > 0:
+            (folder / HEARTBEATS).mkdir(parents=True, exist_ok=True)
+            self._folder = folder / HEARTBEATS
+            self._write()  # at once: a rank that stops now is known to the others
+
+    def goes_on(self) -> None:
+        """The phase that this rank is in has its whole timeout before it again."""
+        self._since = time.monotonic()
+
+    @contextmanager
+    def phase(self, step: int, name: str) -> Iterator[None]:
+        """What this rank does from here to the end of the block."""
+        self._place, self._since = (step, name), time.monotonic()
+        yield
+        self._place, self._since = (step, f"after {name}"), time.monotonic()
+
+    @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """A phase inside the one that this rank is in, which then goes on with a timeout of its own."""
+        step, outer = self._place
+        self._place, self._since = (step, name), time.monotonic()
+        try:
+            yield
+        finally:
+            self._place, self._since = (step, outer), time.monotonic()
+
+    def close(self) -> None:
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._thread.join()
+        listen(None)
+        if self._folder is None:
+            return
+        with suppress(OSError):  # other ranks are still in the folder
+            self._file(self._rank).unlink(missing_ok=True)
+            self._folder.rmdir()
+
+    def _run(self) -> None:
+        while not self._closed.wait(self._interval):
+            self._end_if_alone()
+            if self._timeout > 0:
+                if is_timed_elsewhere():
+                    self.goes_on()
+                self._write()
+                if time.monotonic() - self._since > self._timeout:
+                    self._end()
+
+    def _end_if_alone(self) -> None:
+        gone = [rank for rank, pid in self._neighbours.items() if process_state(pid) is None]
+        if gone and not self._closed.wait(_GONE_SECONDS):
+            names = ", ".join(f"rank {rank} (process {self._neighbours[rank]})" for rank in gone)
+            print(f"[rank {self._rank}] {names} has ended; so does this rank", file=sys.stderr, flush=True)
+            alarm.sound(f"{names} has ended")
+            end_at_once(1)
+
+    def _file(self, rank: int) -> Path:
+        assert self._folder is not None
+        return self._folder / f"rank_{rank}.json"
+
+    def _write(self) -> None:
+        if self._folder is None:
+            return
+        step, phase = self._place
+        content = {"step": step, "phase": phase, "seconds": time.monotonic() - self._since}
+        content |= {"host": socket.gethostname(), "pid": os.getpid()}
+        beside = self._file(self._rank).with_suffix(".new")
+        try:
+            beside.write_text(json.dumps(content))
+            beside.replace(self._file(self._rank))
+        except OSError:
+            pass  # a full disk is told where something is saved
+
+    def _end(self) -> None:
+        step, phase = self._place
+        lines = [
+            f"[rank {self._rank}] stalled: {phase} of step {step} lasts longer than --stall_timeout {self._timeout:g} s"
+        ]
+        ranks = self._ranks()
+        lines += [f"[rank {self._rank}]   {describe(rank, found)}" for rank, found in enumerate(ranks)]
+        if ranks:
+            lines.append(
+                f"[rank {self._rank}] missing: {', '.join(missing(ranks)) or 'no rank; all wait in the same place'}"
+            )
+        print("\n".join(lines), file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(all_threads=True)
+        for worker in show_stacks():
+            # In one piece: the worker writes there, too.
+            print(f"[rank {self._rank}] asked for its stacks: {worker}\n", end="", file=sys.stderr, flush=True)
+        self._signal_neighbours(ranks, signal.SIGCONT)  # so that one that was stopped can tell, too
+        time.sleep(min(5.0, self._timeout))  # for the others, which see the same
+        self._signal_neighbours(self._ranks(), signal.SIGKILL)
+        alarm.sound(lines[0])
+        end_at_once(1)
+
+    def _ranks(self) -> list[dict[str, Any] | None]:
+        """What each rank last wrote; "silent" is how many seconds ago, by the clock of the file system."""
+        self._write()
+        if self._folder is None:
+            return []
+        found: list[dict[str, Any] | None] = []
+        for rank in range(self._world_size):
+            try:
+                content = json.loads(self._file(rank).read_text())
+                age = self._file(self._rank).stat().st_mtime - self._file(rank).stat().st_mtime
+                content["silent"] = age if age > min(SILENT_SECONDS, 0.75 * self._timeout) else 0.0
+            except (OSError, ValueError):
+                content = None
+            found.append(content)
+        return found
+
+    def _signal_neighbours(self, ranks: list[dict[str, Any] | None], number: int) -> None:
+        """To the silent ranks of this host: a stopped process would outlive the job."""
+        for rank, found in enumerate(ranks):
+            if found and is_silent(found) and rank in self._neighbours:
+                try:
+                    os.kill(self._neighbours[rank], number)
+                except ProcessLookupError:
+                    pass
+
+
+def start_watch(config: RunConfig) -> StallWatch:
+    """The watch of this rank, once all have met."""
+    known = hosts()
+    return StallWatch(None, known.rank, len(known.ranks), config.training.stall_timeout, known.neighbours)
+
+
+def is_silent(found: dict[str, Any]) -> bool:
+    return found["silent"] > 0
+
+
+def describe(rank: int, found: dict[str, Any] | None) -> str:
+    if found is None:
+        return f"rank {rank}: never heard of"
+    silent = f", not heard of for {found['silent']:.0f} s" if is_silent(found) else ""
+    return (
+        f"rank {rank} on {found['host']}: step {found['step']}, {found['phase']} for {found['seconds']:.0f} s{silent}"
+    )
+
+
+def missing(ranks: list[dict[str, Any] | None]) -> list[str]:
+    """Ranks that are silent, or behind the furthest one."""
+    furthest = max((found["step"] for found in ranks if found), default=0)
+    names = []
+    for rank, found in enumerate(ranks):
+        if found is None or is_silent(found) or found["step"] < furthest or found["phase"] == "data":
+            names.append(f"rank {rank}")
+    return names

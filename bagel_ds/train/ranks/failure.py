@@ -1,0 +1,61 @@
+"""A rank that fails while others go on ends its process at once.
+
+Guarantees: its message or traceback is out first, the other ranks hear of it and end within seconds; nothing is closed
+on the way, since much of that waits for ranks that are in another call (under NCCL even the end of the process group).
+A `SharedFault` and a rank that has no others unwind as usual.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from bagel_ds.errors import UserError
+from bagel_ds.train.process.detach import STOP_SIGNALS, end_at_once
+from bagel_ds.train.ranks import alarm
+from bagel_ds.train.ranks.agreement import SharedFault
+
+_SHOWN = 160  # characters of a failure, on other ranks
+
+
+@contextmanager
+def ending_alone(explain: Callable[[BaseException], UserError | None]) -> Iterator[None]:
+    """A failure of this rank in the block ends the process before anything outside of the block sees it.
+
+    `explain` makes a message of errors that are a user's to mend, such as too little memory.
+    """
+    try:
+        yield
+    except (SharedFault, SystemExit):
+        raise
+    except BaseException as error:
+        fault = error if isinstance(error, UserError) else explain(error)
+        if alarm.is_listening():
+            _end(error, fault)
+        if fault is None or fault is error:
+            raise
+        raise fault from None
+
+
+def _end(error: BaseException, fault: UserError | None) -> None:
+    first = alarm.heard() if fault is None else None
+    if first is not None:  # what this rank has met follows from that: a connection that is closed, say
+        for number in STOP_SIGNALS:  # of the launcher, which has seen the other rank end
+            signal.signal(number, signal.SIG_IGN)
+        alarm.close()  # it would say the same
+        print(f"[rank {alarm.own_rank()}] {first}; so does this rank", file=sys.stderr, flush=True)
+        time.sleep(alarm.GRACE_SECONDS)
+        end_at_once(1)
+    if fault is not None:
+        print(f"ERROR: {fault}", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    why = str(fault or repr(error)).splitlines()[0]
+    alarm.sound(why if len(why) <= _SHOWN else why[:_SHOWN] + "...")
+    end_at_once(1 if fault is None else 2)

@@ -1,0 +1,74 @@
+"""What is different in a run that goes on from a training state: arguments, versions, data.
+
+Guarantees: every difference is named with its old and its new value, and nothing else is. trainer.json of a checkpoint
+holds what is compared; what an older version didn't save is left out. Data are known by content, not by path.
+"""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Mapping
+
+import bagel_ds
+from bagel_ds.arguments.options import all_options
+from bagel_ds.data.batches.loader import PlannedData
+
+# They say where a run starts, and no more once it goes on.
+_ABOUT_THE_START = {"auto_resume", "start_anew", "resume_from", "resume_model_only", "finetune_from_hf"}
+_MISSING = "(none)"
+
+
+def versions() -> dict[str, str]:
+    """Of the code that computes."""
+    return {"bagel_ds": bagel_ds.__version__, **{name: version(name) for name in ("torch", "deepspeed")}}
+
+
+def describe_data(data: PlannedData) -> dict[str, str]:
+    """What decides which samples a run sees, by name: equal where equal data are read under equal settings."""
+    found = {"tokenizer": data.tokenizer.fingerprint}
+    for stream in data.streams:
+        group = f"data group {stream.name}"
+        found[f"{group}, weight"] = f"{stream.weight:g}{' (mandatory)' if stream.is_mandatory else ''}"
+        found[f"{group}, images"] = f"VAE {stream.vae_transform}, ViT {stream.vit_transform}"
+        for dataset in stream.datasets:
+            indexes = [use.index for use in stream.uses if use.dataset == dataset]
+            digest = blake2b("\n".join(index.digest for index in indexes).encode(), digest_size=4).hexdigest()
+            rows = sum(index.rows for index in indexes)
+            found[f"{group}, dataset {dataset}"] = f"{rows:,} rows in {len(indexes)} files ({digest})"
+    return found
+
+
+def changes(saved: Mapping[str, Any], arguments: Mapping[str, Any], data: Mapping[str, str]) -> list[str]:
+    """`name: old -> new` of everything that differs between a trainer.json and this run."""
+    defaults = {name: field.default for name, field in all_options().items()}
+    before = {**defaults, **saved.get("arguments", {})}
+    lines = [
+        f"--{name}: {before[name]} -> {value}"
+        for name, value in arguments.items()
+        if name not in _ABOUT_THE_START and before[name] != value
+    ]
+    return lines + _differences(saved.get("versions", {}), versions()) + _differences(saved.get("data", {}), data)
+
+
+def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    if not before:  # saved by an older version
+        return []
+    names = [*before, *(name for name in now if name not in before)]
+    return [
+        f"{name}: {before.get(name, _MISSING)} -> {now.get(name, _MISSING)}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]
+
+
+def keep_config(results_dir: Path, text: str) -> None:
+    """Write config.yaml; one that differs, of an earlier start, stays as config_1.yaml, config_2.yaml, ..."""
+    path = results_dir / "config.yaml"
+    if path.exists() and path.read_text() != text:
+        number = 1
+        while (aside := path.with_name(f"config_{number}.yaml")).exists():
+            number += 1
+        path.rename(aside)
+    path.write_text(text)

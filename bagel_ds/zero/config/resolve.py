@@ -1,0 +1,258 @@
+"""The DeepSpeed configuration of a run: found by path or name, "auto" filled in, contradictions refused.
+
+Guarantees: what is returned holds no "auto" and says explicitly what DeepSpeed's defaults would decide silently
+(clipping, batch sizes, precision). A contradiction is an error only for lr, betas, eps, clipping, accumulation,
+micro-batch and precision, plus for what this trainer would not do as written; everything else in the file holds as it
+stands. The FSDP options of the original's scripts act only where given and left open in the file. Needs no deepspeed,
+except to check a file's keys (`check_*`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import logging
+import sys
+from contextlib import redirect_stdout
+from typing import Any
+
+from bagel_ds.arguments.run_config import RunConfig
+from bagel_ds.errors import UserError, all_faults
+from bagel_ds.zero.config.draft import (
+    AUTO,
+    Draft,
+    ds_configs_folder,
+    find_ds_config,
+    offload_device,
+    read_ds_config,
+    zero_stage,
+)
+from bagel_ds.zero.config.fsdp import settle_sharding
+
+__all__ = [
+    "check_file_with_deepspeed",
+    "check_planned_file",
+    "check_with_deepspeed",
+    "ds_configs_folder",
+    "find_ds_config",
+    "offload_device",
+    "read_ds_config",
+    "resolve_ds_config",
+    "zero_stage",
+]
+
+
+def resolve_ds_config(
+    name_or_path: str, config: RunConfig, world_size: int, ranks_per_host: int | None = None
+) -> tuple[dict[str, Any], list[str]]:
+    """The dict for `deepspeed.initialize` on `world_size` ranks, and one-line remarks for the log.
+
+    `ranks_per_host` None means that all are on one host. The file's optimizer and scheduler sections are checked
+    against the arguments and left out: the trainer brings its own AdamW and schedule. Raises UserError naming every
+    fault.
+    """
+    path = find_ds_config(name_or_path)
+    draft = Draft(read_ds_config(path).content, path.name, config, world_size, ranks_per_host)
+    presets = ds_configs_folder()
+    if path.parent.resolve() != presets.resolve() and (presets / path.name).is_file():
+        draft.notes.append(f"ds_config is the file {path}, not the preset of the same name")
+    settle_sharding(draft)
+    _settle_batch(draft)
+    _settle_precision(draft)
+    _check_optimizer(draft)
+    _check_scheduler(draft)
+    _refuse_unsupported(draft)
+    all_faults(draft.faults, f"ds_config {path} can't be used with these arguments:")
+    _settle_leftovers(draft)
+    return draft.ds, draft.notes
+
+
+def check_file_with_deepspeed(name_or_path: str) -> None:
+    """Raise UserError with every key of a file that DeepSpeed doesn't know or can't read. Imports deepspeed."""
+    from bagel_ds.zero.config.known_keys import check_keys
+
+    check_keys(read_ds_config(find_ds_config(name_or_path)))
+
+
+def check_planned_file(name_or_path: str) -> str | None:
+    """`check_file_with_deepspeed` for commands that work without DeepSpeed; a remark where it could not be checked.
+
+    Presets are known to be right, so only files of a user's own cost the seconds that importing deepspeed takes.
+    """
+    path = find_ds_config(name_or_path)
+    if path.parent.resolve() == ds_configs_folder().resolve():
+        return None
+    if importlib.util.find_spec("deepspeed") is None:
+        return f"the keys of {path} are not checked, as deepspeed is not installed: DeepSpeed ignores misspelled ones"
+    if "deepspeed" not in sys.modules:
+        with redirect_stdout(io.StringIO()):  # it logs to stdout, which belongs to the command's result
+            import deepspeed  # noqa: F401
+        logging.getLogger("DeepSpeed").handlers[:] = [logging.lastResort]  # type: ignore[list-item]
+    check_file_with_deepspeed(name_or_path)
+    return None
+
+
+def check_with_deepspeed(ds: dict[str, Any]) -> None:
+    """Let DeepSpeed read a resolved configuration, for what concerns several keys together."""
+    from deepspeed.runtime.config import DeepSpeedConfigError, _reject_removed_config_keys
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        _reject_removed_config_keys(ds)
+        DeepSpeedZeroConfig(**ds.get("zero_optimization", {}))
+    except (ValueError, AssertionError, DeepSpeedConfigError) as fault:
+        raise UserError(f"ds_config: DeepSpeed refuses it: {fault}") from None
+
+
+# ------------------------------------------------------------------------------------- batch, clipping and precision
+def _settle_batch(draft: Draft) -> None:
+    training, world = draft.config.training, draft.world_size
+    steps = training.gradient_accumulation_steps
+    draft.settle(
+        "train_micro_batch_size_per_gpu", 1, "a micro-batch is one pack", "size packs with --max_num_tokens instead"
+    )
+    draft.settle(
+        "gradient_accumulation_steps", steps, f"--gradient_accumulation_steps is {steps}", "make the two equal"
+    )
+    draft.settle(
+        "train_batch_size",
+        steps * world,
+        f"--gradient_accumulation_steps {steps} on {world} ranks makes {steps * world}",
+        "change --gradient_accumulation_steps",
+    )
+    # Always written: DeepSpeed clips at 1.0 where nothing is said (DeepSpeed #8068).
+    norm = training.max_grad_norm
+    draft.settle("gradient_clipping", norm, f"--max_grad_norm is {norm}", "make the two equal")
+
+
+def _settle_precision(draft: Draft) -> None:
+    precision = draft.config.training.precision
+    is_bf16 = precision == "bf16"
+    other = "--precision fp32" if is_bf16 else "--precision bf16"
+    draft.settle("bf16.enabled", is_bf16, f"--precision is {precision}", f"pass {other}")
+    if draft.section("bf16").get("check_grad_overflow", AUTO) not in (AUTO, True):
+        draft.fault("bf16.check_grad_overflow is off: gradients that are not finite would be applied; remove the key")
+    for key in ("fp16", "torch_autocast"):
+        if key in draft.ds and draft.section(key).get("enabled", AUTO) not in (AUTO, False):
+            draft.fault(f"{key} is enabled, but --precision is {precision}; remove the section")
+        draft.ds.pop(key, None)
+    _check_bf16_masters(draft)
+    _settle_gradient_types(draft)
+
+
+def _check_bf16_masters(draft: Draft) -> None:
+    """Masters and moments in bf16 exist for the CPU optimizer alone: 12 instead of 20 bytes per parameter."""
+    on_cpu = offload_device(draft.ds, "optimizer") == "cpu"
+    keys = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
+    wanted = [key for key in keys if draft.section("bf16").get(key, AUTO) not in (AUTO, False)]
+    for key in wanted:
+        if draft.config.training.precision != "bf16":
+            draft.fault(f"bf16.{key} needs --precision bf16, found {draft.config.training.precision}; remove the key")
+        elif not on_cpu:
+            draft.fault(f"bf16.{key} needs offload_optimizer on the CPU; remove the key, or take preset zero3_cpu_bf16")
+    if wanted:
+        draft.notes.append("bf16 masters: updates much smaller than a weight are rounded away (docs/low_memory.md)")
+
+
+def _settle_gradient_types(draft: Draft) -> None:
+    """Number formats of gradients, where the file leaves them open.
+
+    They travel in the run's precision, as the original's do, and are summed over micro-batches in fp32 where DeepSpeed
+    can (ZeRO 2 and 3, for 2 more bytes per parameter); with one micro-batch there is nothing to sum.
+    """
+    training, types = draft.config.training, draft.section("data_types")
+    stage = draft.section("zero_optimization")["stage"]
+    is_bf16, sums = training.precision == "bf16", training.gradient_accumulation_steps > 1
+    chosen = types.get("grad_accum_dtype", AUTO)
+    if chosen in (AUTO, None):
+        types["grad_accum_dtype"] = "fp32" if not is_bf16 or (sums and stage >= 2) else "bf16"
+        if sums and is_bf16 and stage < 2:
+            draft.notes.append(f"ZeRO stage {stage} sums gradients of micro-batches in bf16; stages 2 and 3 in fp32")
+    elif is_bf16 and stage < 2 and chosen != "bf16":
+        draft.fault(
+            f"data_types.grad_accum_dtype {chosen} with --precision bf16 needs ZeRO stage 2 or 3, found stage {stage}; "
+            'write "auto" in the file or take another stage'
+        )
+    if draft.ds.get("communication_data_type", AUTO) in (AUTO, None):
+        draft.ds["communication_data_type"] = training.precision
+
+
+# ------------------------------------------------------------------------------------------ optimizer and scheduler
+def _check_optimizer(draft: Draft) -> None:
+    if "optimizer" not in draft.ds:
+        return
+    training = draft.config.training
+    kind = draft.section("optimizer").get("type", "AdamW")
+    if str(kind).lower() not in ("adam", "adamw"):
+        draft.fault(f"optimizer.type is {kind}, but BAGEL trains with AdamW; remove the section")
+    betas = [training.beta1, training.beta2]
+    equal = "make the two equal"
+    draft.settle("optimizer.params.lr", training.lr, f"--lr is {training.lr}", equal)
+    draft.settle("optimizer.params.betas", betas, f"--beta1 and --beta2 are {betas}", equal)
+    draft.settle("optimizer.params.eps", training.eps, f"--eps is {training.eps}", equal)
+    for key, value in (("weight_decay", 0.0), ("amsgrad", False), ("bias_correction", True)):
+        draft.settle(f"optimizer.params.{key}", value, f"the trainer's AdamW has {value}", "remove the key")
+    del draft.ds["optimizer"]
+
+
+def _check_scheduler(draft: Draft) -> None:
+    section = draft.ds.pop("scheduler", None)
+    if section is None:
+        return
+    params = section.get("params", {}) if isinstance(section, dict) else {}
+    written = sorted(key for key, value in params.items() if value != AUTO) if isinstance(params, dict) else []
+    if written:
+        draft.fault(
+            f"scheduler sets {', '.join(written)}, but the schedule is --lr_scheduler, --lr, "
+            "--warmup_steps and --min_lr; remove the section and pass these"
+        )
+    else:
+        draft.notes.append("ds_config's scheduler has no effect: lr_scheduler, lr, warmup_steps and min_lr hold")
+
+
+# ------------------------------------------------------------------------------------------------------ all the rest
+_UNSUPPORTED = {
+    "gradient_allreduce_op": ("avg", "the loss is normalised for averaged gradients"),
+    "managed_gradient_accumulation": (True, "the trainer counts micro-batches itself"),
+    "prescale_gradients": (False, "the loss is normalised for averaged gradients"),
+    "data_efficiency": (None, "packs come from the trainer's own plan"),
+    "tensor_parallel": (None, "the model is sharded by ZeRO alone"),
+    "sequence_parallel_size": (1, "the model is sharded by ZeRO alone"),
+    "pipeline": (None, "the model is sharded by ZeRO alone"),
+    "expert_parallel": (None, "the model is sharded by ZeRO alone"),
+    "hybrid_engine": (None, "it is for reinforcement learning"),
+    "weight_quantization": (None, "weights are trained in full"),
+    "zero_optimization.zenflow": (None, "it failed with this model"),
+    "zero_optimization.offload_optimizer.super_offload": (False, "the trainer's optimizer can't"),
+}
+
+
+def _refuse_unsupported(draft: Draft) -> None:
+    for path, (accepted, reason) in _UNSUPPORTED.items():
+        value: Any = draft.ds
+        for key in path.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        is_off = isinstance(value, dict) and value.get("enabled") in (False, AUTO)
+        if value is not None and value != accepted and value != AUTO and not is_off:
+            draft.fault(f"{path} is not supported: {reason}; remove it")
+    if "activation_checkpointing" in draft.ds:
+        del draft.ds["activation_checkpointing"]
+        draft.notes.append("ds_config's activation_checkpointing has no effect: the argument of that name holds")
+
+
+def _settle_leftovers(draft: Draft) -> None:
+    """Any other "auto": in the ZeRO section what our preset of the stage says, elsewhere DeepSpeed's own default."""
+    zero = draft.ds["zero_optimization"]
+    preset = read_ds_config(ds_configs_folder() / f"zero{zero['stage']}.json").content["zero_optimization"]
+    for key, value in list(zero.items()):
+        if value == AUTO and preset.get(key, AUTO) != AUTO:
+            zero[key] = preset[key]
+    _drop_auto(draft.ds)
+
+
+def _drop_auto(section: dict[str, Any]) -> None:
+    for key, value in list(section.items()):
+        if value == AUTO:
+            del section[key]
+        elif isinstance(value, dict):
+            _drop_auto(value)

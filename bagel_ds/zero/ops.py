@@ -1,0 +1,157 @@
+"""The C++ parts of DeepSpeed that a run needs, compiled before anything is loaded.
+
+Guarantees: one process of a user compiles at a time, on all hosts that share the folder where the file system has
+locks, and the others use what it has made; who waits is told for what. A part that can't be built is one `UserError`
+with the end of the compiler's output. A lock of torch's that no running process holds is removed with a line: torch
+would wait for it without end and without a word.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bagel_ds.errors import UserError
+from bagel_ds.machine.liveness import timed_elsewhere
+from bagel_ds.machine.user_folders import extensions_folder
+from bagel_ds.machine.waiting import waiting_for
+from bagel_ds.zero.config.draft import offload_device
+
+logger = logging.getLogger("bagel_ds")
+
+_LOCK = ".bagel_ds_lock"
+_USUAL = "1 to 3 minutes, once on this machine"
+_SHOWN_LINES, _SHOWN_WIDTH = 15, 200  # of a compiler's output
+_COMMAND = re.compile(r"\[\d+/\d+\] |FAILED: |ninja: ")  # lines of ninja's own, which are long and say little
+
+
+class Op(NamedTuple):
+    """A compiled part. `name` is also that of its folder and file; `load` compiles it where needed."""
+
+    name: str
+    purpose: str
+    instead: str  # what to do otherwise than compile it; "" where nothing must be done
+    load: Callable[[], object]
+
+
+def needed_ops(ds_config: dict[str, Any]) -> list[Op]:
+    """What a resolved configuration runs."""
+    if offload_device(ds_config, "optimizer") == "none":
+        return []
+    instead = "pass a --ds_config that keeps the optimizer on the GPUs, such as zero3.json"
+    return [Op("cpu_adam", "AdamW in host memory", instead, lambda: load_op("CPUAdamBuilder"))]
+
+
+def load_op(builder: str) -> object:
+    """The module behind one of DeepSpeed's builders, compiled where needed; it stays for who asks for it later."""
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().create_op_builder(builder).load()
+
+
+def is_built(op: Op) -> bool:
+    """Whether the part came compiled with DeepSpeed or an earlier run has left it."""
+    from deepspeed.git_version_info import installed_ops
+
+    version = f"py{sys.version_info.major}{sys.version_info.minor}"
+    folders = [extensions_folder(), *extensions_folder().glob(f"{version}*")]
+    return bool(installed_ops.get(op.name)) or any((folder / op.name / f"{op.name}.so").is_file() for folder in folders)
+
+
+def build(ops: Sequence[Op]) -> None:
+    """Have every part loaded in this process. Raises `UserError`."""
+    find_ninja()
+    for op in ops:
+        with _alone(op):
+            remove_stale_locks(extensions_folder(), op.name)
+            with timed_elsewhere(), waiting_for(f"DeepSpeed's {op.name} to be compiled", _USUAL):
+                if not is_built(op):
+                    logger.info(
+                        "compiling DeepSpeed's %s (%s) into %s: %s", op.name, op.purpose, extensions_folder(), _USUAL
+                    )
+                try:
+                    op.load()
+                except Exception as error:  # of torch, its compilers and the file system: an open set
+                    raise UserError(_failure(op, error)) from None
+
+
+def find_ninja() -> str | None:
+    """The build tool's path; the one beside this Python is put on PATH where no other is, as without `activate`."""
+    beside = Path(sys.executable).parent
+    if shutil.which("ninja") is None and shutil.which("ninja", path=str(beside)):
+        os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(beside)])
+    return shutil.which("ninja")
+
+
+def remove_stale_locks(folder: Path, part: str) -> list[Path]:
+    """Remove the locks that killed builds of the part have left; returns them. Other parts' builds are not ours."""
+    removed = []
+    for lock in [folder / part / "lock", *folder.glob(f"*/{part}/lock")]:  # the second with Python and CUDA between
+        try:
+            # torch's lock is an empty file.
+            if lock.is_file() and lock.stat().st_size == 0 and not is_open_somewhere(lock):
+                lock.unlink()
+                removed.append(lock)
+                logger.warning("removed %s, left by a build that was killed", lock)
+        except FileNotFoundError:  # another process was faster
+            continue
+        except OSError as error:
+            logger.warning("%s, left by a build that was killed, can't be removed: %s", lock, error.strerror)
+    return removed
+
+
+def is_open_somewhere(path: Path) -> bool:
+    """Whether a process of this host has the file open (a builder holds its lock open), or it is gone already."""
+    try:
+        target = os.stat(path)
+    except FileNotFoundError:  # another rank was faster
+        return True
+    for entry in Path("/proc").glob("[0-9]*/fd/*"):
+        try:
+            found = os.stat(entry)
+        except OSError:
+            continue
+        if (found.st_dev, found.st_ino) == (target.st_dev, target.st_ino):
+            return True
+    return False
+
+
+@contextmanager
+def _alone(op: Op) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process; without one where the file system has none."""
+    folder = extensions_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UserError(
+            f"DeepSpeed's {op.name} can't be compiled into {folder} ({error.strerror}): set TORCH_EXTENSIONS_DIR to a "
+            "folder you may write"
+        ) from None
+    try:
+        with timed_elsewhere(), waiting_for(f"another process that compiles into {folder}", _USUAL):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            except OSError as error:
+                logger.info("%s can't be locked (%s): two processes may compile there at once", folder, error.strerror)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _failure(op: Op, error: Exception) -> str:
+    lines = [line[:_SHOWN_WIDTH] for line in str(error).splitlines() if line.strip() and not _COMMAND.match(line)]
+    said = "\n".join(f"    {line}" for line in lines[-_SHOWN_LINES:])
+    return (
+        f"DeepSpeed's {op.name} ({op.purpose}) can't be built on this machine: {type(error).__name__}\n{said}\n"
+        f"Remove {extensions_folder()} if another compiler or Python has built there{', or ' * bool(op.instead)}"
+        f"{op.instead}."
+    )

@@ -1,0 +1,150 @@
+"""A rank that fails while others go on ends at once; the others hear of it and end, wherever they are.
+
+Ranks here are processes that share a store, as after `join_ranks`, and do what the test gives them.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from bagel_ds.errors import UserError
+from bagel_ds.train.ranks.agreement import SharedFault
+from bagel_ds.train.ranks.failure import ending_alone
+from tests.launch import free_port
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+HEAD = """
+import sys, time
+from datetime import timedelta
+import torch.distributed as dist
+from bagel_ds.errors import UserError
+from bagel_ds.train import alarm
+from bagel_ds.train.agreement import SharedFault
+from bagel_ds.train.failure import ending_alone
+from bagel_ds.train.hosts import Hosts
+from tests.train.conftest import rank_on
+
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, timedelta(seconds=100))
+alarm.GRACE_SECONDS = alarm._GONE_SECONDS = 0.5
+alarm.listen(store, Hosts(rank, (rank_on("a"), rank_on("b"))))
+
+def explain(error):
+    return UserError("out of memory; take less") if isinstance(error, MemoryError) else None
+
+def hang():  # as in a collective call that the other rank never joins
+    print("hangs", flush=True)
+    time.sleep(300)
+"""
+
+
+@contextmanager
+def two_ranks(*bodies: str) -> Iterator[list[subprocess.Popen[str]]]:
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", HEAD + body, str(rank), str(port)],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, body in enumerate(bodies)
+    ]
+    try:
+        yield ranks
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+def outcomes(*bodies: str) -> list[tuple[int, str]]:
+    """Exit code and output of each rank."""
+    with two_ranks(*bodies) as ranks:
+        found = [process.communicate(timeout=120)[0] for process in ranks]
+        return [(process.returncode, output) for process, output in zip(ranks, found)]
+
+
+@pytest.mark.parametrize(
+    ("failing", "failure", "code", "shown"),
+    [
+        (0, "UserError('no such file')", 2, "ERROR: no such file"),  # the rank that keeps the store
+        (1, "MemoryError()", 2, "ERROR: out of memory; take less"),
+        (1, "ZeroDivisionError('a bug')", 1, "ZeroDivisionError: a bug"),
+    ],
+)
+def test_a_rank_that_fails_alone_ends_before_anything_is_closed_and_the_other_hears_of_it(
+    failing: int, failure: str, code: int, shown: str
+) -> None:
+    fails = f"""
+try:
+    with ending_alone(explain):
+        raise {failure}
+finally:
+    hang()  # what is closed on the way may wait for the other rank
+"""
+    found = outcomes(*(fails if rank == failing else "hang()" for rank in range(2)))
+    (own_code, own_output), (other_code, other_output) = found[failing], found[1 - failing]
+    assert own_code == code and shown in own_output and "hangs" not in own_output
+    assert ("Traceback" in own_output) is (code == 1)
+    assert other_code == 1 and "Traceback" not in other_output
+    assert f"[rank {1 - failing}] rank {failing} on {'ab'[failing]} has ended (" in other_output
+    assert other_output.rstrip().endswith("so does this rank")
+    assert shown.removeprefix("ERROR: ").split(": ")[-1][:5] in other_output, "and why"
+
+
+def test_what_a_failure_causes_on_another_rank_is_told_in_a_line() -> None:
+    follows = """
+with ending_alone(explain):
+    while alarm.heard() is None:
+        time.sleep(0.05)
+    raise RuntimeError("Connection closed by peer")
+"""
+    fails = "with ending_alone(explain):\n    raise UserError('the cause')"
+    (code_0, output_0), (code_1, output_1) = outcomes(follows, fails)
+    assert (code_0, code_1) == (1, 2) and "ERROR: the cause" in output_1
+    assert "[rank 0] rank 1 on b has ended (the cause); so does this rank" in output_0
+    assert "Traceback" not in output_0 and "Connection closed" not in output_0
+
+
+def test_the_end_of_the_store_ends_the_ranks_that_it_served() -> None:
+    with two_ranks("hang()", "hang()") as (first, second):
+        for process in (first, second):
+            assert process.stdout is not None and process.stdout.readline() == "hangs\n"
+        first.kill()
+        output, _ = second.communicate(timeout=120)
+        assert second.returncode == 1 and "the process that the ranks met at has ended" in output
+
+
+def test_a_fault_that_all_ranks_share_unwinds_and_then_they_end_when_they_like() -> None:
+    shared = """
+try:
+    with ending_alone(explain):
+        raise SharedFault("all know")
+except SharedFault:
+    alarm.close()
+    print("closed")
+    time.sleep(3 * rank)  # the store ends with rank 0
+"""
+    assert outcomes(shared, shared) == [(0, "closed\n"), (0, "closed\n")]
+
+
+# ----------------------------------------------------------------------------------------------- a rank without others
+def test_a_single_rank_unwinds_with_the_message() -> None:
+    def explain(error: BaseException) -> UserError | None:
+        return UserError("take less") if isinstance(error, MemoryError) else None
+
+    with pytest.raises(UserError, match="take less"), ending_alone(explain):
+        raise MemoryError
+    with pytest.raises(ZeroDivisionError), ending_alone(explain):
+        raise ZeroDivisionError
+    with pytest.raises(SharedFault), ending_alone(explain):
+        raise SharedFault("all know")

@@ -1,0 +1,95 @@
+"""A run that can't fit stops before it loads anything and says what would; plan and outcome stand side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from bagel_ds.arguments.run_config import RunConfig, parse_arguments
+from bagel_ds.data.config.dataset_config import DatasetConfig, GroupConfig
+from bagel_ds.data.samples.images import ImageTransform
+from bagel_ds.errors import UserError
+from bagel_ds.memory.planner import MemoryPlan
+from bagel_ds.model.shape.config import BagelConfig, VAEConfig
+from bagel_ds.train import memory_plan
+from bagel_ds.train.memory_plan import host_memory_gib, outcome, plan_lines, plan_run
+from bagel_ds.zero.config.resolve import resolve_ds_config
+
+
+def plan(config: RunConfig, ranks_here: int = 1) -> MemoryPlan:
+    ds_config, _ = resolve_ds_config(config.training.ds_config, config, 2)
+    group = GroupConfig("t2i_pretrain", "t2i_pretrain", (), ImageTransform(1024, 512, 16), None)
+    return plan_run(config, DatasetConfig((group,), "here"), BagelConfig(), VAEConfig(), ds_config, 2, ranks_here)
+
+
+def test_the_7b_on_a_small_host_is_refused_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "host_memory_gib", lambda: 24.0)
+    with pytest.raises(UserError, match=r"(?s)does not fit: host memory lacks .*--ignore_memory_plan True"):
+        plan(parse_arguments(["--ds_config", "zero3_cpu", "--max_num_tokens", "11520"]), ranks_here=2)
+
+
+def test_ignoring_the_plan_goes_on_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "host_memory_gib", lambda: 24.0)
+    found = plan(parse_arguments(["--ds_config", "zero3_cpu", "--ignore_memory_plan", "True"]))
+    assert not found.fits and "does not fit" in plan_lines(found)[-1]
+
+
+def test_the_plan_on_the_cpu_of_a_host_with_gpus_is_one_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is asked of the GPUs: where they belong to others, asking alone takes memory on one."""
+
+    def refuse() -> None:
+        raise AssertionError("the GPU was asked")
+
+    monkeypatch.setattr(memory_plan, "host_memory_gib", lambda: 2000.0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
+    monkeypatch.setattr(memory_plan, "exact_pinned_memory", refuse)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    found = plan(parse_arguments(["--ds_config", "zero3_cpu"]))
+    assert found.gpu_peak == 0 and found.gpu_memory is None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 80 * 2**30))
+    monkeypatch.setattr(memory_plan, "exact_pinned_memory", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    assert plan(parse_arguments(["--ds_config", "zero3_cpu"])).gpu_memory == 80
+
+
+def test_a_large_host_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "host_memory_gib", lambda: 2000.0)
+    found = plan(parse_arguments(["--ds_config", "zero3_cpu"]))
+    assert found.fits and plan_lines(found)[-1].strip() == "it fits"
+
+
+def test_offloaded_layer_inputs_leave_other_page_locked_memory_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "host_memory_gib", lambda: 2000.0)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(memory_plan, "exact_pinned_memory", lambda: True)
+    rounding = "page-locked memory: rounding and cache"
+    sizes = []
+    for mode in ("full", "offload"):
+        found = plan(parse_arguments(["--ds_config", "zero3_cpu", "--activation_checkpointing", mode]))
+        sizes += [item.bytes for item in found.items if item.name == rounding]
+    assert len(sizes) == 2 and sizes[0] == sizes[1]
+
+
+def test_memory_of_the_host_is_that_of_the_machine_or_of_its_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = host_memory_gib()
+    limit = tmp_path / "memory.max"
+    limit.write_text(f"{2**30}\n")
+    monkeypatch.setattr(memory_plan, "_CGROUP_LIMITS", (tmp_path / "nowhere", limit))
+    assert host_memory_gib() == 1.0 < whole
+    limit.write_text("max\n")
+    assert host_memory_gib() >= whole
+
+
+def test_the_outcome_names_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "host_memory_gib", lambda: 2000.0)
+    found = dataclasses.replace(plan(parse_arguments(["--ds_config", "zero3_cpu"])), gpu_peak=20 * 2**30)
+    line = outcome(found, 19.5, 3.0)
+    assert "GPU 19.50 GiB reserved by torch, 20.00 planned" in line and "host 3.00 GiB seen" in line
+    assert "GPU" not in outcome(found, None, 3.0)

@@ -1,0 +1,97 @@
+"""Updates that are not finite: counted, kept with everything that made them, limited; and what is said of memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bagel_ds.errors import UserError
+from bagel_ds.model.batch import PackedBatch
+from bagel_ds.train import nonfinite
+from bagel_ds.train.nonfinite import NonFiniteGuard, load_batch, save_batch
+from bagel_ds.train.step import StepResult
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+@pytest.fixture
+def batch() -> PackedBatch:
+    """Any tensors will do; the two images are one, as where an image is read and drawn."""
+    image = torch.arange(3 * 16 * 16, dtype=torch.uint8).reshape(3, 16, 16)
+    values: dict[str, Any] = {
+        "sample_lens": (4, 3),
+        "split_lens": (4, 3),
+        "attn_modes": ("causal", "noise"),
+        "vit_seqlens": (2,),
+        "latent_shapes": ((1, 1), (1, 1)),
+        "images": (image, image),
+        "samples": ("t2i: a.parquet row group 0 row 1", "edit: b.parquet row group 2 row 3"),
+        "skipped": (("vlm", "c.jsonl: cut short"),),
+        "timesteps": torch.tensor([-math.inf, 0.25]),
+        "noise": torch.full((2, 64), math.nan),
+    }
+    names = [field.name for field in dataclasses.fields(PackedBatch) if field.name not in values]
+    return PackedBatch(**values, **{name: torch.arange(5) for name in names})
+
+
+def result(grad_norm: float) -> StepResult:
+    return StepResult(1.0, 2.0, grad_norm, grad_norm, 7, applied=math.isfinite(grad_norm), stop=False)
+
+
+def equal(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.dtype == other.dtype and torch.equal(one.nan_to_num(), other.nan_to_num())
+    if isinstance(one, tuple) and isinstance(other, tuple):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def test_a_pack_comes_back_as_it_was(batch: PackedBatch, tmp_path: Path) -> None:
+    save_batch(tmp_path / "new" / "pack", batch)
+    found = load_batch(tmp_path / "new" / "pack")
+    for field in dataclasses.fields(batch):
+        assert equal(getattr(found, field.name), getattr(batch, field.name)), field.name
+
+
+def test_a_finite_update_is_not_looked_at(batch: PackedBatch, tmp_path: Path) -> None:
+    guard = NonFiniteGuard(tmp_path, 0, limit=0)
+    guard.check(3, [batch], result(1.5))
+    assert guard.skipped == 0 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_past_the_limit_the_error_names_the_samples_and_the_packs(
+    norm: float, batch: PackedBatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    guard = NonFiniteGuard(tmp_path, 0, limit=1)
+    with caplog.at_level(logging.WARNING, "bagel_ds"):
+        nonfinite.logger.propagate = True
+        guard.check(3, [batch, batch], result(norm))
+    assert "step 3 skipped" in caplog.text and "(1 of --max_nonfinite 1)" in caplog.text
+    with pytest.raises(UserError) as found:
+        guard.check(4, [batch], result(norm))
+    for words in ("2 updates", "more than --max_nonfinite 1", "step 4", *batch.samples, "nonfinite"):
+        assert words in str(found.value)
+    kept = sorted(path.name for path in (tmp_path / "nonfinite").glob("*.safetensors"))
+    assert kept == [f"step_{name}.safetensors" for name in ("3_rank_0_pack_0", "3_rank_0_pack_1", "4_rank_0_pack_0")]
+
+
+def test_a_full_disk_costs_the_kept_packs_and_not_the_run(
+    batch: PackedBatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nonfinite, "save_file", full)
+    guard = NonFiniteGuard(tmp_path, 0, limit=5)
+    with caplog.at_level(logging.WARNING, "bagel_ds"):
+        nonfinite.logger.propagate = True
+        guard.check(3, [batch], result(math.nan))
+    assert guard.skipped == 1 and "No space left on device" in caplog.text
