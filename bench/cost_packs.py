@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from bagel_ds.data.batches.layout import LayoutOptions, Loaded, layout
+from bagel_ds.data.batches.layout import Loaded, layout
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, Entry, SamplePlan
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.shape.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig

@@ -27,7 +27,6 @@ from original_loader import OriginalPacks
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from bagel_ds.data.batches.layout import LayoutOptions
 from bagel_ds.data.batches.loader import PlannedData, planned_tasks
 from bagel_ds.data.batches.materialize import materialize
 from bagel_ds.data.config.dataset_config import load_dataset_config
@@ -35,6 +34,7 @@ from bagel_ds.data.files import rows as raw_rows
 from bagel_ds.data.files.row_cache import LIMIT, GroupKey, ReadsRows, Row, RowCache
 from bagel_ds.data.plan.planner import PackingOptions, Planner
 from bagel_ds.data.samples.draws import normals
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.images import decode_rgb, resize_to_uint8
 from bagel_ds.data.samples.sample import TEXT, VAE, Entry, SamplePlan
 from bagel_ds.data.streams.opening import open_streams

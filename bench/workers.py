@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from loader import BUDGETS, write_data
 
 import bagel_ds.train.trainer  # noqa: F401  what a rank has imported
-from bagel_ds.data.batches.layout import LayoutOptions
 from bagel_ds.data.batches.loader import PlannedData
 from bagel_ds.data.config.dataset_config import load_dataset_config
 from bagel_ds.data.plan.planner import PackingOptions
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.streams.opening import open_streams
 from bagel_ds.data.streams.stream import SampleOptions
 from bagel_ds.model_folder.tokenizer import load_tokenizer

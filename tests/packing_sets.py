@@ -19,9 +19,9 @@ from PIL import Image
 from recordings import bagel_config, read_json, reference, tensors
 from torch import Tensor
 
-from bagel_ds.data.batches.layout import LayoutOptions
 from bagel_ds.data.config.dataset_config import load_dataset_config
 from bagel_ds.data.formats.record import ParsedRow
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.images import decode_rgb, resize_to_uint8
 from bagel_ds.data.samples.sample import TEXT, VAE, Entry, SamplePlan
 from bagel_ds.data.streams.opening import open_streams

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from bagel_ds.arguments.run_config import RunConfig
-from bagel_ds.data.batches.layout import LayoutOptions
 from bagel_ds.data.batches.loader import PackingOptions, PlannedData
 from bagel_ds.data.config.dataset_config import DatasetConfig, load_dataset_config
 from bagel_ds.data.plan.cost import CostModel
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.streams.opening import open_streams
 from bagel_ds.data.streams.stream import GroupStream, SampleOptions
 from bagel_ds.errors import UserError

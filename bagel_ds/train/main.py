@@ -82,7 +82,7 @@ def _train(config: RunConfig, launch: Launch, launcher: LauncherProcess | None, 
         from bagel_ds.train.ranks.failure import ending_alone
         from bagel_ds.train.ranks.process_group import join_ranks
         from bagel_ds.train.trainer import Trainer
-        from bagel_ds.zero.host.swap_folders import leave_folders
+        from bagel_ds.zero.swap_folders import leave_folders
 
     quiet_warnings()
     return_freed_memory()
@@ -146,7 +146,7 @@ def check_wandb_of(config: RunConfig, rank: int) -> None:
 
 def _remove_swap_files(argv: Sequence[str] | None) -> None:
     """Remove what no living rank holds below --nvme_path, in the process that outlives its rank."""
-    from bagel_ds.zero.host.swap_folders import sweep_folders
+    from bagel_ds.zero.swap_folders import sweep_folders
 
     with suppress(UserError):  # told by the rank
         nvme_path = parse_arguments(list(sys.argv[1:] if argv is None else argv)).training.nvme_path

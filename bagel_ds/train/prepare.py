@@ -51,8 +51,8 @@ from bagel_ds.train.saves.lock import Claim, claim, remember
 from bagel_ds.train.saves.start import StartPoint, StartWeights, open_start, sound_start
 from bagel_ds.zero.config.nvme import check_nvme, fit_buffers, nvme_bytes, nvme_folders
 from bagel_ds.zero.config.resolve import check_file_with_deepspeed, check_with_deepspeed, resolve_ds_config
-from bagel_ds.zero.host.swap_folders import run_folder, sweep_folders, take_folder
 from bagel_ds.zero.ops import build, needed_ops
+from bagel_ds.zero.swap_folders import run_folder, sweep_folders, take_folder
 
 logger = logging.getLogger("bagel_ds")
 

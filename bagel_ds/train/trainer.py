@@ -54,7 +54,7 @@ from bagel_ds.train.step import StepResult, optimizer_step
 from bagel_ds.zero.config.nvme import average_folder
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
-from bagel_ds.zero.host.swap_folders import leave_folders
+from bagel_ds.zero.swap_folders import leave_folders
 
 logger = logging.getLogger("bagel_ds")
 

@@ -19,8 +19,8 @@ from bagel_ds.errors import UserError
 from bagel_ds.ranges import COPIED_ELEMENTS, WeightSource
 from bagel_ds.zero.config.resolve import offload_device, zero_stage
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
-from bagel_ds.zero.host.swap_io import use_checked_swapping
 from bagel_ds.zero.partitions import Partitions, load_masters
+from bagel_ds.zero.swap_io import use_checked_swapping
 from bagel_ds.zero.weights import full_shape, load_weights
 
 logger = logging.getLogger("bagel_ds")

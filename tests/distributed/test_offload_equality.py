@@ -10,7 +10,7 @@ are reduced in buckets of reduce_bucket_size; groups end at sub_group_size; stag
 stage3_max_live_parameters and stage3_max_reuse_distance; offload_param.buffer_size (the largest parameter exactly, by
 `fit_buffers`). Ours: gradients are cut at whole sectors; COPIED_ELEMENTS (ranges.py) and the average's _CHUNK, patched
 to small odd numbers in half of the cases; SECTOR, BOUNCE and REQUEST of swap_io.py are tested in
-tests/zero/host/test_swap_io.py, aio.block_size and max_in_cpu, which keep things in memory, in
+tests/zero/test_swap_io.py, aio.block_size and max_in_cpu, which keep things in memory, in
 tests/zero/config/test_nvme.py.
 """
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from bagel_ds.arguments.run_config import make_config
 from bagel_ds.checkpoint.gather import export_tensors
-from bagel_ds.data.batches.layout import LayoutOptions, Loaded, layout
+from bagel_ds.data.batches.layout import Loaded, layout
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch

@@ -21,7 +21,7 @@ from bagel_ds.memory.phases import _NORM, _ON_ITS_WAY, _TO_NVME, _reduction
 from bagel_ds.memory.states import Sharding, backward_states, states, window_gradients
 from bagel_ds.memory.traffic import offloaded_gradient_bytes
 from bagel_ds.model.shape.parameters import ParameterSize
-from bagel_ds.zero.host.swap_io import _cut_gradients
+from bagel_ds.zero.swap_io import _cut_gradients
 
 NUMEL, COUNT = 2**19, 4  # of the parameters
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -233,7 +233,7 @@ def test_gradients_on_their_way_take_what_they_take_of_the_gpu(window: Window) -
 
 @pytest.mark.parametrize("numel", [2**19, 2**19 + 512, 2**19 + 1, 2**18 - 1, 1024])
 def test_gradients_that_are_not_swapped_leave_the_gpu(numel: int) -> None:
-    """Small ones and the ends of others (zero/host/swap_io.py); DeepSpeed itself keeps whole gradients for them."""
+    """Small ones and the ends of others (zero/swap_io.py); DeepSpeed itself keeps whole gradients for them."""
     window = Window(3, "nvme", numel=numel)
     with TwoPlaces():
         moved, _, left = stage3_window(window)

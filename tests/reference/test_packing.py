@@ -23,8 +23,9 @@ from packing_sets import (
 from recordings import UNSET, cases, read_json, reference_folder, tensors
 from torch import Tensor
 
-from bagel_ds.data.batches.layout import LayoutOptions, Loaded, layout, length_weight, position_grid
+from bagel_ds.data.batches.layout import Loaded, layout, length_weight, position_grid
 from bagel_ds.data.batches.materialize import materialize
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE
 from bagel_ds.model.batch import PackedBatch, normalize_pixels
 

@@ -14,32 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE, PackedBatch, patchify
 from bagel_ds.model_folder.tokenizer import SpecialTokens
-
-
-@dataclass(frozen=True)
-class LayoutOptions:
-    """What an image becomes: sizes of patches in pixels (latent patches: in cells), of position tables in patches."""
-
-    vit_patch_size: int = 14
-    latent_patch_size: int = 2
-    vae_downsample: int = 8
-    max_latent_size: int = 64
-    vit_max_num_patch_per_side: int = 70
-    interpolate_pos: bool = False
-    latent_channels: int = 16
-
-    @property
-    def latent_stride(self) -> int:
-        """Pixels per latent token and side."""
-        return self.latent_patch_size * self.vae_downsample
-
-    @property
-    def latent_features(self) -> int:
-        """F: features of a latent token."""
-        return self.latent_patch_size**2 * self.latent_channels
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bagel_ds.data.batches.layout import LayoutOptions, Loaded, layout
+from bagel_ds.data.batches.layout import Loaded, layout
 from bagel_ds.data.formats.record import reason_of
 from bagel_ds.data.formats.source import ParsedRow
 from bagel_ds.data.samples.draws import normals
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.images import ImageTransform, decode_rgb, resize_to_uint8
 from bagel_ds.data.samples.sample import TEXT, VAE, BadRow, Entry, SamplePlan
 from bagel_ds.data.samples.video import Video, decode_frames

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
-from bagel_ds.data.batches.layout import LayoutOptions
 from bagel_ds.data.formats.record import VERSION, ParsedRow, Record, decode_record
 from bagel_ds.data.formats.registry import KINDS
 from bagel_ds.data.formats.source import Piece
 from bagel_ds.data.index.index import FileIndex
 from bagel_ds.data.samples.draws import Draws, draw_key
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, BadRow, Entry, SamplePlan
 from bagel_ds.data.streams.reader import RowAddress, RowPlace, StreamReader

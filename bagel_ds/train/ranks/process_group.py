@@ -33,8 +33,8 @@ from bagel_ds.train.ranks.hosts import Hosts, RankInfo, gpu_of, network_interfac
 from bagel_ds.train.ranks.launcher import Launch, LauncherProcess, check_address, read_launch
 from bagel_ds.train.ranks.rendezvous import check_meeting_point, let_first_rank_speak, meet
 from bagel_ds.units import MIB
-from bagel_ds.zero.host.shm_buffers import BUFFER_BYTES, SUMS, leave_out_sums, remove_own_buffers, remove_stale_buffers
 from bagel_ds.zero.ops import build
+from bagel_ds.zero.shm_buffers import BUFFER_BYTES, SUMS, leave_out_sums, remove_own_buffers, remove_stale_buffers
 
 _LEAST_TIMEOUT = 600.0  # of a collective call; as torch has it for NCCL
 _BEHIND_WATCH = 60.0  # the stall watch comes first: it knows where each rank is

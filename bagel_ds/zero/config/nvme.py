@@ -15,7 +15,7 @@ from typing import Any
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.units import GIB, MIB
 from bagel_ds.zero.config.draft import Draft, offload_device
-from bagel_ds.zero.host.swap_folders import is_run_folder, run_folder
+from bagel_ds.zero.swap_folders import is_run_folder, run_folder
 
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs", "overlay-tmpfs")
 LARGEST_7B = 152064 * 3584  # embedding of BAGEL-7B-MoT, its largest parameter

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bagel_ds.data.batches.layout import LayoutOptions, Loaded, layout, length_weight
+from bagel_ds.data.batches.layout import Loaded, layout, length_weight
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model_folder.tokenizer import SpecialTokens

@@ -22,10 +22,10 @@ from small_data import (
 )
 from torch import Tensor
 
-from bagel_ds.data.batches.layout import LayoutOptions
 from bagel_ds.data.batches.materialize import materialize
 from bagel_ds.data.files import rows
 from bagel_ds.data.samples.draws import Draws, draw_key, normals
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.images import ImageTransform, decode_rgb, resize_to_uint8
 from bagel_ds.data.samples.sample import SamplePlan
 from bagel_ds.data.streams.stream import GroupStream

@@ -28,10 +28,10 @@ import torch
 from PIL import Image
 from small_data import byte_tokenizer, conversation, group, picture, streams_of, t2i_rows, write_conversations
 
-from bagel_ds.data.batches.layout import LayoutOptions
 from bagel_ds.data.batches.loader import PackingOptions, PlannedData
 from bagel_ds.data.batches.materialize import materialize
 from bagel_ds.data.files import rows as raw_rows
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import SamplePlan
 from bagel_ds.data.streams.stream import GroupStream
 

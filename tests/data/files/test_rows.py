@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from pyarrow import fs
 from small_data import byte_tokenizer, group, streams_of, t2i_rows, write_parquet
 
-from bagel_ds.data.batches.layout import LayoutOptions
 from bagel_ds.data.batches.materialize import materialize
 from bagel_ds.data.files import filesystems
 from bagel_ds.data.files import rows as raw_rows
 from bagel_ds.data.files.row_cache import GroupKey, Row, RowCache
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.errors import UserError
 
 VERSION = ("a", 0, 0)

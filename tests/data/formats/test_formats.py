@@ -27,9 +27,9 @@ from small_data import (
     write_parquet,
 )
 
-from bagel_ds.data.batches.layout import LayoutOptions
 from bagel_ds.data.formats import KINDS
 from bagel_ds.data.formats.record import ParsedRow
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, SamplePlan
 from bagel_ds.data.streams.stream import GroupStream
 from bagel_ds.errors import UserError

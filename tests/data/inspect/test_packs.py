@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_data import byte_tokenizer, mixed_groups, streams_of
 
-from bagel_ds.data.batches.layout import LayoutOptions
 from bagel_ds.data.batches.loader import PackingOptions, PlannedData
 from bagel_ds.data.inspect import plan_numbers as plan_numbers_module
 from bagel_ds.data.inspect import sheet as sheet_module
 from bagel_ds.data.inspect.packs import ShownPack, first_packs, flow_time, pack_text
 from bagel_ds.data.inspect.plan_numbers import plan_numbers, plan_text
 from bagel_ds.data.inspect.sheet import contact_sheets, scaled_mask
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT
 from bagel_ds.model.attention import AttentionLayout
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE

@@ -11,7 +11,7 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from bagel_ds.data.batches.layout import LayoutOptions, Loaded, layout
+from bagel_ds.data.batches.layout import Loaded, layout
 from bagel_ds.data.plan import cost
 from bagel_ds.data.plan.cost import (
     UNIT,
@@ -21,6 +21,7 @@ from bagel_ds.data.plan.cost import (
     vit_flops_per_patch,
     work_of,
 )
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, Entry, SamplePlan
 from bagel_ds.model.attention import AttentionLayout
 from bagel_ds.model.bagel import Bagel

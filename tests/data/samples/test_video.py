@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from small_data import VIT_ARGS, byte_tokenizer, conversation, group, streams_of, write_conversations
 
-from bagel_ds.data.batches.layout import LayoutOptions
 from bagel_ds.data.batches.materialize import materialize
 from bagel_ds.data.samples import video
 from bagel_ds.data.samples.draws import Draws, draw_key
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.data.samples.sample import TEXT, VIT, BadRow
 from bagel_ds.data.samples.video import FrameSampler, decode_frames, read_header, sample_frames

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from bagel_ds.data.batches.layout import LayoutOptions, Loaded, layout
+from bagel_ds.data.batches.layout import Loaded, layout
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import VAE, VIT
 from bagel_ds.model.bagel import BagelOutput
 from bagel_ds.model.batch import PackedBatch

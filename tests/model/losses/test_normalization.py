@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bagel_ds.data.batches.layout import LayoutOptions, Loaded, layout
+from bagel_ds.data.batches.layout import Loaded, layout
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE
 from bagel_ds.model.bagel import BagelOutput
 from bagel_ds.model.batch import PackedBatch

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from bagel_ds.data.batches.layout import LayoutOptions, Loaded, layout
+from bagel_ds.data.batches.layout import Loaded, layout
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT
 from bagel_ds.model.attention import AttentionLayout
 from bagel_ds.model.bagel import Bagel

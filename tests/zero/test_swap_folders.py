@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from bagel_ds.errors import UserError
-from bagel_ds.zero.host.swap_folders import leave_folders, run_folder, sweep_folders, take_folder
+from bagel_ds.zero.swap_folders import leave_folders, run_folder, sweep_folders, take_folder
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 # Holds a folder as a rank does, until a line comes in; a forked child lives on, as a process that somebody forks may.
 RANK = """

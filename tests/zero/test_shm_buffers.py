@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from bagel_ds.zero.host.shm_buffers import remove_own_buffers, remove_stale_buffers
+from bagel_ds.zero.shm_buffers import remove_own_buffers, remove_stale_buffers
 
 # Uses a buffer as a rank does: mapped, with or without the file still open (Python's own mmap keeps it open).
 USER = """

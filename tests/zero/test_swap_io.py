@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from bagel_ds.errors import UserError
-from bagel_ds.zero.host import swap_io
-from bagel_ds.zero.host.swap_io import BOUNCE, MOST_THREADS, REQUEST, SECTOR, SwapHandle, _cut_gradients, locked_tensor
+from bagel_ds.zero import swap_io
+from bagel_ds.zero.swap_io import BOUNCE, MOST_THREADS, REQUEST, SECTOR, SwapHandle, _cut_gradients, locked_tensor
 
 LENGTHS = [1, 3, SECTOR - 1, SECTOR, SECTOR + 1, BOUNCE - 1, BOUNCE, BOUNCE + 1, REQUEST - 1, REQUEST, REQUEST + 1]
 LENGTHS += [2 * REQUEST + BOUNCE + SECTOR + 7, (MOST_THREADS + 1) * REQUEST]
