@@ -1,5 +1,5 @@
-"""What every test can rely on: hypothesis draws the same examples each time and never fails for being slow; a test's log
-handlers go when it ends; signals are not ignored because the process that started the tests ignores them (nohup, a
+"""What every test can rely on: hypothesis draws the same examples each time and never fails for being slow; what a
+test sets up for logging goes when it ends; signals are not ignored because the process that started the tests ignores them (nohup, a
 shell's background job), which children inherit.
 """
 
@@ -21,11 +21,12 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 
 
 @pytest.fixture(autouse=True)
-def log_handlers_go() -> Iterator[None]:
-    """A handler that a command sets up writes to the stderr of its test, which is closed in the next."""
+def logging_as_before() -> Iterator[None]:
+    """A command's log handler writes to the stderr of its test, which is closed in the next."""
     logger = logging.getLogger("bagel_ds")
-    before, propagates = list(logger.handlers), logger.propagate
+    before, propagates, level = list(logger.handlers), logger.propagate, logger.level
     yield
     for handler in set(logger.handlers) - set(before):
         handler.close()
     logger.handlers[:], logger.propagate = before, propagates
+    logger.setLevel(level)
