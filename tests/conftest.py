@@ -1,6 +1,6 @@
 """What every test can rely on: hypothesis draws the same examples each time and never fails for being slow; what a
-test sets up for logging goes when it ends; signals are not ignored because the process that started the tests ignores them (nohup, a
-shell's background job), which children inherit.
+test sets up for logging goes when it ends; signals are not ignored because the process that started the tests ignores
+them (nohup, a shell's background job), which children inherit.
 """
 
 from __future__ import annotations
