@@ -19,6 +19,7 @@ from bagel_ds.model.attention import AttentionLayout
 from bagel_ds.model.batch import PackedBatch, normalize_pixels
 from bagel_ds.model.cache import Cache
 from bagel_ds.model.embeddings import PositionTable, TimestepEmbedder, rope_tables
+from bagel_ds.model.flow import flow_time
 from bagel_ds.model.layers import GELUMLP, Linear
 from bagel_ds.model.mot import GEN, Experts, LanguageModel, PackGeometry
 from bagel_ds.model.recompute import Recompute, keep
@@ -35,12 +36,6 @@ class Prediction(NamedTuple):
     logits: Tensor  # [K, V] fp32, at `ce_loss_indexes`
     velocity: Tensor  # [M, F] fp32, at `mse_loss_indexes`
     last: Tensor  # [M, C] the last layer's output there, from which `velocity_of` makes the velocity
-
-
-def flow_time(timesteps: Tensor, shift: float) -> Tensor:
-    """t of the flow, 0 (clean) to 1 (noise), from timesteps before the sigmoid (`PackedBatch.timesteps`)."""
-    sigma = torch.sigmoid(timesteps)
-    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 class Bagel(nn.Module):

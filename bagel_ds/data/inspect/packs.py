@@ -18,7 +18,7 @@ from torch import Tensor
 from bagel_ds.data.batches.loader import PlannedData
 from bagel_ds.data.plan.packing import Pack
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, Entry
-from bagel_ds.model import bagel
+from bagel_ds.model import flow
 from bagel_ds.model.batch import PackedBatch, unpatchify
 from bagel_ds.model_folder.tokenizer import Tokenizer
 
@@ -92,7 +92,7 @@ def kept_pack(batch: PackedBatch, tokenizer: Tokenizer, limit: int, number: int 
 
 def flow_time(timestep: float, shift: float) -> float:
     """Where between image (0) and noise (1) a latent with this raw timestep lies (REFERENCE 3)."""
-    return float(bagel.flow_time(torch.tensor(timestep), shift))
+    return float(flow.flow_time(torch.tensor(timestep), shift))
 
 
 # ----------------------------------------------------------------------------------------------- reading a batch back
