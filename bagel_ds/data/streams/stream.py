@@ -20,6 +20,7 @@ from bagel_ds.data.formats.record import VERSION, ParsedRow, Record, decode_reco
 from bagel_ds.data.formats.registry import KINDS
 from bagel_ds.data.formats.source import Piece
 from bagel_ds.data.index.index import FileIndex
+from bagel_ds.data.plan.planner import digest_of
 from bagel_ds.data.samples.draws import Draws, draw_key
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.images import ImageTransform
@@ -137,16 +138,13 @@ class GroupStream:
     @property
     def fingerprint(self) -> str:
         """Of everything a plan depends on; equal on all hosts that hold the same data, wherever it lies."""
-        digest = hashlib.blake2b(digest_size=16)
         settings = (self.number, self.name, self.kind, self.weight, self.is_mandatory, self._text_lengths)
-        digest.update(repr((*settings, self.vae_transform, self.vit_transform, self.options, self.special)).encode())
-        for use in self.uses:
-            digest.update(f"{use.dataset} {use.index.digest}\n".encode())
-        return digest.hexdigest()
+        files = [(use.dataset, use.index.digest) for use in self.uses]
+        return digest_of([settings, self.vae_transform, self.vit_transform, self.options, self.special, files])
 
     @property
     def rows_fingerprint(self) -> str:
-        """Of the rows alone: equal as long as row numbers mean the same, whatever is made of them."""
+        """Of the rows only: equal as long as row numbers mean the same. Training states hold it: keep it as it is."""
         digest = hashlib.blake2b(repr((self.number, self.name, self.kind)).encode(), digest_size=16)
         for use in self.uses:
             digest.update(f"{use.dataset} {use.index.digest}\n".encode())

@@ -90,8 +90,8 @@ def test_a_full_dev_shm_changes_nothing(tmp_path: Path) -> None:
     code = """
 import sys
 from unittest import mock
-from bagel_ds.data import loader
-from bagel_ds.data.plan import PackingOptions
+from bagel_ds.data.batches import loader
+from bagel_ds.data.plan.planner import PackingOptions
 from tests.data.stand_in import Maker, Rows
 
 open("/dev/shm/all", "wb").write(bytes(2**16))

@@ -117,9 +117,9 @@ def test_no_sample_is_lost_or_used_twice_and_budgets_and_waiting_bound_hold(
     for stream in streams:
         stream.longest = min(stream.longest, limit)
     planner = planner_of(streams, lookahead=lookahead, max_num_tokens=limit)
-    packs = packs_of(planner, 3 * planner.block_size)
+    packs = packs_of(planner, 3 * planner.rules.block)
     assert all(0 < pack.length <= limit and pack.length == sum(s.length for s in pack.samples) for pack in packs)
-    assert all(pack.waited <= 2 * (planner.window_size + len(planner.mandatory)) for pack in packs)
+    assert all(pack.waited <= 2 * (planner.rules.window + len(planner.mandatory)) for pack in packs)
     counts = Counter(samples_of(packs))
     assert set(counts.values()) == {1}
     # Every usable row of an epoch that lies wholly behind is used: what is missing still waits in the window.
@@ -127,7 +127,7 @@ def test_no_sample_is_lost_or_used_twice_and_budgets_and_waiting_bound_hold(
         used = Counter(epoch for dataset, epoch, _ in counts if dataset == sum(stream.name.encode()))
         usable = sum(stream.usable(row) for row in range(stream.rows))
         missing = sum(usable - used[epoch] for epoch in range(max(used, default=0)))
-        assert missing <= planner.window_size + len(planner.mandatory), f"group {number}"
+        assert missing <= planner.rules.window + len(planner.mandatory), f"group {number}"
 
 
 @settings(max_examples=25, deadline=None)
@@ -185,7 +185,7 @@ def test_the_bench_mix_meets_its_goals(budgets: tuple[int, int, int], fill: floa
     assert line.fill >= fill
     assert line.imbalance_llm <= 0.01
     assert line.imbalance_vision <= 0.10
-    assert line.max_wait <= 2 * (planner.window_size + len(planner.mandatory))
+    assert line.max_wait <= 2 * (planner.rules.window + len(planner.mandatory))
 
 
 @given(st.integers(2, 200), st.integers(0, 10**9))
@@ -245,8 +245,8 @@ def test_the_permutation_is_splitmix64_and_never_changes() -> None:
 
 _PRINT_PLAN = """
 import hashlib, itertools, sys
-sys.path[:0] = ["tests/data", "."]
-from test_plan import Rows, planner_of, packs_of, samples_of
+sys.path[:0] = ["."]
+from tests.data.plan.test_planner import Rows, planner_of, packs_of, samples_of
 planner = planner_of([Rows(rows=70, is_mandatory=True), Rows(rows=333, weight=2.0)])
 print(hashlib.sha256(repr(packs_of(planner, 300)).encode()).hexdigest())
 """
@@ -289,7 +289,7 @@ def test_epochs_grow_evenly_and_count_what_was_planned() -> None:
     shown = [step.epochs["group1"] for step in steps]
     assert shown == sorted(shown)
     used = Counter(dataset for step in steps for dataset, _, _ in samples_of(step.packs))[sum(b"group1")]
-    assert shown[-1] == pytest.approx(used / 300, abs=(planner.window_size + 64) / 300)
+    assert shown[-1] == pytest.approx(used / 300, abs=24 / 300)
 
 
 def test_one_tiny_group_feeds_any_number_of_ranks() -> None:
