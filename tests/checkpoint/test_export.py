@@ -97,8 +97,8 @@ def test_a_folder_without_state_is_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- whole or not
 KILLED_AT_THE_THIRD_TENSOR = """
 import os, signal, sys
-from bagel_ds.checkpoint.tensors import TensorFileWriter
-from bagel_ds.cli import main
+from bagel_ds.model_folder.tensor_files import TensorFileWriter
+from bagel_ds.cli.main import main
 write, calls = TensorFileWriter.write, []
 def killed(*arguments):
     calls.append(arguments)

@@ -104,8 +104,8 @@ def test_an_error_of_another_pipe_is_not_taken_for_the_readers(tmp_path: Path) -
 TRAINING = """
 import logging, os, sys
 from pathlib import Path
-from bagel_ds.output import outlive_the_reader, say
-from bagel_ds.train.metrics import MetricsLog, setup_logging
+from bagel_ds.machine.output import outlive_the_reader, say
+from bagel_ds.train.metrics.log import MetricsLog, setup_logging
 outlive_the_reader()
 setup_logging(sys.argv[1], 0)
 with MetricsLog(sys.argv[1], 0, total_steps=50) as metrics:
@@ -134,8 +134,8 @@ def test_a_run_goes_on_when_its_reader_goes(unbuffered: str, tmp_path: Path) -> 
     assert process.stdin is not None and process.stdout is not None
     timer = threading.Timer(120, process.kill)
     timer.start()
-    while b"begun" not in process.stdout.readline():
-        pass
+    lines = iter(process.stdout.readline, b"")
+    assert any(b"begun" in line for line in lines), "ended before it began"
     process.stdout.close()
     process.stdin.write(b"\n")
     process.stdin.close()
@@ -208,10 +208,11 @@ def test_a_file_name_that_is_no_text_is_named(tmp_path: Path) -> None:
 READER = """
 import sys
 from pathlib import Path
-from bagel_ds.data.config import load_dataset_config
-from bagel_ds.data.sources import SampleOptions, open_streams
-from bagel_ds.data.tokenizer import load_tokenizer
-from bagel_ds.output import run_command
+from bagel_ds.data.config.dataset_config import load_dataset_config
+from bagel_ds.data.streams.opening import open_streams
+from bagel_ds.data.streams.stream import SampleOptions
+from bagel_ds.model_folder.tokenizer import load_tokenizer
+from bagel_ds.machine.output import run_command
 
 def show():
     config = load_dataset_config(str(Path(sys.argv[1], "data.yaml")), None)

@@ -194,7 +194,7 @@ def test_without_any_folder_one_is_asked_for(nobody: None, monkeypatch: pytest.M
 # Imports all that a run imports, then asks each library where it would write.
 PROBE = """
 import os
-from bagel_ds.user_folders import settle_user_folders
+from bagel_ds.machine.user_folders import settle_user_folders
 print(*settle_user_folders(), sep="\\n")
 import deepspeed, torch, torch.utils.cpp_extension, torch.utils.tensorboard, transformers
 from torch._inductor.runtime.cache_dir_utils import cache_dir

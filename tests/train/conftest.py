@@ -36,7 +36,7 @@ HOLDER = """
 import os, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from bagel_ds.train.claim import claim
+from bagel_ds.train.saves.lock import claim
 held = claim(Path(sys.argv[1]))
 if os.fork() == 0:
     os.close(0), os.close(1)

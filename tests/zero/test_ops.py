@@ -25,7 +25,7 @@ BUILDER = """
 import sys
 from pathlib import Path
 from torch.utils.cpp_extension import load
-from bagel_ds.zero.builds import Op, build
+from bagel_ds.zero.ops import Op, build
 source = Path(sys.argv[1])
 part = Op("tiny_part", "a test", "nothing is compiled", lambda: load("tiny_part", [str(source)]))
 build([part])

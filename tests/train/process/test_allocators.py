@@ -10,7 +10,7 @@ import pytest
 
 COMMON = """
 import torch
-from bagel_ds.zero.memory_allocator import exact_pinned_memory, return_freed_memory
+from bagel_ds.train.process.allocators import exact_pinned_memory, return_freed_memory
 def anonymous_mib():
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024

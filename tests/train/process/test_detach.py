@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 PROGRAM = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
-from bagel_ds.train.detach import asked_to_stop, end_at_once, run_detached
+from bagel_ds.train.process.detach import asked_to_stop, end_at_once, run_detached
 
 def rank():
     here = Path({folder!r})

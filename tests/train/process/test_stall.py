@@ -30,7 +30,7 @@ def beat(step: int, phase: str, silent: float = 0.0) -> dict[str, Any]:
 
 def program(body: str) -> subprocess.Popen[str]:
     head = f"import sys, time\nfrom pathlib import Path\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
-    head += "from bagel_ds.train import watch\nfrom bagel_ds.train.process.stall import StallWatch\n"
+    head += "from bagel_ds.train.process import stall as watch\nfrom bagel_ds.train.process.stall import StallWatch\n"
     command = [sys.executable, "-c", head + body]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -161,7 +161,7 @@ def test_what_says_that_it_goes_on_may_take_longer_than_the_timeout(tmp_path: Pa
     """And from then on it is watched as before."""
     stalled = program(
         """
-from bagel_ds import liveness
+from bagel_ds.machine import liveness
 found = StallWatch(None, 0, 1, timeout=1.5)
 with found.phase(0, "setup"):
     for _ in range(15):
@@ -208,8 +208,8 @@ def test_ranks_know_of_each_other_once_they_share_a_folder(tmp_path: Path) -> No
 def test_a_stalled_rank_has_its_workers_print_their_stacks(tmp_path: Path) -> None:
     stalled = program(
         """
-from bagel_ds.data.processes import start_worker
-from tests.data import worker_functions as functions
+from bagel_ds.processes import start_worker
+from tests.processes import worker_functions as functions
 worker = start_worker(functions.stay, "stopped", name="data worker 0")
 worker.receive()
 worker.doing = lambda: "it made a pack"

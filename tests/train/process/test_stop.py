@@ -53,7 +53,7 @@ def test_a_later_second_signal_ends_the_process_at_once() -> None:
     program = """
 import os, signal, time
 from pathlib import Path
-from bagel_ds.train import stop
+from bagel_ds.train.process import stop
 wish = stop.StopRequest([], None, False)
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(0.1)

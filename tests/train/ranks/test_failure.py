@@ -25,10 +25,10 @@ import sys, time
 from datetime import timedelta
 import torch.distributed as dist
 from bagel_ds.errors import UserError
-from bagel_ds.train import alarm
-from bagel_ds.train.agreement import SharedFault
-from bagel_ds.train.failure import ending_alone
-from bagel_ds.train.hosts import Hosts
+from bagel_ds.train.ranks import alarm
+from bagel_ds.train.ranks.agreement import SharedFault
+from bagel_ds.train.ranks.failure import ending_alone
+from bagel_ds.train.ranks.hosts import Hosts
 from tests.train.conftest import rank_on
 
 rank, port = int(sys.argv[1]), int(sys.argv[2])

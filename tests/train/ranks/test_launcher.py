@@ -174,7 +174,7 @@ def test_torch_and_deepspeed_find_what_they_read() -> None:
 # ------------------------------------------------------------------------------------------- the launcher's process
 _LOOKS = """
 import json, os
-from bagel_ds.train.launcher import launcher_process
+from bagel_ds.train.ranks.launcher import launcher_process
 found = launcher_process(os.environ)
 print(json.dumps(None if found is None else [found.environment.get("OMP_NUM_THREADS"), found.environment.get("WISH")]))
 """

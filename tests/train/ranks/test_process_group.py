@@ -32,15 +32,15 @@ def test_collective_calls_outlast_the_stall_watch(stall_timeout: float, seconds:
 _JOINS = """
 import ctypes, json, os, re, sys
 from pathlib import Path
-from bagel_ds.train import process_group
-from bagel_ds.train.hosts import Threads
-from bagel_ds.train.launcher import read_launch
+from bagel_ds.train.ranks import process_group
+from bagel_ds.train.ranks.hosts import Threads
+from bagel_ds.train.ranks.launcher import read_launch
 process_group.threads_of = lambda *_: Threads(3, "as a test says")  # no number that a library would choose
 joined = process_group.join_ranks(read_launch(os.environ), stall_timeout=1800)
 import deepspeed, torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
-from bagel_ds.train import agreement
+from bagel_ds.train.ranks import agreement
 from deepspeed.ops.op_builder import CPUAdamBuilder
 
 def timeout(group):

@@ -64,10 +64,10 @@ def test_a_port_that_only_root_may_use_is_named(monkeypatch: pytest.MonkeyPatch)
 # A rank that finds nobody, with a patience of seconds, and what it says while it waits.
 LOST = """
 import logging, os, sys
-from bagel_ds import waiting
+from bagel_ds.machine import waiting
 from bagel_ds.errors import UserError
-from bagel_ds.train import rendezvous
-from bagel_ds.train.launcher import read_launch
+from bagel_ds.train.ranks import rendezvous
+from bagel_ds.train.ranks.launcher import read_launch
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 waiting.FIRST, rendezvous._GRACE_SECONDS, rendezvous._MEET_SECONDS = 0.5, 0.0, 4.0
 try:
