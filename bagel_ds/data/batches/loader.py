@@ -20,7 +20,7 @@ from bagel_ds.data.batches.materialize import BatchMaker, LayoutOptions, PackTas
 from bagel_ds.data.index.data_file import DataFile
 from bagel_ds.data.plan.cost import CostModel
 from bagel_ds.data.plan.packing import Pack
-from bagel_ds.data.plan.planner import PackingOptions, Planner, Step, digest_of
+from bagel_ds.data.plan.planner import PackingOptions, Planner, MicroStep, digest_of
 from bagel_ds.data.plan.row_order import ROW_ORDER
 from bagel_ds.data.plan.rules import ALGORITHM, UNNAMED_ALGORITHM
 from bagel_ds.data.samples.sample import SamplePlan
@@ -59,19 +59,19 @@ class _Task(NamedTuple):
 
 
 def planned_tasks(
-    steps: Iterator[Step], rank: int, world_size: int, workers: int, under_way: deque[Step]
+    steps: Iterator[MicroStep], rank: int, world_size: int, workers: int, under_way: deque[MicroStep]
 ) -> Iterator[_Task]:
     """The tasks of `rank`, which its workers take in turns; a step joins `under_way` as its task is taken.
 
     Each pack's rows are announced once, to the worker that will run it, at most HORIZON packs of all ranks before.
     """
     horizon, growth = max(HORIZON // world_size, 1), max(HORIZON_GROWTH // world_size, 4)
-    ahead: deque[Step] = deque()
+    ahead: deque[MicroStep] = deque()
     announced: list[list[tuple[int, int]]] = [[] for _ in range(workers)]
     for turn in count():
         while len(ahead) < min(horizon, growth * turn + workers) or not ahead:
             step = next(steps)
-            announced[(turn + len(ahead)) % workers] += [(plan.dataset, plan.row) for plan in step.packs[rank].samples]
+            announced[(turn + len(ahead)) % workers] += [(plan.group, plan.row) for plan in step.packs[rank].samples]
             ahead.append(step)
         coming, announced[turn % workers] = announced[turn % workers], []
         under_way.append(ahead.popleft())
@@ -162,7 +162,7 @@ class PlannedData:
         place = self.place(start)
         if start and rank == 0:
             _log_changes(start, place is start)
-        under_way: deque[Step] = deque()
+        under_way: deque[MicroStep] = deque()
         steps = self.planner.steps(world_size, place)
         tasks = planned_tasks(steps, rank, world_size, max(num_workers, 1), under_way)
         return self._iterate(tasks, under_way, num_workers, prefetch_factor, pin_memory)
@@ -180,7 +180,12 @@ class PlannedData:
         return start if self.planner.plans_again(start) else self.planner.moved(start)
 
     def _iterate(
-        self, tasks: Iterator[_Task], under_way: deque[Step], num_workers: int, prefetch_factor: int, pin_memory: bool
+        self,
+        tasks: Iterator[_Task],
+        under_way: deque[MicroStep],
+        num_workers: int,
+        prefetch_factor: int,
+        pin_memory: bool,
     ) -> Generator[MicroBatch, None, None]:
         located = map(self._located, tasks)
         if num_workers:
@@ -194,11 +199,11 @@ class PlannedData:
 
     def _located(self, task: _Task) -> PackTask:
         """The task with all that takes the index to know."""
-        addresses = tuple(self.streams[plan.dataset].address(plan.row) for plan in task.plans)
+        addresses = tuple(self.streams[plan.group].address(plan.row) for plan in task.plans)
         coming = tuple((group, self.streams[group].address(row)) for group, row in task.coming)
         return PackTask(task.plans, addresses, coming)
 
-    def _micro_batch(self, batch: PackedBatch, step: Step) -> MicroBatch:
+    def _micro_batch(self, batch: PackedBatch, step: MicroStep) -> MicroBatch:
         tokens = sum(pack.length for pack in step.packs)
         return MicroBatch(
             batch,

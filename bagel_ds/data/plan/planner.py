@@ -47,7 +47,7 @@ def imbalance(costs: Sequence[int]) -> float:
     return max(costs) * len(costs) / sum(costs) - 1 if any(costs) else 0.0
 
 
-class Step(NamedTuple):
+class MicroStep(NamedTuple):
     """The packs of all ranks in one global micro-step, and the state after it."""
 
     packs: tuple[Pack, ...]
@@ -79,7 +79,7 @@ def digest_of(values: list[Any]) -> str:
 
 
 def _samples_digest(packs: Sequence[Pack]) -> str:
-    return digest_of([[(plan.dataset, plan.epoch, plan.row, plan.length) for plan in pack.samples] for pack in packs])
+    return digest_of([[(plan.group, plan.epoch, plan.row, plan.length) for plan in pack.samples] for pack in packs])
 
 
 class _Intake:
@@ -167,7 +167,7 @@ class Planner:
         self.mean_lengths = self._mean_lengths()
         self.rules = self._rules(ALGORITHM)
 
-    def steps(self, world_size: int, start: dict[str, Any] | None = None) -> Iterator[Step]:
+    def steps(self, world_size: int, start: dict[str, Any] | None = None) -> Iterator[MicroStep]:
         """The packs of micro-step after micro-step, without end; rank r's is the r-th.
 
         `start` is the `state` of an earlier step, of a run with the same streams and options and any world size.
@@ -187,7 +187,7 @@ class Planner:
             share = offset / len(block.packs)
             epochs = [a + (b - a) * share for a, b in zip(block.epochs_before, block.epochs_after, strict=True)]
             state = {"packs": block.start["first"] + offset, "block": block.start, "samples": block.digest}
-            yield Step(tuple(taken), state, dict(zip(names, epochs, strict=True)))
+            yield MicroStep(tuple(taken), state, dict(zip(names, epochs, strict=True)))
 
     def plans_again(self, start: dict[str, Any]) -> bool:
         """Whether the block under way at a state comes out as it did when the state was saved."""

@@ -17,7 +17,7 @@ import torch
 from bagel_ds.data.batches import loader
 from bagel_ds.data.batches.loader import MicroBatch, PackingOptions, PlannedData
 from bagel_ds.data.plan.cost import CostModel
-from bagel_ds.data.plan.planner import Step
+from bagel_ds.data.plan.planner import MicroStep
 from bagel_ds.errors import UserError
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.shape.parts import Freezing
@@ -109,8 +109,8 @@ def test_other_budgets_go_on_at_the_same_place_and_lose_nothing(used: int) -> No
     assert after[0].state["packs"] == used + 1, "packs are counted on"
     assert max(pack.length for step in after for pack in step.packs) <= 250
 
-    def drawn(some: list[Step]) -> list[tuple[int, int, int]]:
-        return [(plan.dataset, plan.epoch, plan.row) for step in some for plan in step.packs[0].samples]
+    def drawn(some: list[MicroStep]) -> list[tuple[int, int, int]]:
+        return [(plan.group, plan.epoch, plan.row) for step in some for plan in step.packs[0].samples]
 
     # Both groups of the stand-in draw rows of the same numbers, so each may come twice.
     found = Counter(drawn(steps[:block])) + Counter(drawn(after))
@@ -276,6 +276,6 @@ def test_a_worker_learns_each_of_its_rows_once_before_it_needs_it(
         assert task.plans == under_way.popleft().packs[1].samples
         mine = coming[turn % workers]
         mine.extend(task.coming)
-        assert [(plan.dataset, plan.row) for plan in task.plans] == [mine.popleft() for _ in task.plans]
+        assert [(plan.group, plan.row) for plan in task.plans] == [mine.popleft() for _ in task.plans]
         most_ahead = max(most_ahead, len(mine))
     assert most_ahead > 0 if horizon > 2 else most_ahead == 0
