@@ -133,7 +133,7 @@ def _loaded(
     entries = []
     for plan in sample["sequence_plan"]:
         kind, loss = plan["type"], bool(plan["loss"])
-        frame = {key: plan[key] for key in ("split_start", "split_end", "frame_delta") if key in plan}
+        frame = {key: plan[key] for key in ("split_end", "frame_delta") if key in plan}
         timestep = float(draws.randn()) if kind == VAE and loss and plan.get("split_start", True) else float("-inf")
         entries.append(
             Loaded(
