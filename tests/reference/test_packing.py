@@ -85,7 +85,7 @@ def test_packs_made_from_the_rows_themselves(stem: str) -> None:
         assert found is not None
         plan = streams[names.index(name)].plan_sample(found.row, found.epoch)
         assert plan is not None
-        plans.append(plan._replace(dataset=names.index(name)))
+        plans.append(plan._replace(group=names.index(name)))
         la |= found.la
     batch = materialize(plans, streams, tokenizer(), layout_options(), noise_seed=0)
     assert batch.skipped == ()

@@ -20,7 +20,7 @@ from bagel_ds.data.batches.materialize import BatchMaker, LayoutOptions, PackTas
 from bagel_ds.data.index.data_file import DataFile
 from bagel_ds.data.plan.cost import CostModel
 from bagel_ds.data.plan.packing import Pack
-from bagel_ds.data.plan.planner import PackingOptions, Planner, MicroStep, digest_of
+from bagel_ds.data.plan.planner import MicroStep, PackingOptions, Planner, digest_of
 from bagel_ds.data.plan.row_order import ROW_ORDER
 from bagel_ds.data.plan.rules import ALGORITHM, UNNAMED_ALGORITHM
 from bagel_ds.data.samples.sample import SamplePlan
