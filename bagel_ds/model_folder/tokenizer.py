@@ -67,7 +67,7 @@ class Tokenizer:
         # What becomes one special token wherever it stands in a text.
         self.special_strings: tuple[str, ...] = tuple(token.content for token in added if token.special)
         self.size: int = fast.get_vocab_size(with_added_tokens=True)
-        self.fingerprint: str = hashlib.sha256(fast.to_str().encode()).hexdigest()[:16]
+        self.fingerprint: str = _fingerprint(Path(folder))
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; the empty text has none."""
@@ -122,6 +122,18 @@ def _open(folder: Path) -> FastTokenizer:
             f" {found or 'nothing'}. Copy the tokenizer files of BAGEL-7B-MoT into the model folder."
         )
     return fast
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of the folder's files, which decide all ids: the same under every version of the library."""
+    whole = folder / "tokenizer.json"
+    digest = hashlib.sha256()
+    for path in (whole,) if whole.is_file() else (folder / "vocab.json", folder / "merges.txt"):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for number, token in sorted(_listed_tokens(folder).items()):
+        flags = (token.single_word, token.lstrip, token.rstrip, token.normalized, token.special)
+        digest.update(f"{number} {token.content} {flags}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _from_vocab(vocab: Path, merges: Path) -> FastTokenizer:
