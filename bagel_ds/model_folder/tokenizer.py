@@ -2,7 +2,12 @@
 
 Guarantees: ids equal the original's (transformers' Qwen2 tokenizer) for every text, special-token strings inside user
 text included; instances can be pickled and forked. Reads tokenizer.json, or vocab.json + merges.txt, with or without
-tokenizer_config.json. A folder that lists its tokens gets no other one, but by `complete_tokenizer`.
+tokenizer_config.json. Only `complete_tokenizer` adds tokens that a folder doesn't list.
+
+Why not transformers' own tokenizer class: it wraps the same `tokenizers` object but costs more at every start of a
+command or a worker. Measured with transformers 5.23 on the recorded examples and 2 CPU cores; all three give equal ids.
+This module: 0.09 s to start, 7 MiB of private memory, no torch. Qwen2TokenizerFast: 1.3 s, 38 MiB. AutoTokenizer:
+2.5 s, 164 MiB, imports torch, and warns that it doesn't know the model type `bagel`.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from torch import Tensor
 from bagel_ds.data.batches.loader import PlannedData
 from bagel_ds.data.plan.packing import Pack
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, Entry
-from bagel_ds.model import bagel
 from bagel_ds.model.batch import PackedBatch, unpatchify
+from bagel_ds.model.flow import flow_time
 from bagel_ds.model_folder.tokenizer import Tokenizer
 
 _WIDTH = 120
@@ -88,11 +88,6 @@ def kept_pack(batch: PackedBatch, tokenizer: Tokenizer, limit: int, number: int 
             pieces.append(reader.piece(reader.entry()))
         samples.append(ShownSample(name, 0, start, length, tuple(pieces)))
     return ShownPack(number, limit, tuple(samples), batch)
-
-
-def flow_time(timestep: float, shift: float) -> float:
-    """Where between image (0) and noise (1) a latent with this raw timestep lies (REFERENCE 3)."""
-    return float(bagel.flow_time(torch.tensor(timestep), shift))
 
 
 # ----------------------------------------------------------------------------------------------- reading a batch back
@@ -222,7 +217,8 @@ def detail(piece: Piece, timestep_shift: float) -> str:
             f"cross-entropy on {piece.labels}" + (f", its end predicts {piece.end_label}" * bool(piece.end_label))
         )
     if piece.targets:
-        parts.append(f"velocity loss on {piece.targets}, t = {flow_time(piece.timestep, timestep_shift):.3f}")
+        t = float(flow_time(torch.tensor(piece.timestep), timestep_shift))
+        parts.append(f"velocity loss on {piece.targets}, t = {t:.3f}")
     return ", ".join(parts)
 
 
