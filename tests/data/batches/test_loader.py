@@ -17,7 +17,7 @@ import torch
 from bagel_ds.data.batches import loader
 from bagel_ds.data.batches.loader import MicroBatch, PackingOptions, PlannedData
 from bagel_ds.data.plan.cost import CostModel
-from bagel_ds.data.plan.planner import Step
+from bagel_ds.data.plan.planner import MicroStep
 from bagel_ds.errors import UserError
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.shape.parts import Freezing
@@ -105,12 +105,12 @@ def test_other_budgets_go_on_at_the_same_place_and_lose_nothing(used: int) -> No
     steps = list(itertools.islice(old.steps(1), used))
     state = json.loads(json.dumps(steps[-1].state))
     block = state["block"]["first"]
-    after = list(itertools.islice(new.steps(1, new.moved(state)), 400))
+    after = list(itertools.islice(new.steps(1, new.moved(state)), 1000))
     assert after[0].state["packs"] == used + 1, "packs are counted on"
     assert max(pack.length for step in after for pack in step.packs) <= 250
 
-    def drawn(some: list[Step]) -> list[tuple[int, int, int]]:
-        return [(plan.dataset, plan.epoch, plan.row) for step in some for plan in step.packs[0].samples]
+    def drawn(some: list[MicroStep]) -> list[tuple[int, int, int]]:
+        return [(plan.group, plan.epoch, plan.row) for step in some for plan in step.packs[0].samples]
 
     # Both groups of the stand-in draw rows of the same numbers, so each may come twice.
     found = Counter(drawn(steps[:block])) + Counter(drawn(after))
@@ -123,12 +123,12 @@ def test_a_loader_under_other_budgets_says_what_it_does(caplog: pytest.LogCaptur
     logging.getLogger("bagel_ds").propagate = True
     with caplog.at_level(logging.WARNING, "bagel_ds"):
         moved = first(data(max_num_tokens=250).micro_batches(0, 1, start=state), 2)
-    assert "goes on at the same place in the data; up to 3 packs" in caplog.text
+    assert "continues at the same place in the data; the samples of up to 3 packs" in caplog.text
     assert moved[-1].state["packs"] == 5
 
 
 def test_what_trains_changes_costs_and_is_not_blamed_on_the_data(caplog: pytest.LogCaptureFixture) -> None:
-    """The plan's digest holds the cost model, which depends on what is frozen."""
+    """Packs are chosen by costs, which depend on what is frozen."""
     state = first(data().micro_batches(0, 1), 3)[-1].state
     frozen = data(cost=CostModel.of(freezing=Freezing(freeze_llm=True)))
     logging.getLogger("bagel_ds").propagate = True
@@ -138,7 +138,7 @@ def test_what_trains_changes_costs_and_is_not_blamed_on_the_data(caplog: pytest.
         assert caplog.messages == [], "rank 0 reports it"
         frozen.micro_batches(0, 2, start=state).close()
     (line,) = caplog.messages
-    assert "the data plan changed since the checkpoint: it goes on" in line
+    assert "The data plan changed since the checkpoint: the run continues" in line
     assert not any(word in line for word in ("budgets", "weights", "dropout", "tokenizer", "pictures"))
 
 
@@ -276,6 +276,6 @@ def test_a_worker_learns_each_of_its_rows_once_before_it_needs_it(
         assert task.plans == under_way.popleft().packs[1].samples
         mine = coming[turn % workers]
         mine.extend(task.coming)
-        assert [(plan.dataset, plan.row) for plan in task.plans] == [mine.popleft() for _ in task.plans]
+        assert [(plan.group, plan.row) for plan in task.plans] == [mine.popleft() for _ in task.plans]
         most_ahead = max(most_ahead, len(mine))
     assert most_ahead > 0 if horizon > 2 else most_ahead == 0
