@@ -216,13 +216,12 @@ class PlannedData:
 
 def _log_changes(start: dict[str, Any], is_exact: bool) -> None:
     """One line where a resumed run's plan differs from that of the run that saved `start`."""
-    used = start["packs"] - start["block"]["first"]
     algorithm = start["block"].get("algorithm", UNNAMED_ALGORITHM)
     if not is_exact:
+        repeated = start["packs"] - start["block"]["first"] if "used" not in start else 0
         logger.warning(
-            "The data plan changed since the checkpoint: the run continues at the same place in the data; the samples "
-            "of up to %d packs are used a second time",
-            used,
+            "The data plan changed since the checkpoint: the run continues at the same place in the data; %s",
+            f"the samples of {repeated} packs are used a second time" if repeated else "no sample is lost or repeated",
         )
     elif algorithm != ALGORITHM:
         logger.info(

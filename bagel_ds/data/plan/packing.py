@@ -47,6 +47,7 @@ class Pack(NamedTuple):
     vision: int
     waited: int  # packs that its longest-waiting sample saw leave before it
     missing: int  # mandatory groups without a sample in it
+    rows: tuple[tuple[int, int, int], ...] = ()  # (group, epoch, row) of each sample
 
 
 class _Waiting(NamedTuple):
@@ -105,7 +106,8 @@ class _Open:
 
     def close(self, limit: int, missing: int) -> Pack:
         samples = tuple(candidate.plan for candidate in self.members)
-        return Pack(samples, limit - self.rest, self.llm, self.vision, self.waited, missing)
+        rows = tuple((candidate.group, candidate.epoch, candidate.row) for candidate in self.members)
+        return Pack(samples, limit - self.rest, self.llm, self.vision, self.waited, missing, rows)
 
 
 class _Goal(NamedTuple):

@@ -69,8 +69,14 @@ class _Block(NamedTuple):
     packs: list[Pack]  # in the order of use
     start: dict[str, Any]  # what plans this block again
     digest: str  # of its samples and their lengths
+    end: dict[str, Any]  # cursors behind it
+    places: dict[tuple[int, int, int], int]  # of the rows in `Planner._rows_of` it
     epochs_before: list[float]
     epochs_after: list[float]
+
+    def bits(self, start: int, stop: int) -> int:
+        """One bit for each row that these of its packs use, at the row's place."""
+        return sum(1 << self.places[row] for pack in self.packs[start:stop] for row in pack.rows)
 
 
 def digest_of(values: list[Any]) -> str:
@@ -176,17 +182,20 @@ class Planner:
         blocks = self._blocks(start["block"] if start else None)
         block = next(blocks)
         offset = start["packs"] - block.start["first"] if start else 0
+        used = block.bits(0, offset)
         while True:
             taken: list[Pack] = []
             while len(taken) < world_size:
                 if offset == len(block.packs):
-                    block, offset = next(blocks), 0
+                    block, offset, used = next(blocks), 0, 0
                 following = block.packs[offset : offset + world_size - len(taken)]
                 taken += following
+                used |= block.bits(offset, offset + len(following))
                 offset += len(following)
             share = offset / len(block.packs)
             epochs = [a + (b - a) * share for a, b in zip(block.epochs_before, block.epochs_after, strict=True)]
             state = {"packs": block.start["first"] + offset, "block": block.start, "samples": block.digest}
+            state |= {"end": block.end, "used": f"{used:x}"}
             yield MicroStep(tuple(taken), state, dict(zip(names, epochs, strict=True)))
 
     def plans_again(self, start: dict[str, Any]) -> bool:
@@ -196,13 +205,29 @@ class Planner:
     def moved(self, start: dict[str, Any]) -> dict[str, Any]:
         """The place of a state that was saved under other options over the same rows.
 
-        Planning starts again where the block under way began. So none of its samples is lost, and those of its packs
-        that were already used are used once more: at most a block's. Rows that no longer give a sample are left out.
+        All rows of the block under way that no pack has used wait in the window of a new block; those that no longer
+        give a sample are left out. So nothing is lost or repeated. A state that doesn't say which rows are used (of
+        algorithm 2) begins the block again, which repeats the packs that were used of it.
         """
         block = start["block"]
-        cursors = {name: [epoch, position, 0] for name, (epoch, position, _) in block["groups"].items()}
-        moved = {"first": start["packs"], "groups": cursors, "carried": block["carried"], "algorithm": ALGORITHM}
+        end, used = start.get("end", block["groups"]), int(start.get("used", "0"), 16)
+        left = [row for place, row in enumerate(self._rows_of(block, end)) if not used >> place & 1]
+        cursors = {name: [epoch, position, 0] for name, (epoch, position, _) in end.items()}
+        carried = [[*row, 0] for row in left]
+        moved = {"first": start["packs"], "groups": cursors, "carried": carried, "algorithm": ALGORITHM}
         return {"packs": start["packs"], "block": moved}
+
+    def _rows_of(self, block: dict[str, Any], end: dict[str, Any]) -> list[tuple[int, int, int]]:
+        """(group, epoch, row) that wait at a block's beginning, then those passed by its end, all groups in step."""
+        passed = []
+        for group, stream in enumerate(self.streams):
+            if stream.name in end:
+                order = RowOrder(stream.units, self.options.data_seed, stream.name)
+                order.move_to(*block["groups"][stream.name][:2])
+                epoch, position, _ = end[stream.name]
+                count = (epoch - order.epoch) * order.rows_per_epoch + position - order.position
+                passed += [(i / count, group, *order.next()) for i in range(count)]
+        return [(group, epoch, row) for group, epoch, row, _ in block["carried"]] + [key[1:] for key in sorted(passed)]
 
     def _check(self) -> None:
         faults = []
@@ -249,7 +274,9 @@ class Planner:
             key = stable_key(self.options.data_seed, "block", snapshot["first"])
             llm, vision = np.array([pack.llm for pack in packs]), np.array([pack.vision for pack in packs])
             ordered = [packs[i] for i in like_cost_order(llm, vision, key)]
-            yield _Block(ordered, snapshot, _samples_digest(ordered), before, packer.epochs())
+            end = packer.snapshot()["groups"]
+            places = {row: place for place, row in enumerate(self._rows_of(snapshot, end))}
+            yield _Block(ordered, snapshot, _samples_digest(ordered), end, places, before, packer.epochs())
             algorithm = ALGORITHM
 
 

@@ -20,12 +20,12 @@ from bagel_ds.data.batches.loader import LayoutOptions, PackingOptions, PlannedD
 from bagel_ds.data.plan import planner as module
 from bagel_ds.data.plan.packing import Pack
 from bagel_ds.data.plan.planner import Planner
-from bagel_ds.data.plan.row_order import RowOrder
 from bagel_ds.data.plan.rules import ALGORITHM, LARGEST_BLOCK, PackingRules, rules_of
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.data.streams.stream import SampleOptions
 from bagel_ds.model_folder import tokenizer as tokenizer_module
 from bagel_ds.model_folder.tokenizer import load_tokenizer
+from tests.data.plan.accounting import Row, rows_used_before
 from tests.data.plan.test_planner import Rows, packs_of, planner_of, samples_of
 
 SAVED = Path(__file__).parent / "saved_by_algorithm_2"
@@ -34,7 +34,6 @@ STATE: Any = RECORDED["state"]
 USED, PLANNED = STATE["packs"], len(RECORDED["packs"])
 WORLDS = (1, 2, 5)
 OPTIONS = {"text_cond_dropout_prob": 0.1, "vit_cond_dropout_prob": 0.3, "vae_cond_dropout_prob": 0.3}
-Sample = tuple[int, int, int]  # group, epoch, row
 
 
 def opened(scratch: Path, **packing: Any) -> PlannedData:
@@ -52,15 +51,15 @@ def opened(scratch: Path, **packing: Any) -> PlannedData:
     return PlannedData(streams, tokenizer, LayoutOptions(), options, noise_seed=42)
 
 
-def recorded(packs: Sequence[Any]) -> list[list[Sample]]:
+def recorded(packs: Sequence[Any]) -> list[list[Row]]:
     return [[(group, epoch, row) for group, epoch, row in pack] for pack in packs]
 
 
-def planned(packs: Sequence[Pack]) -> list[list[Sample]]:
+def planned(packs: Sequence[Pack]) -> list[list[Row]]:
     return [samples_of([pack]) for pack in packs]
 
 
-def continued(data: PlannedData, start: Any, world: int) -> tuple[list[list[Sample]], Any]:
+def continued(data: PlannedData, start: Any, world: int) -> tuple[list[list[Row]], Any]:
     """The packs from a state on to the beginning of a later block, and that block's own state."""
     packs: list[Pack] = []
     for step in data.planner.steps(world, start):
@@ -69,17 +68,6 @@ def continued(data: PlannedData, start: Any, world: int) -> tuple[list[list[Samp
         if block["first"] > start["packs"] + 2 * LARGEST_BLOCK:
             return planned(packs[: block["first"] - start["packs"]]), block
     raise AssertionError("unreachable")
-
-
-def passed(data: PlannedData, block: Any) -> set[Sample]:
-    """Every usable sample that the groups' cursors have passed at a block's beginning and that waits no longer."""
-    found = set()
-    for number, stream in enumerate(data.streams):
-        epoch, position, _ = block["groups"][stream.name]
-        order = RowOrder(stream.units, data.planner.options.data_seed, stream.name)
-        rows = [order.next() for _ in range(epoch * stream.rows + position)]
-        found |= {(number, *row) for row in rows if data.planner.streams[number].plan_sample(row[1], row[0])}
-    return found - {(group, epoch, row) for group, epoch, row, _ in block["carried"]}
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -92,7 +80,7 @@ def test_a_state_of_algorithm_2_continues_at_exactly_its_place(
     assert after[: PLANNED - USED] == recorded(RECORDED["packs"][USED:]), "the block under way is finished"
     used = Counter(sample for pack in recorded(RECORDED["packs"][:USED]) + after for sample in pack)
     assert set(used.values()) == {1}, "nothing is repeated"
-    assert set(used) == passed(data, block), "nothing is lost"
+    assert set(used) == rows_used_before(data.planner, block), "nothing is lost"
     logging.getLogger("bagel_ds").propagate = True
     with caplog.at_level(logging.INFO, "bagel_ds"):
         for rank in range(2):
@@ -132,7 +120,7 @@ def test_other_options_move_a_state_of_algorithm_2(tmp_path: Path) -> None:
     after, block = continued(data, place, 1)
     used = Counter(sample for pack in recorded(RECORDED["packs"][: STATE["block"]["first"]]) + after for sample in pack)
     assert set(used.values()) == {1}, "only packs of the block under way are repeated"
-    assert set(used) == passed(data, block), "nothing is lost"
+    assert set(used) == rows_used_before(data.planner, block), "nothing is lost"
 
 
 @pytest.mark.parametrize(("rows", "block"), [(90, 32), (700, 64), (9000, 256)])
