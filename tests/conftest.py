@@ -1,11 +1,15 @@
-"""What every test can rely on: hypothesis draws the same examples each time and never fails for being slow; signals are
-not ignored because whoever started the tests ignores them (nohup, a shell's background job), which children inherit.
+"""What every test can rely on: hypothesis draws the same examples each time and never fails for being slow; what a
+test sets up for logging goes when it ends; signals are not ignored because the process that started the tests ignores
+them (nohup, a shell's background job), which children inherit.
 """
 
 from __future__ import annotations
 
+import logging
 import signal
+from collections.abc import Iterator
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("bagel_ds", deadline=None, derandomize=True)
@@ -14,3 +18,15 @@ settings.load_profile("bagel_ds")
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, usual)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A command's log handler writes to the stderr of its test, which is closed in the next."""
+    logger = logging.getLogger("bagel_ds")
+    before, propagates, level = list(logger.handlers), logger.propagate, logger.level
+    yield
+    for handler in set(logger.handlers) - set(before):
+        handler.close()
+    logger.handlers[:], logger.propagate = before, propagates
+    logger.setLevel(level)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bagel_ds.model.attention import AttentionLayout, attend
+from bagel_ds.model.cache import Cache, LayerCache
 from bagel_ds.model.embeddings import apply_rope
 from bagel_ds.model.layers import Embedding, Linear, RMSNorm, SwiGLUMLP
 from bagel_ds.model.losses.head import CrossEntropyHead
@@ -84,10 +85,12 @@ class MoTAttention(TwoExperts):
                 self.add_module("q_norm" + suffix, RMSNorm(llm.head_dim, llm.rms_norm_eps))
                 self.add_module("k_norm" + suffix, RMSNorm(llm.head_dim, llm.rms_norm_eps))
 
-    def forward(self, x: Experts, geometry: PackGeometry) -> Experts:
+    def forward(self, x: Experts, geometry: PackGeometry, cache: LayerCache | None = None) -> Experts:
         q_THD = apply_rope(self._heads("q", x, geometry), geometry.cos_TD, geometry.sin_TD)
         k_TKD = apply_rope(self._heads("k", x, geometry), geometry.cos_TD, geometry.sin_TD)
         v_TKD = self._heads("v", x, geometry)
+        if cache is not None:
+            k_TKD, v_TKD = cache.extend(k_TKD, v_TKD)
         o_TC = attend(q_THD, k_TKD, v_TKD, geometry.attention).flatten(1)
         und, gen = o_TC[geometry.to_experts].split([len(x.und), len(x.gen)])
         return self.stop_und(self.route("o_proj", Experts(und, gen)))
@@ -111,9 +114,11 @@ class MoTLayer(TwoExperts):
             self.add_module("input_layernorm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps))
             self.add_module("post_attention_layernorm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps))
 
-    def forward(self, x_UC: Tensor, x_GC: Tensor, geometry: PackGeometry) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_UC: Tensor, x_GC: Tensor, geometry: PackGeometry, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor]:
         x = Experts(x_UC, x_GC)
-        x = x + self.self_attn(self.route("input_layernorm", x), geometry)
+        x = x + self.self_attn(self.route("input_layernorm", x), geometry, cache)
         mlp = self.route("mlp", self.route("post_attention_layernorm", x))
         return tuple(x + self.stop_und(mlp))  # type: ignore[return-value]
 
@@ -129,9 +134,12 @@ class MoTModel(TwoExperts):
         for suffix in ("", GEN):
             self.add_module("norm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps))
 
-    def forward(self, x: Experts, geometry: PackGeometry, recompute: Recompute) -> Experts:
-        for layer in self.layers:
-            x = Experts(*recompute(layer, x.und, x.gen, geometry))
+    def forward(self, x: Experts, geometry: PackGeometry, recompute: Recompute, cache: Cache | None = None) -> Experts:
+        for number, layer in enumerate(self.layers):
+            past = () if cache is None else (cache.layers[number],)
+            x = Experts(*recompute(layer, x.und, x.gen, geometry, *past))
+        if cache is not None:
+            cache.last_GC = x.gen
         return self.stop_und(self.route("norm", x))
 
 

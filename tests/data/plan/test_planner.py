@@ -245,8 +245,8 @@ def test_the_permutation_is_splitmix64_and_never_changes() -> None:
 
 _PRINT_PLAN = """
 import hashlib, itertools, sys
-sys.path[:0] = ["tests/data", "."]
-from test_plan import Rows, planner_of, packs_of, samples_of
+sys.path[:0] = ["tests/data/plan", "."]
+from test_planner import Rows, planner_of, packs_of, samples_of
 planner = planner_of([Rows(rows=70, is_mandatory=True), Rows(rows=333, weight=2.0)])
 print(hashlib.sha256(repr(packs_of(planner, 300)).encode()).hexdigest())
 """
