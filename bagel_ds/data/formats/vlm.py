@@ -8,6 +8,7 @@ the folder is never opened, whether by `..`, by an absolute path or by a link.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +67,11 @@ class VisionLanguage(Source):
         place = items.index(_VIDEO) + 1
         items[place:place] = [clip.frames, self.frames.min_num_frames, self.frames.max_num_frames]
         return ParsedRow(tuple(items), texts, [clip])
+
+    def files(self, row: dict[str, Any], folder: str) -> list[str]:
+        names = _names(row.get("image")) or _names(row.get("video"))
+        inside = [name for name in names if isinstance(name, str) and name and ".." not in PurePosixPath(name).parts]
+        return [os.path.join(folder, name) for name in inside if not name.startswith("/")]
 
     def arrange(self, record: Record, draws: Draws) -> list[Piece]:
         pieces = []
