@@ -30,6 +30,7 @@ ROOMS = (
     "machine",
     "config_files",
     "git_lfs",
+    "regular_files",
     "errors",
     "units",
 )
