@@ -20,6 +20,7 @@ import numpy as np
 from bagel_ds.data.files import rows as raw_rows
 from bagel_ds.data.files.filesystems import Unreadable, is_uri, regular_status, shown
 from bagel_ds.data.files.footers import parquet_layout
+from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.files.lines import jsonl_lines
 from bagel_ds.data.formats.record import VERSION, ParsedRow, reason_of
 from bagel_ds.data.formats.source import Source
@@ -35,14 +36,14 @@ class DataFile:
 
     path: str
     source: Source
-    folder: str = ""  # of the pictures that lines name
+    folder: ImageFolder = ImageFolder()  # of the pictures that lines name
     lines: int | None = None
     shuffle_seed: int | None = None
 
     @property
     def key(self) -> str:
         """What the index depends on, apart from the file and the tokenizer."""
-        folder = os.path.abspath(self.folder) if self.folder else ""
+        folder = self.folder.key
         source = f"{self.source.name} {self.source.version} {self.source.settings}"
         return f"{VERSION} {source} {folder} {self.lines} {self.shuffle_seed}"
 

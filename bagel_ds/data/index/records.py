@@ -140,7 +140,7 @@ class TaskIndexer:
         """Every row parsed, or the reason why it cannot be used; rows that are as before are left out."""
         chunk, source, folder = self._chunk, self._task.file.source, self._task.file.folder
         for number, row in enumerate(read_rows(self._task)):
-            files = source.files(row, folder) if folder and not isinstance(row, str) else []
+            files = source.files(row, folder) if folder.path and not isinstance(row, str) else []
             for place in {os.path.dirname(path) for path in files} - chunk.folders.keys():
                 chunk.folders[place] = folder_time(place)  # before its files are read: later changes show
             chunk.stamps.append(file_stamp(files))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from bagel_ds.data.files import rows
 from bagel_ds.data.files.filesystems import shown
+from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats.record import ParsedRow, reason_of
 from bagel_ds.data.formats.source import Piece, Source
 from bagel_ds.data.samples.images import ImageTransform
@@ -46,7 +47,7 @@ class RowAddress(NamedTuple):
     """How to read the row at `place`."""
 
     place: RowPlace
-    folder: str  # of the pictures that lines name
+    folder: ImageFolder  # of the pictures that lines name
     columns: tuple[str, ...]  # of a parquet file
     offset: int  # of a line, in bytes
     length: int
