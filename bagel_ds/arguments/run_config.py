@@ -38,6 +38,7 @@ class RunConfig:
     training: TrainingArguments = TrainingArguments()
     explicit: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
+    data_notes: tuple[str, ...] = ()  # those of `notes` that also concern looking at data without training
     places: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def to_yaml(self) -> str:
@@ -99,7 +100,7 @@ def make_config(
     config = RunConfig(**parts, explicit=frozenset(values) if explicit is None else explicit, places=places or {})
     all_faults(config.placed(_faults(config)), "These options can't be used together or as given:")
     config, notes = _lower_budgets(config)
-    return dataclasses.replace(config, notes=tuple(notes + _notes(config)))
+    return dataclasses.replace(config, notes=tuple(notes + _notes(config)), data_notes=tuple(notes))
 
 
 def _from_home(path: str | None) -> str | None:

@@ -23,15 +23,13 @@ from small_data import (
 
 from bagel_ds.data.formats.record import ParsedRow
 from bagel_ds.data.inspect import check
-from bagel_ds.data.inspect.check import DRAWN, GIVEN, SEEN, TEXTS, DatasetCheck, check_streams
+from bagel_ds.data.inspect.check import DAMAGED, DRAWN, GIVEN, SEEN, SPECIAL, TEXTS, DatasetCheck, check_streams
 from bagel_ds.data.inspect.check_report import as_json, as_text, unusable
 from bagel_ds.data.samples.sample import TEXT, VIT
 from bagel_ds.data.samples.video import Video
 from bagel_ds.data.streams.opening import index_streams
 from bagel_ds.data.streams.stream import SampleOptions
 from bagel_ds.model_folder.tokenizer import Tokenizer
-
-SPECIAL = ("<|im_end|>", "<|endoftext|>")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +64,7 @@ def damaged_groups(folder: Path) -> dict[str, Any]:
 def checked(folder: Path, tokenizer: Tokenizer, workers: int = 1) -> list[DatasetCheck]:
     options = SampleOptions(max_num_tokens_per_sample=150)
     streams = index_streams(config_of(folder, damaged_groups(folder)), tokenizer, options, str(folder / "index"))
-    return check_streams(streams, SPECIAL, workers)
+    return check_streams(streams, tokenizer, workers)
 
 
 def test_each_row_that_cannot_be_used_is_listed_once_with_place_and_reason(
@@ -87,16 +85,16 @@ def test_each_row_that_cannot_be_used_is_listed_once_with_place_and_reason(
 
 def test_odd_but_usable_rows_are_told_apart(tmp_path: Path, tokenizer: Tokenizer) -> None:
     pictures, talks = checked(tmp_path, tokenizer)
-    assert [row.place[2:] for row in pictures.damaged] == [(1, 1)]
-    assert "used as far as it goes" in pictures.damaged[0].reason
-    assert [row.place[2:] for row in pictures.special] == [(2, 0)]
-    assert pictures.special[0].reason == "a text holds <|im_end|>, which becomes special tokens"
-    assert not talks.damaged and not talks.special
+    assert [row.place[2:] for row in pictures.notes[DAMAGED]] == [(1, 1)]
+    assert "used as far as it goes" in pictures.notes[DAMAGED][0].reason
+    assert [row.place[2:] for row in pictures.notes[SPECIAL]] == [(2, 0)]
+    assert pictures.notes[SPECIAL][0].reason == "a text holds <|im_end|>, which becomes special tokens"
+    assert not any(talks.notes.values())
 
 
 def test_counts_are_those_of_the_plan(tmp_path: Path, tokenizer: Tokenizer) -> None:
     streams = streams_of(tmp_path, mixed_groups(tmp_path), tokenizer)
-    results = check_streams(streams, SPECIAL, 1)
+    results = check_streams(streams, tokenizer, 1)
     assert [result.dataset for result in results] == ["pictures", "edits", "talks", "puzzles"]
     for stream, result in zip(streams, results, strict=True):
         plans = [plan for row in range(stream.rows) if (plan := stream.plan_sample(row, 0))]
@@ -114,7 +112,7 @@ def test_counts_are_those_of_the_plan(tmp_path: Path, tokenizer: Tokenizer) -> N
 def test_a_repeated_file_counts_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write_parquet(tmp_path / "t2i" / "a.parquet", t2i_rows(3))
     groups = {"t2i_pretrain": group({"data_dir": str(tmp_path / "t2i")}, num_used_data=[4])}
-    (result,) = check_streams(streams_of(tmp_path, groups, tokenizer), SPECIAL, 1)
+    (result,) = check_streams(streams_of(tmp_path, groups, tokenizer), tokenizer, 1)
     assert (result.files, result.rows, result.usable) == (1, 3, 3)
 
 
@@ -145,7 +143,7 @@ def test_a_dataset_without_a_usable_row_is_reported_not_raised(tmp_path: Path, t
     (tmp_path / "t2i" / "b.parquet").write_bytes(b"no parquet")
     groups = {"t2i_pretrain": group({"data_dir": str(tmp_path / "t2i")}, "pictures")}
     streams = index_streams(config_of(tmp_path, groups), tokenizer, SampleOptions(), str(tmp_path / "index"))
-    results = check_streams(streams, SPECIAL, 1)
+    results = check_streams(streams, tokenizer, 1)
     assert unusable(results) == ["dataset t2i_pretrain/pictures: none of its 2 rows can be used"]
     assert as_json(results[0])["sample_length"] is None
     assert as_json(results[0])["bad_rows"][-1]["row"] is None, "a whole file has no row"
@@ -155,6 +153,9 @@ def test_a_dataset_without_a_usable_row_is_reported_not_raised(tmp_path: Path, t
 def test_frames_of_a_video_are_decoded_up_to_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(check, "decode_frames", lambda video, numbers: asked.extend(numbers))
-    assert check._decode(ParsedRow((), [], [Video(Path("x.mp4"), 1000, 64, 48), Video(Path("y.mp4"), 2, 64, 48)])) == ""
+    assert (
+        list(check._decode(ParsedRow((), [], [Video(Path("x.mp4"), 1000, 64, 48), Video(Path("y.mp4"), 2, 64, 48)])))
+        == []
+    )
     first, second = asked[:-2], asked[-2:]
     assert second == [0, 1] and first[0] == 0 and first[-1] == 999 and max(np.diff(first)) < 100
