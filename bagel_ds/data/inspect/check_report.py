@@ -61,7 +61,7 @@ def as_text(results: Sequence[DatasetCheck]) -> Iterator[str]:
         yield ""
     bad = ("rows that cannot be used", [row for result in results for row in result.unusable])
     notes = [(title, [row for result in results for row in result.notes[kind]]) for kind, title in _NOTES.items()]
-    for title, findings in (bad, *notes):
+    for title, findings in (bad, *(note for note in notes if note[1])):
         yield f"{title}: {len(findings):,}"
         yield from (f"  {row.place}: {row.reason}" for row in findings)
 
