@@ -111,7 +111,7 @@ class Inferencer:
         if mode == "interleave":
             from bagel_ds.inference.reasoning import reason
 
-            return reason(self.network, requests)
+            return reason(self.network, [(own.inputs, own.settings, own.seed) for own in requests])
         return self.run(requests)
 
     def __call__(
@@ -165,7 +165,7 @@ class Inferencer:
             raise UserError("the prompt is empty; say what to draw, change or answer")
         if mode == "edit" and not images:
             raise UserError("mode edit needs an image to change; pass one, or mode t2i")
-        inputs = (*images, *([prompt] if prompt.strip() else []))
+        inputs: tuple[Item, ...] = (*images, *([prompt] if prompt.strip() else []))
         return Request(inputs, mode == "vqa", think or mode == "think", think_prompt, settings, seed)
 
     # ---------------------------------------------------------------------------------------------------- the work

@@ -18,9 +18,9 @@ from bagel_ds.data.batches.layout import Loaded, layout
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.data.samples.sample import TEXT
+from bagel_ds.inference.cache import KeyValueCache
 from bagel_ds.model.bagel import Bagel, Prediction
 from bagel_ds.model.batch import CAUSAL, PackedBatch
-from bagel_ds.model.cache import Cache, LayerCache
 from bagel_ds.model.vae import AutoEncoder, encode_images
 from bagel_ds.model_folder.tokenizer import Tokenizer
 
@@ -60,8 +60,7 @@ class Network:
     def read(self, contexts: Sequence[Context], entries: Sequence[Sequence[Loaded]]) -> list[Context]:
         """Each context after its texts and clean images, all in one call; a context without entries stays as it is."""
         reading = [number for number, own in enumerate(entries) if own]
-        batch = layout([entries[number] for number in reading], self.tokenizer.special, self.layout)
-        batch = self.placed(batch, [contexts[number] for number in reading])
+        batch = self.laid_out([entries[number] for number in reading], [contexts[number] for number in reading])
         _, read = self.predict(batch, [contexts[number] for number in reading], self._latents(batch))
         after = list(contexts)
         for number, context in zip(reading, read):
@@ -72,16 +71,15 @@ class Network:
         """One more token of each sequence: logits of the next, [sequences, V] fp32, and the contexts after it."""
         numbers = torch.arange(len(ids))
         batch = replace(
-            layout([], self.tokenizer.special, self.layout),
+            self.laid_out([], []),
             sample_lens=(1,) * len(ids),
             split_lens=(1,) * len(ids),
             attn_modes=(CAUSAL,) * len(ids),
-            position_ids=torch.zeros(len(ids), dtype=torch.int64),
+            position_ids=torch.tensor([context.position for context in contexts], dtype=torch.int64),
             text_ids=torch.tensor(ids, dtype=torch.int64),
             text_indexes=numbers,
             ce_loss_indexes=numbers,
-        )
-        batch = self.placed(batch, contexts)
+        ).to(self.device)
         prediction, after = self.predict(batch, contexts, self._latents(batch))
         return prediction.logits, [replace(context, position=context.position + 1) for context in after]
 
@@ -90,30 +88,24 @@ class Network:
     ) -> tuple[Prediction, list[Context]]:
         """One call: samples of `batch` continue `contexts`. Latents at flow time `t_G`, without it clean ones."""
         layers = range(self.model.config.llm.num_hidden_layers)
-        cache = Cache(
-            [
-                LayerCache([c.keys[i] for c in contexts], [c.values[i] for c in contexts], batch.sample_lens)
-                for i in layers
-            ]
-        )
+        caches = [
+            KeyValueCache([c.keys[layer] for c in contexts], [c.values[layer] for c in contexts], batch.sample_lens)
+            for layer in layers
+        ]
         t_G = torch.zeros(len(latents_GF), device=self.device) if t_G is None else t_G
         with torch.no_grad():
-            prediction = self.model(batch, latents_GF, t_G, cache)
+            prediction = self.model(batch, latents_GF, t_G, caches, [context.length for context in contexts])
+        keys, values = zip(*((cache.keys, cache.values) for cache in caches))
         after = [
-            Context(
-                tuple(layer.keys[number] for layer in cache.layers),
-                tuple(layer.values[number] for layer in cache.layers),
-                context.position,
-            )
-            for number, context in enumerate(contexts)
+            Context(own_keys, own_values, context.position)
+            for own_keys, own_values, context in zip(zip(*keys), zip(*values), contexts)
         ]
         return prediction, after
 
-    def placed(self, batch: PackedBatch, contexts: Sequence[Context]) -> PackedBatch:
-        """The batch on the device, its samples at the positions where their contexts stand."""
-        starts = torch.tensor([context.position for context in contexts], dtype=torch.int64)
-        offsets = starts.repeat_interleave(torch.tensor(batch.sample_lens, dtype=torch.int64))
-        return replace(batch, position_ids=batch.position_ids + offsets).to(self.device)
+    def laid_out(self, entries: Sequence[Sequence[Loaded]], contexts: Sequence[Context]) -> PackedBatch:
+        """The batch of these samples on the device, each at the position where its context stands."""
+        firsts = [context.position for context in contexts]
+        return layout(entries, self.tokenizer.special, self.layout, first_positions=firsts).to(self.device)
 
     def autocast(self) -> torch.autocast:
         """The autoencoder's precision: bf16 arithmetic where the network's weights are bf16, as in training."""

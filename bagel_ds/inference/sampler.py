@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from bagel_ds.data.batches.layout import Loaded, layout
+from bagel_ds.data.batches.layout import Loaded
 from bagel_ds.data.samples.sample import VAE
 from bagel_ds.inference.network import Context, Network
 from bagel_ds.inference.settings import Settings
@@ -79,7 +79,8 @@ class Drawing:
     taylor: dict[str, Taylor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.times, self.lengths = sampling_times(self.settings.num_timesteps, self.settings.timestep_shift)
+        ends = sampling_times(self.settings.num_timesteps, self.settings.timestep_shift)
+        self.times, self.lengths = ends[:-1], ends[:-1] - ends[1:]
 
     def wanted(self, step: int) -> list[str]:
         """The branches whose velocities step `step` needs."""
@@ -161,8 +162,7 @@ class _Call:
         key = [(id(drawing), branch) for drawing, branch in asked]
         if self._pack is None or key != self._asked:
             queries = [[_query(drawing)] for drawing, _ in asked]
-            pack = layout(queries, self.network.tokenizer.special, self.network.layout)
-            self._asked, self._pack = key, self.network.placed(pack, contexts)
+            self._asked, self._pack = key, self.network.laid_out(queries, contexts)
         sizes = [len(drawing.latents) for drawing, _ in asked]
         times = torch.tensor([float(drawing.times[step]) for drawing, _ in asked])
         t_G = times.repeat_interleave(torch.tensor(sizes)).to(self.network.device)
@@ -172,6 +172,6 @@ class _Call:
 
 
 def _query(drawing: Drawing) -> Loaded:
-    """The image to draw as an entry of a pack. Its pixels are never read, only their number."""
-    pixels = torch.zeros(1, dtype=torch.uint8).expand(3, drawing.height, drawing.width)
+    """The image to draw as an entry of a pack: nothing but its size."""
+    pixels = torch.empty(3, drawing.height, drawing.width, dtype=torch.uint8, device="meta")
     return Loaded(VAE, image=pixels, loss=True)
