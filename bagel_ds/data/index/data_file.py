@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from bagel_ds.data.files import rows as raw_rows
+from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats.record import VERSION, ParsedRow, reason_of
 from bagel_ds.data.samples.sample import BadRow
 from bagel_ds.git_lfs import pointer_fault
@@ -34,14 +35,14 @@ class DataFile:
 
     path: str
     source: Source
-    folder: str = ""
+    folder: ImageFolder = ImageFolder()
     lines: int | None = None
     shuffle_seed: int | None = None
 
     @property
     def key(self) -> str:
         """What the index depends on besides the file and the tokenizer."""
-        folder = os.path.abspath(self.folder) if self.folder else ""
+        folder = self.folder.key
         source = f"{self.source.name} {self.source.version} {self.source.settings}"
         return f"{VERSION} {source} {folder} {self.lines} {self.shuffle_seed}"
 

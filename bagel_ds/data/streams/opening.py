@@ -186,7 +186,7 @@ def _data_files(group: GroupConfig, entry: DatasetEntry) -> list[DataFile]:
     if not source.jsonl:
         return [DataFile(path, source) for path in entry.files]
     seed = group.shuffle_seed if group.shuffle_lines and entry.num_used is not None else None
-    return [DataFile(path, source, entry.image_dir, entry.num_used, seed) for path in entry.files]
+    return [DataFile(path, source, entry.images, entry.num_used, seed) for path in entry.files]
 
 
 def _repeated(group: GroupConfig, entry: DatasetEntry, found: list[FileIndex]) -> list[FileIndex]:

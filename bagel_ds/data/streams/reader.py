@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bagel_ds.data.files import rows
+from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats.record import ParsedRow, reason_of
 from bagel_ds.data.formats.source import Piece, Source
 from bagel_ds.data.samples.images import ImageTransform
@@ -34,7 +35,7 @@ class RowAddress(NamedTuple):
     """How to read the row at `place`."""
 
     place: RowPlace
-    folder: str  # where the pictures lie that a line names
+    folder: ImageFolder  # where the pictures lie that a line names
     columns: tuple[str, ...]  # of a parquet file
     offset: int  # of a line, in bytes
     length: int

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import NamedTuple
 
+from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats.record import VERSION, ParsedRow, Record, decode_record
 from bagel_ds.data.formats.registry import KINDS
 from bagel_ds.data.formats.source import Piece
@@ -56,7 +57,7 @@ class FileUse:
     index: FileIndex
 
     @property
-    def folder(self) -> str:
+    def folder(self) -> ImageFolder:
         """Where the images lie that lines name."""
         return self.index.file.folder
 

@@ -288,7 +288,6 @@ def _odd_files(folder: Path) -> None:
     for name, columns in content.items():
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
     (folder / "directory.parquet").mkdir()
-    os.mkfifo(folder / "pipe.parquet")
     for name, damage in (("nothing", b""), ("magic", b"PAR1"), ("text", b"no parquet" * 50)):
         (folder / f"{name}.parquet").write_bytes(damage)
 
@@ -311,7 +310,7 @@ def test_damaged_parquet_files(tmp_path: Path) -> None:
     assert per_file.keys() >= {"no_image", "nothing", "magic", "text"} and set(per_file.values()) == {1}
     rows = {Path(bad.file).stem for bad in streams[0].bad_rows if bad.row >= 0}
     assert rows >= {"image_text", "image_list", "image_struct", "image_null", "caption_nan", "caption_deep"}
-    assert not {"directory", "pipe"} & (rows | per_file.keys())
+    assert "directory" not in rows | per_file.keys()
     assert "0_intact" not in rows | per_file.keys()
     assert "/etc/hostname" not in opened
     intact = [plan for row in range(4) if (plan := streams[0].plan_sample(row, 0))]

@@ -31,6 +31,7 @@ from small_data import (
     write_parquet,
 )
 
+from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats import SOURCES
 from bagel_ds.data.formats.record import Record, decode_record
 from bagel_ds.data.index import cache as cache_module
@@ -153,7 +154,7 @@ def test_an_empty_file_has_no_rows(tmp_path: Path, tokenizer: Tokenizer) -> None
     schema = pa.schema([("image", pa.binary()), ("captions", pa.string())])
     path = write_parquet(tmp_path / "a.parquet", [], schema=schema)
     lines = write_conversations(tmp_path, [])
-    talks = DataFile(lines["jsonl_path"], SOURCES["vlm"], lines["data_dir"])
+    talks = DataFile(lines["jsonl_path"], SOURCES["vlm"], ImageFolder(lines["data_dir"]))
     assert [index.rows for index in index_files([_t2i(path), talks], tokenizer, str(tmp_path / "cache"))] == [0, 0]
 
 
@@ -209,7 +210,7 @@ def test_the_pool_gives_what_one_process_gives(
     monkeypatch.setattr(data_file, "_TASK_ROWS", 2)
     path = write_parquet(tmp_path / "a.parquet", t2i_rows(6) + [{"image": b"", "captions": "{}"}], group_rows=1)
     lines = write_conversations(tmp_path / "talks", [conversation(f"line {i}", "answer") for i in range(5)] + ["{"])
-    talks = DataFile(lines["jsonl_path"], SOURCES["vlm"], lines["data_dir"])
+    talks = DataFile(lines["jsonl_path"], SOURCES["vlm"], ImageFolder(lines["data_dir"]))
     monkeypatch.setattr(data_file, "UNIT_LINES", 2)
     alone = index_files([_t2i(path), talks], tokenizer, str(tmp_path / "one"), workers=1)
     monkeypatch.setattr(index_module, "_POOL_ROWS", 0)
@@ -228,7 +229,7 @@ def test_lines_are_chosen_as_the_original_chooses_them(tmp_path: Path, tokenizer
     if seed is not None:
         random.Random(seed).shuffle(chosen)
     expected = sorted(chosen[:used])
-    file = DataFile(lines["jsonl_path"], SOURCES["vlm"], lines["data_dir"], used, seed)
+    file = DataFile(lines["jsonl_path"], SOURCES["vlm"], ImageFolder(lines["data_dir"]), used, seed)
     (index,) = index_files([file], tokenizer, str(tmp_path / "cache"))
     assert [_record(index, row).text_lengths[0] - 1 for row in range(index.rows)] == expected
     assert (index.places[:, 2] - 1).tolist() == expected
@@ -256,7 +257,7 @@ def test_bad_lines_and_pictures_are_named(tmp_path: Path, tokenizer: Tokenizer) 
         conversation("a picture that no turn shows", "fine", image="x.png"),
     ]
     paths = write_conversations(tmp_path, lines, {"x.png": picture(8, 8)})
-    file = DataFile(paths["jsonl_path"], SOURCES["vlm"], paths["data_dir"])
+    file = DataFile(paths["jsonl_path"], SOURCES["vlm"], ImageFolder(paths["data_dir"]))
     (index,) = index_files([file], tokenizer, str(tmp_path / "cache"))
     reasons = dict(index.bad)
     expected = {
