@@ -60,6 +60,8 @@ class Network:
     def read(self, contexts: Sequence[Context], entries: Sequence[Sequence[Loaded]]) -> list[Context]:
         """Each context after its texts and clean images, all in one call; a context without entries stays as it is."""
         reading = [number for number, own in enumerate(entries) if own]
+        if not reading:
+            return list(contexts)
         batch = self.laid_out([entries[number] for number in reading], [contexts[number] for number in reading])
         _, read = self.predict(batch, [contexts[number] for number in reading], self._latents(batch))
         after = list(contexts)

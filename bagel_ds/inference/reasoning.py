@@ -60,8 +60,8 @@ def advance(network: Network, works: Sequence[Reasoning], on_step: OnStep = lamb
     """One more text or image of each."""
     drawing = [work for work in works if work.draws_next]
     saying = [work for work in works if not work.draws_next]
-    said = _say(network, saying)
-    drawn = _draw(network, drawing, on_step)
+    said = _say(network, saying) if saying else []
+    drawn = _draw(network, drawing, on_step) if drawing else []
     for work, item in [*zip(saying, said), *zip(drawing, drawn)]:
         work.items.append(item)
         work.done = work.done or len(work.items) == work.settings.max_iterations
@@ -76,7 +76,7 @@ def hear(network: Network, works: Sequence[Reasoning], items: Sequence[Item]) ->
     into_image: list[list[Loaded]] = []
     for work, item in zip(works, items):
         if isinstance(item, str):
-            entry = [Loaded(TEXT, ids=network.tokenizer.encode(item.strip()))]
+            entry = [Loaded(TEXT, ids=network.tokenizer.encode(item))]
             seen, unseen = entry, []
         else:
             picture = pictures.resized(network, item)
