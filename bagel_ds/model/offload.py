@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-ALIGNMENT = 512  # bytes; as in memory/activations.py, which plans the arena
+ALIGNMENT = 512  # bytes; as in model/shape/activations.py, which plans the arena
 
 
 class Copies(Protocol):

@@ -26,12 +26,12 @@ from bagel_ds.data.inspect.packs import first_packs, pack_text
 from bagel_ds.errors import UserError
 from bagel_ds.machine.device import uses_cuda
 from bagel_ds.machine.waiting import waiting_for
-from bagel_ds.memory.activations import arena_bytes
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.losses.by_part import LossParts
 from bagel_ds.model.losses.normalization import LossOptions
 from bagel_ds.model.recompute import recompute_mode
+from bagel_ds.model.shape.activations import arena_bytes
 from bagel_ds.model.shape.parts import part_of
 from bagel_ds.model.vae import encode_images
 from bagel_ds.model_folder.finite import CheckedWeights

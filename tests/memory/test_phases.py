@@ -9,13 +9,13 @@ import torch
 from live_tensors import LiveTensors
 from torch.nn.attention import SDPBackend
 
-from bagel_ds.memory.activations import CHUNK_ELEMENTS, PackShape, activations, vae_bytes
 from bagel_ds.memory.gathering import GatherOptions, gathered
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE, PackedBatch
 from bagel_ds.model.losses.head import CHUNK_ELEMENTS as HEAD_CHUNK
 from bagel_ds.model.offload import OffloadedInputs
 from bagel_ds.model.recompute import MODES, recompute_mode
+from bagel_ds.model.shape.activations import CHUNK_ELEMENTS, PackShape, activations, vae_bytes
 from bagel_ds.model.shape.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from bagel_ds.model.shape.parameters import module_of, parameter_sizes, step_calls, vae_encoder_parameters
 from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bagel_ds.memory.activations import ARENA_ALIGNMENT, arena_bytes
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.offload import ALIGNMENT, Copies, OffloadedInputs, PlainCopies
 from bagel_ds.model.recompute import Recompute, recompute
+from bagel_ds.model.shape.activations import ARENA_ALIGNMENT, arena_bytes
 from tests.memory.test_phases import network, pack
 
 SIZES = {"width": 64, "inner": 96, "layers": 3}

@@ -1,8 +1,8 @@
-"""What the network remembers of earlier calls: keys and values, by layer and sample, of the tokens it has read.
+"""What one layer remembers of earlier calls: the keys and values of tokens that the network has read.
 
 Guarantees: what is handed in is never written to, so sequences that share a beginning may share its tensors.
 
-Shape legend: S samples of a call, T their new tokens, N keys of all samples, K key/value heads, D head dim, C hidden.
+Shape legend: S samples of a call, T their new tokens, N keys of all samples, K key/value heads, D head dim.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-class LayerCache:
+class KeyValueCache:
     """Keys and values of one layer, by sample: [S] tensors [n, K, D], position-encoded, n = 0 for a new sample."""
 
     def __init__(self, keys: Sequence[Tensor], values: Sequence[Tensor], sample_lens: Sequence[int]) -> None:
@@ -30,16 +30,3 @@ class LayerCache:
         pairs = zip(cached, new_TKD.split(self._sample_lens))
         joined = torch.cat([new_TKD[:0], *(tokens for pair in pairs for tokens in pair)])
         return joined, joined.split([len(old) + new for old, new in zip(cached, self._sample_lens)])
-
-
-class Cache:
-    """The layers' caches in one call of the network, and what its last layer made of the new generation tokens."""
-
-    def __init__(self, layers: Sequence[LayerCache]) -> None:
-        self.layers = tuple(layers)
-        self.last_GC: Tensor | None = None  # before the final norm
-
-    @property
-    def lens(self) -> list[int]:
-        """Cached tokens of each sample."""
-        return [len(keys) for keys in self.layers[0].keys]
