@@ -139,7 +139,9 @@ class ModelFolder:
         faults = [f"{name} is missing" for name in needed if name not in found]
         values = {name: found[name] for name in defaults if name in found}
         for name, value in values.items():
-            if expected := _number_fault(value, type(defaults[name]), MOST_LAYERS if "layers" in name else LARGEST_SIZE):
+            if expected := _number_fault(
+                value, type(defaults[name]), MOST_LAYERS if "layers" in name else LARGEST_SIZE
+            ):
                 faults.append(f"{name} is {value!r:.60}, expected {expected}")
         path = self.path / file
         all_faults(
@@ -199,6 +201,7 @@ def load_vae(path: Path, decodes: bool = True) -> AutoEncoder:
 
 def vae_config(files: TensorFiles, path: Path) -> VAEConfig:
     """Channel counts and depths of an autoencoder file (the released one: 128, (1, 2, 4, 4), 2 blocks, 16)."""
+
     def outputs(name: str, inputs: bool = False) -> int:
         shape = files.info(name).shape if name in files else ()
         if len(shape) != 4 or 0 in shape:
@@ -215,7 +218,9 @@ def vae_config(files: TensorFiles, path: Path) -> VAEConfig:
     while f"encoder.down.0.block.{blocks}.conv1.weight" in files:
         blocks += 1
     if not multipliers or 0 in multipliers:
-        raise UserError(f"{path} is not the FLUX autoencoder: its encoder has no levels, or narrower ones than its input.")
+        raise UserError(
+            f"{path} is not the FLUX autoencoder: its encoder has no levels, or narrower ones than its input."
+        )
     return VAEConfig(
         channels=channels,
         channel_multipliers=tuple(multipliers),
