@@ -34,6 +34,7 @@ PROGRAMS = ("original", "comfyui", "vllm-omni")
 SERVE = ("auto", "average", "weights")
 NOT_SERVED = "not_served"  # folder of the other weight file
 _STEMS = {"average": "ema", "weights": "model"}
+_CONTENT = {stem: content for content, stem in _STEMS.items()}
 _HARD_CODED = ("original", "comfyui")  # programs that build the network of BAGEL-7B-MoT whatever config.json says
 _LATENT_SIDE, _VIT_SIDE = 64, 70  # that they build
 _LAYER = re.compile(r"vit_model\.vision_model\.encoder\.layers\.(\d+)\.")
@@ -45,7 +46,17 @@ class Layout(NamedTuple):
     weights: dict[str, str]  # path of each weight file -> the stem of a model folder's file with that content
     texts: dict[str, str] = {}  # content of the files that are made here
     tables: dict[str, Tensor] = {}  # position tables that replace those of the checkpoint
-    served: Choice | None = None
+    served: Choice | None = None  # what the root's ema.safetensors holds, where it may not be the average
+
+    @property
+    def reason(self) -> str:
+        """What ema.safetensors holds and why."""
+        assert self.served is not None
+        return f"holds the {_CONTENT[self.served.stem]}: {self.served.why}"
+
+    def metadata(self, stem: str) -> dict[str, str]:
+        """For the header of a weight file with the content of `stem`."""
+        return {} if self.served is None else {"content": _CONTENT[stem]}
 
 
 class WithTables:
@@ -73,6 +84,9 @@ def serving_layout(program: str, serve: str, checkpoint: Path, has_average: bool
 
     `serve` is "average", "weights" or "auto", which follows `model_folder.average`.
     """
+    for option, value, known in ("--for", program, PROGRAMS), ("--serve", serve, SERVE):
+        if value not in known:
+            raise UserError(f"{option} {value} is not known; expected {', '.join(known[:-1])} or {known[-1]}.")
     config, downsample = _network(checkpoint)
     _check_program(program, checkpoint, config, downsample)
     served = _served(serve, checkpoint, has_average)

@@ -59,6 +59,13 @@ class Source(ABC):
     def parse(self, row: dict[str, Any], folder: ImageFolder) -> ParsedRow:
         """`folder` holds the images of formats that name files. Raises `BadRow`."""
 
+    def files(self, row: dict[str, Any], folder: ImageFolder) -> list[str]:
+        """Paths of the files that a row names, whether they exist or not: when they change, the row is indexed again.
+
+        Never raises; names that `parse` refuses may be left out.
+        """
+        return []
+
     @abstractmethod
     def arrange(self, record: Record, draws: Draws) -> list[Piece]:
         """The sample of a row, every choice made with `draws`."""

@@ -8,10 +8,11 @@ the folder is never opened, except where links may lead (`data/files/image_folde
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bagel_ds.data.files.image_folder import ImageFolder, RefusedPath
@@ -66,6 +67,11 @@ class VisionLanguage(Source):
         place = items.index(_VIDEO) + 1
         items[place:place] = [clip.frames, self.frames.min_num_frames, self.frames.max_num_frames]
         return ParsedRow(tuple(items), texts, [clip])
+
+    def files(self, row: dict[str, Any], folder: ImageFolder) -> list[str]:
+        names = _names(row.get("image")) or _names(row.get("video"))
+        inside = [name for name in names if isinstance(name, str) and name and ".." not in PurePosixPath(name).parts]
+        return [os.path.join(folder.path, name) for name in inside if not name.startswith("/")]
 
     def arrange(self, record: Record, draws: Draws) -> list[Piece]:
         pieces = []

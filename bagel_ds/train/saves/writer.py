@@ -29,6 +29,7 @@ import torch.distributed as dist
 from bagel_ds.checkpoint import state as state_files
 from bagel_ds.checkpoint import step_folders
 from bagel_ds.checkpoint.gather import stream_tensors
+from bagel_ds.checkpoint.serving import checkpoint_readme
 from bagel_ds.checkpoint.state import Held, StateFiles
 from bagel_ds.errors import UserError, disk_fault
 from bagel_ds.model_folder.folder import CONFIG_FILES, EMA, MODEL, TOKENIZER_FILES, VAE
@@ -139,6 +140,7 @@ class CheckpointWriter:
         except OSError:
             shutil.copyfile(source / VAE, folder / VAE)
         step_folders.write_json(folder / step_folders.TRAINER, trainer)
+        (folder / step_folders.README).write_text(checkpoint_readme(folder))
 
     def _source_of_rest(self) -> Path:
         """The model folder; once it is gone, the newest checkpoint, which has the same files.
