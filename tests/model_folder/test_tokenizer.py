@@ -7,11 +7,11 @@ import pickle
 from pathlib import Path
 
 import pytest
-from small_data import SPECIAL, byte_tokenizer
 from tokenizers import pre_tokenizers
 
 from bagel_ds.errors import UserError
 from bagel_ds.model_folder.tokenizer import load_tokenizer
+from tests.small_data import SPECIAL, byte_tokenizer
 
 
 def _vocab_and_merges(folder: Path) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 
 import psutil
 import pytest
-from small_data import byte_tokenizer, t2i_rows, write_parquet
 
 from bagel_ds import processes
 from bagel_ds.data.index import index
@@ -32,6 +31,7 @@ from bagel_ds.errors import UserError
 from bagel_ds.processes import WorkerFailed, WorkerLost, in_order, start_worker, worker
 from bagel_ds.train.process.detach import process_state
 from tests.processes import worker_functions as functions
+from tests.small_data import byte_tokenizer, t2i_rows, write_parquet
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LONG = 60.0  # seconds, for what takes milliseconds on a machine that is not busy
@@ -132,7 +132,7 @@ def test_workers_start_while_a_native_thread_enters_python_all_the_time(tmp_path
         f"""
         import ctypes, os, sys
         from bagel_ds.processes import start_worker
-        from tests.data import worker_functions as functions
+        from tests.processes import worker_functions as functions
 
         entered = 0
 
@@ -160,7 +160,7 @@ def test_workers_start_while_a_native_thread_enters_python_all_the_time(tmp_path
 def test_a_script_without_a_main_guard_is_not_run_again(tmp_path: Path) -> None:
     text = """
     from bagel_ds.processes import in_order
-    from tests.data import worker_functions as functions
+    from tests.processes import worker_functions as functions
 
     print("begun")
     print(list(in_order(functions.doubled, 2, [1, 2, 3], 2, "doubling process", str)))
@@ -174,7 +174,7 @@ def test_they_start_from_an_interactive_interpreter_and_from_any_thread(tmp_path
     text = """
     import threading
     from bagel_ds.processes import start_worker
-    from tests.data import worker_functions as functions
+    from tests.processes import worker_functions as functions
 
     found = []
     thread = threading.Thread(target=lambda: found.append(start_worker(functions.greet_twice, 1, name="greeting")))
@@ -228,7 +228,7 @@ def test_neither_a_long_tmpdir_nor_dev_shm_has_a_part_in_it(tmp_path: Path) -> N
     before = set(os.listdir("/dev/shm"))
     text = """
     from bagel_ds.processes import in_order
-    from tests.data import worker_functions as functions
+    from tests.processes import worker_functions as functions
     print(sum(in_order(functions.doubled, 2, list(range(50)), 3, "doubling process", str)))
     """
     assert run(tmp_path, text, TMPDIR=str(folder)) == "2450\n"
@@ -245,7 +245,7 @@ def test_all_end_when_the_process_that_started_them_or_the_server_is_killed(
     text = f"""
     import time
     from bagel_ds.processes import start_worker
-    from tests.data import worker_functions as functions
+    from tests.processes import worker_functions as functions
     workers = [start_worker(functions.stay, {busy!r}, name="staying") for _ in range(2)]
     print(*[worker.receive() for worker in workers], flush=True)
     time.sleep(100)
@@ -273,7 +273,7 @@ def test_they_end_with_a_starter_that_has_forked_and_so_keeps_their_connection_o
     text = """
     import os, time
     from bagel_ds.processes import start_worker
-    from tests.data import worker_functions as functions
+    from tests.processes import worker_functions as functions
     worker = start_worker(functions.stay, "sleeping", name="staying")
     print(worker.receive(), flush=True)
     if os.fork() == 0:
@@ -454,7 +454,7 @@ def test_ctrl_c_ends_the_pool_with_one_traceback_and_leaves_nothing(tmp_path: Pa
     """A terminal sends it to every process of the group."""
     text = """
     from bagel_ds.processes import in_order
-    from tests.data import worker_functions as functions
+    from tests.processes import worker_functions as functions
     for _ in in_order(functions.slept, None, [0.0, 1000.0, 1000.0], 2, "sleeping process", str):
         print("begun", flush=True)
     """

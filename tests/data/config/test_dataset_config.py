@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import yaml
-from small_data import t2i_rows, write_config, write_conversations, write_parquet
 
 from bagel_ds.data.config.dataset_config import DatasetConfig, FrameSampler, load_dataset_config
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.errors import UserError
+from tests.small_data import t2i_rows, write_config, write_conversations, write_parquet
 
 EXAMPLE = """
 t2i_pretrain:

@@ -18,7 +18,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_data import (
+
+from bagel_ds.data.formats import SOURCES
+from bagel_ds.data.formats.record import Record, decode_record
+from bagel_ds.data.index import cache as cache_module
+from bagel_ds.data.index import data_file
+from bagel_ds.data.index import index as index_module
+from bagel_ds.data.index.cache import BESIDE_DATA, locked
+from bagel_ds.data.index.index import DataFile, DataIndex, FileIndex, index_files
+from bagel_ds.model_folder.tokenizer import Tokenizer
+from tests.small_data import (
     INTERLEAVE_SCHEMA,
     SPECIAL,
     byte_tokenizer,
@@ -30,15 +39,6 @@ from small_data import (
     write_conversations,
     write_parquet,
 )
-
-from bagel_ds.data.formats import SOURCES
-from bagel_ds.data.formats.record import Record, decode_record
-from bagel_ds.data.index import cache as cache_module
-from bagel_ds.data.index import data_file
-from bagel_ds.data.index import index as index_module
-from bagel_ds.data.index.cache import BESIDE_DATA, locked
-from bagel_ds.data.index.index import DataFile, DataIndex, FileIndex, index_files
-from bagel_ds.model_folder.tokenizer import Tokenizer
 
 
 @pytest.fixture

@@ -8,7 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_data import (
+
+from bagel_ds.data.formats.record import ParsedRow
+from bagel_ds.data.inspect import check
+from bagel_ds.data.inspect.check import DRAWN, GIVEN, SEEN, TEXTS, DatasetCheck, check_streams
+from bagel_ds.data.inspect.check_report import as_json, as_text, unusable
+from bagel_ds.data.samples.sample import TEXT, VIT
+from bagel_ds.data.samples.video import Video
+from bagel_ds.data.streams.opening import index_streams
+from bagel_ds.data.streams.stream import SampleOptions
+from bagel_ds.model_folder.tokenizer import Tokenizer
+from tests.small_data import (
     byte_tokenizer,
     config_of,
     conversation,
@@ -20,16 +30,6 @@ from small_data import (
     write_conversations,
     write_parquet,
 )
-
-from bagel_ds.data.formats.record import ParsedRow
-from bagel_ds.data.inspect import check
-from bagel_ds.data.inspect.check import DRAWN, GIVEN, SEEN, TEXTS, DatasetCheck, check_streams
-from bagel_ds.data.inspect.check_report import as_json, as_text, unusable
-from bagel_ds.data.samples.sample import TEXT, VIT
-from bagel_ds.data.samples.video import Video
-from bagel_ds.data.streams.opening import index_streams
-from bagel_ds.data.streams.stream import SampleOptions
-from bagel_ds.model_folder.tokenizer import Tokenizer
 
 SPECIAL = ("<|im_end|>", "<|endoftext|>")
 

@@ -150,7 +150,7 @@ class _Engine:
         return 1.0
 
 
-@pytest.mark.usefixtures("one_rank")
+@pytest.mark.usefixtures("process_group")
 def test_a_step_exchanges_no_more_for_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     exchanged: list[int] = []
     real = dist.all_reduce

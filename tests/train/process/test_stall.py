@@ -209,7 +209,7 @@ def test_a_stalled_rank_has_its_workers_print_their_stacks(tmp_path: Path) -> No
     stalled = program(
         """
 from bagel_ds.processes import start_worker
-from tests.data import worker_functions as functions
+from tests.processes import worker_functions as functions
 worker = start_worker(functions.stay, "stopped", name="data worker 0")
 worker.receive()
 worker.doing = lambda: "it made a pack"

@@ -29,7 +29,7 @@ from bagel_ds.train.ranks import alarm
 from bagel_ds.train.ranks.agreement import SharedFault
 from bagel_ds.train.ranks.failure import ending_alone
 from bagel_ds.train.ranks.hosts import Hosts
-from tests.train.conftest import rank_on
+from tests.train.ranks.rank_info import rank_on
 
 rank, port = int(sys.argv[1]), int(sys.argv[2])
 store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, timedelta(seconds=100))

@@ -10,7 +10,7 @@ import pytest
 from bagel_ds.errors import UserError
 from bagel_ds.train.ranks import hosts as hosts_module
 from bagel_ds.train.ranks.hosts import Hosts, core_limit, gpu_of, network_interface, threads_of
-from tests.train.conftest import rank_on
+from tests.train.ranks.rank_info import rank_on
 
 
 def of(rank: int, *names: str, **changed: Any) -> Hosts:

@@ -19,9 +19,7 @@ from bagel_ds.train.saves import writer as writer_module
 from bagel_ds.train.saves.overlap import Saving
 from bagel_ds.train.saves.writer import CheckpointWriter, SaveFault
 from bagel_ds.zero.partitions import MASTER
-from tests.train.saves.test_writer import Average, Engine, model_folder, names, trainer_state, writer
-
-__all__ = ["model_folder", "writer"]
+from tests.train.saves.one_rank_engine import Average, Engine, names, trainer_state
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
