@@ -70,7 +70,7 @@ def _train(config: RunConfig, launch: Launch, launcher: LauncherProcess | None, 
     if config.data.num_workers:
         start_server()  # which then imports torch while this process does
     # Imported here: torch and DeepSpeed take seconds, and what is above must work without them and on an old Python.
-    from bagel_ds.train.metrics.log import setup_logging
+    from bagel_ds.train.metrics.console import setup_logging
 
     setup_logging(None, launch.rank)
     with waiting_for("torch and DeepSpeed to be imported", "minutes from a slow network disk, the first time"):
@@ -138,7 +138,7 @@ def _leave_group(code: int) -> None:
 
 def check_wandb_of(config: RunConfig, rank: int) -> None:
     """Raise `UserError` where the rank that logs is to use Weights & Biases and can't: before anything is loaded."""
-    from bagel_ds.train.metrics.log import WandbOptions, check_wandb
+    from bagel_ds.train.metrics.wandb import WandbOptions, check_wandb
 
     if rank == 0 and wandb_wanted(config):
         check_wandb(WandbOptions(offline=config.training.wandb_offline))

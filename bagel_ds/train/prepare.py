@@ -34,7 +34,7 @@ from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.vae import AutoEncoder
 from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.train.memory_plan import plan_run
-from bagel_ds.train.metrics.log import setup_logging
+from bagel_ds.train.metrics.console import setup_logging
 from bagel_ds.train.process.stop import forget_stops
 from bagel_ds.train.ranks.agreement import (
     check_equal,
@@ -48,7 +48,8 @@ from bagel_ds.train.ranks.agreement import (
 from bagel_ds.train.saves.changes import changes, describe_data
 from bagel_ds.train.saves.earlier import check_unoccupied, set_aside
 from bagel_ds.train.saves.lock import Claim, claim, remember
-from bagel_ds.train.saves.start import StartPoint, StartWeights, open_start, sound_start
+from bagel_ds.train.saves.restore import StartWeights, open_start
+from bagel_ds.train.saves.start import StartPoint, sound_start
 from bagel_ds.zero.config.nvme import check_nvme, fit_buffers, nvme_bytes, nvme_folders
 from bagel_ds.zero.config.resolve import check_file_with_deepspeed, check_with_deepspeed, resolve_ds_config
 from bagel_ds.zero.ops import build, needed_ops
@@ -234,15 +235,3 @@ def parameter_shapes(model: BagelConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter of the network, without building it."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in Bagel(model).named_parameters()}
-
-
-def describe_parameters(model: BagelConfig, trains: set[str]) -> list[str]:
-    """A table of the network's parts, their sizes and whether they train, without building it."""
-    counts: dict[str, int] = {}
-    for name, shape in parameter_shapes(model).items():
-        counts[part_of(name)] = counts.get(part_of(name), 0) + math.prod(shape)
-    total, training = sum(counts.values()), sum(count for part, count in counts.items() if part in trains)
-    lines = [f"parameters: {total:,}, of which {training:,} train"]
-    return lines + [
-        f"  {part:<16} {count:>16,}  {'trains' if part in trains else 'frozen'}" for part, count in counts.items()
-    ]

@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from bagel_ds.checkpoint.step_folders import MANIFEST, TRAINER, newest_state
-from bagel_ds.train.nonfinite import load_batch
+from bagel_ds.data.batches.batch_file import load_batch
 from tests.distributed.cases import Case, Outcome, arguments, launch, losses, run_cases
 from tests.distributed.started import StartedRun, steps_logged
 from tests.launch import TRAIN

@@ -33,7 +33,7 @@ from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model_folder.tokenizer import load_tokenizer
 from bagel_ds.ranges import MASTER, TensorInfo
 from bagel_ds.train.ranks.agreement import everyone
-from bagel_ds.train.step import optimizer_step
+from bagel_ds.train.step import accumulate, update
 from bagel_ds.zero.config.nvme import clean_nvme, fit_buffers
 from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
@@ -98,9 +98,8 @@ def train(case: dict, steps: int, folder: Path, results: Path) -> None:
         made = [batch_of(kind, step, folder, config) for kind in mine]
         latents = iter([tokens for _, tokens in made])
         window = [batch for batch, _ in made]
-        result = optimizer_step(
-            engine, lambda _, latents=latents: next(latents), window, 1e-4, LossOptions(), parts=parts
-        )
+        losses = accumulate(engine, lambda _, latents=latents: next(latents), window, LossOptions(), parts)
+        result = update(engine, losses, 1e-4)
         values.append([result.ce, result.mse, result.grad_norm])
         by_part.append(parts.means(everyone(result.parts.tolist())))
     infos = {name: TensorInfo(torch.float32, shape) for name, shape in engine.shapes.items()}

@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from bagel_ds.checkpoint.step_folders import TRAINER, newest_state
-from bagel_ds.train.nonfinite import load_batch
+from bagel_ds.data.batches.batch_file import load_batch
 from tests.distributed.started import StartedRun, send, steps_logged
 from tests.gpu.launches import RANKS, REHEARSED, started, words_of
 from tests.launch import REPOSITORY

@@ -17,7 +17,7 @@ from bagel_ds.model.bagel import BagelOutput
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.losses.by_part import LossParts
 from bagel_ds.model.losses.normalization import LossOptions
-from bagel_ds.train.step import optimizer_step
+from bagel_ds.train.step import accumulate, update
 from tests.model.losses.test_normalization import FEATURES, SPECIAL, output_of, text
 
 CPU = torch.device("cpu")
@@ -132,7 +132,7 @@ def test_batches_of_unknown_datasets_still_have_bands() -> None:
 
 
 class _Engine:
-    """What `optimizer_step` asks of an engine, with a network that says what it is told."""
+    """What a step asks of an engine, with a network that says what it is told."""
 
     device = CPU
 
@@ -146,7 +146,10 @@ class _Engine:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def micro_step(self, learning_rate: float, before_update: Any) -> float:
+    def next_micro_batch(self) -> None:
+        pass
+
+    def update(self, learning_rate: float) -> float:
         return 1.0
 
 
@@ -166,7 +169,8 @@ def test_a_step_exchanges_no_more_for_its_parts(monkeypatch: pytest.MonkeyPatch)
         exchanged.clear()
         engine: Any = _Engine(SAID_0 + SAID_1)
         window = RANK_0 + RANK_1
-        results.append(optimizer_step(engine, lambda batch: batch.noise, window, 1.0, LossOptions(), parts=wanted))
+        losses = accumulate(engine, lambda batch: batch.noise, window, LossOptions(), wanted)
+        results.append(update(engine, losses, 1.0))
         counts.append(list(exchanged))
     assert counts[0] == counts[1]
     assert results[0].parts is None and results[0][:-1] == results[1][:-1]

@@ -13,10 +13,10 @@ from bagel_ds.model.losses.by_part import LossParts
 from bagel_ds.model.losses.normalization import LossOptions
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.train.metrics import meter as meter_module
-from bagel_ds.train.metrics.log import METRIC_NAMES, METRIC_PREFIXES
 from bagel_ds.train.metrics.meter import StepMeter
 from bagel_ds.train.metrics.throughput import DeviceMemory
 from bagel_ds.train.step import StepResult
+from tests.train.metrics.metric_names import METRIC_NAMES, METRIC_PREFIXES
 from tests.train.metrics.test_throughput import pack, text
 
 pytestmark = pytest.mark.usefixtures("one_rank")

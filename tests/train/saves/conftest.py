@@ -1,4 +1,4 @@
-"""A small model folder and a writer of its checkpoints."""
+"""A small model folder, and the options of saves of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bagel_ds.train.saves.writer import CheckpointWriter
+from bagel_ds.train.saves.save import SaveOptions
 
 
 @pytest.fixture
@@ -20,6 +20,6 @@ def model_folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def writer(tmp_path: Path, model_folder: Path) -> CheckpointWriter:
+def options(tmp_path: Path, model_folder: Path) -> SaveOptions:
     (tmp_path / "checkpoints").mkdir()
-    return CheckpointWriter(tmp_path / "checkpoints", model_folder, torch.float32, delete_previous_state=False)
+    return SaveOptions(tmp_path / "checkpoints", model_folder, torch.float32, delete_previous_state=False)
