@@ -29,12 +29,15 @@ from torch import Tensor  # noqa: E402
 
 from bagel_ds.arguments.run_config import make_config  # noqa: E402
 from bagel_ds.checkpoint.gather import stream_tensors  # noqa: E402
+from bagel_ds.data.batches.layout import Loaded, layout  # noqa: E402
+from bagel_ds.data.samples.sample import TEXT, VAE  # noqa: E402
 from bagel_ds.errors import UserError  # noqa: E402
 from bagel_ds.model.bagel import Bagel  # noqa: E402
-from bagel_ds.model.batch import CAUSAL, NOISE, PackedBatch  # noqa: E402
+from bagel_ds.model.batch import PackedBatch  # noqa: E402
 from bagel_ds.model.losses.normalization import LossOptions  # noqa: E402
 from bagel_ds.model.shape.config import BagelConfig  # noqa: E402
 from bagel_ds.model.shape.parts import part_of  # noqa: E402
+from bagel_ds.model_folder.tokenizer import SpecialTokens  # noqa: E402
 from bagel_ds.ranges import MASTER, TensorInfo  # noqa: E402
 from bagel_ds.train.metrics.throughput import host_gib  # noqa: E402
 from bagel_ds.train.step import accumulate, update  # noqa: E402
@@ -107,31 +110,11 @@ class HostPeak:
 def small_pack(config: BagelConfig, text: int = 24, rows: int = 4, columns: int = 4) -> PackedBatch:
     """A caption with labels and one image to draw."""
     generator = torch.Generator().manual_seed(1)
-    latents, empty = rows * columns, torch.zeros(0, dtype=torch.int64)
-    where = torch.arange(text, text + latents)
-    return PackedBatch(
-        sample_lens=(text + latents,),
-        split_lens=(text, latents),
-        attn_modes=(CAUSAL, NOISE),
-        position_ids=torch.cat([torch.arange(text), torch.full((latents,), text)]),
-        text_ids=torch.randint(0, config.llm.vocab_size, (text,), generator=generator),
-        text_indexes=torch.arange(text),
-        vit_patches=torch.zeros(0, 3 * config.vit.patch_size**2, dtype=torch.uint8),
-        vit_indexes=empty,
-        vit_position_ids=empty,
-        vit_seqlens=(),
-        images=(),
-        latent_shapes=((rows, columns),),
-        vae_indexes=where,
-        latent_position_ids=torch.arange(latents),
-        timesteps=torch.zeros(latents),
-        noise=torch.randn(latents, config.latent_features, generator=generator),
-        posterior_eps=torch.zeros(latents, config.latent_features),
-        mse_loss_indexes=where,
-        ce_loss_indexes=torch.arange(text - 1),
-        label_ids=torch.randint(0, config.llm.vocab_size, (text - 1,), generator=generator),
-        ce_loss_weights=torch.ones(text - 1),
-    )
+    ids = torch.randint(0, config.llm.vocab_size, (text - 2,), generator=generator).tolist()
+    noise = torch.randn(rows * columns, config.latent_features, generator=generator)
+    image = torch.empty(3, 16 * rows, 16 * columns, dtype=torch.uint8)
+    caption, drawn = Loaded(TEXT, ids, loss=True), Loaded(VAE, image=image, loss=True, timestep=0.0, noise=noise)
+    return layout([[caption, drawn]], SpecialTokens(0, 1, 2, 3, 4))
 
 
 def check_machine(nvme_path: Path, disk: int) -> None:

@@ -135,7 +135,7 @@ def ours(data: PlannedData, packs: int) -> Iterator[Any]:
 def original(folder: Path, plans: list[tuple[SamplePlan, ...]], tokenizer: Tokenizer, masks: bool) -> DataLoader[Any]:
     numbers: dict[str, set[int]] = {name: set() for name in GROUPS}
     for plan in (plan for pack in plans for plan in pack):
-        numbers[list(GROUPS)[plan.dataset]].add(plan.row)
+        numbers[list(GROUPS)[plan.group]].add(plan.row)
     packs = OriginalPacks(folder, numbers, tokenizer, BUDGETS["expected_num_tokens"], BUDGETS["max_num_tokens"], masks)
     return DataLoader(packs, batch_size=None, num_workers=1, collate_fn=_as_is, prefetch_factor=2)
 
@@ -156,7 +156,7 @@ def floor(streams: list[GroupStream], plans: list[tuple[SamplePlan, ...]], token
 
     for plan in (plan for pack in plans for plan in pack):
         timed("whole", materialize, [plan], streams, tokenizer, LayoutOptions(), 0)
-        stream = streams[plan.dataset]
+        stream = streams[plan.group]
         (row,) = timed("read", stream.read, [plan])
         images = [timed("decode", decode_rgb, source) for source in row.images]
         for entry in plan.entries:
@@ -177,12 +177,12 @@ class _Rows:
     """Row groups of equal rows, nothing in them: how often would each be read?"""
 
     def __init__(self, name: str, number: int, rows: int, group_rows: int) -> None:
-        self.name, self.number, self.weight, self.is_mandatory = name, number, 1.0, False
+        self.name, self.group, self.weight, self.is_mandatory = name, number, 1.0, False
         self.group_rows, self.rows = group_rows, rows
         self.units = [range(start, start + group_rows) for start in range(0, rows, group_rows)]
 
     def plan_sample(self, row: int, epoch: int) -> SamplePlan:
-        return SamplePlan(self.number, epoch, row, (Entry(VAE, 0, 2000 + row % 3000, True, False, -1, 512, 512),))
+        return SamplePlan(self.group, epoch, row, (Entry(VAE, 0, 2000 + row % 3000, True, False, -1, 512, 512),))
 
 
 def row_group_reads(group_rows: int, world_size: int, workers: int) -> dict[str, float]:
@@ -218,7 +218,7 @@ def row_group_reads(group_rows: int, world_size: int, workers: int) -> dict[str,
         for group, row in task.coming:
             cache.expect(*key(group, row))
         for plan in task.plans:
-            cache.row(*key(plan.dataset, plan.row), ("", 0, 0))
+            cache.row(*key(plan.group, plan.row), ("", 0, 0))
         most = max(most, cache.bytes)
         turn += 1
         if min(step.epochs.values()) >= 1:

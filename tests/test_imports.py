@@ -16,6 +16,7 @@ ROOMS = (
     "cli",
     "demo",
     "train",
+    "inference",
     "inputs",
     "memory",
     "doctor",

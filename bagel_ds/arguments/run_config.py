@@ -20,8 +20,7 @@ import yaml
 from bagel_ds.arguments.options import SECTIONS, DataArguments, ModelArguments, TrainingArguments
 from bagel_ds.arguments.parse import Words, duration_seconds, help_text, read_option_file, read_words
 from bagel_ds.errors import all_faults
-
-ATTENTION_BACKENDS = ("sdpa",)  # those that exist; the others go on with the first one, since the result is the same
+from bagel_ds.model.attention.backends import BACKENDS, DEFAULT_BACKEND
 
 _PATHS = """model_path llm_path vit_path vae_path dataset_config_file dataset_info index_cache results_dir
     checkpoint_dir resume_from ds_config nvme_path""".split()
@@ -64,7 +63,7 @@ class RunConfig:
     def attention(self) -> str:
         """The attention backend this run uses."""
         wanted = _wanted_attention(self)
-        return wanted if wanted in ATTENTION_BACKENDS else ATTENTION_BACKENDS[0]
+        return wanted if wanted in BACKENDS else DEFAULT_BACKEND
 
     @property
     def exported_dtype(self) -> str:
@@ -118,7 +117,7 @@ def wandb_wanted(config: RunConfig) -> bool:
 def _wanted_attention(config: RunConfig) -> str:
     if config.training.use_flex and "attn" not in config.explicit:
         return "flex"
-    return ATTENTION_BACKENDS[0] if config.training.attn == "auto" else config.training.attn
+    return DEFAULT_BACKEND if config.training.attn == "auto" else config.training.attn
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -201,7 +200,7 @@ def _attention_notes(config: RunConfig) -> list[str]:
     notes = []
     if config.training.use_flex and "attn" in config.explicit and config.training.attn != "flex":
         notes.append(f"use_flex True has no effect: attn {config.training.attn} is given too and decides")
-    if wanted not in ATTENTION_BACKENDS:
+    if wanted not in BACKENDS:
         asked = source if source == "use_flex True" else f"attn {wanted}"
         notes.append(
             f"{asked}: this version computes attention with {config.attention}; the result is the same, only slower"

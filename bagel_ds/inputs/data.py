@@ -54,6 +54,7 @@ def bagel_config(config: RunConfig, folder: ModelFolder, weights: Path | None, v
         visual_und=training.visual_und,
         timestep_shift=training.timestep_shift,
         freeze_und=training.freeze_und,
+        attention=config.attention,
     )
 
 

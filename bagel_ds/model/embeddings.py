@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel_ds.model.layers import Linear
-
-FREQUENCIES = 256  # width of the timestep's sinusoid
+from bagel_ds.model.shape.config import FREQUENCIES
 
 
 def position_table(width: int, side: int) -> Tensor:

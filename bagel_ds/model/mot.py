@@ -10,17 +10,17 @@ key/value heads, D head dim.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from bagel_ds.model.attention import AttentionLayout, attend
+from bagel_ds.model.attention.backends import Attend
 from bagel_ds.model.embeddings import apply_rope
 from bagel_ds.model.layers import Embedding, Linear, RMSNorm, SwiGLUMLP
 from bagel_ds.model.losses.head import CrossEntropyHead
 from bagel_ds.model.recompute import Recompute
-from bagel_ds.model.shape.config import BagelConfig, LLMConfig
+from bagel_ds.model.shape.config import BagelConfig
 
 GEN = "_moe_gen"
 
@@ -36,13 +36,20 @@ class Experts(NamedTuple):
 
 
 class PackGeometry(NamedTuple):
-    """What a layer needs to know of the pack besides the tokens."""
+    """What all layers need to know about the pack, apart from the tokens themselves."""
 
-    attention: AttentionLayout
+    attend: Attend
     cos_TD: Tensor
     sin_TD: Tensor
     to_sequence: Tensor  # [T] expert-major row of each sequence position
     to_experts: Tensor  # [T] sequence position of each expert-major row
+
+
+class LayerCache(Protocol):
+    """Keys and values of one layer from earlier passes; kept after RoPE, in the order of the layout's segments."""
+
+    def extend(self, k_TKD: Tensor, v_TKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of this pass with those of each sample's context in front of the sample's own."""
 
 
 class TwoExperts(nn.Module):
@@ -84,11 +91,13 @@ class MoTAttention(TwoExperts):
                 self.add_module("q_norm" + suffix, RMSNorm(llm.head_dim, llm.rms_norm_eps))
                 self.add_module("k_norm" + suffix, RMSNorm(llm.head_dim, llm.rms_norm_eps))
 
-    def forward(self, x: Experts, geometry: PackGeometry) -> Experts:
+    def forward(self, x: Experts, geometry: PackGeometry, cache: LayerCache | None) -> Experts:
         q_THD = apply_rope(self._heads("q", x, geometry), geometry.cos_TD, geometry.sin_TD)
         k_TKD = apply_rope(self._heads("k", x, geometry), geometry.cos_TD, geometry.sin_TD)
         v_TKD = self._heads("v", x, geometry)
-        o_TC = attend(q_THD, k_TKD, v_TKD, geometry.attention).flatten(1)
+        if cache is not None:
+            k_TKD, v_TKD = cache.extend(k_TKD, v_TKD)
+        o_TC = geometry.attend(q_THD, k_TKD, v_TKD).flatten(1)
         und, gen = o_TC[geometry.to_experts].split([len(x.und), len(x.gen)])
         return self.stop_und(self.route("o_proj", Experts(und, gen)))
 
@@ -111,9 +120,11 @@ class MoTLayer(TwoExperts):
             self.add_module("input_layernorm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps))
             self.add_module("post_attention_layernorm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps))
 
-    def forward(self, x_UC: Tensor, x_GC: Tensor, geometry: PackGeometry) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_UC: Tensor, x_GC: Tensor, geometry: PackGeometry, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor]:
         x = Experts(x_UC, x_GC)
-        x = x + self.self_attn(self.route("input_layernorm", x), geometry)
+        x = x + self.self_attn(self.route("input_layernorm", x), geometry, cache)
         mlp = self.route("mlp", self.route("post_attention_layernorm", x))
         return tuple(x + self.stop_und(mlp))  # type: ignore[return-value]
 
@@ -129,9 +140,21 @@ class MoTModel(TwoExperts):
         for suffix in ("", GEN):
             self.add_module("norm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps))
 
-    def forward(self, x: Experts, geometry: PackGeometry, recompute: Recompute) -> Experts:
-        for layer in self.layers:
-            x = Experts(*recompute(layer, x.und, x.gen, geometry))
+    def forward(
+        self, x: Experts, geometry: PackGeometry, recompute: Recompute, caches: Sequence[LayerCache] = ()
+    ) -> Experts:
+        """Hidden states after the final norms; arguments as of `run_layers`."""
+        return self.final_norm(self.run_layers(x, geometry, recompute, caches))
+
+    def run_layers(
+        self, x: Experts, geometry: PackGeometry, recompute: Recompute, caches: Sequence[LayerCache] = ()
+    ) -> Experts:
+        """The last layer's output, before the final norms. `caches` (inference only): one per layer."""
+        for layer, cache in zip(self.layers, caches or (None,) * len(self.layers), strict=True):
+            x = Experts(*recompute(layer, x.und, x.gen, geometry, cache))
+        return x
+
+    def final_norm(self, x: Experts) -> Experts:
         return self.stop_und(self.route("norm", x))
 
 
@@ -142,9 +165,3 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.model = MoTModel(config)
         self.lm_head = CrossEntropyHead(config.llm.hidden_size, config.llm.vocab_size)
-
-
-def llm_matmul_parameters(llm: LLMConfig) -> int:
-    """Matrix-multiply parameters of ONE expert over all layers (embedding, norms and biases not counted)."""
-    attention = 2 * llm.hidden_size * (llm.num_attention_heads + llm.num_key_value_heads) * llm.head_dim
-    return llm.num_hidden_layers * (attention + 3 * llm.hidden_size * llm.intermediate_size)

@@ -1,18 +1,15 @@
 """SigLIP NaViT: packed image patches of any aspect ratio -> one feature per patch.
 
-Guarantees: parameter names and shapes of `vit_model.*` in a BAGEL checkpoint; attention stays inside each image; zero
-images are fine.
+Guarantees: parameter names and shapes of `vit_model.*` in a BAGEL checkpoint. Zero images are fine.
 
 Shape legend: P patches of all images, H heads, D head dim, W ViT width.
 """
 
 from __future__ import annotations
 
-from typing import Sequence
-
 from torch import Tensor, nn
 
-from bagel_ds.model.attention import AttentionLayout, attend
+from bagel_ds.model.attention.backends import Attend
 from bagel_ds.model.layers import GELUMLP, Embedding, Linear
 from bagel_ds.model.recompute import Recompute
 from bagel_ds.model.shape.config import ViTConfig
@@ -28,9 +25,9 @@ class ViTAttention(nn.Module):
         self.q_proj = Linear(width, width)
         self.out_proj = Linear(width, width)
 
-    def forward(self, x_PW: Tensor, layout: AttentionLayout) -> Tensor:
+    def forward(self, x_PW: Tensor, attend: Attend) -> Tensor:
         q, k, v = (proj(x_PW).unflatten(-1, (self.heads, -1)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attend(q, k, v, layout).flatten(1))
+        return self.out_proj(attend(q, k, v).flatten(1))
 
 
 class ViTLayer(nn.Module):
@@ -41,8 +38,8 @@ class ViTLayer(nn.Module):
         self.mlp = GELUMLP(config.hidden_size, config.intermediate_size, config.hidden_size)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, x_PW: Tensor, layout: AttentionLayout) -> Tensor:
-        x_PW = x_PW + self.self_attn(self.layer_norm1(x_PW), layout)
+    def forward(self, x_PW: Tensor, attend: Attend) -> Tensor:
+        x_PW = x_PW + self.self_attn(self.layer_norm1(x_PW), attend)
         return x_PW + self.mlp(self.layer_norm2(x_PW))
 
 
@@ -69,20 +66,19 @@ class ViTVisionModel(nn.Module):
         self.encoder = ViTEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, patches: Tensor, position_ids: Tensor, seqlens: Sequence[int], recompute: Recompute) -> Tensor:
-        layout = AttentionLayout.images(seqlens)
+    def forward(self, patches: Tensor, position_ids: Tensor, attend: Attend, recompute: Recompute) -> Tensor:
         x_PW = self.embeddings(patches, position_ids)
         for layer in self.encoder.layers:
-            x_PW = recompute(layer, x_PW, layout)
+            x_PW = recompute(layer, x_PW, attend)
         return self.post_layernorm(x_PW)
 
 
 class NaViT(nn.Module):
-    """`forward` takes normalised patches [P, 588] in the model's dtype and returns [P, W]."""
+    """`forward` takes normalized patches [P, 588] in the model's dtype, attention within each image; returns [P, W]."""
 
     def __init__(self, config: ViTConfig):
         super().__init__()
         self.vision_model = ViTVisionModel(config)
 
-    def forward(self, patches: Tensor, position_ids: Tensor, seqlens: Sequence[int], recompute: Recompute) -> Tensor:
-        return self.vision_model(patches, position_ids, seqlens, recompute)
+    def forward(self, patches: Tensor, position_ids: Tensor, attend: Attend, recompute: Recompute) -> Tensor:
+        return self.vision_model(patches, position_ids, attend, recompute)

@@ -2,7 +2,12 @@
 
 Guarantees: ids equal the original's (transformers' Qwen2 tokenizer) for every text, special-token strings inside user
 text included; instances can be pickled and forked. Reads tokenizer.json, or vocab.json + merges.txt, with or without
-tokenizer_config.json. A folder that lists its tokens gets no other one, but by `complete_tokenizer`.
+tokenizer_config.json. Only `complete_tokenizer` adds tokens that a folder doesn't list.
+
+Why not transformers' own tokenizer class: it wraps the same `tokenizers` object but costs more at every start of a
+command or a worker. Measured with transformers 5.23 on the recorded examples and 2 CPU cores; all three give equal ids.
+This module: 0.09 s to start, 7 MiB of private memory, no torch. Qwen2TokenizerFast: 1.3 s, 38 MiB. AutoTokenizer:
+2.5 s, 164 MiB, imports torch, and warns that it doesn't know the model type `bagel`.
 """
 
 from __future__ import annotations
@@ -67,7 +72,7 @@ class Tokenizer:
         # What becomes one special token wherever it stands in a text.
         self.special_strings: tuple[str, ...] = tuple(token.content for token in added if token.special)
         self.size: int = fast.get_vocab_size(with_added_tokens=True)
-        self.fingerprint: str = hashlib.sha256(fast.to_str().encode()).hexdigest()[:16]
+        self.fingerprint: str = _fingerprint(Path(folder))
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`; the empty text has none."""
@@ -122,6 +127,18 @@ def _open(folder: Path) -> FastTokenizer:
             f" {found or 'nothing'}. Copy the tokenizer files of BAGEL-7B-MoT into the model folder."
         )
     return fast
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of the folder's files, which decide all ids: the same under every version of the library."""
+    whole = folder / "tokenizer.json"
+    digest = hashlib.sha256()
+    for path in (whole,) if whole.is_file() else (folder / "vocab.json", folder / "merges.txt"):
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    for number, token in sorted(_listed_tokens(folder).items()):
+        flags = (token.single_word, token.lstrip, token.rstrip, token.normalized, token.special)
+        digest.update(f"{number} {token.content} {flags}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _from_vocab(vocab: Path, merges: Path) -> FastTokenizer:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from bagel_ds.arguments.options import all_options, is_optional, type_name
 from bagel_ds.arguments.parse import LAUNCHER_LETTERS, LAUNCHER_OPTIONS, SYNONYMS, duration_seconds, duration_text
-from bagel_ds.arguments.run_config import ATTENTION_BACKENDS, RunConfig, parse_arguments, wandb_wanted
+from bagel_ds.arguments.run_config import BACKENDS, RunConfig, parse_arguments, wandb_wanted
 from bagel_ds.errors import UserError
 from tests.guide_commands import BLOCKMOVING, GUIDE_COMMANDS, MODALITY_EXTRAS, WANDB_EXTRA, arguments
 
@@ -277,8 +277,8 @@ def test_a_plain_run_has_no_remarks() -> None:
 def test_a_missing_attention_backend_goes_on_with_one_line(line: str) -> None:
     config = parse(line)
     asked = "flex" if "flex" in line else line.removeprefix("--attn ").strip() or "auto"
-    assert config.attention in ATTENTION_BACKENDS
-    assert len(config.notes) == (asked not in (*ATTENTION_BACKENDS, "auto"))
+    assert config.attention in BACKENDS
+    assert len(config.notes) == (asked not in (*BACKENDS, "auto"))
     assert all("attention" in note for note in config.notes)
 
 

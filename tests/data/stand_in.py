@@ -5,6 +5,7 @@ A batch's text ids say which rows it was made of. What the maker's `options` say
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import resource
 import signal
@@ -14,11 +15,13 @@ from typing import Any, Sequence
 
 import torch
 
+from bagel_ds.data.batches.layout import layout
 from bagel_ds.data.batches.materialize import PackTask
 from bagel_ds.data.samples.sample import TEXT, Entry, SamplePlan
 from bagel_ds.data.streams.reader import RowAddress, RowPlace
 from bagel_ds.errors import UserError
 from bagel_ds.model.batch import CAUSAL, PackedBatch
+from bagel_ds.model_folder.tokenizer import SpecialTokens
 
 
 @dataclass
@@ -98,28 +101,4 @@ def _happen(what: Any) -> None:
 
 def empty(**changed: Any) -> PackedBatch:
     """A batch of nothing but what is given."""
-    ints, floats = torch.zeros(0, dtype=torch.int64), torch.zeros(0, 64)
-    fields: dict[str, Any] = {
-        "sample_lens": (),
-        "split_lens": (),
-        "attn_modes": (),
-        "position_ids": ints,
-        "text_ids": ints,
-        "text_indexes": ints,
-        "vit_patches": torch.zeros(0, 588),
-        "vit_indexes": ints,
-        "vit_position_ids": ints,
-        "vit_seqlens": (),
-        "images": (),
-        "latent_shapes": (),
-        "vae_indexes": ints,
-        "latent_position_ids": ints,
-        "timesteps": floats[:, 0],
-        "noise": floats,
-        "posterior_eps": floats,
-        "mse_loss_indexes": ints,
-        "ce_loss_indexes": ints,
-        "label_ids": ints,
-        "ce_loss_weights": floats[:, 0],
-    }
-    return PackedBatch(**fields | changed)
+    return dataclasses.replace(layout([], SpecialTokens(0, 1, 2, 3, 4)), **changed)

@@ -146,7 +146,7 @@ def test_another_token_budget_goes_on_at_the_same_place_in_the_data(
 ) -> None:
     main, other = resumed[1]["other_budget"]
     assert (main.code, other.code) == (0, 0), main.output
-    assert "goes on at the same place in the data" in main.output
+    assert "continues at the same place in the data" in main.output
 
 
 def test_resume_model_only_starts_at_step_0_with_the_weights(resumed: tuple[Path, dict[str, list[Outcome]]]) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bagel_ds.machine.device import choose_kernels
-from bagel_ds.model.attention import BACKENDS, AttentionLayout, attend
+from bagel_ds.model.attention.backends import BACKENDS, attention_backend
+from bagel_ds.model.attention.layout import AttentionLayout
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
 from bagel_ds.model.offload import OffloadedInputs
 from bagel_ds.model.recompute import MODES, recompute, recompute_mode
@@ -81,7 +82,7 @@ def test_kernels_equal_a_dense_mask(backend: str, dtype: torch.dtype) -> None:
     expected = torch.einsum(
         "hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v.repeat_interleave(4, 1)
     )
-    found = attend(q.to(dtype), k.to(dtype), v.to(dtype), layout, backend).float()
+    found = attention_backend(backend)(layout)(q.to(dtype), k.to(dtype), v.to(dtype)).float()
     error = (found - expected).norm() / expected.norm()
     assert error < (1e-4 if dtype == torch.float32 else 1e-2)
 
@@ -94,7 +95,7 @@ def test_attention_takes_no_kernel_of_cudnn() -> None:
         torch.randn(290, heads, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True) for heads in (8, 2, 2)
     )
     with torch.profiler.profile() as profile:
-        attend(q, k, v, layout, "sdpa").sum().backward()
+        attention_backend("sdpa")(layout)(q, k, v).sum().backward()
     names = {event.name for event in profile.events()}
     assert any("scaled_dot_product" in name for name in names), "attention was seen"
     assert not [name for name in names if "cudnn" in name.lower()]

@@ -8,11 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from bagel_ds.data.batches.layout import Loaded, layout
+from bagel_ds.data.samples.image_tokens import LayoutOptions
+from bagel_ds.data.samples.sample import TEXT, VAE
 from bagel_ds.model.bagel import Bagel
-from bagel_ds.model.batch import CAUSAL, NOISE, PackedBatch
+from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.recompute import MODES, recompute_mode
 from bagel_ds.model.shape.config import BagelConfig, LLMConfig, ViTConfig
 from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
+from bagel_ds.model_folder.tokenizer import SpecialTokens
 
 LLM = LLMConfig(32, 48, 2, 4, 2, 64)
 TINY = BagelConfig(llm=LLM, vit=ViTConfig(24, 32, 2, 2), max_latent_size=8)
@@ -28,39 +32,20 @@ def tiny(**changes: Any) -> Bagel:
 
 
 def text_pack(tokens: int = 6) -> PackedBatch:
-    return pack(text=tokens, labels=list(range(tokens - 1)))
+    return pack(tokens, labels=True)
 
 
-def pack(text: int, labels: list[int] = [], drawn: tuple[int, int] | None = None) -> PackedBatch:  # noqa: B006
+def pack(text: int, labels: bool = False, drawn: tuple[int, int] | None = None) -> PackedBatch:
     """`text` tokens, then a noised image of `drawn` latent tokens."""
-    rows, columns = drawn or (0, 0)
-    latents, total = rows * columns, text + rows * columns
-    generator = torch.Generator().manual_seed(total)
-    empty = torch.zeros(0, dtype=torch.int64)
-    where = torch.arange(text, total)
-    return PackedBatch(
-        sample_lens=(total,) if total else (),
-        split_lens=tuple(n for n in (text, latents) if n),
-        attn_modes=tuple(mode for n, mode in ((text, CAUSAL), (latents, NOISE)) if n),
-        position_ids=torch.arange(total),
-        text_ids=torch.randint(0, 64, (text,), generator=generator),
-        text_indexes=torch.arange(text),
-        vit_patches=torch.zeros(0, 588, dtype=torch.uint8),
-        vit_indexes=empty,
-        vit_position_ids=empty,
-        vit_seqlens=(),
-        images=(),
-        latent_shapes=((rows, columns),) if latents else (),
-        vae_indexes=where,
-        latent_position_ids=torch.arange(latents),
-        timesteps=torch.zeros(latents),
-        noise=torch.randn(latents, 64, generator=generator),
-        posterior_eps=torch.zeros(latents, 64),
-        mse_loss_indexes=where,
-        ce_loss_indexes=torch.tensor(labels, dtype=torch.int64),
-        label_ids=torch.tensor(labels, dtype=torch.int64),
-        ce_loss_weights=torch.ones(len(labels)),
-    )
+    generator = torch.Generator().manual_seed(text)
+    ids = torch.randint(5, 64, (max(text - 2, 0),), generator=generator).tolist()
+    pieces = [Loaded(TEXT, ids, loss=labels)] if text else []
+    if drawn:
+        rows, columns = drawn
+        image = torch.zeros(3, 16 * rows, 16 * columns, dtype=torch.uint8)
+        noise = torch.randn(rows * columns, 64, generator=generator)
+        pieces.append(Loaded(VAE, image=image, loss=True, timestep=0.0, noise=noise))
+    return layout([pieces], SpecialTokens(0, 1, 2, 3, 4), LayoutOptions(max_latent_size=TINY.max_latent_size))
 
 
 def loss_of(model: Bagel, batch: PackedBatch) -> torch.Tensor:
@@ -89,14 +74,14 @@ def test_an_expert_without_tokens_gets_zero_gradients() -> None:
 
 def test_freeze_und_cuts_every_gradient_on_the_understanding_side() -> None:
     model = tiny(freeze_und=True)
-    loss_of(model, pack(4, [0, 1, 2], drawn=(2, 2))).backward()
+    loss_of(model, pack(4, labels=True, drawn=(2, 2))).backward()
     trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert trained == trainable_parts(model.config, Freezing())
     assert "lm_head" in trained and "und_expert" not in trained
 
 
 def test_freeze_und_leaves_the_values_as_they_are() -> None:
-    batch, latents = pack(4, [0, 1, 2], drawn=(2, 2)), torch.zeros(4, 64)
+    batch, latents = pack(4, labels=True, drawn=(2, 2)), torch.zeros(4, 64)
     for free, frozen in zip(tiny()(batch, latents), tiny(freeze_und=True)(batch, latents)):
         assert torch.equal(free, frozen)
 

@@ -7,9 +7,11 @@ import pickle
 from pathlib import Path
 
 import pytest
-from tokenizers import pre_tokenizers
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, pre_tokenizers
 
 from bagel_ds.errors import UserError
+from bagel_ds.model_folder import tokenizer as module
 from bagel_ds.model_folder.tokenizer import load_tokenizer
 from tests.small_data import SPECIAL, byte_tokenizer
 
@@ -44,6 +46,22 @@ def test_the_fingerprint_changes_with_the_vocabulary(tmp_path: Path) -> None:
     plain = byte_tokenizer(tmp_path / "a")
     assert plain.fingerprint == byte_tokenizer(tmp_path / "b").fingerprint
     assert plain.fingerprint != byte_tokenizer(tmp_path / "c", (*SPECIAL, "<|more|>")).fingerprint
+    (tmp_path / "b" / "tokenizer_config.json").write_text(_listed({261: "<|more|>"}))
+    assert plain.fingerprint != load_tokenizer(tmp_path / "b").fingerprint
+
+
+def test_the_fingerprint_is_that_of_the_files_not_of_how_a_library_prints_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, read = byte_tokenizer(tmp_path), module._open
+
+    def printed_otherwise(folder: Path) -> FastTokenizer:
+        fast = read(folder)
+        fast.decoder = decoders.Fuse()
+        return fast
+
+    monkeypatch.setattr(module, "_open", printed_otherwise)
+    assert load_tokenizer(tmp_path).fingerprint == plain.fingerprint
 
 
 @pytest.mark.parametrize("missing", SPECIAL)

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bagel_ds.model.attention import BACKENDS, AttentionLayout, attend
+from bagel_ds.model.attention.backends import BACKENDS, attention_backend
+from bagel_ds.model.attention.layout import AttentionLayout
 from tests.recordings import UNSET, cases, read_json, reference_folder, tensors
 
 
@@ -57,7 +58,7 @@ def test_kernel_equals_attention_under_the_recorded_mask(number: int, backend: s
     total, heads, kv_heads, dim = len(mask), 4, 2, 8
     q = torch.randn(total, heads, dim, generator=generator, requires_grad=True)
     k, v = (torch.randn(total, kv_heads, dim, generator=generator, requires_grad=True) for _ in range(2))
-    found = attend(q, k, v, layout, backend)
+    found = attention_backend(backend)(layout)(q, k, v)
     dense = F.scaled_dot_product_attention(
         q.transpose(0, 1),
         k.repeat_interleave(heads // kv_heads, 1).transpose(0, 1),

@@ -85,7 +85,7 @@ def test_packs_made_from_the_rows_themselves(stem: str) -> None:
         assert found is not None
         plan = streams[names.index(name)].plan_sample(found.row, found.epoch)
         assert plan is not None
-        plans.append(plan._replace(dataset=names.index(name)))
+        plans.append(plan._replace(group=names.index(name)))
         la |= found.la
     batch = materialize(plans, streams, tokenizer(), layout_options(), noise_seed=0)
     assert batch.skipped == ()
@@ -133,7 +133,7 @@ def _loaded(
     entries = []
     for plan in sample["sequence_plan"]:
         kind, loss = plan["type"], bool(plan["loss"])
-        frame = {key: plan[key] for key in ("split_start", "split_end", "frame_delta") if key in plan}
+        frame = {key: plan[key] for key in ("split_end", "frame_delta") if key in plan}
         timestep = float(draws.randn()) if kind == VAE and loss and plan.get("split_start", True) else float("-inf")
         entries.append(
             Loaded(

@@ -1,7 +1,8 @@
-"""The layout of a pack: from loaded samples to index tensors, exactly the original's.
+"""The one builder of `PackedBatch`: from pieces (texts and images) to the index tensors of a pack.
 
 Guarantees: text ids, indexes, positions, splits, attention modes, labels, loss positions and weights, latent and ViT
-position ids equal the recordings; no file, random number or decoder is involved. Samples of zero length leave no trace.
+position ids equal the original's (recordings). No file, random number or decoder is involved. A sample without tokens
+is left out.
 
 Shape legend: T tokens of the pack, N text tokens, P ViT patches, G latent tokens, F features of a latent token.
 """
@@ -22,19 +23,23 @@ from bagel_ds.model_folder.tokenizer import SpecialTokens
 
 @dataclass(frozen=True)
 class Loaded:
-    """One entry of a sample with its content. Frames of a video share a split: only its first has `split_start`,
-    only its last `split_end`; `frame_delta` is how far a frame advances the position."""
+    """A piece of a sample with its content.
+
+    A TEXT is causal and gets bos and eos around its ids. A VIT image and a clean VAE image (`loss` False) are seen by
+    all that follows; a VAE image with `loss` is noised, and only its own tokens see it. Only the size of a VAE image is
+    read here, so a meta tensor will do where nothing encodes it. The frames of a video that share a split have
+    `split_end` on the last one only and advance the position by `frame_delta`.
+    """
 
     kind: str  # TEXT, VIT or VAE
-    ids: Sequence[int] = ()  # text
-    image: Tensor | None = None  # uint8 [3, height, width]
-    loss: bool = False
-    dropped: bool = False
-    special_label: int = -1
+    ids: Sequence[int] = ()  # text, without bos and eos
+    image: Tensor | None = None  # uint8 [3, height, width], sides multiples of the patch
+    loss: bool = False  # cross-entropy of a text, velocity of a VAE image
+    dropped: bool = False  # no tokens; an image still advances the position by one
+    special_label: int = -1  # token id that the end marker predicts; -1: none
     timestep: float = float("-inf")  # noised image: before the sigmoid; a split has that of its first frame
-    noise: Tensor | None = None  # float32 [tokens, F]; None: zeros, for clean images, which are never noised
+    noise: Tensor | None = None  # float32 [tokens, F]; None: zeros
     posterior_eps: Tensor | None = None  # float32 [tokens, F]; None: zeros
-    split_start: bool = True
     split_end: bool = True
     frame_delta: int | None = None
 
@@ -61,14 +66,20 @@ def length_weight(labels: int) -> float:
 def layout(
     samples: Sequence[Sequence[Loaded]],
     special: SpecialTokens,
-    options: LayoutOptions,
+    options: LayoutOptions = LayoutOptions(),
     names: Sequence[str] = (),
     skipped: Sequence[tuple[str, str]] = (),
     datasets: Sequence[str] = (),
+    first_positions: Sequence[int] = (),
 ) -> PackedBatch:
-    """Lay samples end to end. `names` and `datasets` are theirs, `skipped` goes into the batch as it is."""
+    """The batch of `samples` laid end to end, on the CPU.
+
+    `names`, `datasets` and `first_positions` (RoPE positions, behind a context; default 0) have one item per sample;
+    `skipped` goes into the batch as it is.
+    """
     pack = _Pack(special, options)
-    kept = [number for number, sample in enumerate(samples) if pack.add(sample)]
+    firsts = first_positions or [0] * len(samples)
+    kept = [i for i, (sample, first) in enumerate(zip(samples, firsts, strict=True)) if pack.add(sample, first)]
     return pack.batch(
         samples=tuple(names[number] for number in kept if names),
         datasets=tuple(datasets[number] for number in kept if datasets),
@@ -107,10 +118,10 @@ class _Pack:
     ce_loss_weights: list[float] = field(default_factory=list)
     label_ids: list[int] = field(default_factory=list)
 
-    def add(self, sample: Sequence[Loaded]) -> bool:
-        """Append a sample; False when nothing of it is left."""
+    def add(self, sample: Sequence[Loaded], first_position: int) -> bool:
+        """Append a sample; False where it has no tokens."""
         start = self.length
-        self.position = self.split = 0
+        self.position, self.split = first_position, 0
         for entry in sample:
             if entry.dropped:
                 # A dropped image leaves its position empty, a dropped text leaves nothing.

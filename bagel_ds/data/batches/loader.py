@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from contextlib import closing
-from dataclasses import asdict
 from itertools import count
 from typing import Any, Generator, Iterator, NamedTuple, Sequence
 
@@ -21,7 +20,9 @@ from bagel_ds.data.batches.materialize import BatchMaker, LayoutOptions, PackTas
 from bagel_ds.data.index.data_file import DataFile
 from bagel_ds.data.plan.cost import CostModel
 from bagel_ds.data.plan.packing import Pack
-from bagel_ds.data.plan.planner import ALGORITHM, PackingOptions, Planner, Step, digest_of
+from bagel_ds.data.plan.planner import MicroStep, PackingOptions, Planner, digest_of
+from bagel_ds.data.plan.row_order import ROW_ORDER
+from bagel_ds.data.plan.rules import ALGORITHM, UNNAMED_ALGORITHM
 from bagel_ds.data.samples.sample import SamplePlan
 from bagel_ds.data.streams.opening import files_ahead
 from bagel_ds.data.streams.stream import GroupStream
@@ -58,19 +59,19 @@ class _Task(NamedTuple):
 
 
 def planned_tasks(
-    steps: Iterator[Step], rank: int, world_size: int, workers: int, under_way: deque[Step]
+    steps: Iterator[MicroStep], rank: int, world_size: int, workers: int, under_way: deque[MicroStep]
 ) -> Iterator[_Task]:
     """The tasks of `rank`, which its workers take in turns; a step joins `under_way` as its task is taken.
 
     Each pack's rows are announced once, to the worker that will run it, at most HORIZON packs of all ranks before.
     """
     horizon, growth = max(HORIZON // world_size, 1), max(HORIZON_GROWTH // world_size, 4)
-    ahead: deque[Step] = deque()
+    ahead: deque[MicroStep] = deque()
     announced: list[list[tuple[int, int]]] = [[] for _ in range(workers)]
     for turn in count():
         while len(ahead) < min(horizon, growth * turn + workers) or not ahead:
             step = next(steps)
-            announced[(turn + len(ahead)) % workers] += [(plan.dataset, plan.row) for plan in step.packs[rank].samples]
+            announced[(turn + len(ahead)) % workers] += [(plan.group, plan.row) for plan in step.packs[rank].samples]
             ahead.append(step)
         coming, announced[turn % workers] = announced[turn % workers], []
         under_way.append(ahead.popleft())
@@ -97,9 +98,10 @@ class PlannedData:
         self._labels = dataset_labels(streams)
         groups = [(s.name, s.weight, s.is_mandatory, s.fingerprint) for s in streams]
         budgets = (packing.max_num_tokens, packing.lookahead, packing.data_seed)
-        self._plan = digest_of([ALGORITHM, groups, budgets, asdict(cost), self.planner.mean_lengths])
-        self._rows = digest_of([ALGORITHM, packing.data_seed, [s.rows_fingerprint for s in streams]])
-        self.fingerprint = digest_of([self._plan, noise_seed, repr(layout_options)])
+        self._rows = digest_of([ROW_ORDER, packing.data_seed, [s.rows_fingerprint for s in streams]])
+        self.fingerprint = digest_of(
+            [ALGORITHM, groups, budgets, cost, self.planner.mean_lengths, noise_seed, layout_options]
+        )
 
     @property
     def datasets(self) -> list[str]:
@@ -119,8 +121,8 @@ class PlannedData:
             )
         planner, options = self.planner, self.planner.options
         lines.append(
-            f"packs of at most {options.max_num_tokens:,} tokens chosen among {planner.window_size} samples, blocks of "
-            f"{planner.block_size}, data_seed {options.data_seed}, plan {self._plan}"
+            f"packs of at most {options.max_num_tokens:,} tokens chosen among {planner.rules.window} samples, blocks "
+            f"of {planner.rules.block}, data_seed {options.data_seed}, plan {self.fingerprint}"
         )
         return lines
 
@@ -154,35 +156,36 @@ class PlannedData:
     ) -> Generator[MicroBatch, None, None]:
         """Batches of `rank`, without end, from the beginning or from the `state` of an earlier `MicroBatch`.
 
-        Under other options than the state's (budgets, weights, dropout, what trains) it goes on at the same place in
+        Under other options than the state's (budgets, weights, dropout, what trains) it continues at the same place in
         the data, see `Planner.moved`. Raises `UserError` at once where `start` belongs to other data.
         """
         place = self.place(start)
-        if place is not start and start and rank == 0:
-            logger.warning(
-                "the data plan changed since the checkpoint: it goes on at the same place in the data; up to %d packs' "
-                "samples come a second time",
-                start["packs"] - start["block"]["first"],
-            )
-        under_way: deque[Step] = deque()
+        if start and rank == 0:
+            _log_changes(start, place is start)
+        under_way: deque[MicroStep] = deque()
         steps = self.planner.steps(world_size, place)
         tasks = planned_tasks(steps, rank, world_size, max(num_workers, 1), under_way)
         return self._iterate(tasks, under_way, num_workers, prefetch_factor, pin_memory)
 
     def place(self, start: dict[str, Any] | None) -> dict[str, Any] | None:
-        """`start`, or the place in this plan that follows it where options changed. Raises `UserError`."""
-        if not start or (start.get("plan") == self._plan and self.planner.plans_again(start)):
+        """`start` where this plan continues it exactly, else the same place in the data. Raises `UserError`."""
+        if not start:
             return start
         if start.get("rows") != self._rows:
             raise UserError(
-                f"the training state was saved over other data ({start.get('rows')}) than this run's ({self._rows}): "
-                "the data files or data_seed changed, so its place in the data means nothing here. Restore them, or "
-                "start from its weights only (--resume_from ... --resume_model_only True with a new checkpoint_dir)"
+                f"The training state was saved over other data ({start.get('rows')}) than this run's ({self._rows}): "
+                "the data files or data_seed changed, so its place in the data has no meaning here. Restore them, or "
+                "start from its weights only (--resume_from ... --resume_model_only True with a new checkpoint_dir)."
             )
-        return self.planner.moved(start)
+        return start if self.planner.plans_again(start) else self.planner.moved(start)
 
     def _iterate(
-        self, tasks: Iterator[_Task], under_way: deque[Step], num_workers: int, prefetch_factor: int, pin_memory: bool
+        self,
+        tasks: Iterator[_Task],
+        under_way: deque[MicroStep],
+        num_workers: int,
+        prefetch_factor: int,
+        pin_memory: bool,
     ) -> Generator[MicroBatch, None, None]:
         located = map(self._located, tasks)
         if num_workers:
@@ -196,18 +199,35 @@ class PlannedData:
 
     def _located(self, task: _Task) -> PackTask:
         """The task with all that takes the index to know."""
-        addresses = tuple(self.streams[plan.dataset].address(plan.row) for plan in task.plans)
+        addresses = tuple(self.streams[plan.group].address(plan.row) for plan in task.plans)
         coming = tuple((group, self.streams[group].address(row)) for group, row in task.coming)
         return PackTask(task.plans, addresses, coming)
 
-    def _micro_batch(self, batch: PackedBatch, step: Step) -> MicroBatch:
+    def _micro_batch(self, batch: PackedBatch, step: MicroStep) -> MicroBatch:
         tokens = sum(pack.length for pack in step.packs)
         return MicroBatch(
             batch,
-            {"plan": self._plan, "rows": self._rows, **step.state},
+            {"rows": self._rows, **step.state},
             efficiency=tokens / (len(step.packs) * self.planner.options.max_num_tokens),
             imbalance=step.imbalance_llm,
             epochs={label: step.epochs[self.streams[number].name] for (number, _), label in self._labels.items()},
+        )
+
+
+def _log_changes(start: dict[str, Any], is_exact: bool) -> None:
+    """One line where a resumed run's plan differs from that of the run that saved `start`."""
+    algorithm = start["block"].get("algorithm", UNNAMED_ALGORITHM)
+    if not is_exact:
+        repeated = start["packs"] - start["block"]["first"] if "used" not in start else 0
+        logger.warning(
+            "The data plan changed since the checkpoint: the run continues at the same place in the data; %s",
+            f"the samples of {repeated} packs are used a second time" if repeated else "no sample is lost or repeated",
+        )
+    elif algorithm != ALGORITHM:
+        logger.info(
+            "The checkpoint's data plan is of version %d: its block of packs is finished as it was planned, no sample "
+            "is lost or repeated, and version %d plans the following ones",
+            *(algorithm, ALGORITHM),
         )
 
 

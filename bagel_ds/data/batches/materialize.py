@@ -73,7 +73,7 @@ class BatchMaker:
             self.readers[group].expect(address)
         samples, names, datasets, skipped = [], [], [], []
         for plan, address in zip(task.plans, task.addresses, strict=True):
-            label = self.labels[plan.dataset, address.place.dataset]
+            label = self.labels[plan.group, address.place.dataset]
             try:
                 sample = _Sample(plan, address, self).load()
             except BadRow as error:
@@ -93,7 +93,7 @@ def materialize(
     noise_seed: int,
 ) -> PackedBatch:
     """The batch of `plans`, made in this process."""
-    addresses = tuple(streams[plan.dataset].address(plan.row) for plan in plans)
+    addresses = tuple(streams[plan.group].address(plan.row) for plan in plans)
     return BatchMaker.of(streams, tokenizer, options, noise_seed)(PackTask(tuple(plans), addresses))
 
 
@@ -103,7 +103,7 @@ class _Sample:
     def __init__(self, plan: SamplePlan, address: RowAddress, maker: BatchMaker) -> None:
         self.plan = plan
         self.address = address
-        self.reader = maker.readers[plan.dataset]
+        self.reader = maker.readers[plan.group]
         self.tokenizer = maker.tokenizer
         self.options = maker.options
         self.key = (maker.noise_seed, self.reader.name, plan.epoch, plan.row)

@@ -18,8 +18,8 @@ from torch import Tensor
 from bagel_ds.data.batches.loader import PlannedData
 from bagel_ds.data.plan.packing import Pack
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, Entry
-from bagel_ds.model import bagel
 from bagel_ds.model.batch import PackedBatch, unpatchify
+from bagel_ds.model.flow import flow_time
 from bagel_ds.model_folder.tokenizer import Tokenizer
 
 _WIDTH = 120
@@ -90,18 +90,13 @@ def kept_pack(batch: PackedBatch, tokenizer: Tokenizer, limit: int, number: int 
     return ShownPack(number, limit, tuple(samples), batch)
 
 
-def flow_time(timestep: float, shift: float) -> float:
-    """Where between image (0) and noise (1) a latent with this raw timestep lies (REFERENCE 3)."""
-    return float(bagel.flow_time(torch.tensor(timestep), shift))
-
-
 # ----------------------------------------------------------------------------------------------- reading a batch back
 def _samples(data: PlannedData, pack: Pack, batch: PackedBatch) -> Iterator[ShownSample]:
     reader = _Reader(data.tokenizer, batch)
     reasons = [reason for _, reason in batch.skipped]
     kept = 0
     for plan in pack.samples:
-        name = data.streams[plan.dataset].describe(plan)
+        name = data.streams[plan.group].describe(plan)
         if kept < len(batch.samples) and batch.samples[kept] == name:
             kept += 1
             start = reader.offset
@@ -222,7 +217,8 @@ def detail(piece: Piece, timestep_shift: float) -> str:
             f"cross-entropy on {piece.labels}" + (f", its end predicts {piece.end_label}" * bool(piece.end_label))
         )
     if piece.targets:
-        parts.append(f"velocity loss on {piece.targets}, t = {flow_time(piece.timestep, timestep_shift):.3f}")
+        t = float(flow_time(torch.tensor(piece.timestep), timestep_shift))
+        parts.append(f"velocity loss on {piece.targets}, t = {t:.3f}")
     return ", ".join(parts)
 
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from bagel_ds.data.inspect.packs import Piece, ShownPack, ShownSample, detail, title
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT
-from bagel_ds.model.attention import AttentionLayout
+from bagel_ds.model.attention.layout import AttentionLayout
 
 Color = tuple[int, int, int]
 

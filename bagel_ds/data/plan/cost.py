@@ -19,7 +19,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, SamplePlan
-from bagel_ds.model.shape.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
+from bagel_ds.model.shape.config import BagelConfig, VAEConfig, ViTConfig
+from bagel_ds.model.shape.flops import (
+    head_parameters,
+    llm_matmul_parameters,
+    llm_pair_flops,
+    vae_flops_per_cell,
+    vit_matmul_parameters,
+    vit_pair_flops,
+)
 from bagel_ds.model.shape.parts import Freezing, trainable_parts
 
 UNIT = 10**6  # costs are whole MFLOP: sums over any pack stay far below 2**53, exact as int64 and as float64
@@ -82,50 +90,18 @@ def work_of(plan: SamplePlan) -> Work:
     return Work(und, gen, ce, pairs, tuple(vit), tuple(vae))
 
 
-def llm_flops_per_token(llm: LLMConfig) -> int:
-    """Forward FLOP of one token through all layers' linear maps; both experts have the same shapes."""
-    heads_width = llm.num_attention_heads * llm.head_dim
-    kv_width = llm.num_key_value_heads * llm.head_dim
-    attention = llm.hidden_size * (2 * heads_width + 2 * kv_width)
-    mlp = 3 * llm.hidden_size * llm.intermediate_size
-    return 2 * llm.num_hidden_layers * (attention + mlp)
-
-
 def vit_flops_per_patch(vit: ViTConfig, llm_hidden: int, trains: bool = True, connector_trains: bool = True) -> int:
     """FLOP of one patch in one step: patch embedding, all layers' linear maps, connector.
 
     Only layers are checkpointed, and where no gradient passes they run once. Pixels need none.
     """
-    layers = vit.num_layers * (4 * vit.hidden_size**2 + 2 * vit.hidden_size * vit.intermediate_size)
     embedding = vit.num_channels * vit.patch_size**2 * vit.hidden_size
     return 2 * (
-        layers * (TRAINED_PASSES if trains else 1)
+        vit_matmul_parameters(vit) * (TRAINED_PASSES if trains else 1)
         + embedding * (1 + trains)
         + vit.hidden_size * llm_hidden * (1 + connector_trains + trains)
         + llm_hidden**2 * (1 + connector_trains + (connector_trains or trains))
     )
-
-
-def vae_flops_per_cell(vae: VAEConfig) -> int:
-    """Forward FLOP of the encoder per latent cell (downsample**2 pixels), without the attention of its middle block."""
-
-    def res_block(inputs: int, outputs: int) -> int:
-        shortcut = inputs * outputs if inputs != outputs else 0
-        return 9 * inputs * outputs + 9 * outputs * outputs + shortcut
-
-    levels = len(vae.channel_multipliers)
-    positions = vae.downsample**2  # of one cell at full resolution
-    total = positions * 9 * 3 * vae.channels
-    width = vae.channels
-    for level, multiplier in enumerate(vae.channel_multipliers):
-        for _ in range(vae.res_blocks):
-            total += positions * res_block(width, vae.channels * multiplier)
-            width = vae.channels * multiplier
-        if level < levels - 1:
-            positions //= 4
-            total += positions * 9 * width * width
-    total += 2 * res_block(width, width) + 4 * width * width + 9 * width * 2 * vae.z_channels
-    return 2 * total
 
 
 @dataclass(frozen=True)
@@ -161,17 +137,15 @@ class CostModel:
         # freeze_und stops the gradient of the input, too.
         und_passes = 2 if config.freeze_und else passes("und_expert")
         vit_half_passes = ATTENTION_HALF_PASSES if "vit" in trained else 2
-        token = llm_flops_per_token(llm)
-        heads_width = llm.num_attention_heads * llm.head_dim
-        attention = 4 * llm.num_hidden_layers * heads_width  # scores and values, 2 FLOP per multiply-add
+        token = 2 * llm_matmul_parameters(llm)
         vae_width = vae.channels * vae.channel_multipliers[-1]
         return cls(
             und_token=token * und_passes,
             gen_token=token * passes("gen_expert"),
-            ce_token=2 * llm.hidden_size * llm.vocab_size * passes("lm_head"),
-            attention_pair=attention * ATTENTION_HALF_PASSES // 2,
+            ce_token=2 * head_parameters(llm) * passes("lm_head"),
+            attention_pair=llm_pair_flops(llm) * ATTENTION_HALF_PASSES // 2,
             vit_patch=vit_flops_per_patch(vit, llm.hidden_size, "vit" in trained, "connector" in trained),
-            vit_pair=4 * vit.num_layers * vit.hidden_size * vit_half_passes // 2,
+            vit_pair=vit_pair_flops(vit) * vit_half_passes // 2,
             vae_cell=vae_flops_per_cell(vae),
             vae_pair=4 * vae_width,
             vae_cell_pixels=vae.downsample**2,

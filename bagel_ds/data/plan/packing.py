@@ -17,14 +17,13 @@ from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from typing import NamedTuple, Sequence
 
+from bagel_ds.data.plan.rules import PackingRules
 from bagel_ds.data.samples.sample import SamplePlan
 
 # Differences in cost that weigh the same in a choice: the goals for the imbalance between ranks.
 LLM_TOLERANCE, VISION_TOLERANCE = 0.01, 0.10
-SLACK_DIVISOR = 400  # a pack counts as full from 1 - 1/400 of the limit on: that room buys equal cost
-GAP_DIVISOR = 1000  # beyond it, 1/1000 of the limit left empty weighs like one tolerance of cost
-_FIRSTS = 16  # samples tried as the first of the last two, from short to long
-_SECONDS = 3  # and partners for each
+GAP_DIVISOR = 1000  # beyond the slack, 1/1000 of the limit left empty weighs like one tolerance of cost
+_SECONDS = 3  # partners tried for each of the rules' `firsts`
 
 
 class Candidate(NamedTuple):
@@ -48,6 +47,7 @@ class Pack(NamedTuple):
     vision: int
     waited: int  # packs that its longest-waiting sample saw leave before it
     missing: int  # mandatory groups without a sample in it
+    rows: tuple[tuple[int, int, int], ...] = ()  # (group, epoch, row) of each sample
 
 
 class _Waiting(NamedTuple):
@@ -106,7 +106,8 @@ class _Open:
 
     def close(self, limit: int, missing: int) -> Pack:
         samples = tuple(candidate.plan for candidate in self.members)
-        return Pack(samples, limit - self.rest, self.llm, self.vision, self.waited, missing)
+        rows = tuple((candidate.group, candidate.epoch, candidate.row) for candidate in self.members)
+        return Pack(samples, limit - self.rest, self.llm, self.vision, self.waited, missing, rows)
 
 
 class _Goal(NamedTuple):
@@ -132,8 +133,10 @@ class _Goal(NamedTuple):
 class Window:
     """Samples waiting to be packed. What it does next depends only on them, their order and `packs_taken`."""
 
-    def __init__(self, limit: int, size: int, groups: int, mandatory: Sequence[int], packs_taken: int = 0) -> None:
-        self.limit, self.size, self.mandatory = limit, size, tuple(mandatory)
+    def __init__(
+        self, limit: int, rules: PackingRules, groups: int, mandatory: Sequence[int], packs_taken: int = 0
+    ) -> None:
+        self.limit, self.rules, self.mandatory = limit, rules, tuple(mandatory)
         self.packs_taken = packs_taken
         self._arrivals = 0
         self._in_order: OrderedDict[int, _Waiting] = OrderedDict()  # by arrival
@@ -144,8 +147,9 @@ class Window:
     def __len__(self) -> int:
         return len(self._in_order)
 
-    def holds_group(self, group: int) -> bool:
-        return bool(self._groups[group].samples)
+    def count(self, group: int) -> int:
+        """Waiting samples of a group."""
+        return len(self._groups[group].samples)
 
     def waiting(self) -> list[tuple[Candidate, int]]:
         """Samples in order of arrival, each with the number of packs it has seen leave."""
@@ -213,7 +217,7 @@ class Window:
             pack.rest,
             target_llm - pack.llm,
             target_vision - pack.vision,
-            self.limit // SLACK_DIVISOR,
+            self.limit // self.rules.slack_divisor,
             GAP_DIVISOR / self.limit,
             1 / (target_llm * LLM_TOLERANCE + 1),
             1 / (target_vision * VISION_TOLERANCE + 1),
@@ -232,18 +236,17 @@ class Window:
         if best and sum(sample.length for sample in best) >= goal.room - goal.slack:
             return best
         fitting = bisect_right(required.lengths, goal.room)
-        for sample in required.samples[max(0, fitting - _FIRSTS) : fitting]:
+        for sample in required.samples[max(0, fitting - self.rules.firsts) : fitting]:
             alone = goal.score(goal.room - sample.length, sample.llm, sample.vision)
             if alone < score:
                 score, best = alone, [sample]
         return best
 
-    @staticmethod
-    def _pair(firsts: _ByLength, seconds: _ByLength, goal: _Goal) -> tuple[float, list[_Waiting]]:
+    def _pair(self, firsts: _ByLength, seconds: _ByLength, goal: _Goal) -> tuple[float, list[_Waiting]]:
         """The best of many pairs that fit, with its score; nothing (and infinity) where none fits."""
         score, best = float("inf"), []
         fitting = bisect_right(firsts.lengths, goal.room - seconds.lengths[0])
-        for first in firsts.samples[: fitting : fitting // _FIRSTS + 1]:
+        for first in firsts.samples[: fitting : fitting // self.rules.firsts + 1]:
             room = goal.room - first.length
             place = bisect_right(seconds.lengths, room)
             for second in reversed(seconds.samples[max(0, place - _SECONDS) : place]):

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import heapq
 import json
-import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any, Iterator, NamedTuple, Sequence
 
@@ -26,14 +25,11 @@ from numpy.typing import NDArray
 from bagel_ds.data.plan.cost import CostModel, work_of
 from bagel_ds.data.plan.packing import LLM_TOLERANCE, VISION_TOLERANCE, Candidate, Pack, Window
 from bagel_ds.data.plan.row_order import RowOrder, permutation, stable_key
+from bagel_ds.data.plan.rules import ALGORITHM, UNNAMED_ALGORITHM, PackingRules, rules_of
 from bagel_ds.data.samples.sample import Stream
 from bagel_ds.errors import UserError, all_faults
 
-ALGORITHM = 2  # part of the plan's fingerprint: raise it when the same input would give other packs
-SMALLEST_BLOCK, LARGEST_BLOCK = 32, 256  # packs; powers of two
-SMALLEST_WINDOW = 32  # samples
-WINDOW_PACKS = 2  # and at least so many packs' worth, however short the samples are
-PROBED_ROWS = 64  # rows per group whose mean length decides the block's size
+PROBED_ROWS = 64  # rows per group whose mean length decides the sizes of window and block
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ def imbalance(costs: Sequence[int]) -> float:
     return max(costs) * len(costs) / sum(costs) - 1 if any(costs) else 0.0
 
 
-class Step(NamedTuple):
+class MicroStep(NamedTuple):
     """The packs of all ranks in one global micro-step, and the state after it."""
 
     packs: tuple[Pack, ...]
@@ -73,17 +69,23 @@ class _Block(NamedTuple):
     packs: list[Pack]  # in the order of use
     start: dict[str, Any]  # what plans this block again
     digest: str  # of its samples and their lengths
+    end: dict[str, Any]  # cursors behind it
+    places: dict[tuple[int, int, int], int]  # of the rows in `Planner._rows_of` it
     epochs_before: list[float]
     epochs_after: list[float]
 
+    def bits(self, start: int, stop: int) -> int:
+        """One bit for each row that these of its packs use, at the row's place."""
+        return sum(1 << self.places[row] for pack in self.packs[start:stop] for row in pack.rows)
 
-def digest_of(parts: list[Any]) -> str:
-    """16 hexadecimal digits that differ where JSON-ready `parts` do."""
-    return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+def digest_of(values: list[Any]) -> str:
+    """16 hexadecimal digits that differ where `values` do: JSON-ready ones, and dataclasses of them, by field name."""
+    return blake2b(json.dumps(values, sort_keys=True, default=asdict).encode(), digest_size=8).hexdigest()
 
 
 def _samples_digest(packs: Sequence[Pack]) -> str:
-    return digest_of([[(plan.dataset, plan.epoch, plan.row, plan.length) for plan in pack.samples] for pack in packs])
+    return digest_of([[(plan.group, plan.epoch, plan.row, plan.length) for plan in pack.samples] for pack in packs])
 
 
 class _Intake:
@@ -114,10 +116,6 @@ class _Intake:
             f"data group {self.name}: none of its {self.order.rows_per_epoch} rows gives a sample of 1 to "
             f"{self._limit} tokens; raise max_num_tokens and max_num_tokens_per_sample, or remove the group"
         )
-
-    @property
-    def epochs(self) -> float:
-        return self.order.epoch + self.order.position / self.order.rows_per_epoch
 
 
 def order_of_need(
@@ -173,9 +171,9 @@ class Planner:
         self._check()
         self.mandatory = [i for i, stream in enumerate(self.streams) if stream.is_mandatory]
         self.mean_lengths = self._mean_lengths()
-        self.window_size, self.block_size = self._sizes()
+        self.rules = self._rules(ALGORITHM)
 
-    def steps(self, world_size: int, start: dict[str, Any] | None = None) -> Iterator[Step]:
+    def steps(self, world_size: int, start: dict[str, Any] | None = None) -> Iterator[MicroStep]:
         """The packs of micro-step after micro-step, without end; rank r's is the r-th.
 
         `start` is the `state` of an earlier step, of a run with the same streams and options and any world size.
@@ -184,38 +182,52 @@ class Planner:
         blocks = self._blocks(start["block"] if start else None)
         block = next(blocks)
         offset = start["packs"] - block.start["first"] if start else 0
+        used = block.bits(0, offset)
         while True:
             taken: list[Pack] = []
             while len(taken) < world_size:
                 if offset == len(block.packs):
-                    block, offset = next(blocks), 0
-                part = block.packs[offset : offset + world_size - len(taken)]
-                taken += part
-                offset += len(part)
+                    block, offset, used = next(blocks), 0, 0
+                following = block.packs[offset : offset + world_size - len(taken)]
+                taken += following
+                used |= block.bits(offset, offset + len(following))
+                offset += len(following)
             share = offset / len(block.packs)
             epochs = [a + (b - a) * share for a, b in zip(block.epochs_before, block.epochs_after, strict=True)]
             state = {"packs": block.start["first"] + offset, "block": block.start, "samples": block.digest}
-            yield Step(tuple(taken), state, dict(zip(names, epochs, strict=True)))
+            state |= {"end": block.end, "used": f"{used:x}"}
+            yield MicroStep(tuple(taken), state, dict(zip(names, epochs, strict=True)))
 
     def plans_again(self, start: dict[str, Any]) -> bool:
-        """Whether the block under way at a state comes out as it did when the state was saved: from equal data."""
+        """Whether the block under way at a state comes out as it did when the state was saved."""
         return next(self._blocks(start["block"])).digest == start["samples"]
 
     def moved(self, start: dict[str, Any]) -> dict[str, Any]:
         """The place of a state that was saved under other options over the same rows.
 
-        Planning begins anew where the block under way began, so none of its samples is lost and those of its packs that
-        were used already come once more: at most a block's. What no longer makes a sample is left out.
+        All rows of the block under way that no pack has used wait in the window of a new block; those that no longer
+        give a sample are left out. So nothing is lost or repeated. A state that doesn't say which rows are used (of
+        algorithm 2) begins the block again, which repeats the packs that were used of it.
         """
-        block, intakes = start["block"], self._intakes()
-        carried = [entry for entry in block["carried"] if self._still_fits(intakes, *entry[:3])]
-        fresh = {intake.name: [intake.order.epoch, intake.order.position, 0] for intake in intakes.values()}
-        cursors = {name: block["groups"].get(name, cursor) for name, cursor in fresh.items()}
-        return {"packs": start["packs"], "block": {"first": start["packs"], "groups": cursors, "carried": carried}}
+        block = start["block"]
+        end, used = start.get("end", block["groups"]), int(start.get("used", "0"), 16)
+        left = [row for place, row in enumerate(self._rows_of(block, end)) if not used >> place & 1]
+        cursors = {name: [epoch, position, 0] for name, (epoch, position, _) in end.items()}
+        carried = [[*row, 0] for row in left]
+        moved = {"first": start["packs"], "groups": cursors, "carried": carried, "algorithm": ALGORITHM}
+        return {"packs": start["packs"], "block": moved}
 
-    def _still_fits(self, intakes: dict[int, _Intake], group: int, epoch: int, row: int) -> bool:
-        candidate = intakes[group].candidate(epoch, row) if group in intakes else None
-        return candidate is not None and candidate.length <= self.options.max_num_tokens
+    def _rows_of(self, block: dict[str, Any], end: dict[str, Any]) -> list[tuple[int, int, int]]:
+        """(group, epoch, row) that wait at a block's beginning, then those passed by its end, all groups in step."""
+        passed = []
+        for group, stream in enumerate(self.streams):
+            if stream.name in end:
+                order = RowOrder(stream.units, self.options.data_seed, stream.name)
+                order.move_to(*block["groups"][stream.name][:2])
+                epoch, position, _ = end[stream.name]
+                count = (epoch - order.epoch) * order.rows_per_epoch + position - order.position
+                passed += [(i / count, group, *order.next()) for i in range(count)]
+        return [(group, epoch, row) for group, epoch, row, _ in block["carried"]] + [key[1:] for key in sorted(passed)]
 
     def _check(self) -> None:
         faults = []
@@ -239,22 +251,13 @@ class Planner:
             means[group] = sum(intake.next().length for _ in range(PROBED_ROWS)) / PROBED_ROWS
         return list(means.values())
 
-    def _sizes(self) -> tuple[int, int]:
-        """Samples of the window and packs of a block; where rows are few, at most a quarter and a half of them.
-
-        The window is never smaller than two packs: what it lacks, no choice can fill.
-        """
+    def _rules(self, algorithm: int) -> PackingRules:
         weights = [stream.weight for stream in self.streams]
         if not any(weights):  # mandatory groups only
             weights = [1.0] * len(weights)
         mean = sum(w * length for w, length in zip(weights, self.mean_lengths, strict=True)) / sum(weights)
         rows = sum(len(unit) for i, mean in enumerate(self.mean_lengths) if mean for unit in self.streams[i].units)
-        samples_per_pack = self.options.max_num_tokens / mean
-        block = LARGEST_BLOCK
-        while block > SMALLEST_BLOCK and block * samples_per_pack > rows / 2:
-            block //= 2
-        window = min(self.options.lookahead, max(SMALLEST_WINDOW, rows // 4))
-        return max(window, math.ceil(WINDOW_PACKS * samples_per_pack)), block
+        return rules_of(algorithm, self.options.lookahead, self.options.max_num_tokens / mean, rows)
 
     def _intakes(self) -> dict[int, _Intake]:
         """By group number, of the groups that are drawn from."""
@@ -263,13 +266,18 @@ class Planner:
 
     def _blocks(self, start: dict[str, Any] | None) -> Iterator[_Block]:
         packer = _Packer(self, start)
+        algorithm = start.get("algorithm", UNNAMED_ALGORITHM) if start else ALGORITHM
         while True:
-            before, snapshot = packer.epochs(), packer.snapshot()
-            packs = [packer.next() for _ in range(self.block_size)]
+            rules = packer.window.rules = self._rules(algorithm)
+            before, snapshot = packer.epochs(), {**packer.snapshot(), "algorithm": algorithm}
+            packs = [packer.next() for _ in range(rules.block)]
             key = stable_key(self.options.data_seed, "block", snapshot["first"])
             llm, vision = np.array([pack.llm for pack in packs]), np.array([pack.vision for pack in packs])
             ordered = [packs[i] for i in like_cost_order(llm, vision, key)]
-            yield _Block(ordered, snapshot, _samples_digest(ordered), before, packer.epochs())
+            end = packer.snapshot()["groups"]
+            places = {row: place for place, row in enumerate(self._rows_of(snapshot, end))}
+            yield _Block(ordered, snapshot, _samples_digest(ordered), end, places, before, packer.epochs())
+            algorithm = ALGORITHM
 
 
 class _Packer:
@@ -282,43 +290,44 @@ class _Packer:
         if not weights:  # mandatory groups only: they share the rest, too
             weights = dict.fromkeys(self._intakes, 1.0)
         self._shares = {i: weight / sum(weights.values()) for i, weight in weights.items()}
-        options = planner.options
         first = start["first"] if start else 0
-        self._window = Window(
-            options.max_num_tokens, planner.window_size, len(planner.streams), planner.mandatory, first
-        )
+        limit, groups = planner.options.max_num_tokens, len(planner.streams)
+        self.window = Window(limit, planner.rules, groups, planner.mandatory, first)
         if start:
             self._restore(start)
 
     def _restore(self, start: dict[str, Any]) -> None:
+        """Take up the cursors and the waiting samples; one that its row no longer gives is left out."""
         for intake in self._intakes.values():
-            epoch, position, intake.draws = start["groups"][intake.name]
-            intake.order.move_to(epoch, position)
+            if intake.name in start["groups"]:
+                epoch, position, intake.draws = start["groups"][intake.name]
+                intake.order.move_to(epoch, position)
         for group, epoch, row, waited in start["carried"]:
-            candidate = self._intakes[group].candidate(epoch, row)
-            if candidate is None:
-                raise UserError(
-                    f"data group {self._intakes[group].name}: row {row}, which the saved run was about to use, is no "
-                    "longer usable; the data changed since the checkpoint: restore it, or start with new training state"
-                )
-            self._window.add(candidate, waited)
+            candidate = self._intakes[group].candidate(epoch, row) if group in self._intakes else None
+            if candidate is not None:
+                self.window.add(candidate, waited)
 
     def snapshot(self) -> dict[str, Any]:
         """JSON-ready. Cursors: [epoch, position, weighted draws]; carried: [group, epoch, row, packs waited]."""
         cursors = {i.name: [i.order.epoch, i.order.position, i.draws] for i in self._intakes.values()}
-        carried = [[c.group, c.epoch, c.row, waited] for c, waited in self._window.waiting()]
-        return {"first": self._window.packs_taken, "groups": cursors, "carried": carried}
+        carried = [[c.group, c.epoch, c.row, waited] for c, waited in self.window.waiting()]
+        return {"first": self.window.packs_taken, "groups": cursors, "carried": carried}
 
     def epochs(self) -> list[float]:
-        return [self._intakes[i].epochs if i in self._intakes else 0.0 for i in range(len(self._planner.streams))]
+        """By group: epochs of rows that are packed, so without those that wait."""
+        epochs = [0.0] * len(self._planner.streams)
+        for group, intake in self._intakes.items():
+            order = intake.order
+            epochs[group] = order.epoch + (order.position - self.window.count(group)) / order.rows_per_epoch
+        return epochs
 
     def next(self) -> Pack:
         """Fill the window up and take a pack from it."""
-        window = self._window
+        window = self.window
         for group in self._planner.mandatory:
-            if len(window) < window.size or not window.holds_group(group):
+            if len(window) < window.rules.window or not window.count(group):
                 window.add(self._intakes[group].next())
-        while len(window) < window.size:
+        while len(window) < window.rules.window:
             intake = self._intakes[self._weighted_group()]
             intake.draws += 1
             window.add(intake.next())

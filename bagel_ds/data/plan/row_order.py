@@ -14,6 +14,7 @@ from typing import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+ROW_ORDER = 2  # version of this order: saved states hold positions in it
 WINDOW_ROWS = 1024  # rows that are shuffled among each other, at least
 WINDOW_UNITS = 2  # and at least so many units, however large they are
 

@@ -89,7 +89,7 @@ def decode_rgb(source: bytes | Path) -> Image.Image:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return _to_rgb(image)
+                return to_rgb(image)
         except Exception as error:  # what Pillow's decoders raise on damaged files is an open set
             raise BadImage(f"the image cannot be decoded ({_words(error)})") from error
 
@@ -138,7 +138,8 @@ def _refusal(image: Image.Image) -> str:
     return ""
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB; anything with an alpha channel or a transparent color is composited on white."""
     if image.mode in ("RGBA", "LA", "PA") or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))

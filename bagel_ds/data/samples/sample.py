@@ -32,9 +32,9 @@ class Entry(NamedTuple):
 
 
 class SamplePlan(NamedTuple):
-    """`dataset` is the position in `PlannedData.datasets`; (dataset, epoch, row) is the counter of all its draws."""
+    """`group` counts the groups of the run; (group, epoch, row) is the counter of all draws of the sample."""
 
-    dataset: int
+    group: int
     epoch: int
     row: int
     entries: tuple[Entry, ...]

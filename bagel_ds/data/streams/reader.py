@@ -18,15 +18,15 @@ from bagel_ds.data.samples.sample import BadRow, Entry
 
 
 class RowPlace(NamedTuple):
-    """Where a row lies. `group` is -1 for lines; `row` counts within the row group, or is the line number."""
+    """Where a row lies. `row_group` is -1 for lines; `row` counts within the row group, or is the line number."""
 
     dataset: str
     file: str
-    group: int
+    row_group: int
     row: int
 
     def __str__(self) -> str:
-        place = f"line {self.row}" if self.group < 0 else f"row group {self.group} row {self.row}"
+        place = f"line {self.row}" if self.row_group < 0 else f"row group {self.row_group} row {self.row}"
         return f"{self.dataset}: {self.file} {place}"
 
 
@@ -51,21 +51,21 @@ class StreamReader:
 
     def read(self, address: RowAddress) -> ParsedRow | BadRow:
         """The row as it is in the file, texts and image bytes in the order of the index."""
-        _, file, group, row = address.place
+        _, file, row_group, row = address.place
         try:
-            if group < 0:
+            if row_group < 0:
                 content = rows.jsonl_row(file, address.offset, address.length)
             else:
-                content = rows.parquet_row(file, group, row, address.columns)
+                content = rows.parquet_row(file, row_group, row, address.columns)
             return self.source.parse(content, address.folder)
         except Exception as error:  # a file that changed or vanished during the run
             return BadRow(reason_of(error))
 
     def expect(self, address: RowAddress) -> None:
         """This process will read the row, after all those announced before: its row group is then read less often."""
-        _, file, group, row = address.place
-        if group >= 0:
-            rows.expect_parquet_row(file, group, row, address.columns)
+        _, file, row_group, row = address.place
+        if row_group >= 0:
+            rows.expect_parquet_row(file, row_group, row, address.columns)
 
     def sharing(self, images: int, pieces: Sequence[Piece | Entry]) -> int:
         """How many pictures share `max_pixels`: a row's images, shown or not, or the frames that a sample shows."""

@@ -20,6 +20,7 @@ from bagel_ds.data.formats.record import VERSION, ParsedRow, Record, decode_reco
 from bagel_ds.data.formats.registry import KINDS
 from bagel_ds.data.formats.source import Piece
 from bagel_ds.data.index.index import FileIndex
+from bagel_ds.data.plan.planner import digest_of
 from bagel_ds.data.samples.draws import Draws, draw_key
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.images import ImageTransform
@@ -78,11 +79,11 @@ class UnusableRow(NamedTuple):
 
 
 class GroupStream:
-    """See the module. `number` is this stream's place in the list of streams."""
+    """See the module. `group` counts the groups of the run."""
 
     def __init__(
         self,
-        number: int,
+        group: int,
         name: str,
         kind: str,
         uses: Sequence[FileUse],
@@ -92,7 +93,7 @@ class GroupStream:
         weight: float = 1.0,
         is_mandatory: bool = False,
     ) -> None:
-        self.number = number
+        self.group = group
         self.name = name
         self.kind = kind
         self.weight = weight
@@ -137,17 +138,14 @@ class GroupStream:
     @property
     def fingerprint(self) -> str:
         """Of everything a plan depends on; equal on all hosts that hold the same data, wherever it lies."""
-        digest = hashlib.blake2b(digest_size=16)
-        settings = (self.number, self.name, self.kind, self.weight, self.is_mandatory, self._text_lengths)
-        digest.update(repr((*settings, self.vae_transform, self.vit_transform, self.options, self.special)).encode())
-        for use in self.uses:
-            digest.update(f"{use.dataset} {use.index.digest}\n".encode())
-        return digest.hexdigest()
+        settings = (self.group, self.name, self.kind, self.weight, self.is_mandatory, self._text_lengths)
+        files = [(use.dataset, use.index.digest) for use in self.uses]
+        return digest_of([settings, self.vae_transform, self.vit_transform, self.options, self.special, files])
 
     @property
     def rows_fingerprint(self) -> str:
-        """Of the rows alone: equal as long as row numbers mean the same, whatever is made of them."""
-        digest = hashlib.blake2b(repr((self.number, self.name, self.kind)).encode(), digest_size=16)
+        """Of the rows only: equal as long as row numbers mean the same. Training states hold it: keep it as it is."""
+        digest = hashlib.blake2b(repr((self.group, self.name, self.kind)).encode(), digest_size=16)
         for use in self.uses:
             digest.update(f"{use.dataset} {use.index.digest}\n".encode())
         return digest.hexdigest()
@@ -195,7 +193,7 @@ class GroupStream:
         if sum([entry.tokens + 2 for entry in entries]) > self.options.max_num_tokens_per_sample:
             self.too_long.add(row)
             return None
-        return SamplePlan(self.number, epoch, row, self._with_dropout(entries, epoch, row))
+        return SamplePlan(self.group, epoch, row, self._with_dropout(entries, epoch, row))
 
     def place(self, row: int) -> RowPlace:
         """The file, row group and row of a row number."""
@@ -225,7 +223,7 @@ class GroupStream:
         number = bisect.bisect_right(self._starts, row) - 1
         use, place = self.uses[number], self.place(row)
         offset = length = 0
-        if place.group < 0:
+        if place.row_group < 0:
             offset, length, _ = use.index.places[row - self._starts[number]].tolist()
         return RowAddress(place, use.folder, use.index.columns, offset, length)
 

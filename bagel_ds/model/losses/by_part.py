@@ -14,8 +14,9 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from bagel_ds.model.bagel import BagelOutput, flow_time
+from bagel_ds.model.bagel import BagelOutput
 from bagel_ds.model.batch import PackedBatch
+from bagel_ds.model.flow import flow_time
 from bagel_ds.model.losses.normalization import LossOptions, token_losses
 
 MSE, CE, BY_TIME = "loss/mse/", "loss/ce/", "loss/mse_t/"  # followed by a dataset's name, or a band of t

@@ -1,8 +1,8 @@
 """Language-model head and cross entropy as one module.
 
-Guarantees: the [K, vocabulary] logits never exist; at most about `CHUNK_ELEMENTS` fp32 values of them do at a time. The
-module is called exactly once per micro-batch on every rank and reads its weight only inside its own forward and
-backward, so under ZeRO-3 the weight is gathered once each, however many chunks a rank needs.
+Guarantees: in training, the [K, vocabulary] logits never exist; at most about `CHUNK_ELEMENTS` fp32 values of them do
+at a time. The module is called exactly once per micro-batch on every rank and reads its weight only inside its own
+forward and backward, so under ZeRO-3 the weight is gathered once each, however many chunks a rank needs.
 
 Shape legend: K positions with a label, C hidden, V vocabulary (padded rows included), v one vocabulary chunk.
 """
@@ -24,8 +24,13 @@ class CrossEntropyHead(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
 
-    def forward(self, hidden_KC: Tensor, label_ids_K: Tensor) -> Tensor:
-        """Cross entropy of each position, [K] fp32; zero positions give an empty tensor that still has gradients."""
+    def forward(self, hidden_KC: Tensor, label_ids_K: Tensor | None = None) -> Tensor:
+        """Cross entropy of each position, [K] fp32; zero positions give an empty tensor that still has gradients.
+
+        Without labels (inference): the logits, [K, V] fp32.
+        """
+        if label_ids_K is None:
+            return (hidden_KC @ self.weight.T).float()
         return _ChunkedCrossEntropy.apply(hidden_KC, self.weight, label_ids_K)
 
 

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bagel_ds.model.attention.backends import DEFAULT_BACKEND
+
+FREQUENCIES = 256  # width of the timestep embedding's sinusoid
+
 
 @dataclass(frozen=True)
 class LLMConfig:
@@ -61,7 +65,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class BagelConfig:
-    """The whole network; the last four change what is computed, not which tensors exist."""
+    """The whole network; the last five change what is computed or how, not which tensors exist."""
 
     llm: LLMConfig = LLMConfig()
     vit: ViTConfig = ViTConfig()
@@ -73,6 +77,7 @@ class BagelConfig:
     visual_und: bool = True
     timestep_shift: float = 1.0
     freeze_und: bool = False
+    attention: str = DEFAULT_BACKEND  # a name of model/attention/backends.py; the result is the same
 
     @property
     def latent_features(self) -> int:

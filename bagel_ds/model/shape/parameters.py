@@ -9,10 +9,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Iterator, NamedTuple
 
-from bagel_ds.model.shape.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
+from bagel_ds.model.shape.config import FREQUENCIES, BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
 
-FREQUENCIES = 256  # width of the timestep's sinusoid
 _GEN = "_moe_gen"
 
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 
 from bagel_ds.machine.device import uses_cuda
-from bagel_ds.model.attention import AttentionLayout
+from bagel_ds.model.attention.layout import AttentionLayout
 from bagel_ds.model.batch import PackedBatch
-from bagel_ds.model.mot import llm_matmul_parameters
 from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.flops import forward_flops
 from bagel_ds.units import GIB
 
 # Dense bf16 peak in TFLOP/s by whole words of the device's name, of which the longest that occur hold (NVIDIA's data
@@ -79,30 +79,10 @@ def peak_tflops(given: float) -> float | None:
 
 
 def pack_flops(batch: PackedBatch, config: BagelConfig) -> float:
-    """FLOPs of one forward and backward pass over a pack: 6 per parameter and token, and attention's two products."""
-    llm, vit = config.llm, config.vit
-    generation = len(batch.vae_indexes) if config.visual_gen else 0
-    understanding = batch.sequence_length - len(batch.vae_indexes)
-    linear = 6.0 * llm_matmul_parameters(llm) * (understanding + generation)
-    linear += 6.0 * llm.hidden_size * llm.vocab_size * len(batch.label_ids)
+    """FLOPs of a forward and a backward pass over a pack: the backward pass takes twice the forward's products."""
+    tokens = batch.sequence_length if config.visual_gen else batch.sequence_length - len(batch.vae_indexes)
     layout = AttentionLayout.from_splits(batch.sample_lens, batch.split_lens, batch.attn_modes)
-    attention = 12.0 * llm.num_hidden_layers * llm.hidden_size * attended_pairs(layout)
-    patches = sum(batch.vit_seqlens)
-    vit_parameters = vit.num_layers * (4 * vit.hidden_size**2 + 2 * vit.hidden_size * vit.intermediate_size)
-    vit_pairs = sum(length**2 for length in batch.vit_seqlens)
-    vision = 6.0 * vit_parameters * patches + 12.0 * vit.num_layers * vit.hidden_size * vit_pairs
-    return linear + attention + (vision if config.visual_und else 0.0)
-
-
-def attended_pairs(layout: AttentionLayout) -> int:
-    """Query-key pairs that the mask lets through."""
-    pairs = 0
-    for segment, seen in enumerate(layout.visible):
-        length = layout.segment_lens[segment]
-        pairs += length * sum(layout.segment_lens[other] for other in seen)
-        if layout.is_causal[segment]:
-            pairs -= length * (length - 1) // 2
-    return pairs
+    return 3.0 * forward_flops(config, tokens, layout.pairs, len(batch.label_ids), batch.vit_seqlens)
 
 
 def host_gib() -> float:

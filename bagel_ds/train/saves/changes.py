@@ -6,6 +6,7 @@ holds what is compared; what an older version didn't save is left out. Data are 
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from hashlib import blake2b
 from importlib.metadata import version
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any, Mapping
 import bagel_ds
 from bagel_ds.arguments.options import all_options
 from bagel_ds.data.batches.loader import PlannedData
+from bagel_ds.data.samples.images import ImageTransform
 
 # They say where a run starts, and no more once it goes on.
 _ABOUT_THE_START = {"auto_resume", "start_anew", "resume_from", "resume_model_only", "finetune_from_hf"}
 _MISSING = "(none)"
+_TOKENIZER = "tokenizer files"  # "tokenizer", in older trainer.json files, depended on the version of a library
 
 
 def versions() -> dict[str, str]:
@@ -27,17 +30,24 @@ def versions() -> dict[str, str]:
 
 def describe_data(data: PlannedData) -> dict[str, str]:
     """What decides which samples a run sees, by name: equal where equal data are read under equal settings."""
-    found = {"tokenizer": data.tokenizer.fingerprint}
+    found = {_TOKENIZER: data.tokenizer.fingerprint}
     for stream in data.streams:
         group = f"data group {stream.name}"
         found[f"{group}, weight"] = f"{stream.weight:g}{' (mandatory)' if stream.is_mandatory else ''}"
-        found[f"{group}, images"] = f"VAE {stream.vae_transform}, ViT {stream.vit_transform}"
+        found[f"{group}, images"] = f"VAE {_words(stream.vae_transform)}, ViT {_words(stream.vit_transform)}"
         for dataset in stream.datasets:
             indexes = [use.index for use in stream.uses if use.dataset == dataset]
             digest = blake2b("\n".join(index.digest for index in indexes).encode(), digest_size=4).hexdigest()
             rows = sum(index.rows for index in indexes)
             found[f"{group}, dataset {dataset}"] = f"{rows:,} rows in {len(indexes)} files ({digest})"
     return found
+
+
+def _words(transform: ImageTransform | None) -> str:
+    """Its values, by name, in the words that trainer.json files hold."""
+    if transform is None:
+        return "None"
+    return f"ImageTransform({', '.join(f'{name}={value}' for name, value in asdict(transform).items())})"
 
 
 def changes(saved: Mapping[str, Any], arguments: Mapping[str, Any], data: Mapping[str, str]) -> list[str]:
@@ -49,7 +59,17 @@ def changes(saved: Mapping[str, Any], arguments: Mapping[str, Any], data: Mappin
         for name, value in arguments.items()
         if name not in _ABOUT_THE_START and before[name] != value
     ]
-    return lines + _differences(saved.get("versions", {}), versions()) + _differences(saved.get("data", {}), data)
+    return (
+        lines
+        + _differences(saved.get("versions", {}), versions())
+        + _differences(_known(saved.get("data", {}), data), data)
+    )
+
+
+def _known(saved: Mapping[str, str], data: Mapping[str, str]) -> dict[str, str]:
+    """What was saved, with this run's tokenizer where an older version saved none that can be compared."""
+    kept = {name: value for name, value in saved.items() if name != "tokenizer"}
+    return {_TOKENIZER: data[_TOKENIZER], **kept} if kept else {}
 
 
 def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -50,6 +50,15 @@ def test_an_empty_text_still_has_its_markers() -> None:
     assert length_weight(0) == 0
 
 
+def test_a_sample_behind_a_context_begins_at_its_position() -> None:
+    samples = [[_text(10), _vae(1, 1)], [_text(11)]]
+    batch = layout(samples, SPECIAL, first_positions=[7, 20])
+    assert batch.position_ids.tolist() == [7, 8, 9, *[10] * 3, 20, 21, 22]
+    assert layout(samples, SPECIAL).position_ids.tolist() == [0, 1, 2, *[3] * 3, 0, 1, 2]
+    with pytest.raises(ValueError, match="shorter"):
+        layout(samples, SPECIAL, first_positions=[7])
+
+
 def test_positions_of_images_and_of_what_follows() -> None:
     batch = _layout([_text(10), _vae(1, 2, loss=True), _vae(1, 2), _vit(1, 1), _text(11)])
     # the noised image leaves its position to the clean copy; each other image takes one
@@ -83,7 +92,7 @@ def test_no_samples_make_a_batch_of_zero_tokens() -> None:
 def test_frames_of_a_video_share_split_and_timestep() -> None:
     frames = [
         _vae(1, 1, loss=True, split_end=False, frame_delta=4),
-        _vae(1, 1, loss=True, split_start=False, frame_delta=4),
+        _vae(1, 1, loss=True, frame_delta=4),
     ]
     batch = _layout([_text(10), *frames, _text(11)])
     assert (batch.split_lens, batch.attn_modes) == ((3, 6, 3), ("causal", "full", "causal"))
@@ -92,7 +101,7 @@ def test_frames_of_a_video_share_split_and_timestep() -> None:
 
 @pytest.mark.parametrize("dropped", [0, 1])
 def test_a_dropped_frame_leaves_the_rest_of_its_split(dropped: int) -> None:
-    frames = [_vae(1, 1, dropped=dropped == 0, split_end=False), _vae(1, 1, dropped=dropped == 1, split_start=False)]
+    frames = [_vae(1, 1, dropped=dropped == 0, split_end=False), _vae(1, 1, dropped=dropped == 1)]
     batch = _layout([*frames, _text(11)])
     assert (batch.split_lens, batch.attn_modes) == ((3, 3), ("full", "causal"))
 

@@ -17,10 +17,10 @@ import torch
 from bagel_ds.data.batches import loader
 from bagel_ds.data.batches.loader import MicroBatch, PackingOptions, PlannedData
 from bagel_ds.data.plan.cost import CostModel
-from bagel_ds.data.plan.planner import Step
 from bagel_ds.errors import UserError
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.shape.parts import Freezing
+from tests.data.plan.accounting import rows_used_before
 from tests.data.stand_in import Maker, Rows
 
 WORKERS = (0, 2)
@@ -98,24 +98,31 @@ def test_a_state_of_other_data_is_refused_at_once() -> None:
     data(expected_num_tokens=200).micro_batches(0, 1, start=state)
 
 
-@pytest.mark.parametrize("used", [1, 40, 200])
-def test_other_budgets_go_on_at_the_same_place_and_lose_nothing(used: int) -> None:
+@pytest.mark.parametrize("used", [40, 256])
+@pytest.mark.parametrize("changed", [{"max_num_tokens": 250}, {"max_num_tokens": 350}, {"lookahead": 9}], ids=str)
+def test_other_options_go_on_at_the_same_place_and_neither_lose_nor_repeat_a_row(
+    used: int, changed: dict[str, int]
+) -> None:
     """The remedy for full memory: lower max_num_tokens and start again with auto_resume."""
-    old, new = data().planner, data(max_num_tokens=250).planner
+    old, new = data().planner, data(**changed).planner
     steps = list(itertools.islice(old.steps(1), used))
     state = json.loads(json.dumps(steps[-1].state))
-    block = state["block"]["first"]
-    after = list(itertools.islice(new.steps(1, new.moved(state)), 400))
+    after = list(itertools.islice(new.steps(1, new.moved(state)), 700))
     assert after[0].state["packs"] == used + 1, "packs are counted on"
-    assert max(pack.length for step in after for pack in step.packs) <= 250
+    assert max(pack.length for step in after for pack in step.packs) <= new.options.max_num_tokens
+    found = Counter(row for step in [*steps, *after] for row in step.packs[0].rows)
+    assert set(found.values()) == {1}, "nothing is repeated"
+    assert set(found) == rows_used_before(new, new.moved(after[-1].state)["block"]), "nothing is lost"
 
-    def drawn(some: list[Step]) -> list[tuple[int, int, int]]:
-        return [(plan.dataset, plan.epoch, plan.row) for step in some for plan in step.packs[0].samples]
 
-    # Both groups of the stand-in draw rows of the same numbers, so each may come twice.
-    found = Counter(drawn(steps[:block])) + Counter(drawn(after))
-    assert max(found.values()) <= 2, "nothing is repeated but packs of the block under way"
-    assert Counter(drawn(list(itertools.islice(old.steps(1), used + 50)))) <= found, "nothing is lost"
+def test_what_is_left_of_a_changed_block_waits_with_its_groups_in_step() -> None:
+    """One group after the other would leave packs of one kind."""
+    old, new = data().planner, data(max_num_tokens=250).planner
+    state = list(itertools.islice(old.steps(1), 100))[-1].state
+    groups = [group for group, *_ in new.moved(state)["block"]["carried"]]
+    share = sum(groups) / len(groups)
+    halves = [groups[: len(groups) // 2], groups[len(groups) // 2 :]]
+    assert all(abs(sum(half) / len(half) - share) < 0.05 for half in halves)
 
 
 def test_a_loader_under_other_budgets_says_what_it_does(caplog: pytest.LogCaptureFixture) -> None:
@@ -123,12 +130,12 @@ def test_a_loader_under_other_budgets_says_what_it_does(caplog: pytest.LogCaptur
     logging.getLogger("bagel_ds").propagate = True
     with caplog.at_level(logging.WARNING, "bagel_ds"):
         moved = first(data(max_num_tokens=250).micro_batches(0, 1, start=state), 2)
-    assert "goes on at the same place in the data; up to 3 packs" in caplog.text
+    assert "continues at the same place in the data; no sample is lost or repeated" in caplog.text
     assert moved[-1].state["packs"] == 5
 
 
 def test_what_trains_changes_costs_and_is_not_blamed_on_the_data(caplog: pytest.LogCaptureFixture) -> None:
-    """The plan's digest holds the cost model, which depends on what is frozen."""
+    """Packs are chosen by costs, which depend on what is frozen."""
     state = first(data().micro_batches(0, 1), 3)[-1].state
     frozen = data(cost=CostModel.of(freezing=Freezing(freeze_llm=True)))
     logging.getLogger("bagel_ds").propagate = True
@@ -138,7 +145,7 @@ def test_what_trains_changes_costs_and_is_not_blamed_on_the_data(caplog: pytest.
         assert caplog.messages == [], "rank 0 reports it"
         frozen.micro_batches(0, 2, start=state).close()
     (line,) = caplog.messages
-    assert "the data plan changed since the checkpoint: it goes on" in line
+    assert "The data plan changed since the checkpoint: the run continues" in line
     assert not any(word in line for word in ("budgets", "weights", "dropout", "tokenizer", "pictures"))
 
 
@@ -276,6 +283,6 @@ def test_a_worker_learns_each_of_its_rows_once_before_it_needs_it(
         assert task.plans == under_way.popleft().packs[1].samples
         mine = coming[turn % workers]
         mine.extend(task.coming)
-        assert [(plan.dataset, plan.row) for plan in task.plans] == [mine.popleft() for _ in task.plans]
+        assert [(plan.group, plan.row) for plan in task.plans] == [mine.popleft() for _ in task.plans]
         most_ahead = max(most_ahead, len(mine))
     assert most_ahead > 0 if horizon > 2 else most_ahead == 0

@@ -73,7 +73,7 @@ def test_every_sample_is_as_long_as_planned(streams: list[GroupStream], tokenize
         assert batch.sample_lens == tuple(plan.length for plan in plans)
         assert len(batch.vit_indexes) == sum(plan.tokens("vit_image") for plan in plans)
         assert len(batch.vae_indexes) == sum(plan.tokens("vae_image") for plan in plans)
-        assert batch.samples == tuple(streams[plan.dataset].describe(plan) for plan in plans)
+        assert batch.samples == tuple(streams[plan.group].describe(plan) for plan in plans)
         assert batch.skipped == ()
 
 
@@ -156,7 +156,7 @@ def test_a_file_that_changes_or_vanishes_drops_its_samples(
     batch = materialize(plans, streams, tokenizer, LayoutOptions(), 0)
     skipped = {name for name, _ in batch.skipped}
     assert skipped == {"pictures", "edits"}
-    kept = [plan for plan in plans if streams[plan.dataset].name in ("vlm_sft", "interleave_reasoning")]
+    kept = [plan for plan in plans if streams[plan.group].name in ("vlm_sft", "interleave_reasoning")]
     assert len(batch.sample_lens) == len(kept)
     assert all("row group" in reason for _, reason in batch.skipped)
 

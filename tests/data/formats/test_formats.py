@@ -245,11 +245,11 @@ def test_text_dropout_of_one_leaves_text_only_rows_unusable(tmp_path: Path, toke
 def test_without_generation_clean_and_noised_images_are_gone(tmp_path: Path, tokenizer: Tokenizer) -> None:
     streams = streams_of(tmp_path, mixed_groups(tmp_path), tokenizer, visual_gen=False)
     assert [stream.name for stream in streams] == ["vlm_sft", "interleave_reasoning"]
-    assert [stream.number for stream in streams] == [0, 1]
+    assert [stream.group for stream in streams] == [0, 1]
     puzzles = [_planned(streams[1], row) for row in range(streams[1].rows)]
     assert all(entry.kind != VAE for plan in puzzles for entry in plan.entries)
     assert all(any(entry.loss and entry.kind == TEXT for entry in plan.entries) for plan in puzzles)
-    assert all(plan.dataset == 1 for plan in puzzles)
+    assert all(plan.group == 1 for plan in puzzles)
 
 
 def test_without_understanding_vit_images_and_text_losses_are_gone(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -302,4 +302,4 @@ def test_pictures_that_change_between_runs_are_noticed_and_the_run_goes_on_at_it
     again = after.micro_batches(0, 1, start=place)
     assert next(again).state["packs"] == place["packs"] + 1
     again.close()
-    assert "the data plan changed since the checkpoint" in caplog.text
+    assert "The data plan changed since the checkpoint" in caplog.text

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from bagel_ds.data.batches.loader import PackingOptions, PlannedData
 from bagel_ds.data.inspect import plan_numbers as plan_numbers_module
 from bagel_ds.data.inspect import sheet as sheet_module
-from bagel_ds.data.inspect.packs import ShownPack, first_packs, flow_time, pack_text
+from bagel_ds.data.inspect.packs import ShownPack, first_packs, pack_text
 from bagel_ds.data.inspect.plan_numbers import plan_numbers, plan_text
 from bagel_ds.data.inspect.sheet import contact_sheets, scaled_mask
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT
-from bagel_ds.model.attention import AttentionLayout
+from bagel_ds.model.attention.layout import AttentionLayout
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
 from bagel_ds.model_folder.tokenizer import Tokenizer
 from tests.small_data import byte_tokenizer, mixed_groups, streams_of
@@ -108,12 +108,6 @@ def test_a_sample_that_cannot_be_read_is_shown_with_its_reason(tmp_path: Path, t
     assert all("no such file" in sample.reason and not sample.pieces for sample in broken)
     assert f"dropped out: {broken[0].reason}" in "\n".join(pack_text(pack))
     assert contact_sheets(pack)
-
-
-def test_flow_time_is_the_models() -> None:
-    assert flow_time(float("-inf"), 3.0) == 0
-    assert flow_time(0.0, 1.0) == pytest.approx(0.5)
-    assert flow_time(0.0, 3.0) == pytest.approx(0.75)
 
 
 @settings(deadline=None, max_examples=30)

@@ -16,18 +16,17 @@ from bagel_ds.data.plan import cost
 from bagel_ds.data.plan.cost import (
     UNIT,
     CostModel,
-    llm_flops_per_token,
-    vae_flops_per_cell,
     vit_flops_per_patch,
     work_of,
 )
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, Entry, SamplePlan
-from bagel_ds.model.attention import AttentionLayout
+from bagel_ds.model.attention.layout import AttentionLayout
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch, normalize_pixels
 from bagel_ds.model.recompute import recompute
 from bagel_ds.model.shape.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
+from bagel_ds.model.shape.flops import llm_matmul_parameters, vae_flops_per_cell
 from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.vae import AutoEncoder, encode_images
 from bagel_ds.model_folder.tokenizer import SpecialTokens
@@ -98,7 +97,7 @@ def test_work_counts_tokens_by_expert_and_labels() -> None:
 
 def test_linear_work_is_twice_the_weights_a_token_meets() -> None:
     """The 7B counts are the recorded ones of the real model: 6,525,628,928 in an expert (norms and biases included)."""
-    weights = llm_flops_per_token(LLMConfig()) / 2
+    weights = 2 * llm_matmul_parameters(LLMConfig()) / 2
     assert weights == pytest.approx(6_525_628_928, rel=1e-4)
     forward = vit_flops_per_patch(ViTConfig(), 3584, trains=False, connector_trains=False)
     assert forward / 2 == pytest.approx(402_552_736 - 4900 * 1152 + 3584 * 4737, rel=1e-2)
@@ -123,7 +122,7 @@ def test_a_pack_costs_the_sum_of_its_samples_and_frozen_understanding_costs_less
     assert frozen.llm < trained.llm
     assert frozen.vision < trained.vision
     tokens = 1026 + 102
-    assert trained.llm == pytest.approx(tokens * llm_flops_per_token(LLMConfig()) * 4 / UNIT, rel=0.1)
+    assert trained.llm == pytest.approx(tokens * 2 * llm_matmul_parameters(LLMConfig()) * 4 / UNIT, rel=0.1)
 
 
 LLM, VIT_SHAPE, VAE_SHAPE = LLMConfig(256, 1024, 2, 2, 1, 2048), ViTConfig(128, 512, 3, 4), VAEConfig(channels=32)
@@ -209,7 +208,8 @@ def test_prices_are_the_operations_of_a_real_step_under_every_switch(
         (output.ce.sum() + output.mse.sum()).backward()
     with sdpa_kernel(SDPBackend.MATH), Counted() as vision:
         patches = normalize_pixels(batch.vit_patches)
-        features = bagel.connector(bagel.vit_model(patches, batch.vit_position_ids, batch.vit_seqlens, recompute))
+        within_images = bagel.attention(AttentionLayout.images(batch.vit_seqlens))
+        features = bagel.connector(bagel.vit_model(patches, batch.vit_position_ids, within_images, recompute))
         if features.requires_grad:
             features.sum().backward()
 

@@ -70,7 +70,7 @@ def packs_of(planner: Planner, count: int, world_size: int = 1, start: dict[str,
 
 
 def samples_of(packs: Sequence[Pack]) -> list[tuple[int, int, int]]:
-    return [(sample.dataset, sample.epoch, sample.row) for pack in packs for sample in pack.samples]
+    return [(sample.group, sample.epoch, sample.row) for pack in packs for sample in pack.samples]
 
 
 groups = st.lists(
@@ -118,17 +118,17 @@ def test_no_sample_is_lost_or_used_twice_and_budgets_and_waiting_bound_hold(
     for stream in streams:
         stream.longest = min(stream.longest, limit)
     planner = planner_of(streams, lookahead=lookahead, max_num_tokens=limit)
-    packs = packs_of(planner, 3 * planner.block_size)
+    packs = packs_of(planner, 3 * planner.rules.block)
     assert all(0 < pack.length <= limit and pack.length == sum(s.length for s in pack.samples) for pack in packs)
-    assert all(pack.waited <= 2 * (planner.window_size + len(planner.mandatory)) for pack in packs)
+    assert all(pack.waited <= 2 * (planner.rules.window + len(planner.mandatory)) for pack in packs)
     counts = Counter(samples_of(packs))
     assert set(counts.values()) == {1}
     # Every usable row of an epoch that lies wholly behind is used: what is missing still waits in the window.
     for number, stream in enumerate(streams):
-        used = Counter(epoch for dataset, epoch, _ in counts if dataset == sum(stream.name.encode()))
+        used = Counter(epoch for group, epoch, _ in counts if group == sum(stream.name.encode()))
         usable = sum(stream.usable(row) for row in range(stream.rows))
         missing = sum(usable - used[epoch] for epoch in range(max(used, default=0)))
-        assert missing <= planner.window_size + len(planner.mandatory), f"group {number}"
+        assert missing <= planner.rules.window + len(planner.mandatory), f"group {number}"
 
 
 @settings(max_examples=25, deadline=None)
@@ -141,13 +141,13 @@ def test_every_pack_holds_every_mandatory_group_where_all_can_fit(mandatory: int
     planner = planner_of(streams, max_num_tokens=limit, lookahead=lookahead)
     wanted = {sum(f"group{i}".encode()) for i in range(mandatory)}
     for pack in packs_of(planner, 200):
-        assert wanted <= {sample.dataset for sample in pack.samples}
+        assert wanted <= {sample.group for sample in pack.samples}
         assert pack.missing == 0
 
 
 def test_groups_are_drawn_in_proportion_to_their_weights() -> None:
     planner = planner_of([Rows(weight=1.0), Rows(weight=3.0), Rows(weight=0.5)])
-    counts = Counter(dataset for dataset, _, _ in samples_of(packs_of(planner, 2000)))
+    counts = Counter(group for group, _, _ in samples_of(packs_of(planner, 2000)))
     total = sum(counts.values())
     for number, share in enumerate((1 / 4.5, 3 / 4.5, 0.5 / 4.5)):
         assert counts[sum(f"group{number}".encode())] / total == pytest.approx(share, abs=0.01)
@@ -157,7 +157,7 @@ def test_a_mandatory_group_gets_one_draw_per_pack_beside_the_weighted_ones() -> 
     """As the original: mandatory groups are visited whenever a pack is empty, all groups by weight after that."""
     planner = planner_of([Rows(weight=1.0, is_mandatory=True), Rows(weight=1.0)])
     packs = packs_of(planner, 2000)
-    counts = Counter(dataset for dataset, _, _ in samples_of(packs))
+    counts = Counter(group for group, _, _ in samples_of(packs))
     weighted = sum(counts.values()) - len(packs)
     assert counts[sum(b"group0")] == pytest.approx(len(packs) + weighted / 2, rel=0.02)
 
@@ -186,7 +186,7 @@ def test_the_bench_mix_meets_its_goals(budgets: tuple[int, int, int], fill: floa
     assert line.fill >= fill
     assert line.imbalance_llm <= 0.01
     assert line.imbalance_vision <= 0.10
-    assert line.max_wait <= 2 * (planner.window_size + len(planner.mandatory))
+    assert line.max_wait <= 2 * (planner.rules.window + len(planner.mandatory))
 
 
 @given(st.integers(2, 200), st.integers(0, 10**9))
@@ -289,8 +289,8 @@ def test_epochs_grow_evenly_and_count_what_was_planned() -> None:
     steps = list(itertools.islice(planner.steps(2), 500))
     shown = [step.epochs["group1"] for step in steps]
     assert shown == sorted(shown)
-    used = Counter(dataset for step in steps for dataset, _, _ in samples_of(step.packs))[sum(b"group1")]
-    assert shown[-1] == pytest.approx(used / 300, abs=(planner.window_size + 64) / 300)
+    used = Counter(group for step in steps for group, _, _ in samples_of(step.packs))[sum(b"group1")]
+    assert shown[-1] == pytest.approx(used / 300, abs=24 / 300)
 
 
 def test_one_tiny_group_feeds_any_number_of_ranks() -> None:

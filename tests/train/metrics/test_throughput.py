@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bagel_ds.data.batches.layout import Loaded, layout
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT
-from bagel_ds.model.attention import AttentionLayout
+from bagel_ds.model.attention.layout import AttentionLayout
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE, PackedBatch
 from bagel_ds.model.shape.config import BagelConfig, LLMConfig, ViTConfig
@@ -21,7 +21,6 @@ from bagel_ds.model_folder.tokenizer import SpecialTokens
 from bagel_ds.train.metrics import throughput
 from bagel_ds.train.metrics.throughput import (
     PEAK_TFLOPS,
-    attended_pairs,
     device_memory,
     host_gib,
     pack_flops,
@@ -51,7 +50,7 @@ def test_attended_pairs_are_those_of_the_dense_mask(structure: list[list[tuple[i
     sample_lens = [sum(length for length, _ in sample) for sample in structure]
     flat = [split for sample in structure for split in sample]
     found = AttentionLayout.from_splits(sample_lens, [length for length, _ in flat], [mode for _, mode in flat])
-    assert attended_pairs(found) == int(found.dense_mask().sum())
+    assert found.pairs == int(found.dense_mask().sum())
 
 
 def pack(*samples: list[Loaded]) -> PackedBatch:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from bagel_ds.arguments.run_config import RunConfig, make_config
+from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.train.saves import changes as module
 from bagel_ds.train.saves.changes import changes, describe_data, keep_config, versions
 
@@ -62,8 +63,8 @@ class Stream:
     weight: float = 1.0
     is_mandatory: bool = True
     files: tuple[str, ...] = ("a", "b")
-    vae_transform: str = "16"
-    vit_transform: str | None = None
+    vae_transform: ImageTransform = ImageTransform(16, 1024, 512)
+    vit_transform: ImageTransform | None = None
     datasets: tuple[str, ...] = ("pictures",)
     uses: list[Any] = field(init=False)
 
@@ -81,14 +82,30 @@ def described(tokenizer: str = "t", *streams: Stream) -> dict[str, str]:
     ("now", "expected"),
     [
         (described(), []),
-        (described("u"), ["tokenizer: t -> u"]),
+        (described("u"), ["tokenizer files: t -> u"]),
         (described("t", Stream(weight=2.5)), ["data group t2i, weight: 1 (mandatory) -> 2.5 (mandatory)"]),
-        (described("t", Stream(vae_transform="32")), ["data group t2i, images: VAE 16, ViT None -> VAE 32, ViT None"]),
+        (
+            described("t", Stream(vae_transform=ImageTransform(32, 1024, 512))),
+            [
+                "data group t2i, images: "
+                "VAE ImageTransform(image_stride=16, max_image_size=1024, min_image_size=512, max_pixels=1806336), "
+                "ViT None -> "
+                "VAE ImageTransform(image_stride=32, max_image_size=1024, min_image_size=512, max_pixels=1806336), "
+                "ViT None"
+            ],
+        ),
     ],
 )
 def test_data_are_named_by_what_changed(now: dict[str, str], expected: list[str]) -> None:
     config = make_config({})
     assert changes(saved(config, data=described()), config.values(), now) == expected
+
+
+def test_the_tokenizer_of_an_older_trainer_json_is_not_compared() -> None:
+    """It was known by how a library printed it."""
+    config = make_config({})
+    older = {"tokenizer": "printed"} | {name: text for name, text in described().items() if "tokenizer" not in name}
+    assert changes(saved(config, data=older), config.values(), described()) == []
 
 
 def test_files_that_changed_or_came_are_named_by_their_rows() -> None:

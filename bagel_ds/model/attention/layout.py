@@ -1,19 +1,19 @@
-"""Attention over packed samples: one interface, one function per kernel.
+"""The mask rule: which token of a pack sees which.
 
 Guarantees: query i sees key j iff both are of one sample and (j <= i or both in the same full/noise split) and j is not
 in a noise split other than i's own (REFERENCE 7). No [T, T] mask exists: the rule is exact per split, because every
-split sees whole earlier splits and itself. Zero tokens are fine and stay connected to q, k and v.
+split sees whole earlier splits and itself. A key/value cache is the splits of a sample that came before: keys without
+queries, under the same rule.
 
-Shape legend: T tokens of a pack, H heads, K key/value heads, D head dim, S segments.
+Shape legend: T tokens of a pack, S segments.
 """
 
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Callable, NamedTuple, Sequence
+from typing import NamedTuple, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
@@ -28,21 +28,37 @@ class AttentionLayout(NamedTuple):
     segment_lens: tuple[int, ...]  # [S], sums to T
     visible: tuple[tuple[int, ...], ...]  # per segment: segments it sees, in order, itself last
     is_causal: tuple[bool, ...]  # per segment: causal inside itself, else all-to-all
+    is_cached: tuple[bool, ...]  # per segment: its keys come from a cache and it has no queries
 
     @classmethod
     def from_splits(
-        cls, sample_lens: Sequence[int], split_lens: Sequence[int], attn_modes: Sequence[str]
+        cls,
+        sample_lens: Sequence[int],
+        split_lens: Sequence[int],
+        attn_modes: Sequence[str],
+        cached_lens: Sequence[int] = (),
     ) -> AttentionLayout:
-        """The layout of a pack; arguments as in `PackedBatch`."""
+        """The layout of a pack; arguments as in `PackedBatch`.
+
+        `cached_lens`: per sample, tokens that came before its own and are seen by all of them.
+        """
         assert sum(sample_lens) == sum(split_lens) and len(split_lens) == len(attn_modes)
         sample_ends = set(accumulate(sample_lens))
+        cached = iter(cached_lens or (0,) * len(sample_lens))
         lens: list[int] = []
         visible: list[tuple[int, ...]] = []
         is_causal: list[bool] = []
+        is_cached: list[bool] = []
         before: tuple[int, ...] = ()  # segments of this sample that later ones see
         at_sample_start, position = True, 0
         for length, mode in zip(split_lens, attn_modes):
             assert mode in (CAUSAL, FULL, NOISE), mode
+            if at_sample_start and (context := next(cached)):
+                before = (len(lens),)
+                lens.append(context)
+                visible.append(before)
+                is_causal.append(False)
+                is_cached.append(True)
             if mode == CAUSAL and not at_sample_start and is_causal[-1]:
                 lens[-1] += length
             else:
@@ -50,13 +66,14 @@ class AttentionLayout(NamedTuple):
                 lens.append(length)
                 visible.append((*before, segment))
                 is_causal.append(mode == CAUSAL)
+                is_cached.append(False)
                 if mode != NOISE:
                     before = (*before, segment)
             position += length
             at_sample_start = position in sample_ends
             if at_sample_start:
                 before = ()
-        return cls(tuple(lens), tuple(visible), tuple(is_causal))
+        return cls(tuple(lens), tuple(visible), tuple(is_causal), tuple(is_cached))
 
     @classmethod
     def images(cls, lengths: Sequence[int]) -> AttentionLayout:
@@ -64,7 +81,7 @@ class AttentionLayout(NamedTuple):
         return cls.from_splits(lengths, lengths, (FULL,) * len(lengths))
 
     def dense_mask(self) -> Tensor:
-        """[T, T] bool, True = may attend. For tests and pictures; training never builds it."""
+        """[T, T] bool, True = may attend; T includes cached tokens. For tests and pictures only."""
         starts = [0, *accumulate(self.segment_lens)]
         mask = torch.zeros(starts[-1], starts[-1], dtype=torch.bool)
         for segment, seen in enumerate(self.visible):
@@ -75,38 +92,12 @@ class AttentionLayout(NamedTuple):
                 mask[rows, rows].tril_()
         return mask
 
-
-def attend(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: AttentionLayout, backend: str = "sdpa") -> Tensor:
-    """Softmax attention, scale 1/sqrt(D); key/value head j serves query heads [j*H/K, (j+1)*H/K). Returns [T, H, D]."""
-    if not layout.segment_lens:
-        # A rank without tokens must still produce (zero) gradients, or the others wait for it (ZeRO-3).
-        return q_THD + 0 * (k_TKD.sum() + v_TKD.sum())
-    return BACKENDS[backend](q_THD, k_TKD, v_TKD, layout)
-
-
-def sdpa(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, layout: AttentionLayout) -> Tensor:
-    """torch's scaled_dot_product_attention, one call per segment over exactly the keys it sees. Runs everywhere."""
-    groups = q_THD.shape[1] // k_TKD.shape[1]
-    queries = q_THD.split(layout.segment_lens)
-    keys = k_TKD.repeat_interleave(groups, dim=1).split(layout.segment_lens)
-    values = v_TKD.repeat_interleave(groups, dim=1).split(layout.segment_lens)
-    outputs = []
-    for query, seen, causal in zip(queries, layout.visible, layout.is_causal):
-        key = torch.cat([keys[segment] for segment in seen])
-        value = torch.cat([values[segment] for segment in seen])
-        n_query, n_key = len(query), len(key)
-        mask = None
-        if causal and n_key > n_query:
-            mask = torch.ones(n_query, n_key, dtype=torch.bool, device=query.device).tril_(n_key - n_query)
-        output = F.scaled_dot_product_attention(
-            query.transpose(0, 1)[None],
-            key.transpose(0, 1)[None],
-            value.transpose(0, 1)[None],
-            attn_mask=mask,
-            is_causal=causal and mask is None,
-        )
-        outputs.append(output[0].transpose(0, 1))
-    return torch.cat(outputs)
-
-
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, AttentionLayout], Tensor]] = {"sdpa": sdpa}
+    @property
+    def pairs(self) -> int:
+        """Query-key pairs that attention computes."""
+        pairs = 0
+        for length, seen, causal, cached in zip(self.segment_lens, self.visible, self.is_causal, self.is_cached):
+            if not cached:
+                pairs += length * sum(self.segment_lens[other] for other in seen)
+                pairs -= length * (length - 1) // 2 if causal else 0
+        return pairs

@@ -1,0 +1,123 @@
+"""From a model folder to a network that can be asked.
+
+Guarantees: every tensor of the network comes from the folder, straight to its place and precision, one at a time; a
+missing, misshapen or unknown one is an error. A folder without the parts that generate still answers questions, and
+says why it can't draw.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from bagel_ds.data.samples.image_tokens import LayoutOptions
+from bagel_ds.data.samples.images import ImageTransform
+from bagel_ds.errors import UserError
+from bagel_ds.inference.generation import Inferencer
+from bagel_ds.inference.network import Network
+from bagel_ds.machine.device import device_type
+from bagel_ds.model.bagel import Bagel
+from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.parts import GENERATION, part_of
+from bagel_ds.model.vae import AutoEncoder
+from bagel_ds.model_folder.folder import VAE, BagelWeights, ModelFolder, latent_side
+from bagel_ds.model_folder.tensor_files import TensorFiles
+from bagel_ds.model_folder.tokenizer import load_tokenizer
+
+logger = logging.getLogger("bagel_ds")
+
+# The original app's; a network with smaller position tables gets what these allow.
+VAE_SIZES, VIT_SIZES = (1024, 512), (980, 224)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def open_inferencer(path: str | Path, device: str | None = None, precision: str | None = None) -> Inferencer:
+    """The model of a folder, ready. `device`: cpu, cuda or cuda:N; `precision`: bf16 (on a GPU) or fp32 (on a CPU).
+
+    Raises `UserError` for a folder that is missing, incomplete or not a BAGEL model.
+    """
+    folder = ModelFolder(Path(path))
+    place = _device(device)
+    if precision not in (None, *DTYPES):
+        raise UserError(f"precision {precision!r}: expected bf16 or fp32")
+    dtype = DTYPES[precision or ("bf16" if place.type == "cuda" else "fp32")]
+    files = folder.open_weights(prefer_ema=True)
+    vae = folder.load_vae().to(place) if (folder.path / VAE).exists() else None
+    lacks = _lacks(files, folder, vae)
+    config = BagelConfig(
+        llm=folder.llm_config(),
+        vit=folder.vit_config(),
+        max_latent_size=latent_side(files) or BagelConfig().max_latent_size,
+        z_channels=vae.config.z_channels if vae is not None else BagelConfig().z_channels,
+        visual_gen=lacks is None or "ae.safetensors" in lacks,
+    )
+    model = load_bagel(config, files, str(folder.path), place, dtype)
+    tokenizer = load_tokenizer(folder.path)
+    if tokenizer.size > config.llm.vocab_size:
+        raise UserError(
+            f"the tokenizer of {folder.path} has {tokenizer.size} tokens, its llm_config.json only vocab_size="
+            f"{config.llm.vocab_size}; they do not belong together. Download or copy the folder again."
+        )
+    options = LayoutOptions(
+        vit_patch_size=config.vit.patch_size,
+        latent_patch_size=config.latent_patch_size,
+        vae_downsample=vae.config.downsample if vae is not None else LayoutOptions.vae_downsample,
+        max_latent_size=config.max_latent_size,
+        vit_max_num_patch_per_side=config.vit.max_patches_per_side,
+        latent_channels=config.z_channels,
+    )
+    vae_sizes = [min(size, options.max_latent_size * options.latent_stride) for size in VAE_SIZES]
+    vit_sizes = [min(size, options.vit_max_num_patch_per_side * options.vit_patch_size) for size in VIT_SIZES]
+    network = Network(
+        model,
+        vae,
+        tokenizer,
+        options,
+        ImageTransform(options.latent_stride, *vae_sizes),
+        ImageTransform(options.vit_patch_size, *vit_sizes),
+        place,
+    )
+    return Inferencer(network, lacks)
+
+
+def load_bagel(config: BagelConfig, files: TensorFiles, where: str, device: torch.device, dtype: torch.dtype) -> Bagel:
+    """The network with the weights of `files`. Without `visual_gen` its generating parts stay without memory."""
+    with torch.device("meta"):
+        model = Bagel(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if not config.visual_gen:
+        shapes = {name: shape for name, shape in shapes.items() if part_of(name) not in GENERATION}
+    weights = BagelWeights(files, shapes, False, where)
+    if weights.unexpected:
+        named = ", ".join(weights.unexpected[:5]) + (", ..." if weights.unexpected[5:] else "")
+        raise UserError(
+            f"{where} holds {len(weights.unexpected)} tensors that this network does not have ({named}); they would be "
+            "left out. Adapters must be merged before (bagel-ds export)."
+        )
+    for name, shape in shapes.items():
+        value = weights.read(name).reshape(shape).to(device, dtype)
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, torch.nn.Parameter(value, requires_grad=False))
+    return model.eval()
+
+
+def _lacks(files: TensorFiles, folder: ModelFolder, vae: AutoEncoder | None) -> str | None:
+    """Why the folder's model can't draw; None where it can."""
+    if not any(part_of(name) in GENERATION for name in files.names):
+        return f"{folder.path} holds no weights that generate images (*_moe_gen, vae2llm, llm2vae, time_embedder)"
+    if vae is None:
+        return f"{folder.path / VAE} does not exist"
+    return None
+
+
+def _device(name: str | None) -> torch.device:
+    kind = device_type() if name is None else name
+    try:
+        device = torch.device(kind)
+    except RuntimeError:
+        raise UserError(f"device {name!r}: expected cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and device_type() != "cuda":
+        raise UserError(f"device {name}: this machine has no GPU that torch can use; pass cpu")
+    return device
