@@ -42,7 +42,7 @@ FAULTS = "BAGEL_TEST_FAULTS"
 def main() -> int:
     faults = json.loads(os.environ[FAULTS])
     by = started()
-    return run_detached(lambda: _faulty_run(faults, by), by.speaks)
+    return run_detached(lambda: _faulty_run(faults, by), by.reports)
 
 
 def _faulty_run(faults: list[dict[str, Any]], by: Started) -> int:

@@ -88,7 +88,7 @@ def test_start_anew_leaves_the_earlier_run_whole_beside_the_new_one(
     assert list((records / "tensorboard").iterdir()) and list((results / "tensorboard").iterdir())
     assert "done: 5 steps" in (records / "log.txt").read_text()
     log = (results / "log.txt").read_text()
-    assert f"moved what an earlier run left to {records}" in log and "done: 1 steps" in log
+    assert f"moved the files of an earlier run to {records}" in log and "done: 1 steps" in log
 
     def lr(path: Path) -> float:
         return float(yaml.safe_load(path.read_text())["training"]["lr"])

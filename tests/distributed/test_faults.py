@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused_and_another_offered(
     assert (main.code, other.code) == (2, 2), main.output
     file, _, _, reason = DAMAGE[name]
     assert f"step_2 is damaged: {file}" in main.output and reason in main.output
-    assert f"The newest other one beside it is {folder / name / 'checkpoints' / 'step_1'};" in main.output
+    assert f"The newest other one next to it is {folder / name / 'checkpoints' / 'step_1'};" in main.output
 
 
 # -------------------------------------------------------------------------------------------------------- full disks
@@ -228,7 +228,7 @@ def test_a_stopped_rank_is_found_told_of_and_ends_the_job(demo: Path, tmp_path: 
         run.until_step(1)
         code = run.end(20 + 40 + 60)
     assert code != 0
-    assert "[rank 0] stalled: step of step 2 lasts longer than --stall_timeout 20 s" in run.output
+    assert "[rank 0] stalled: step of step 2 has taken longer than --stall_timeout 20 s" in run.output
     assert "[rank 0] missing: rank 1\n" in run.output
     assert run.output.count("most recent call first") >= 2, "stacks, of more than one thread"
     assert "[rank 1] stalled" in run.output, "woken, it tells where it was"

@@ -84,7 +84,7 @@ def test_a_step_that_stalls_ends_the_job_with_the_stacks_of_all_ranks(demo: Path
     with started(words_of(demo, tmp_path, total_steps=100, stall_timeout=10), tmp_path, faults) as run:
         assert run.end(300) == 1
     for rank in range(RANKS):
-        assert f"[rank {rank}] stalled: step of step 2 lasts longer than --stall_timeout 10 s" in run.output
+        assert f"[rank {rank}] stalled: step of step 2 has taken longer than --stall_timeout 10 s" in run.output
     assert run.output.count("most recent call first") >= 2, "stacks, of more than one thread"
 
 
