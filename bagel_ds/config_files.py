@@ -1,8 +1,8 @@
 """YAML and JSON files that people write, and Python literals: read whole, with the line of every key.
 
-Guarantees: a key that is given twice at any level is an error that names both lines, never silently the last of the
-two; a file that can't be read or parsed is one message. YAML's merge keys (`<<`) stay legal, and `5e-4` is a number in
-YAML too. What the keys mean is the caller's concern.
+Guarantees: whatever a file holds, it is read or refused with one `UserError`. A key that is given twice at any level is
+an error that names both lines. In YAML, merge keys (`<<`) stay legal, `5e-4` is a number, dates are text. What the keys
+mean is the caller's concern. A YAML mapping may contain itself, so walk over values with a limit.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+from yaml.constructor import ConstructorError
 
-from bagel_ds.errors import UserError, all_faults
+from bagel_ds.errors import UserError, all_faults, shown
 from bagel_ds.git_lfs import pointer_fault
+from bagel_ds.regular_files import file_fault
 
 KeyPath = tuple[Hashable, ...]  # keys, and numbers of list items, from the outermost in
 Remedy = Callable[[KeyPath], str]  # what to do about a key that is given twice
 
+LARGEST_FILE = 64 * 2**20  # bytes; a data file passed as a config would fill the memory
 _MERGE = "tag:yaml.org,2002:merge"
+_MOST_MERGED = 10_000  # keys; merges of merges can double their number at every level
 
 
 class Document(NamedTuple):
@@ -54,18 +58,17 @@ def merge_or_remove(path: KeyPath) -> str:
 
 def read_yaml(path: Path, remedy: Remedy = merge_or_remove) -> Document:
     """A YAML file. Raises `UserError`."""
-    loader = _Loader(read_text(path))
+    text = read_text(path)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         keys = [] if node is None else list(_yaml_keys(loader, node, (), set()))
         lines = _lines(path, keys, remedy)
         return Document(None if node is None else loader.construct_document(node), path, lines)
-    except (yaml.YAMLError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}. Correct the file.") from None
-    finally:
-        loader.dispose()
+    except yaml.YAMLError as error:
+        raise _not_yaml(path, error) from None
+    except RecursionError:
+        raise UserError(f"{path} nests too deeply to be a configuration. Correct the file.") from None
 
 
 def read_json(path: Path, remedy: Remedy = merge_or_remove) -> Document:
@@ -79,11 +82,16 @@ def read_json(path: Path, remedy: Remedy = merge_or_remove) -> Document:
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file. Raises `UserError`."""
+    """The text of a regular UTF-8 file. Raises `UserError`."""
+    if fault := file_fault(path):
+        raise UserError(f"{path} can't be read: {fault}. Pass a file you may read.")
     try:
-        raw = path.read_bytes()
+        with open(path, "rb") as file:
+            raw = file.read(LARGEST_FILE + 1)
     except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror or error}. Pass a file you may read.") from None
+    if len(raw) > LARGEST_FILE:
+        raise UserError(f"{path} is larger than {LARGEST_FILE >> 20} MiB: a data file? Pass a configuration file.")
     if fault := pointer_fault(raw):
         raise UserError(f"{path}: {fault}.")
     try:
@@ -123,14 +131,44 @@ def _shown(path: KeyPath) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- YAML
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, with the floats of YAML 1.2: 1e-5 is a number there, and a string in PyYAML."""
+    """YAML 1.1 as PyYAML reads it, but 1e-5 is a number, and 2024-01-31 and 1:30 are text, as in YAML 1.2."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            # What PyYAML's constructors raise on `!!bool maybe`, `!!int ""` or a number of 5000 digits.
+            problem = f"{shown(node.value)} is not a {node.tag.rpartition(':')[2]} that can be read"
+            raise ConstructorError(None, None, problem, node.start_mark) from None
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        written = len(node.value)
+        super().flatten_mapping(node)
+        if len(node.value) > written + _MOST_MERGED:
+            raise ConstructorError(None, None, f"more than {_MOST_MERGED} keys are merged here", node.start_mark)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d[\d_]*(\.[\d_]*)?|\.\d[\d_]*)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
+_NUMBERS = {
+    "int": r"[-+]?(0b[01_]+|0x[\da-fA-F_]+|0[0-7_]*|[1-9][\d_]*)",
+    "float": r"[-+]?((\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|\d[\d_]*[eE][-+]?\d+|\.(inf|Inf|INF))"
+    r"|\.(nan|NaN|NAN)",
+}
+_REPLACED = {f"tag:yaml.org,2002:{tag}" for tag in (*_NUMBERS, "timestamp")}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _REPLACED]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"({_pattern})$"), list("-+.0123456789"))
+
+
+def _not_yaml(path: Path, error: yaml.YAMLError) -> UserError:
+    """The message about a file that PyYAML can't read."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    where = f"{path}, line {mark.line + 1}" if mark else str(path)
+    said = [getattr(error, name, None) for name in ("context", "problem")]
+    reason = ", ".join(filter(None, said)) or str(error)
+    return UserError(f"{where}: this is not valid YAML ({' '.join(reason.split())}). Correct the file.")
 
 
 def _yaml_keys(loader: _Loader, node: yaml.Node, inside: KeyPath, seen: set[int]) -> Iterator[Key]:

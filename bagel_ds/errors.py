@@ -1,18 +1,21 @@
-"""The one exception a person can cause, and what to say about an error of the system.
+"""The exception for mistakes of the user, and the words for what was found.
 
-Guarantees: a `UserError` reaches the terminal as its message alone, without a traceback, and ends the process with exit
-code 2. Everything else is a bug of ours and keeps its traceback.
+Guarantees: a `UserError` reaches the terminal as its message only, without a traceback, and ends the process with exit
+code 2. Any other exception is a bug in this package and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 _MOST_LISTED = 12
+_LONGEST_SHOWN = 60  # characters of a value
+_LARGEST_SHOWN_BITS = 200
 
 
 class UserError(ValueError):
@@ -38,9 +41,25 @@ def all_faults(faults: list[str], heading: str) -> None:
         raise UserError(heading + "\n" + "\n".join(f"  - {fault}" for fault in faults))
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def shown(value: Any) -> str:
+    """A value that was found in a file, for a message: short, whatever it holds and however deeply it nests."""
+    if value is None:
+        return "nothing"
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
+        return "a list"
+    if isinstance(value, int) and value.bit_length() > _LARGEST_SHOWN_BITS:
+        return f"a number of {value.bit_length()} bits"
+    if not isinstance(value, (str, bytes, int, float)):
+        return f"a {type(value).__name__}"
+    text = repr(value if isinstance(value, (int, float)) else value[:_LONGEST_SHOWN])
+    return text if isinstance(value, (int, float)) or len(value) <= _LONGEST_SHOWN else f"{text}..."
+
+
+def nearest(name: Any, known: Iterable[Any]) -> str:
     """A remedy for an unknown name: the nearest known one, or all of them, or of many the three nearest."""
-    names = sorted(known)
+    names, name = sorted(each for each in known if isinstance(each, str)), shown(name).strip("'")
     if close := difflib.get_close_matches(name, names, n=1):
         return f"did you mean {close[0]!r}?"
     if len(names) > _MOST_LISTED:

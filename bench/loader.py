@@ -157,7 +157,7 @@ def floor(streams: list[GroupStream], plans: list[tuple[SamplePlan, ...]], token
     for plan in (plan for pack in plans for plan in pack):
         timed("whole", materialize, [plan], streams, tokenizer, LayoutOptions(), 0)
         stream = streams[plan.group]
-        (row,) = timed("read", stream.read, [plan])
+        row = timed("read", stream.read, plan)
         images = [timed("decode", decode_rgb, source) for source in row.images]
         for entry in plan.entries:
             if entry.kind == TEXT:

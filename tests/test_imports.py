@@ -31,6 +31,7 @@ ROOMS = (
     "machine",
     "config_files",
     "git_lfs",
+    "regular_files",
     "errors",
     "units",
 )

@@ -11,17 +11,20 @@ from __future__ import annotations
 import errno
 import filecmp
 import json
+import logging
 import os
 import shutil
-from pathlib import Path
-from typing import Iterator
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Iterator, Mapping, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from bagel_ds.checkpoint.gather import CHUNK_BYTES
+from bagel_ds.checkpoint.serving import NOT_SERVED, Layout, WithTables, serving_layout
 from bagel_ds.checkpoint.state import EMA as AVERAGE
-from bagel_ds.checkpoint.state import WEIGHT, StateFiles, StateSource
+from bagel_ds.checkpoint.state import WEIGHT, StateFiles
 from bagel_ds.checkpoint.step_folders import (
     MANIFEST,
     STATE,
@@ -36,6 +39,7 @@ from bagel_ds.checkpoint.step_folders import (
 )
 from bagel_ds.errors import UserError, disk_fault
 from bagel_ds.machine.waiting import waiting_for
+from bagel_ds.model_folder.average import averaging_of
 from bagel_ds.model_folder.folder import CONFIG_FILES, EMA, MODEL, TOKENIZER_FILES, VAE
 from bagel_ds.model_folder.tensor_files import TensorFileWriter, read_header
 from bagel_ds.ranges import MASTER, TensorInfo, WeightSource
@@ -43,23 +47,57 @@ from bagel_ds.units import GIB
 
 EXPORTED = "export.json"  # where an export names its files
 _UNFINISHED = ".unfinished-export"
+_KINDS = {"model": MASTER, "ema": AVERAGE}  # what of a training state becomes which weight file
 
 
-def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, shard_bytes: int | None = None) -> list[Path]:
-    """Write `out` as a model folder; the files written. With `shard_bytes`, weights are cut into files of at most that.
+logger = logging.getLogger("bagel_ds")
+
+
+class _Plan(NamedTuple):
+    """Everything an export writes, known before its first byte."""
+
+    layout: Layout
+    copied: list[Path]
+    state: StateFiles
+    stored: dict[str, tuple[int, ...]]  # shapes in the checkpoint
+    dtype: torch.dtype
+    metadata: dict[str, str]  # of the average: its steps and decay, where the checkpoint records them
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that are written."""
+        return self.stored | {name: tuple(table.shape) for name, table in self.layout.tables.items()}
+
+    @property
+    def nbytes(self) -> int:
+        weights = sum(TensorInfo(self.dtype, shape).nbytes for shape in self.shapes.values())
+        return len(self.layout.weights) * weights + sum(path.stat().st_size for path in self.copied)
+
+
+def export_checkpoint(
+    checkpoint: Path,
+    out: Path,
+    dtype: torch.dtype,
+    shard_bytes: int | None = None,
+    program: str | None = None,
+    serve: str = "auto",
+) -> list[Path]:
+    """Write `out` as a model folder; the files of weights written.
+
+    With `shard_bytes`, weights are cut into files of at most that. With `program`, one of `serving.PROGRAMS`, the
+    folder has the layout that this program reads and serves what `serve`, one of `serving.SERVE`, says.
 
     Raises `UserError` where the checkpoint holds no state or is damaged, where `out` holds other weights than those of
     an earlier export, and where it can't be written; what was there is then as it was.
     """
     checkpoint = meant_checkpoint(checkpoint)  # latest, or step_final where it is a file
-    _check_replaceable(out, checkpoint)
-    if not holds_state(checkpoint):
-        found = "holds no training state" if checkpoint.is_dir() else "does not exist"
-        near = checkpoints_near(checkpoint, with_state=True)
-        remedy = f"pass a checkpoint such as .../checkpoints/step_1000{near and ': ' + near}"
-        raise UserError(f"{checkpoint} {found}; {remedy}.")
-    with waiting_for(f"all bytes of {checkpoint}'s training state to be compared", "before any is written"):
-        fault = manifest_fault(checkpoint) or checksum_fault(checkpoint, state_files(checkpoint))
+    _check_options(checkpoint, out, shard_bytes, program)
+    fault = manifest_fault(checkpoint)
+    if fault is None:
+        plan = _plan(checkpoint, dtype, program, serve)
+        _check_replaceable(out, plan)
+        with waiting_for(f"all bytes of {checkpoint}'s training state to be compared", "before any is written"):
+            fault = checksum_fault(checkpoint, state_files(checkpoint))
     if fault is not None:
         raise UserError(f"{checkpoint} is damaged: {fault}. Export another checkpoint.")
     # In a folder that is there already, as it may be a file system of its own.
@@ -67,7 +105,10 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, shard_byt
     try:
         shutil.rmtree(beside, ignore_errors=True)  # of one that was killed
         beside.mkdir(parents=True)
-        written = _write_model(checkpoint, beside, dtype, shard_bytes)
+        written = _write_model(plan, beside, shard_bytes)
+        served = {} if program is None else {"for": program, EMA: plan.layout.reason}
+        said = {"checkpoint": str(checkpoint), "dtype": str(dtype).removeprefix("torch."), "files": _files(beside)}
+        write_json(beside / EXPORTED, said | served)
         flush_all(beside)
         _move(beside, out)
     except OSError as error:
@@ -76,28 +117,60 @@ def export_checkpoint(checkpoint: Path, out: Path, dtype: torch.dtype, shard_byt
         ) from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return [out / path.name for path in written]
+    if program is not None:
+        logger.info("%s %s", out / EMA, plan.layout.reason)
+    return [out / path.relative_to(beside) for path in written]
 
 
-def _write_model(checkpoint: Path, folder: Path, dtype: torch.dtype, shard_bytes: int | None) -> list[Path]:
-    """Write a model folder's files into an empty one; the files of weights."""
+def _check_options(checkpoint: Path, out: Path, shard_bytes: int | None, program: str | None) -> None:
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; pass a folder to write, or one that is not there yet.")
+    if (out / MANIFEST).exists():
+        raise UserError(f"--out {out} is a checkpoint, which other weights would damage; pass another folder.")
+    if program is not None and shard_bytes is not None:
+        raise UserError(
+            f"--max_shard_size can't be combined with --for {program}: that layout has one {EMA}, the only file of "
+            "weights that every one of these programs reads. Leave out --max_shard_size."
+        )
+    if not holds_state(checkpoint):
+        found = "holds no training state" if checkpoint.is_dir() else "does not exist"
+        near = checkpoints_near(checkpoint, with_state=True)
+        remedy = f"pass a checkpoint such as .../checkpoints/step_1000{near and ': ' + near}"
+        raise UserError(f"{checkpoint} {found}; {remedy}.")
+
+
+def _plan(checkpoint: Path, dtype: torch.dtype, program: str | None, serve: str) -> _Plan:
     header, _ = read_header(checkpoint / MODEL)
     shapes = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
     state = StateFiles(checkpoint / STATE)
-    kinds = [(MODEL, MASTER), (EMA, AVERAGE)]
-    stored = [(stem, kind) for stem, kind in kinds if any(state.has(kind, name) for name in shapes)]
+    stems = [stem for stem, kind in _KINDS.items() if any(state.has(kind, name) for name in shapes)]
+    if program is None:
+        layout = Layout({f"{stem}.safetensors": stem for stem in stems})
+    else:
+        layout = serving_layout(program, serve, checkpoint, "ema" in stems, dtype)
     copied = [path for name in (*CONFIG_FILES, *TOKENIZER_FILES, VAE) if (path := checkpoint / name).is_file()]
-    needed = len(stored) * sum(TensorInfo(dtype, shape).nbytes for shape in shapes.values())
-    _check_room(folder, needed + sum(path.stat().st_size for path in copied))
-    for path in copied:
+    averaging = averaging_of(checkpoint) if "ema" in stems else None
+    metadata = {} if averaging is None else averaging.metadata()
+    kept = [path for path in copied if path.name not in layout.texts]
+    return _Plan(layout, kept, state, shapes, dtype, metadata)
+
+
+def _write_model(plan: _Plan, folder: Path, shard_bytes: int | None) -> list[Path]:
+    """Write a model folder's files into an empty one; the files of weights."""
+    _check_room(folder, plan.nbytes)
+    for path in plan.copied:
         shutil.copyfile(path, folder / path.name)
+    for name, text in plan.layout.texts.items():
+        (folder / name).write_text(text)
     written = []
-    for stem, kind in stored:
-        source = state.source(shapes, kind, WEIGHT)
-        written += write_weights(folder, stem.removesuffix(".safetensors"), source, shapes, dtype, shard_bytes)
-    files = sorted(path.name for path in folder.iterdir())
-    said = {"checkpoint": str(checkpoint), "dtype": str(dtype).removeprefix("torch."), "files": files}
-    write_json(folder / EXPORTED, said)
+    for name, stem in plan.layout.weights.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        source = WithTables(plan.state.source(plan.stored, _KINDS[stem], WEIGHT), plan.layout.tables)
+        metadata = plan.metadata if path.name == EMA else {}
+        written += write_weights(
+            path.parent, path.stem, source, plan.shapes, plan.dtype, shard_bytes, metadata | plan.layout.metadata(stem)
+        )
     return written
 
 
@@ -109,18 +182,16 @@ def _check_room(folder: Path, needed: int) -> None:
         raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({sizes})")
 
 
-def _check_replaceable(out: Path, checkpoint: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; pass a folder to write, or one that is not there yet.")
-    if (out / MANIFEST).exists():
-        raise UserError(f"--out {out} is a checkpoint, which other weights would damage; pass another folder.")
+def _check_replaceable(out: Path, plan: _Plan) -> None:
+    """Raise `UserError` where `out` holds files of weights, or files to be replaced, that no export wrote."""
     exported = {EXPORTED, *_exported(out)} if _exported(out) else set()
-    weights = {path.name for path in out.glob("*.safetensors*")} - {VAE, *exported}
-    copied = [name for name in (*CONFIG_FILES, *TOKENIZER_FILES, VAE) if (checkpoint / name).is_file()]
-    files = {name for name in copied if _differs(out / name, checkpoint / name)} - exported
-    if (out / EXPORTED).exists() and not exported:
+    weights = {path.name for path in out.glob("*.safetensors*")} - {VAE}
+    weights |= {name for name in plan.layout.weights if (out / name).exists()}
+    files = {path.name for path in plan.copied if _differs(out / path.name, path)}
+    files |= {name for name, text in plan.layout.texts.items() if _differs(out / name, text)}
+    if (out / EXPORTED).exists():
         files.add(EXPORTED)
-    for kind, others in ("weights", sorted(weights)), ("files", sorted(files)):
+    for kind, others in ("weights", sorted(weights - exported)), ("files", sorted(files - exported)):
         if others:
             named = ", ".join(others[:3]) + (", ..." if others[3:] else "")
             raise UserError(
@@ -128,16 +199,27 @@ def _check_replaceable(out: Path, checkpoint: Path) -> None:
             )
 
 
-def _differs(present: Path, written: Path) -> bool:
-    return present.exists() and not (present.is_file() and filecmp.cmp(present, written, shallow=False))
+def _differs(present: Path, written: Path | str) -> bool:
+    """Whether `present` is there and is not a file with the content to be written: that of a file, or a text."""
+    if not present.is_file():
+        return present.exists()
+    if isinstance(written, str):
+        return present.read_bytes() != written.encode()
+    return not filecmp.cmp(present, written, shallow=False)
+
+
+def _files(folder: Path) -> list[str]:
+    """Paths of all files in `folder`, relative to it."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def _exported(out: Path) -> list[str]:
-    """Names of the files that the last export into `out` wrote; none where there was no export."""
+    """Paths of the files that the last export into `out` wrote, relative to it; none where there was no export."""
     try:
-        return [Path(name).name for name in json.loads((out / EXPORTED).read_text())["files"]]
+        paths = [PurePosixPath(name) for name in json.loads((out / EXPORTED).read_text())["files"]]
     except (OSError, ValueError, KeyError, TypeError):
         return []
+    return [path.as_posix() for path in paths if not path.is_absolute() and ".." not in path.parts]
 
 
 def _move(beside: Path, out: Path) -> None:
@@ -152,27 +234,30 @@ def _move(beside: Path, out: Path) -> None:
     for name in _exported(out):
         if ".safetensors" in name:
             (out / name).unlink(missing_ok=True)
-    written = sorted(beside.iterdir(), key=lambda path: (path.name != EXPORTED, path.name.endswith(".index.json")))
-    for path in written:
-        path.replace(out / path.name)
+    for name in sorted(_files(beside), key=lambda name: (name != EXPORTED, name.endswith(".index.json"))):
+        (out / name).parent.mkdir(exist_ok=True)
+        (beside / name).replace(out / name)
+    with suppress(OSError):
+        (out / NOT_SERVED).rmdir()  # empty where this export has another layout
 
 
 def write_weights(
     out: Path,
     stem: str,
-    source: StateSource | WeightSource,
+    source: WeightSource,
     shapes: dict[str, tuple[int, ...]],
     dtype: torch.dtype,
     shard_bytes: int | None,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write <stem>.safetensors, or shards with Hugging Face's index beside them."""
+    """Write <stem>.safetensors, or shards with Hugging Face's index beside them; `metadata` goes into each header."""
     infos = {name: TensorInfo(dtype, shape) for name, shape in shapes.items()}
     shards = list(_shards(infos, shard_bytes))
     paths = [out / f"{stem}{_number(i, len(shards))}.safetensors" for i in range(len(shards))]
     total = sum(info.nbytes for info in infos.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc=stem) as bar:
         for path, shard in zip(paths, shards):
-            with TensorFileWriter(path, shard) as writer:
+            with TensorFileWriter(path, shard, metadata) as writer:
                 for name, info in shard.items():
                     step = CHUNK_BYTES // 4
                     for start in range(0, info.numel, step):

@@ -25,6 +25,7 @@ from bagel_ds.model_folder.tensor_files import TensorFiles
 logger = logging.getLogger("bagel_ds")
 
 STATE, TRAINER, MANIFEST, LATEST, FINAL = "state", "trainer.json", "manifest.json", "latest", "step_final"
+README = "README.md"
 UNFINISHED, REPLACED, GIVEN_UP = ".unfinished-", ".replaced-", ".given-up-state"
 _MOST_SHOWN = 8  # checkpoints that a message names, newest first
 _STEP = re.compile(r"step_(\d+)")
@@ -257,8 +258,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_manifest(folder: Path, checksums: dict[str, dict[str, int]]) -> None:
-    """Sizes of all files in the folder, and the checksums of trainer.json and of those written tensor by tensor."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Sizes of the files in the folder, and the checksums of trainer.json and of those written tensor by tensor.
+
+    README.md is left out, because users edit it before they publish a folder.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / README)
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in files}
     whole = {TRAINER: _checksums(folder / TRAINER)} if (folder / TRAINER).is_file() else {}
     write_json(folder / MANIFEST, {"files": sizes, "checksums": {**checksums, **whole}})

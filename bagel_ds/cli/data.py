@@ -81,7 +81,7 @@ def _index(options: argparse.Namespace) -> None:
         _check_cache(path, config.data.index_cache)
     lock = f"-{number}-of-{shares}" if shares > 1 else ""  # shares have different files: none waits for another
     indexes = index_files(files, inputs.tokenizer, config.data.index_cache, True, options.workers, lock)
-    lost = [index.path for index in indexes if index.held is not None and not index.layout.error]
+    lost = [index.path for index in indexes if not index.is_kept and not index.layout.error]
     if lost:
         raise UserError(
             f"the index of {len(lost)} of {len(files)} files could not be kept (first: {lost[0]}); see the warnings "

@@ -28,6 +28,18 @@ def add_commands(commands: Any) -> None:
     export.add_argument(
         "--max_shard_size", default=None, help="split the weights into files of at most this size, such as 5GB"
     )
+    export.add_argument(
+        "--for",
+        dest="program",
+        metavar="PROGRAM",
+        help="original, comfyui or vllm-omni: write the layout that this program serves from",
+    )
+    export.add_argument(
+        "--serve",
+        metavar="WHICH",
+        help="with --for: average, weights or auto, the default: ema.safetensors holds the average, but the weights "
+        "where the half-life of the average exceeds the run",
+    )
     export.add_argument("--json", action="store_true", help="print what was written as JSON")
     export.set_defaults(run=_export)
 
@@ -57,9 +69,11 @@ def _export(options: argparse.Namespace) -> None:
     log_to_stderr()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.save_dtype]
     limit = None if options.max_shard_size is None else _bytes_of(options.max_shard_size)
-    written = export_checkpoint(options.checkpoint, options.out, dtype, limit)
+    if options.serve is not None and options.program is None:
+        raise UserError(f"--serve {options.serve} needs --for; without it, both weight files are written")
+    written = export_checkpoint(options.checkpoint, options.out, dtype, limit, options.program, options.serve or "auto")
     if options.json:
-        print(json.dumps({path.name: path.stat().st_size for path in written}))
+        print(json.dumps({str(path.relative_to(options.out)): path.stat().st_size for path in written}))
     else:
         for path in written:
             print(f"wrote {path} ({path.stat().st_size:,} bytes)")

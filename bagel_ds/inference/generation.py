@@ -171,7 +171,7 @@ class Inferencer:
     # ---------------------------------------------------------------------------------------------------- the work
     def run(self, requests: Sequence[Request], on_step: OnStep = lambda done, total: None) -> list[Result]:
         """The results of all requests, each as if run by itself. `on_step(done, total)`: steps of drawing."""
-        self._check(requests)
+        self.check(requests)
         works = self.contexts(requests)
         self._think(works)
         drawing = [work for work in works if not work.request.answers]
@@ -252,7 +252,8 @@ class Inferencer:
             yield request.think_prompt or (THINK_TO_ANSWER if request.answers else THINK_TO_DRAW)
         yield from request.inputs
 
-    def _check(self, requests: Sequence[Request]) -> None:
+    def check(self, requests: Sequence[Request]) -> None:
+        """Raises `UserError` for what this model can't do."""
         stride, side = self.network.layout.latent_stride, self.network.layout.max_latent_size
         for request in requests:
             if not request.inputs:

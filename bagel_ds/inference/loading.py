@@ -22,6 +22,7 @@ from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model.shape.parts import GENERATION, part_of
 from bagel_ds.model.vae import AutoEncoder
+from bagel_ds.model_folder.average import average_or_weights
 from bagel_ds.model_folder.folder import VAE, BagelWeights, ModelFolder, latent_side
 from bagel_ds.model_folder.tensor_files import TensorFiles
 from bagel_ds.model_folder.tokenizer import load_tokenizer
@@ -43,7 +44,9 @@ def open_inferencer(path: str | Path, device: str | None = None, precision: str 
     if precision not in (None, *DTYPES):
         raise UserError(f"precision {precision!r}: expected bf16 or fp32")
     dtype = DTYPES[precision or ("bf16" if place.type == "cuda" else "fp32")]
-    files = folder.open_weights(prefer_ema=True)
+    chosen = average_or_weights(folder.path)
+    files = TensorFiles(folder.weight_files(chosen.stem))
+    logger.info("%s: %s.safetensors (%s)", folder.path, chosen.stem, chosen.why)
     vae = folder.load_vae().to(place) if (folder.path / VAE).exists() else None
     lacks = _lacks(files, folder, vae)
     config = BagelConfig(

@@ -46,6 +46,14 @@ def settle_user_folders() -> list[str]:
     return notes
 
 
+def expanded(path: str) -> str:
+    """The path that a shell would make of `~/...` and `$NAME/...`; an unset variable stays as it is written."""
+    try:
+        return os.path.expanduser(os.path.expandvars(path))
+    except ValueError:  # no name of a user or file, such as one with a NUL byte
+        return path
+
+
 def cache_folder() -> Path:
     """Where caches of this user lie; below HOME unless XDG_CACHE_HOME says otherwise."""
     return Path(os.environ.get("XDG_CACHE_HOME") or (_home() or replacement()) / ".cache")

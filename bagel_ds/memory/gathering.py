@@ -87,11 +87,11 @@ class _Replay:
             self._fetch([index for index in call.parameters if index not in self._live], 2 * step)
             self._wait(call, 2 * step)
             self._prefetch(call, step)
-            self._note(call.moment)
+            self._note(call.phase)
             if call.backward:
                 self._reduce(call)
             self._release(call, step)
-        self.reductions[self._calls[-1].moment].add((self._now, self._bucket))
+        self.reductions[self._calls[-1].phase].add((self._now, self._bucket))
 
     def _find_next_uses(self) -> list[dict[int, int]]:
         """For each step: the next step that uses the same parameter again."""
@@ -120,7 +120,7 @@ class _Replay:
             came_with = self._live.get(index)
             copied = self._waiting.pop(came_with, 0) if came_with is not None else 0
             if copied:
-                self._note(call.moment, copied)
+                self._note(call.phase, copied)
 
     def _prefetch(self, call: Call, step: int) -> None:
         fresh = {index for index in call.parameters if self._fetched_for[index] < step}
@@ -145,7 +145,7 @@ class _Replay:
             if not self._trains[index]:
                 continue
             if self._bucket and self._bucket + self._sizes[index] > self._options.reduce_bucket_size:
-                self.reductions[call.moment].add((self._now, self._bucket))
+                self.reductions[call.phase].add((self._now, self._bucket))
                 self._bucket = 0
             self._bucket += self._sizes[index]
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bagel_ds.memory.activations import Activations, PackShape, activations, arena_bytes, vae_bytes
 from bagel_ds.memory.gathering import Gathered, GatherOptions, gathered
 from bagel_ds.memory.states import DEVICE, HOST, NVME, Sharding, State, backward_states, window_gradients
+from bagel_ds.model.shape.activations import Activations, PackShape, activations, arena_bytes, vae_bytes
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.model.shape.parts import Freezing
 from bagel_ds.units import MIB

@@ -14,10 +14,10 @@ from typing import Any
 
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.errors import UserError
-from bagel_ds.memory.activations import PackShape
 from bagel_ds.memory.phases import Moment, StepShape, arena, gathering, moments, offloaded_inputs
 from bagel_ds.memory.states import DEVICE, EXACT_ABOVE_MIB, HOST, NVME, Sharding, State, pinned_excess, states
 from bagel_ds.memory.traffic import Traffic, step_traffic
+from bagel_ds.model.shape.activations import PackShape
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.model.shape.parameters import parameter_sizes, vae_encoder_parameters
 from bagel_ds.model.shape.parts import Freezing

@@ -1,7 +1,7 @@
 """Position tables and the timestep embedding.
 
-Guarantees: the sin-cos tables are functions of width and side alone, so they are computed, never loaded, and equal
-those in a checkpoint of the same side. Computed in float64, rounded once.
+Guarantees: the sin-cos tables depend only on width and side, so they are computed and never loaded; they equal those in
+a checkpoint of the same side. Computed in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def position_table(width: int, side: int) -> Tensor:
 
 
 class PositionTable(nn.Module):
-    """A frozen `position_table`, looked up by id. Kept as a parameter because checkpoints hold it."""
+    """A frozen `position_table`, looked up by id. A parameter, because checkpoints hold it."""
 
     def __init__(self, width: int, side: int):
         super().__init__()
@@ -60,7 +60,7 @@ class TimestepEmbedder(nn.Module):
 
 
 def rope_tables(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [T, head_dim] in `dtype`; angles are computed in fp32 whatever the run's precision."""
+    """cos and sin, each [T, head_dim] in `dtype`; angles are computed in fp32 in every precision."""
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=position_ids.device) / head_dim
     angles = position_ids[:, None].float() * (1.0 / theta**exponent)
     angles = torch.cat([angles, angles], dim=-1)

@@ -1,7 +1,7 @@
 """Building blocks whose weights are always read from a checkpoint.
 
-Guarantees: constructing one allocates memory and nothing else (no random initialisation), so that a 14.6 B model under
-`zero.Init` is not filled twice. A weight must be loaded before it is used.
+Guarantees: construction only allocates memory (no random initialization), so that a 14.6 B model under `zero.Init` is
+not filled twice. Load a weight before you use it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 class Linear(nn.Linear):
     def reset_parameters(self) -> None:
-        """Left to the checkpoint."""
+        """Does nothing: the checkpoint fills it."""
 
 
 class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
-        """Left to the checkpoint."""
+        """Does nothing: the checkpoint fills it."""
 
 
 class RMSNorm(nn.Module):

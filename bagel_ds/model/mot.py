@@ -1,8 +1,8 @@
 """The mixture of transformers: Qwen2 layers with an understanding and a generation expert.
 
-Guarantees: parameter names and shapes of `language_model.model.*` in a BAGEL checkpoint. Tokens travel as two
-contiguous tensors, one per expert, through norms, projections and MLPs; only attention sees them in sequence order.
-Every module is called on every batch, on zero rows if need be, unless the whole run generates nothing (visual_gen off).
+Guarantees: parameter names and shapes of `language_model.model.*` in a BAGEL checkpoint. Tokens pass
+through norms, projections and MLPs as two contiguous tensors, one per expert; only attention sees them in sequence
+order. Every module is called on every batch, if necessary with zero rows, unless the run has visual_gen off.
 
 Shape legend: T tokens of the pack, U understanding tokens, G generation tokens (T = U + G), C hidden, H heads, K
 key/value heads, D head dim.

@@ -1,8 +1,8 @@
 """Inputs of recomputed layers in host memory between the forward and the backward pass.
 
-Guarantees: moves only what checkpointing saves, and each tensor twice: out while its layer computes, and back while the
-next layer does its backward pass, on a stream of its own. Values come back bit for bit. All tensors lie in one arena,
-page-locked for a GPU, which every pass uses again; it grows only if a pass needs more than it has.
+Guarantees: only what checkpointing saves is moved, and each tensor twice: out while its layer computes, and back during
+the backward pass of the layer behind it, on a separate stream. Values come back bit for bit. All tensors lie in one
+arena, page-locked for a GPU, which all passes reuse; it grows only if a pass needs more than it has.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-ALIGNMENT = 512  # bytes; as in memory/activations.py, which plans the arena
+from bagel_ds.model.shape.activations import ARENA_ALIGNMENT
 
 
 class Copies(Protocol):
-    """How tensors get from one place to another."""
+    """How tensors are copied between host and device."""
 
     def start(self, target: Tensor, source: Tensor) -> Any:
-        """Copy after all that was asked for so far; the answer is what `wait` needs."""
+        """Queue a copy behind all earlier ones; returns what `wait` takes."""
 
     def wait(self, started: Any) -> None:
-        """What is asked for from now on happens after that copy."""
+        """Let all later work wait for that copy."""
 
     def finish(self) -> None:
-        """Return when all copies are done."""
+        """Block until all copies are done."""
 
 
 class PlainCopies:
-    """Where host and device are one: done at once."""
+    """For a CPU, where host and device are the same memory."""
 
     def start(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)
@@ -42,7 +42,7 @@ class PlainCopies:
 
 
 class StreamCopies:
-    """On a stream beside the computation. All copies share it, so none overtakes another of the same memory."""
+    """On a separate stream. All copies share it, so those of the same memory keep their order."""
 
     def __init__(self, device: torch.device):
         self._stream = torch.cuda.Stream(device)
@@ -61,7 +61,7 @@ class StreamCopies:
 
 
 class Kept:
-    """What autograd holds in a tensor's place. Its slice of the arena is taken for as long as this lives."""
+    """Stands for a saved tensor in autograd's graph. Its slice of the arena is in use while this object lives."""
 
     def __init__(self, tensor: Tensor, call: int):
         self.shape, self.dtype, self.nbytes = tensor.shape, tensor.dtype, tensor.nbytes
@@ -71,7 +71,7 @@ class Kept:
 
 
 class Arena:
-    """Host memory that is given out from the bottom up; what lies above all that is alive is free."""
+    """Host memory allocated like a stack: everything above the topmost slice in use is free."""
 
     def __init__(self, size: int = 0):
         self.size = size
@@ -82,25 +82,25 @@ class Arena:
         return self._top() + kept.nbytes > self.size
 
     def grow(self, kept: Kept) -> None:
-        """Make room, by half of what there is at the least. No copy from or to the arena may be under way."""
+        """Make room for `kept`, by at least half of the present size. No copy may be under way."""
         self.size = max(self._top() + kept.nbytes, self.size + self.size // 2)
         if self.memory is not None:
             old, self.memory = self.memory, None
             self._allocate(old.is_pinned())[: len(old)].copy_(old)
 
     def take(self, kept: Kept) -> None:
-        """Give `kept` its slice."""
+        """Assign a slice to `kept`."""
         kept.start = self._top()
         end = kept.start + kept.nbytes
         assert end <= self.size
-        self._taken.append((weakref.ref(kept), -(-end // ALIGNMENT) * ALIGNMENT))
+        self._taken.append((weakref.ref(kept), -(-end // ARENA_ALIGNMENT) * ARENA_ALIGNMENT))
 
     def slice_of(self, kept: Kept, pinned: bool) -> Tensor:
         memory = self.memory if self.memory is not None else self._allocate(pinned)
         return memory[kept.start : kept.start + kept.nbytes].view(kept.dtype).view(kept.shape)
 
     def alive(self) -> Iterator[Kept]:
-        """From the top down."""
+        """Slices in use, from the top down."""
         return (kept for kept in (held() for held, _ in reversed(self._taken)) if kept is not None)
 
     def _top(self) -> int:
@@ -115,10 +115,10 @@ class Arena:
 
 
 class OffloadedInputs:
-    """Calls layers as `recompute` does, with their input tensors on the host until they are needed again.
+    """Calls layers as `recompute` does, with their input tensors on the host until the backward pass needs them.
 
-    Tensors inside other arguments (rotary tables in the geometry, shared by all layers) stay where they are. `size` is
-    what the arena has from the beginning.
+    Tensors inside other arguments (rotary tables in the geometry, shared by all layers) stay on the device. `size` is
+    the arena's initial size in bytes.
     """
 
     def __init__(self, size: int = 0, copies: Copies | None = None):
@@ -126,8 +126,8 @@ class OffloadedInputs:
         self._copies: Copies = copies or PlainCopies()
         self._device = torch.device("cpu")
         self._call = 0
-        # Tensors that a copy still reads or writes: dropped only once the computation waits for it, as their memory
-        # is the computation's to use again.
+        # Tensors that a copy still reads or writes. They are dropped only after the computation waits for the copy,
+        # because it may then reuse their memory.
         self._leaving: list[tuple[Tensor, Any]] = []
         self._arriving: dict[weakref.ref[Kept], tuple[Tensor, Any]] = {}
 
@@ -137,7 +137,7 @@ class OffloadedInputs:
         self._call += 1
         self._let_go()
         with torch.autograd.graph.saved_tensors_hooks(self._keep, self._fetched):
-            # The layer's own saved tensors don't meet these hooks: checkpoint has its own around the layer.
+            # These hooks don't see the layer's own saved tensors: checkpoint puts its own hooks around the layer.
             return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
 
     def _keep(self, tensor: Tensor) -> Kept | Tensor:
@@ -151,12 +151,12 @@ class OffloadedInputs:
             self._copies.finish()
             self.arena.grow(kept)
         self.arena.take(kept)
-        tensor = tensor.detach()  # holding it must not hold the graph behind it
+        tensor = tensor.detach()  # so that holding it doesn't hold its graph
         self._leaving.append((tensor, self._copies.start(self._slice(kept), tensor)))
         return kept
 
     def _fetched(self, kept: Kept | Tensor) -> Tensor:
-        """The tensor again. All that its layer and the one before it need is on its way from now on."""
+        """The tensor back on the device. Starts to fetch all inputs of its layer and of the one before."""
         if isinstance(kept, Tensor):
             return kept
         self._let_go()
@@ -175,7 +175,7 @@ class OffloadedInputs:
         self._arriving[weakref.ref(kept)] = tensor, self._copies.start(tensor, self._slice(kept))
 
     def _let_go(self) -> None:
-        """Drop what is on the host by now, and what was fetched for a backward pass that was given up."""
+        """Drop tensors whose copies have been waited for, and those of a backward pass that was abandoned."""
         given_up = [held for held in self._arriving if held() is None]
         for _, started in [*self._leaving, *(self._arriving.pop(held) for held in given_up)]:
             self._copies.wait(started)

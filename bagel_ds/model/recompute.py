@@ -1,8 +1,8 @@
-"""Activation checkpointing, the one place that decides how a layer's activations are kept.
+"""Activation checkpointing: how the activations of a layer are kept for the backward pass.
 
-Guarantees: "full" keeps a layer's input and computes the rest again in the backward pass (torch's non-reentrant
-checkpoint); "offload" does so with the input in host memory (offload.py); "none" keeps everything. Values and gradients
-are the same each way.
+Guarantees: "full" keeps a layer's input and recomputes the rest in the backward pass (torch's non-reentrant
+checkpoint); "offload" does the same with the input in host memory (offload.py); "none" keeps everything. All three give
+the same values and gradients.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def keep(layer: nn.Module, *args: Any) -> Any:
 def recompute(layer: nn.Module, *args: Any) -> Any:
     if not torch.is_grad_enabled():
         return layer(*args)
-    # Nothing in a layer draws random numbers, so there is no generator state to keep.
+    # No layer draws random numbers, so there is no generator state to restore.
     return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def recompute_mode(name: str, arena_bytes: int = 0) -> Recompute:
-    """The function for one of `MODES`. With "offload" it begins with so much host memory, and takes more if need be."""
+    """The function for one of `MODES`. `arena_bytes`: the initial host memory of "offload", which grows if needed."""
     if name == "offload":
         return OffloadedInputs(arena_bytes)
     return {"none": keep, "full": recompute}[name]

@@ -1,7 +1,7 @@
 """The FLUX autoencoder: images <-> 16-channel latents, frozen.
 
-Guarantees: parameter names and shapes of `ae.safetensors`; each image is encoded by itself, so its latent does not
-depend on the images packed beside it (the original pads them to one canvas; REFERENCE 0). Works in fp32 weights; run it
+Guarantees: parameter names and shapes of `ae.safetensors`. Each image is encoded separately, so its latent does not
+depend on the other images of the pack (the original pads them to one canvas; REFERENCE 0). Weights are fp32; run it
 under autocast for bf16 arithmetic.
 
 Shape legend: B images, c channels, h w latent cells (height/8, width/8).
@@ -56,8 +56,8 @@ class SpatialAttention(nn.Module):
 
     @staticmethod
     def _cells(x: Tensor) -> Tensor:
-        """[B, c, h, w] -> [B, 1, cells, c]. Contiguous: with the channels apart in memory torch would take the kernel
-        that makes the whole matrix of cells by cells, 1 GiB in fp32 for an image of 1024 x 1024.
+        """[B, c, h, w] -> [B, 1, cells, c], contiguous: with strided channels torch picks the kernel that builds the
+        whole cells x cells matrix, 1 GiB in fp32 for an image of 1024 x 1024.
         """
         return x.flatten(2).transpose(1, 2)[:, None].contiguous()
 
@@ -92,7 +92,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution and, where there is a next one, the change to it."""
+    """Residual blocks of one resolution and the change to the next one, if there is one."""
 
     def __init__(self, channels: Sequence[int], **change: nn.Module):
         super().__init__()
@@ -154,7 +154,7 @@ class Decoder(nn.Module):
 
 
 class AutoEncoder(nn.Module):
-    """Encoder and, unless `decodes` is False, decoder: training only encodes, and the decoder is the larger part."""
+    """Encoder and decoder. Training only encodes; `decodes=False` leaves out the decoder, the larger part."""
 
     def __init__(self, config: VAEConfig = VAEConfig(), decodes: bool = True):
         super().__init__()
@@ -164,7 +164,7 @@ class AutoEncoder(nn.Module):
             self.decoder = Decoder(config)
 
     def moments(self, images: Tensor) -> Tensor:
-        """[B, 3, H, W] normalised pixels -> [B, 32, h, w]: mean and log variance of the posterior."""
+        """[B, 3, H, W] normalized pixels -> [B, 32, h, w]: mean and log variance of the posterior."""
         return self.encoder(images)
 
     def sample(self, moments: Tensor, eps: Tensor) -> Tensor:
@@ -187,10 +187,10 @@ def encode_images(
     posterior_eps_GF: Tensor,
     patch: int,
 ) -> Tensor:
-    """Latent tokens [G, F] fp32 of images (uint8 or normalised [3, H, W]), one image at a time.
+    """Latent tokens [G, F] fp32 of images (uint8 or normalized [3, H, W]), one image at a time.
 
-    `posterior_eps_GF` is the posterior's draw in token layout; image i fills rows*columns tokens of it, in order. Only
-    the top-left rows*patch x columns*patch cells of a latent become tokens.
+    `posterior_eps_GF` holds the posterior's draws in token layout, rows*columns tokens per image, in order. Only the
+    top-left rows*patch x columns*patch cells of a latent become tokens.
     """
     tokens = []
     eps_per_image = posterior_eps_GF.split([rows * columns for rows, columns in latent_shapes])

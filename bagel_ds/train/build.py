@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagel_ds.arguments.run_config import RunConfig
-from bagel_ds.memory.activations import arena_bytes
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.recompute import recompute_mode
+from bagel_ds.model.shape.activations import arena_bytes
 from bagel_ds.model.shape.parts import part_of
 from bagel_ds.model.vae import encode_images
 from bagel_ds.model_folder.finite import CheckedWeights

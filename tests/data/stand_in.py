@@ -34,7 +34,7 @@ class Rows:
     fingerprint: str = "a"
     rows: int = 200
     datasets: tuple[str, ...] = ("one", "two")
-    bad_rows: tuple[str, ...] = ("unreadable",)
+    unusable: tuple[str, ...] = ("unreadable",)
 
     @property
     def rows_fingerprint(self) -> str:

@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from bagel_ds.memory.activations import CHUNK_ELEMENTS, PackShape, activations, vae_bytes
 from bagel_ds.memory.gathering import GatherOptions, gathered
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE, PackedBatch
-from bagel_ds.model.losses.head import CHUNK_ELEMENTS as HEAD_CHUNK
 from bagel_ds.model.offload import OffloadedInputs
 from bagel_ds.model.recompute import MODES, recompute_mode
+from bagel_ds.model.shape.activations import PackShape, activations, vae_bytes
 from bagel_ds.model.shape.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
 from bagel_ds.model.shape.parameters import module_of, parameter_sizes, step_calls, vae_encoder_parameters
 from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
@@ -146,10 +145,6 @@ def _peaks(config: BagelConfig, tokens: list[int], mode: str, dtype: torch.dtype
     needs = activations(config, PackShape(sum(tokens), tokens[0], tokens[2]), mode, dtype.itemsize)
     kept = needs.checkpoints + needs.vit_checkpoints if mode != "offload" else 2 * needs.layer_input
     return live.peak, needs.inputs + kept + max(needs.layer, needs.head)
-
-
-def test_the_logits_chunk_is_the_heads_own() -> None:
-    assert CHUNK_ELEMENTS == HEAD_CHUNK
 
 
 @pytest.mark.parametrize("bf16", [True, False])

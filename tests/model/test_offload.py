@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bagel_ds.memory.activations import ARENA_ALIGNMENT, arena_bytes
 from bagel_ds.model.bagel import Bagel
-from bagel_ds.model.offload import ALIGNMENT, Copies, OffloadedInputs, PlainCopies
+from bagel_ds.model.offload import Copies, OffloadedInputs, PlainCopies
 from bagel_ds.model.recompute import Recompute, recompute
+from bagel_ds.model.shape.activations import ARENA_ALIGNMENT, arena_bytes
 from tests.memory.test_phases import network, pack
 
 SIZES = {"width": 64, "inner": 96, "layers": 3}
@@ -165,7 +165,7 @@ def test_the_planned_arena_is_what_the_largest_pack_takes() -> None:
     model = built(offload)
     loss = loss_of(model, (0, 0, tokens))
     assert offload.arena.size <= 1.5 * planned  # grown by halves
-    assert 0 <= planned - offload.arena._taken[-1][1] <= INPUTS * ALIGNMENT
+    assert 0 <= planned - offload.arena._taken[-1][1] <= INPUTS * ARENA_ALIGNMENT
     del loss
     for text, drawn, seen in [(0, 0, tokens), (tokens, 0, 0), (40, 40, 48), (37, 43, 48)]:
         exact = OffloadedInputs(planned)
@@ -190,7 +190,7 @@ def test_the_arena_is_used_again_and_nothing_is_left_in_it() -> None:
         loss_of(model, tokens).backward()
         assert not list(offload.arena.alive())
     size, memory = offload.arena.size, offload.arena.memory
-    assert size <= 1.5 * (inputs_bytes((40, 30, 30)) + INPUTS * ALIGNMENT)
+    assert size <= 1.5 * (inputs_bytes((40, 30, 30)) + INPUTS * ARENA_ALIGNMENT)
     for tokens in PACKS:
         loss_of(model, tokens).backward()
     assert offload.arena.size == size and offload.arena.memory is memory
@@ -255,7 +255,3 @@ def test_without_gradients_nothing_is_kept() -> None:
     with torch.no_grad():
         loss_of(built(offload), (9, 6, 5))
     assert not copies.sizes and offload.arena.memory is None
-
-
-def test_the_planner_rounds_as_the_arena_does() -> None:
-    assert ARENA_ALIGNMENT == ALIGNMENT

@@ -11,6 +11,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
+from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats.source import ParsedRow
 from bagel_ds.data.formats.t2i import TextToImage
 from bagel_ds.errors import UserError
@@ -86,7 +87,7 @@ def counted(shared: Any, task: str) -> Any:
 class Killing(TextToImage):
     """A format whose third row ends the process that reads it, as the kernel does where memory runs out."""
 
-    def parse(self, row: dict[str, Any], folder: str) -> ParsedRow:
+    def parse(self, row: dict[str, Any], folder: ImageFolder) -> ParsedRow:
         if "third" in row["captions"]:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().parse(row, folder)

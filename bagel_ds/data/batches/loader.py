@@ -116,7 +116,7 @@ class PlannedData:
             share = f"{stream.weight / total:.0%} of the draws by weight {stream.weight:g}" if total else "weight 0"
             lines.append(
                 f"data {stream.name} ({', '.join(stream.datasets)}): {sum(map(len, stream.units)):,} rows, "
-                f"{len(stream.bad_rows):,} unusable, about {tokens:,.0f} tokens per sample, {share}"
+                f"{len(stream.unusable):,} unusable, about {tokens:,.0f} tokens per sample, {share}"
                 + (", and one draw per pack (mandatory)" if stream.is_mandatory else "")
             )
         planner, options = self.planner, self.planner.options
@@ -140,9 +140,7 @@ class PlannedData:
         """Rows that no sample can be made of, by dataset: of the files indexed so far, and those planning has met."""
         found: Counter[tuple[int, str]] = Counter()
         for number, stream in enumerate(self.streams):
-            stream.tell_bad_rows()
-            found.update((number, row.dataset) for row in stream.bad_rows)
-            found.update((number, place.dataset) for place in {stream.place(row) for row in stream.too_long})
+            found.update({(number, dataset): count for dataset, count in stream.unusable.counts().items()})
         return {label: found[key] for key, label in self._labels.items()}
 
     def micro_batches(

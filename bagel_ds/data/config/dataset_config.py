@@ -1,32 +1,33 @@
 """Dataset configs: which files, how often, through which image transform.
 
 Guarantees: both dialects (groups with `dataset_names`; `data_weights` + `data_names`) come out as one `DatasetConfig`
-whose files exist; every fault of a config is listed at once, with its line. Looks at names of files only; their content
-is `index.py`'s work.
+whose files exist. Whatever the YAML holds, the only exception is a `UserError` that lists every fault with its line.
+Looks at names of files only; `data/index` reads them.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bagel_ds.config_files import Document, KeyPath, merge_or_remove, read_yaml
-from bagel_ds.data.config.dataset_entry import DatasetEntry, EntryReader, type_name
+from bagel_ds.data.config.dataset_entry import DatasetEntry, EntryReader
 from bagel_ds.data.config.dataset_info import DatasetInfo, find_dataset_info, read_dataset_info
 from bagel_ds.data.formats.registry import KINDS
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.data.samples.video import FrameSampler
-from bagel_ds.errors import UserError, all_faults, nearest
+from bagel_ds.errors import UserError, all_faults, nearest, shown
 
 logger = logging.getLogger("bagel_ds")
 
 
 @dataclass(frozen=True)
 class GroupConfig:
-    """Datasets of one kind that share transforms and a sampling weight; `kind` is a key of `sources.kinds.KINDS`."""
+    """Datasets of one kind that share transforms and a sampling weight; `kind` is a key of `formats.registry.KINDS`."""
 
     name: str
     kind: str
@@ -60,6 +61,8 @@ _GROUP_KEYS = (
     *("num_used_data", "weight", "shuffle_lines", "shuffle_seed", "resume_data_status", "kind"),
 )
 _ANCHORS = "x-"  # how keys begin that only hold what others merge (<<)
+_LARGEST = 2**31 - 1  # of any integer here
+_MOST_FILES = 1_000_000  # of num_used_data, where it repeats a list of parquet files
 _B_KEYS = ("data_weights", "data_names")
 
 
@@ -74,7 +77,7 @@ def load_dataset_config(dataset_config_file: str, dataset_info: str | None = Non
     info = read_dataset_info(Path(dataset_info) if dataset_info else find_dataset_info(path))
     reader = _Reader(document, info)
     content = reader.as_dialect_a() if reader.is_dialect_b else document.content
-    groups = [reader.group(name, value) for name, value in content.items() if not str(name).startswith(_ANCHORS)]
+    groups = [reader.group(name, value) for name, value in content.items() if str(name)[:2] != _ANCHORS]
     used = [group for group in groups if group is not None and group.datasets]
     if not reader.faults and not used:
         reader.faults.append(f"{path} uses no data: list at least one dataset with num_used_data above 0.")
@@ -85,16 +88,15 @@ def load_dataset_config(dataset_config_file: str, dataset_info: str | None = Non
 
 
 def _read_config(path: Path) -> Document:
-    if not path.is_file():
-        found = sorted(str(other) for other in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+    if not os.path.lexists(path):
+        found = sorted(str(other) for other in path.parent.glob("*.yaml"))
         hint = f"; in that folder: {', '.join(found)}" if found else ""
         raise UserError(
             f"--dataset_config_file: {path} does not exist{hint}. Give the path of a dataset config (YAML)."
         )
     document = read_yaml(path, _remedy_for_twice)
     if not isinstance(document.content, dict) or not document.content:
-        found_type = type_name(document.content)
-        raise UserError(f"{path}: expected groups of datasets (see docs/data.md), found {found_type}.")
+        raise UserError(f"{path}: expected groups of datasets (see docs/data.md), found {shown(document.content)}.")
     return document
 
 
@@ -130,25 +132,29 @@ class _Reader:
         content = self.document.content
         for key in content:
             if key not in _B_KEYS:
-                self.faults.append(f"{self.document.where(key)}: unknown key {key!r}; {nearest(key, _B_KEYS)}")
+                self.faults.append(f"{self.document.where(key)}: unknown key {shown(key)}; {nearest(key, _B_KEYS)}")
         weights, names = content.get("data_weights") or {}, content.get("data_names") or {}
         for key, value in (("data_weights", weights), ("data_names", names)):
             if not isinstance(value, Mapping):
-                self.fault(f"{key} must map group names, found {type_name(value)}")
+                self.faults.append(f"{self.document.where(key)}: {key} must map group names, found {shown(value)}")
                 return {}
         for group in weights:
             if group not in names:
-                self.fault(f"data_weights names the group {group!r}, which data_names lacks; {nearest(group, names)}")
+                text = f"data_weights names the group {shown(group)}, which data_names lacks; {nearest(group, names)}"
+                self.faults.append(f"{self.document.where('data_weights', group)}: {text}")
         return {group: {"dataset_names": names[group], "weight": weights.get(group, 1.0)} for group in names}
 
-    def group(self, name: str, value: Any) -> GroupConfig | None:
+    def group(self, name: Any, value: Any) -> GroupConfig | None:
         before = len(self.faults)
+        if not isinstance(name, str):
+            self.fault(f"the name of a group must be text, found {shown(name)}", name)
+            return None
         if not isinstance(value, Mapping):
-            self.fault(f"group {name!r} must be a mapping with dataset_names, found {type_name(value)}", name)
+            self.fault(f"group {name!r} must be a mapping with dataset_names, found {shown(value)}", name)
             return None
         for key in value:
             if key not in _GROUP_KEYS:
-                self.fault(f"group {name!r} has the unknown key {key!r}; {nearest(key, _GROUP_KEYS)}", name, key)
+                self.fault(f"group {name!r} has the unknown key {shown(key)}; {nearest(key, _GROUP_KEYS)}", name, key)
         kind = self._kind(name, value.get("kind"))
         if kind is None:
             return None
@@ -189,27 +195,27 @@ class _Reader:
 
     def _kind(self, name: str, given: Any) -> str | None:
         kind = given if given is not None else self.info.kinds.get(name, name)
-        if kind in KINDS:
-            return str(kind)
-        self.fault(f"group {name!r} is of the unknown kind {kind!r}; {nearest(str(kind), KINDS)}", name, "kind")
+        if isinstance(kind, str) and kind in KINDS:
+            return kind
+        self.fault(f"group {name!r} is of the unknown kind {shown(kind)}; {nearest(kind, KINDS)}", name, "kind")
         return None
 
     def _weight(self, name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-            self.fault(f"group {name!r}: weight must be a number of at least 0, found {value!r}", name, "weight")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LARGEST:
+            self.fault(f"group {name!r}: weight must be a number of at least 0, found {shown(value)}", name, "weight")
             return 0.0
         return float(value)
 
     def _flag(self, name: str, value: Mapping[str, Any], key: str) -> bool:
         flag = value.get(key, False)
         if not isinstance(flag, bool):
-            self.fault(f"group {name!r}: {key} must be true or false, found {flag!r}", name, key)
-        return bool(flag)
+            self.fault(f"group {name!r}: {key} must be true or false, found {shown(flag)}", name, key)
+        return flag is True
 
     def _integer(self, name: str, value: Mapping[str, Any], key: str) -> int:
         number = value.get(key, 0)
         if not _is_integer(number):
-            self.fault(f"group {name!r}: {key} must be an integer, found {number!r}", name, key)
+            self.fault(f"group {name!r}: {key} must be an integer, found {shown(number)}", name, key)
             return 0
         return int(number)
 
@@ -219,15 +225,15 @@ class _Reader:
         if given is None:
             return {}
         if not isinstance(given, Mapping):
-            self.fault(f"group {name!r}: {key} must be a mapping, found {type_name(given)}", name, key)
+            self.fault(f"group {name!r}: {key} must be a mapping, found {shown(given)}", name, key)
             return {}
         numbers = {}
         for inner, number in given.items():
             if inner not in known:
-                unknown = f"group {name!r}: {key} has the unknown key {inner!r}; {nearest(inner, known)}"
+                unknown = f"group {name!r}: {key} has the unknown key {shown(inner)}; {nearest(inner, known)}"
                 self.fault(unknown, name, key, inner)
             elif not _is_integer(number):
-                self.fault(f"group {name!r}: {key}.{inner} must be an integer, found {number!r}", name, key, inner)
+                self.fault(f"group {name!r}: {key}.{inner} must be an integer, found {shown(number)}", name, key, inner)
             else:
                 numbers[inner] = int(number)
         return numbers
@@ -250,7 +256,7 @@ class _Reader:
     def _datasets(self, group: str, kind: str, value: Mapping[str, Any]) -> tuple[DatasetEntry, ...]:
         names = value.get("dataset_names")
         if not isinstance(names, list) or not names:
-            self.fault(f"group {group!r} needs dataset_names, a list of datasets, found {type_name(names)}", group)
+            self.fault(f"group {group!r} needs dataset_names, a list of datasets, found {shown(names)}", group)
             return ()
         used = value.get("num_used_data")
         used = [used] * len(names) if used is None or _is_integer(used) else used
@@ -258,10 +264,11 @@ class _Reader:
             expected = f"num_used_data must list one number for each of {len(names)} dataset_names"
             self.fault(f"group {group!r}: {expected}", group, "num_used_data")
             return ()
+        most = _LARGEST if KINDS[kind].jsonl else _MOST_FILES
         entries = []
         for place, (item, number) in enumerate(zip(names, used, strict=True)):
-            if number is not None and (not _is_integer(number) or number < 0):
-                expected = f"num_used_data must hold integers of at least 0, found {number!r}"
+            if number is not None and (not _is_integer(number) or not 0 <= number <= most):
+                expected = f"num_used_data must hold integers of at least 0 and at most {most:,}, found {shown(number)}"
                 self.fault(f"group {group!r}: {expected}", group, "num_used_data")
                 continue
             entry = self._dataset(group, kind, item, number, place)
@@ -272,14 +279,18 @@ class _Reader:
         return tuple(entries)
 
     def _dataset(self, group: str, kind: str, item: Any, num_used: int | None, place: int) -> DatasetEntry | None:
-        if isinstance(item, Mapping):  # paths given right here
-            name, values = str(item.get("name", "")), {key: v for key, v in item.items() if key != "name"}
+        inline = isinstance(item, Mapping)  # the paths are given right here
+        given = item.get("name") if inline else item
+        if isinstance(given, bool) or not isinstance(given, (str, int)) or given == "":
+            expected = "a dataset with its paths in dataset_names needs a `name`" if inline else "a name must be text"
+            self.fault(f"group {group!r}: {expected}, found {shown(given)}", group, "dataset_names", place)
+            return None
+        name = shown(given) if isinstance(given, int) else given
+        if inline:
+            values = {key: value for key, value in item.items() if key != "name"}
             where, folder = self.document.where(group, "dataset_names", place, "name"), self.document.path.parent
-            if not name:
-                self.fault(f"group {group!r}: a dataset with its paths in dataset_names needs a `name`", group)
-                return None
         else:
-            name, folder = str(item), Path(self.info.path or ".").parent
+            folder = Path(self.info.path or ".").parent
             section = next((key for key in (group, kind) if name in self.info.datasets.get(key, {})), None)
             if section is None:
                 self.faults.append(self._unknown_dataset(group, name))
@@ -295,8 +306,8 @@ class _Reader:
         found = self.info.datasets
         if group not in found:
             return f"{where}: {self.info.path} has no datasets for group {group!r}; {nearest(group, found)}"
-        return f"{where}: {self.info.path} has no dataset {name!r} in {group!r}; {nearest(name, found[group])}"
+        return f"{where}: {self.info.path} has no dataset {shown(name)} in {group!r}; {nearest(name, found[group])}"
 
 
 def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST

@@ -1,12 +1,15 @@
 """dataset_info: where datasets lie. YAML, JSON, or the original's Python file, read as data.
 
 Guarantees: a Python file is parsed, never executed: only literal assignments to DATASET_INFO (also by subscript) and
-the names in DATASET_REGISTRY count, and anything that would have to be computed is an error naming its line.
+the names in DATASET_REGISTRY count, and anything that would have to be computed is an error naming its line. Whatever
+a file holds, the only exception is a `UserError`.
 """
 
 from __future__ import annotations
 
 import ast
+import os
+import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +24,8 @@ from bagel_ds.config_files import (
     refuse_repeated_literals,
 )
 from bagel_ds.data.formats.registry import KINDS
-from bagel_ds.errors import UserError
+from bagel_ds.errors import UserError, all_faults, shown
+from bagel_ds.regular_files import file_fault
 
 _NAMES = ("dataset_info.yaml", "dataset_info.json", "dataset_info.py")
 # How the originals' dataset classes are called -> our kind.
@@ -53,7 +57,7 @@ def find_dataset_info(config: Path) -> Path | DatasetInfo:
     places = list(dict.fromkeys((folder, folder.parent, Path("data").absolute())))
     for place in places:
         for name in _NAMES:
-            if (place / name).is_file():
+            if os.path.lexists(place / name):  # also a link that leads nowhere: reading it says so
                 return place / name
     return DatasetInfo(
         searched=f"there is no {', '.join(_NAMES[:-1])} or {_NAMES[-1]} in {', '.join(map(str, places))};"
@@ -65,8 +69,8 @@ def read_dataset_info(path: Path | DatasetInfo) -> DatasetInfo:
     """Read a dataset_info file. Raises `UserError`."""
     if isinstance(path, DatasetInfo):
         return path
-    if not path.is_file():
-        raise UserError(f"--dataset_info: {path} does not exist. Give a dataset_info file (YAML, JSON or Python).")
+    if fault := file_fault(path):
+        raise UserError(f"--dataset_info {path}: {fault}. Give a dataset_info file (YAML, JSON or Python).")
     kinds: dict[str, str] = {}
     lines: Mapping[KeyPath, int] = {}
     if path.suffix == ".py":
@@ -75,9 +79,14 @@ def read_dataset_info(path: Path | DatasetInfo) -> DatasetInfo:
         content, _, lines = (read_json if path.suffix == ".json" else read_yaml)(path, _remedy_for_twice)
     if isinstance(content, dict) and set(content) == {"DATASET_INFO"}:
         content = content["DATASET_INFO"]
-    if not isinstance(content, dict) or not all(isinstance(group, dict) for group in content.values()):
-        raise UserError(f"{path}: expected {{group: {{dataset: {{data_dir: ...}}}}}} (docs/data.md).")
-    return DatasetInfo(content, kinds, str(path), lines=lines)
+    expected = "expected {group: {dataset: {data_dir: ...}}} (docs/data.md)"
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: {expected}, found {shown(content)}.")
+    info = DatasetInfo(content, kinds, str(path), lines=lines)
+    wrong = {name: group for name, group in content.items() if not isinstance(group, dict)}
+    faults = [f"{info.where(name)}: {expected}, found {shown(group)}" for name, group in wrong.items()]
+    all_faults(faults, f"{path} does not say where datasets lie:")
+    return info
 
 
 def _remedy_for_twice(path: KeyPath) -> str:
@@ -115,32 +124,38 @@ def _read_python(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
                 if info is None:
                     raise _refused(path, statement, "DATASET_INFO[...] is assigned before DATASET_INFO itself")
                 keys = _keys(target, path)
+                if not isinstance(info, dict) or not all(isinstance(key, str) for key in keys):
+                    raise _refused(path, statement, "DATASET_INFO[...] needs a mapping, and text in the brackets")
                 if not _assign(info, keys, _literal(value, path, tuple(keys))):
                     given = "".join(f"[{key!r}]" for key in keys)
-                    raise _refused(
-                        path, statement, f"DATASET_INFO{given} is given twice; {_remedy_for_twice(tuple(keys))}"
-                    )
+                    remedy = _remedy_for_twice(tuple(keys))
+                    raise _refused(path, statement, f"DATASET_INFO{given} is given twice; {remedy}")
     if info is None:
         raise UserError(f"{path}: no assignment to DATASET_INFO found.")
     return info, kinds
 
 
 def _parse(path: Path) -> ast.Module:
+    text = read_text(path)
     try:
-        return ast.parse(read_text(path), str(path))
-    except (SyntaxError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} cannot be read: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the compiler, about code that isn't run
+            return ast.parse(text, str(path))
+    except (SyntaxError, ValueError, MemoryError, RecursionError) as error:
+        where = f"{path}, line {error.lineno}" if isinstance(error, SyntaxError) else str(path)
+        reason = getattr(error, "msg", None) or str(error) or "it nests too deeply"
+        raise UserError(f"{where}: cannot be read as Python ({reason}). Correct the file.") from None
 
 
 def _literal(node: ast.expr, path: Path, inside: KeyPath = ()) -> Any:
     refuse_repeated_literals(path, node, inside, _remedy_for_twice)
     try:
         return ast.literal_eval(node)
-    except ValueError as error:
+    except (TypeError, MemoryError, RecursionError):
+        raise _refused(path, node, "this is not a literal of mappings, lists and texts") from None
+    except ValueError:
         inner = next((n for n in ast.walk(node) if _is_computed(n)), node)
-        raise _refused(path, inner, f"`{ast.unparse(inner)}` would have to be computed") from error
+        raise _refused(path, inner, f"`{ast.unparse(inner)[:200]}` would have to be computed") from None
 
 
 def _is_computed(node: ast.AST) -> bool:
@@ -158,9 +173,11 @@ def _keys(target: ast.expr, path: Path) -> list[Any]:
 
 
 def _assign(info: dict[str, Any], keys: list[Any], value: Any) -> bool:
-    """Put `value` at `keys`; False where there is something already."""
+    """Put `value` at `keys`; False where there is something already, or where they lead through something else."""
     for key in keys[:-1]:
         info = info.setdefault(key, {})
+        if not isinstance(info, dict):
+            return False
     if keys[-1] in info:
         return False
     info[keys[-1]] = value

@@ -1,9 +1,9 @@
-"""Parquet rows of one process: each row group is read as seldom as memory allows.
+"""Parquet rows of one process: each row group is read as rarely as memory allows.
 
-Guarantees: at most `limit` bytes of rows are kept, besides the batch being read and the largest page of the file. Rows
-that were announced (`expect`) are kept until their use, the soonest first, and nothing else of their row group is; so a
-worker whose share of a window fits reads each row group once, and one whose share is n times `limit` about n times.
-Without announcements everything that fits is kept. It knows nothing of what is in a row.
+Guarantees: at most `limit` bytes of rows are kept, plus the batch being read and the largest page of the file.
+Announced rows (`expect`) are kept until their use, the soonest first, and no others of their row group. So a worker
+whose share of a window fits reads each row group once; one whose share is n times `limit` reads it about n times.
+Without announcements everything that fits is kept. The content of rows does not matter here.
 
 Why not single pages: a row group of pictures as pyarrow writes it is one dictionary page per column, however large
 (the page limit is checked every 1024 values), so there is nothing smaller than a row group to read.
@@ -14,6 +14,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import count
 from typing import Any, Callable, NamedTuple
 
@@ -34,8 +35,8 @@ class GroupKey(NamedTuple):
     columns: tuple[str, ...]
 
 
-# Rows of a row group in order, from the first, as (row number, its values when called).
-ReadsRows = Callable[[GroupKey], Iterator[tuple[int, Callable[[], Row]]]]
+# Rows of a row group in order, from the first; each gives its values when called, and may raise then.
+ReadsRows = Callable[[GroupKey], Iterator[Callable[[], Row]]]
 
 
 class _Kept(NamedTuple):
@@ -88,15 +89,14 @@ class RowCache:
         last = -1 if everything else max([row, *wanted])
         turn = next(self._turns)
         found: Row | None = None
-        for number, values in self._read(key):
+        for number, values in enumerate(self._read(key)):
             if number == row:
                 found = values()
-            elif everything:
-                due = _LATER - turn * _SPAN + (number - row) % _SPAN
-                if not self._keep(key, number, values(), due) and found is not None:
-                    break
-            elif number in wanted and (key, number) not in self._kept:
-                self._keep(key, number, values(), wanted[number][0])
+            elif everything or (number in wanted and (key, number) not in self._kept):
+                due = _LATER - turn * _SPAN + (number - row) % _SPAN if everything else wanted[number][0]
+                with suppress(Exception):  # of another row than the one asked for, which will say so when it is
+                    if not self._keep(key, number, values(), due) and everything and found is not None:
+                        break
             if number == last:
                 break
         if found is None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats.source import MSE, ParsedRow, Piece, Record, Source, image_bytes, list_of, needed_columns
 from bagel_ds.data.samples.draws import Draws
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, BadRow
@@ -29,7 +30,7 @@ class Edit(Source):
     def columns(self, available: Sequence[str]) -> list[str]:
         return needed_columns(available, "image_list", "instruction_list")
 
-    def parse(self, row: dict[str, Any], folder: str) -> ParsedRow:
+    def parse(self, row: dict[str, Any], folder: ImageFolder) -> ParsedRow:
         images = [
             image_bytes(value, f"image_list[{i}]")
             for i, value in enumerate(list_of(row.get("image_list"), "image_list"))

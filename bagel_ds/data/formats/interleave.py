@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats.source import CE, MSE, ParsedRow, Piece, Record, Source, image_bytes, list_of, needed_columns
 from bagel_ds.data.samples.draws import Draws
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, BadRow
@@ -34,7 +35,7 @@ class Interleave(Source):
         needed = ("question_interleave", "solution_interleave", "question_images", "solution_images")
         return needed_columns(available, *needed, *answer)
 
-    def parse(self, row: dict[str, Any], folder: str) -> ParsedRow:
+    def parse(self, row: dict[str, Any], folder: ImageFolder) -> ParsedRow:
         answer = row.get("answer", "-")
         if answer is None or answer == "":
             raise BadRow("answer is empty")

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from bagel_ds.data.files.filesystems import Unreadable
 from bagel_ds.data.samples.images import image_size
 from bagel_ds.data.samples.sample import BadRow
 from bagel_ds.data.samples.video import Video
@@ -60,5 +61,5 @@ def decode_record(numbers: Sequence[int]) -> Record:
 
 def reason_of(error: Exception) -> str:
     """Why a row failed, in one line."""
-    text = str(error) if isinstance(error, BadRow) else f"{type(error).__name__}: {error}"
+    text = str(error) if isinstance(error, (BadRow, Unreadable)) else f"{type(error).__name__}: {error}"
     return " ".join(text.split())[:300]

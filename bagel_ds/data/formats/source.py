@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, NamedTuple, Sequence
 
+from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats.record import ParsedRow, Record
 from bagel_ds.data.samples.draws import Draws
 from bagel_ds.data.samples.sample import BadRow
@@ -55,8 +56,15 @@ class Source(ABC):
         """Those of a parquet file's columns that are needed. Raises `BadRow` naming missing ones."""
 
     @abstractmethod
-    def parse(self, row: dict[str, Any], folder: str) -> ParsedRow:
+    def parse(self, row: dict[str, Any], folder: ImageFolder) -> ParsedRow:
         """`folder` holds the images of formats that name files. Raises `BadRow`."""
+
+    def files(self, row: dict[str, Any], folder: ImageFolder) -> list[str]:
+        """Paths of the files that a row names, whether they exist or not: when they change, the row is indexed again.
+
+        Never raises; names that `parse` refuses may be left out.
+        """
+        return []
 
     @abstractmethod
     def arrange(self, record: Record, draws: Draws) -> list[Piece]:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats.source import MSE, ParsedRow, Piece, Record, Source, image_bytes, needed_columns
 from bagel_ds.data.samples.draws import Draws
 from bagel_ds.data.samples.sample import TEXT, VAE, BadRow
@@ -26,7 +27,7 @@ class TextToImage(Source):
         captions = [name for name in ("captions", "caption") if name in available]
         return needed_columns(available, "image", *(captions or ["captions"]))
 
-    def parse(self, row: dict[str, Any], folder: str) -> ParsedRow:
+    def parse(self, row: dict[str, Any], folder: ImageFolder) -> ParsedRow:
         return ParsedRow((), _captions(row), [image_bytes(row.get("image"), "image")])
 
     def arrange(self, record: Record, draws: Draws) -> list[Piece]:

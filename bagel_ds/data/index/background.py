@@ -1,7 +1,7 @@
-"""Indexing what a run does not need yet, in a process of its own beside it.
+"""Indexing in a process beside training what the run needs later.
 
-Guarantees: whatever this process does or fails to do, every row is the same: a run that needs a file before it is here
-waits for it, or indexes it itself. It gives way to the run's own processes and ends with them, however they end.
+Guarantees: rows are the same whatever this process does or fails to do: a run that needs a file earlier waits for it or
+indexes it itself. The process has a low priority and ends with the run, however that ends.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ _TIMES = "%Y-%m-%d %H:%M:%S"  # as in the training log
 
 
 class BackgroundIndex(NamedTuple):
-    """The process, where there is something to do; `close` ends it."""
+    """The process, None where nothing is left to index; `close` ends it."""
 
     process: Worker | None
 
     def close(self) -> None:
         if self.process is None:
             return
-        if self.process.connection.poll():  # which it closes at its end
+        if self.process.connection.poll():  # the process closes it when it ends
             code = self.process.ended(_ENDING_SECONDS)
             if code:
                 logger.warning("the process that indexed ahead ended with code %d; training did the rest itself", code)
-        self.process.end()  # what it has finished is kept, and nothing else is ever seen
+        self.process.end()  # finished files are in the cache; half of one is never seen
 
 
 def index_in_background(
     data_files: Sequence[DataFile], tokenizer: Tokenizer, cache_dir: str | None = None
 ) -> BackgroundIndex:
-    """Index the files in their order, which should be that of need, and keep the result where a run looks for it."""
+    """Index the files in the order given, that in which the run needs them, into the cache that the run reads."""
     if not data_files:
         return BackgroundIndex(None)
     logger.info("%d more files are indexed while training goes on", len(data_files))

@@ -1,8 +1,8 @@
 """Where an index lives between runs: one file per data file, beside the data or in a cache folder.
 
-Guarantees: an entry is complete or absent (written under a temporary name, then renamed) and is only used for the same
-file (path, size, modification time), tokenizer and source version; one process at a time indexes into a folder, others
-wait for it with a message. A folder that cannot be written costs the cache, not the run.
+Guarantees: an entry is complete or absent (written under a temporary name, then renamed) and is used only for the same
+file (path, size, modification time), tokenizer and format version. Its arrays are mapped, not copied. One process at a
+time indexes into a folder; others wait for it with a message. Where no folder can be written a run works without.
 """
 
 from __future__ import annotations
@@ -17,47 +17,42 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from bagel_ds.data.files import filesystems
 from bagel_ds.data.index.data_file import FileLayout
+from bagel_ds.data.index.records import BadRows, FileRecords, folder_time
 from bagel_ds.machine import user_folders
 from bagel_ds.machine.liveness import going_on
 from bagel_ds.machine.waiting import waiting_for
 
 logger = logging.getLogger("bagel_ds")
 
-Part = TypeVar("Part")
-
 BESIDE_DATA = ".bagel_ds_index"
-_FORMAT = 2  # of an entry
+_FORMAT = 3  # of an entry; part of its name, so that other versions never read it
+_STEM_BYTES = 80  # of the data file's name that an entry's begins with
+_LENGTH_BYTES = 8  # of a safetensors file: the header's length
+_DTYPES = {"I32": np.int32, "I64": np.int64, "U8": np.uint8}
 _ABANDONED_SECONDS = 3600.0  # an entry is written within seconds
-_TEMPORARY = re.compile(r".+-[0-9a-f]{20}\.safetensors\.\d+\.tmp")  # an entry's name and a process
-_ASK_SECONDS = 0.1  # between two looks at a lock that another process holds
-
-
-class FileRecords(NamedTuple):
-    """What one data file holds, row by row.
-
-    numbers: int32, all rows' records end to end; offsets: int64 [rows + 1] into it (an unusable row is empty); bad:
-    (row, reason), row -1 for the file as a whole.
-    """
-
-    numbers: np.ndarray
-    offsets: np.ndarray
-    bad: tuple[tuple[int, str], ...]
+_TEMPORARY = re.compile(r".*-[0-9a-f]{20}\.safetensors\.\d+\.tmp", re.DOTALL)  # an entry's name and a process
+_ASK_SECONDS = 0.1  # between two attempts to take a lock
 
 
 class Entry(NamedTuple):
-    """A kept index, its records still on disk."""
+    """A kept index; its arrays are mapped, so the processes of a host share their pages."""
 
     layout: FileLayout
-    bad: tuple[tuple[int, str], ...]
+    records: FileRecords
     identity: str  # the file's, when it was indexed
+
+    def is_current(self) -> bool:
+        """Whether no folder that holds a file named by a row has changed since: a file may be new or replaced."""
+        return all(folder_time(folder) == time for folder, time in self.records.folders.items())
 
 
 def cache_folder(path: str, cache_dir: str | None) -> Path | None:
@@ -71,92 +66,90 @@ def cache_folder(path: str, cache_dir: str | None) -> Path | None:
             continue
         if os.access(folder, os.W_OK):
             return folder
-    logger.warning("the index of %s cannot be kept (no writable cache folder); it is made anew in every run", path)
+    logger.warning("no folder is writable for the index of %s; every run makes it again", filesystems.shown(path))
     return None
 
 
 def cache_file(folder: Path, path: str, key: str) -> Path:
-    """Name of the entry for `path`; `key` is everything but the file that the index depends on."""
+    """Name of the entry for `path`; `key` is everything that the index depends on, except the file."""
     place = path if filesystems.is_uri(path) else os.path.abspath(path)
-    name = hashlib.sha256(f"{place}\n{key} {_FORMAT}".encode()).hexdigest()[:20]
-    return folder / f"{Path(path.partition('?')[0]).stem[:80]}-{name}.safetensors"
+    name = hashlib.sha256(f"{place}\n{key} {_FORMAT}".encode("utf-8", "surrogateescape")).hexdigest()[:20]
+    # A file system counts bytes: a Chinese character takes three of the 255 that a name may have.
+    stem = os.fsencode(Path(path.partition("?")[0]).stem)[:_STEM_BYTES].decode("utf-8", "ignore")
+    return folder / f"{stem}-{name}.safetensors"
 
 
 def identity(path: str) -> str:
-    """Changes whenever the file does."""
+    """Changes whenever the file does. Raises OSError."""
     _, size, modified = filesystems.version(path, fresh=True)
     return f"{size}:{modified}"
 
 
-def size_of(path: str) -> int:
-    """Bytes of a data file."""
-    return filesystems.version(path)[1]
-
-
 def load(entry: Path, path: str) -> Entry | None:
-    """The kept index of `path`, or None when there is none or the file has changed since."""
-    return _read(entry, path, _entry)
-
-
-def load_records(entry: Path, path: str) -> FileRecords | None:
-    """The records that belong to `load`'s layout, or None as there."""
-    return _read(entry, path, _records)
-
-
-def _read(entry: Path, path: str, part: Callable[[str, Any, dict[str, Any]], Part]) -> Part | None:
-    if not entry.is_file():
-        return None
+    """The kept index of `path`, or None when there is none, it is damaged, or the file has changed since."""
     try:
-        with safe_open(entry, framework="np") as file:
-            header = json.loads(file.metadata()["index"])
-            if header["identity"] != identity(path):
-                return None
-            return part(path, file, header)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError):
-        return None  # a damaged entry is made again
+        arrays, header = _mapped(entry)
+        if header["identity"] != identity(path):
+            return None
+        layout = FileLayout(path, arrays["unit_rows"], arrays["places"], tuple(header["columns"]), header["digest"])
+        bad = BadRows(arrays["bad_rows"], arrays["bad_offsets"], arrays["bad_text"])
+        folders = json.loads(arrays["folders"].tobytes())
+        records = FileRecords(arrays["numbers"], arrays["offsets"], bad, arrays["stamps"], folders)
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
+        return None  # and made again
+    is_whole = records.rows == layout.rows and int(records.offsets[-1]) == len(records.numbers)
+    return Entry(layout, records, header["identity"]) if is_whole else None
 
 
-def _entry(path: str, file: Any, header: dict[str, Any]) -> Entry:
-    arrays = {name: file.get_tensor(name) for name in ("unit_rows", "places")}
-    layout = FileLayout(path, **arrays, columns=tuple(header["columns"]), digest=header["digest"])
-    return Entry(layout, _bad(header), header["identity"])
-
-
-def _records(path: str, file: Any, header: dict[str, Any]) -> FileRecords:
-    return FileRecords(file.get_tensor("numbers"), file.get_tensor("offsets"), _bad(header))
-
-
-def _bad(header: dict[str, Any]) -> tuple[tuple[int, str], ...]:
-    return tuple((row, reason) for row, reason in header["bad"])
+def _mapped(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of a safetensors file, and our header. Raises OSError, ValueError, KeyError and TypeError."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        if length > size - _LENGTH_BYTES:
+            raise ValueError("cut off")
+        header = json.loads(file.read(length))
+        # torch's mapping, because python's keeps a file descriptor; by the number, because it takes UTF-8 names only.
+        place = f"/proc/self/fd/{file.fileno()}"
+        content = torch.from_file(place, shared=False, size=size, dtype=torch.uint8).numpy()
+    content.flags.writeable = False
+    ours = json.loads(header.pop("__metadata__")["index"])
+    start = _LENGTH_BYTES + length
+    arrays = {}
+    for name, about in header.items():
+        begin, end = about["data_offsets"]
+        arrays[name] = content[start + begin : start + end].view(_DTYPES[about["dtype"]]).reshape(about["shape"])
+    return arrays, ours
 
 
 def save(entry: Path, layout: FileLayout, records: FileRecords, identity_before: str) -> bool:
     """Keep an index; `identity_before` is the file's identity from before it was read. Whether it could be kept."""
-    header = {
-        "identity": identity_before,
-        "bad": records.bad,
-        "columns": layout.columns,
-        "digest": layout.digest,
-    }
+    header = {"identity": identity_before, "columns": layout.columns, "digest": layout.digest}
     arrays = {
         "numbers": records.numbers,
         "offsets": records.offsets,
+        "stamps": records.stamps,
+        "bad_rows": records.bad.rows,
+        "bad_offsets": records.bad.offsets,
+        "bad_text": records.bad.text,  # not in the header, which is limited to 100 MB
+        "folders": np.frombuffer(json.dumps(records.folders).encode(), np.uint8),
         "unit_rows": layout.unit_rows,
         "places": layout.places,
     }
     temporary = entry.with_name(f"{entry.name}.{os.getpid()}.tmp")
     try:
         save_file(arrays, temporary, {"index": json.dumps(header)})
-        os.replace(temporary, entry)
+        os.replace(temporary, entry)  # a process that has mapped the old one keeps it
     except (OSError, SafetensorError) as error:
-        logger.warning("the index of %s could not be kept in %s: %s", layout.path, entry.parent, error)
+        names = map(filesystems.shown, (layout.path, str(entry.parent)))
+        logger.warning("the index of %s could not be kept in %s: %s", *names, error)
         temporary.unlink(missing_ok=True)
         return False
     return True
 
 
 def sweep(folders: Iterable[Path]) -> None:
-    """Remove what killed processes have left half written: files of the names that `save` gives, and no others."""
+    """Remove files that killed processes left half written: only names that `save` gives."""
     for folder in folders:
         for path in folder.glob("*.tmp"):
             try:
@@ -169,9 +162,9 @@ def sweep(folders: Iterable[Path]) -> None:
 
 @contextmanager
 def locked(folders: Iterable[Path], name: str = "", until: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Hold every folder's lock of that name; locks end with the process, so a killed run leaves none behind.
+    """Hold each folder's lock of that name; the kernel releases the locks of a killed process.
 
-    `until` is asked while another process holds one: once it says yes, nobody's lock is waited for any longer.
+    While another process holds a lock, waiting ends as soon as `until` returns True.
     """
     with ExitStack() as stack:
         for folder in sorted(set(folders)):
@@ -185,10 +178,11 @@ def locked(folders: Iterable[Path], name: str = "", until: Callable[[], bool] = 
 def _lock(file: IO[str], folder: Path, until: Callable[[], bool]) -> None:
     if until() or _try_lock(file):
         return
-    logger.info("another process is indexing into %s; waiting for it", folder)
-    with waiting_for(f"the process that indexes into {folder}", "its files are not indexed a second time"):
+    place = filesystems.shown(str(folder))
+    logger.info("another process is indexing into %s; waiting for it", place)
+    with waiting_for(f"the process that indexes into {place}", "its files are not indexed a second time"):
         while not (until() or _try_lock(file)):
-            going_on()  # the other one does, or it would end
+            going_on()  # the other process works, or its lock would be free
             time.sleep(_ASK_SECONDS)
 
 

@@ -1,10 +1,10 @@
-"""The index: what each row will cost, from one pass over the files that decodes nothing.
+"""The index: what each row will cost, from one pass over the files that reads headers and decodes no picture.
 
-Guarantees: for every row the token length of each text that could be used and the size of each image (headers only),
-or the reason why the row cannot be used; nothing about a row is fatal. Where rows lie is known of every file from the
-start (`file_rows.py`); what they hold is looked up file by file, made where it is not kept yet (`index_cache.py`), so
-that work can begin before all files are indexed. Files are indexed once, and again when they change, in parallel when
-there is enough to do.
+Guarantees: for every row the token length of each text that could be used and the size of each image, or the reason why
+the row cannot be used; a bad row never raises. `DataIndex` knows from the start where the rows of every file lie
+(`data_file.py`); what they hold comes file by file from the cache (`cache.py`) or is made when it is first needed, so
+that work can begin before all files are indexed. A file is indexed again when it changes; of a jsonl file beside whose
+rows pictures were added or replaced, only those rows are.
 """
 
 from __future__ import annotations
@@ -16,15 +16,25 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from bagel_ds.data.formats.record import ParsedRow, encode_record, reason_of
+from bagel_ds.data.files.filesystems import shown, version
 from bagel_ds.data.index import cache
-from bagel_ds.data.index.cache import FileRecords
-from bagel_ds.data.index.data_file import DataFile, FileLayout, ReadTask, layout_of, parsed_rows, read_tasks
+from bagel_ds.data.index.data_file import DataFile, FileLayout, ReadTask, layout_of, read_tasks
 from bagel_ds.data.index.progress import RowProgress
+from bagel_ds.data.index.records import (
+    NONE_BAD,
+    BadRows,
+    Chunk,
+    FileRecords,
+    TaskIndexer,
+    differing,
+    file_is_bad,
+    joined,
+)
 from bagel_ds.errors import UserError
 from bagel_ds.model_folder.tokenizer import Tokenizer
 from bagel_ds.processes import in_order
@@ -34,41 +44,84 @@ logger = logging.getLogger("bagel_ds")
 __all__ = ["DataFile", "DataIndex", "FileIndex", "index_files"]
 
 _POOL_ROWS = 20_000  # below this, starting processes costs more than it saves
-_THREADS = 16  # that wait for file systems, remote ones above all
+_THREADS = 16  # that wait for file systems, mainly remote ones
 
 
 class FileIndex:
-    """One data file: `layout` from the start; `records` from the cache, or made, when they are first asked for.
+    """One data file: its `layout` from the start, its `records` when they are first asked for.
 
-    `bad` holds (row, reason) of what cannot be used, row -1 for the file as a whole; it is empty until `is_indexed`.
+    `entry` is where the cache keeps it, None for nowhere; `identity` the file's when `layout` was read.
     """
 
-    def __init__(self, file: DataFile, layout: FileLayout, fetch: Callable[[], FileRecords]) -> None:
-        self.file, self.layout = file, layout
-        self.path, self.unit_rows, self.places = layout.path, layout.unit_rows, layout.places
-        self.columns, self.digest, self.rows = layout.columns, layout.digest, layout.rows
-        self.bad: tuple[tuple[int, str], ...] = ()
-        self.is_indexed = False
-        self.held: FileRecords | None = None
+    def __init__(
+        self, file: DataFile, layout: FileLayout, entry: Path | None, identity: str, fetch: Callable[[], None]
+    ) -> None:
+        self.file, self.layout, self.entry, self.identity = file, layout, entry, identity
+        self.is_kept = False  # in the cache
+        self.outdated: FileRecords | None = None  # from before files that rows name have changed
+        self._records: FileRecords | None = None
         self._fetch = fetch
 
     @property
+    def path(self) -> str:
+        return self.layout.path
+
+    @property
+    def rows(self) -> int:
+        return self.layout.rows
+
+    @property
+    def digest(self) -> str:
+        return self.layout.digest
+
+    @property
+    def is_indexed(self) -> bool:
+        return self._records is not None
+
+    @property
     def records(self) -> FileRecords:
-        if self.held is None:
-            self.held = self._fetch()
-        return self.held
+        """Indexes the file where it is not indexed yet. Raises `UserError` where it has changed meanwhile."""
+        if self._records is None:
+            self._fetch()
+        assert self._records is not None
+        return self._records
 
     @property
-    def numbers(self) -> np.ndarray:
-        return self.records.numbers
+    def bad(self) -> BadRows:
+        """What cannot be used; empty until the file is indexed."""
+        return NONE_BAD if self._records is None else self._records.bad
 
-    @property
-    def offsets(self) -> np.ndarray:
-        return self.records.offsets
+    def load(self) -> bool:
+        """Take the records that another process has kept by now; whether the file is indexed."""
+        if not self.is_indexed and self.entry is not None and (kept := cache.load(self.entry, self.path)) is not None:
+            if kept.layout.digest != self.layout.digest:
+                raise _changed(self.path)
+            if self.outdated is None or kept.records.folders != self.outdated.folders:
+                self._records, self.is_kept = kept.records, True
+        return self.is_indexed
 
-    def found(self, bad: tuple[tuple[int, str], ...], records: FileRecords | None = None) -> None:
-        """The file is indexed; `records` is given where no cache keeps them."""
-        self.is_indexed, self.bad, self.held = True, bad, records
+    def set(self, records: FileRecords) -> None:
+        """Take new records, and keep them in the cache where there is one."""
+        self._records, self.outdated, self.is_kept = records, None, False
+        if self.entry is not None and not self.layout.error:
+            self.is_kept = cache.save(self.entry, self.layout, records, self.identity)
+            if self.is_kept and (kept := cache.load(self.entry, self.path)) is not None:
+                self._records = kept.records  # mapped: processes share the memory
+
+    def repair(self, chunks: Sequence[Chunk]) -> list[int]:
+        """Replace the records by those that all rows' `TaskIndexer`s give now, where they differ, also in the cache.
+
+        Returns the rows that differed. Raises `UserError` where the data file itself changed since it was opened.
+        """
+        if self.layout.error:
+            return []
+        if _identity(self.file) != self.identity:
+            raise _changed(self.path)
+        found = joined(chunks)
+        rows = differing(self.records, found)
+        if rows or found.folders != self.records.folders:
+            self.set(found)
+        return rows
 
 
 class DataIndex:
@@ -86,26 +139,18 @@ class DataIndex:
         wanted = list(dict.fromkeys(data_files))
         parents = {file.path.rpartition("/")[0]: file.path for file in wanted}
         folders = {parent: cache.cache_folder(path, cache_dir) for parent, path in parents.items()}
-        self._entries = {
-            file: cache.cache_file(folder, file.path, f"{file.key} {tokenizer.fingerprint}")
-            for file in wanted
-            if (folder := folders[file.path.rpartition("/")[0]]) is not None
-        }
-        with ThreadPoolExecutor(_THREADS) as pool:
-            kept = dict(zip(wanted, pool.map(self._load, wanted), strict=True))
-            unknown = [file for file in wanted if kept[file] is None]
-            self._identities = dict(zip(unknown, pool.map(_identity, unknown), strict=True))
-            layouts = self._layouts(unknown, pool)
-        for file, entry in kept.items():
-            if entry is not None:
-                self._identities[file], layouts[file] = entry.identity, entry.layout
-        self.indexes = {file: FileIndex(file, layouts[file], partial(self._fetch, file)) for file in wanted}
-        for file, entry in kept.items():
-            if entry is not None:
-                self.indexes[file].found(entry.bad)
-        for file in unknown:
-            if error := layouts[file].error:
-                self.indexes[file].found(((-1, error),), _no_records(((-1, error),)))
+
+        def opened(file: DataFile) -> FileIndex:
+            folder = folders[file.path.rpartition("/")[0]]
+            key = f"{file.key} {tokenizer.fingerprint}"
+            entry = cache.cache_file(folder, file.path, key) if folder is not None else None
+            return _open(file, entry, partial(self.complete, [file]))
+
+        with ThreadPoolExecutor(_THREADS) as pool, self._bar(len(wanted), "opening", "file") as bar:
+            self.indexes: dict[DataFile, FileIndex] = {}
+            for file, index in zip(wanted, pool.map(opened, wanted), strict=True):
+                self.indexes[file] = index
+                bar.update(1)
 
     def missing(self, data_files: Iterable[DataFile] | None = None) -> list[DataFile]:
         """Those of the files (default: all) that are not indexed yet."""
@@ -119,76 +164,44 @@ class DataIndex:
         `lock`, because they have different files. Raises `UserError` where a file changed since this object was made.
         """
         missing = self.missing(data_files)
-        folders = {self._entries[file].parent for file in missing if file in self._entries}
         if not missing:
             return
+        folders = {entry.parent for file in missing if (entry := self.indexes[file].entry) is not None}
 
         def all_kept() -> bool:
-            while missing and self._is_kept(missing[0]):
+            while missing and self.indexes[missing[0]].load():
                 missing.pop(0)
             return not missing
 
         with cache.locked(folders, lock, until=all_kept):
-            left = [file for file in missing if not self._is_kept(file)]
+            left = [file for file in missing if not self.indexes[file].load()]
             if left:
                 cache.sweep(folders)
                 self._make(left)
 
-    def _load(self, file: DataFile) -> cache.Entry | None:
-        return cache.load(self._entries[file], file.path) if file in self._entries else None
-
-    def _layouts(self, data_files: Sequence[DataFile], pool: ThreadPoolExecutor) -> dict[DataFile, FileLayout]:
-        with RowProgress(len(data_files), "reading footers", self._progress, unit="file") as bar:
-            layouts = {}
-            for file, layout in zip(data_files, pool.map(layout_of, data_files), strict=True):
-                layouts[file] = layout
-                bar.update(1)
-            return layouts
-
-    def _is_kept(self, file: DataFile) -> bool:
-        """Whether the file is indexed by now, by whomever."""
-        index = self.indexes[file]
-        if not index.is_indexed and (entry := self._load(file)) is not None:
-            _check_unchanged(file, entry.layout.digest == index.digest)
-            index.found(entry.bad)
-        return index.is_indexed
-
-    def _fetch(self, file: DataFile) -> FileRecords:
-        index = self.indexes[file]
-        for _ in range(2):
-            self.complete([file])
-            if index.held is not None:
-                return index.held
-            kept = cache.load_records(self._entries[file], file.path)
-            if kept is not None:
-                return kept
-            index.is_indexed = False  # its entry is gone: made again
-        raise UserError(f"{self._entries[file]} cannot be read although it was just written; give an --index_cache")
+    def _bar(self, total: int, what: str, unit: str = "row") -> RowProgress:
+        return RowProgress(total, what, self._progress, unit)
 
     def _make(self, missing: list[DataFile]) -> None:
         began = time.monotonic()
         for file in missing:
-            _check_unchanged(file, self._identities[file] == _identity(file))
-        tasks = [task for file in missing for task in read_tasks(file, self.indexes[file].layout)]
-        left = Counter(task.file for task in tasks)
-        parts: dict[DataFile, list[_Chunk]] = {file: [] for file in missing}
+            if self.indexes[file].identity != _identity(file):
+                raise _changed(file.path)
+        tasks = [task for file in missing for task in _tasks(self.indexes[file])]
+        left = Counter(task.read.file for task in tasks)
+        parts: dict[DataFile, list[Chunk]] = {file: [] for file in missing}
         total = sum(self.indexes[file].rows for file in missing)
-        with RowProgress(total, "indexing", self._progress) as bar:
+        with self._bar(total, "indexing") as bar:
             for file in (file for file in missing if not left[file]):
-                self._finish(file, [])
+                self.indexes[file].set(joined([]))
             for task, part in zip(tasks, _run(tasks, total, self._tokenizer, self._workers), strict=True):
-                file = task.file
+                file, index = task.read.file, self.indexes[task.read.file]
                 parts[file].append(part)
                 bar.update(len(part.lengths))
                 if len(parts[file]) == left[file]:
-                    self._finish(file, parts.pop(file))
+                    index.set(joined(parts.pop(file), index.outdated))
         if self._progress:
             tell_speed([self.indexes[file] for file in missing], time.monotonic() - began)
-
-    def _finish(self, file: DataFile, parts: list[_Chunk]) -> None:
-        index, records = self.indexes[file], _joined(parts)
-        kept = file in self._entries and cache.save(self._entries[file], index.layout, records, self._identities[file])
-        index.found(records.bad, None if kept else records)
 
 
 def index_files(
@@ -205,51 +218,10 @@ def index_files(
     return [index.indexes[file] for file in data_files]
 
 
-# ------------------------------------------------------------------------------------------------- rows into records
-class _Chunk(NamedTuple):
-    """Result of one task: records of consecutive rows end to end, their lengths, and (row in chunk, reason)."""
-
-    numbers: np.ndarray  # int32
-    lengths: np.ndarray  # int32 [rows]
-    bad: list[tuple[int, str]]
-
-
-def _no_records(bad: tuple[tuple[int, str], ...]) -> FileRecords:
-    return FileRecords(np.empty(0, np.int32), np.zeros(1, np.int64), bad)
-
-
-def _joined(parts: list[_Chunk]) -> FileRecords:
-    if not parts:
-        return _no_records(())
-    lengths = np.concatenate([part.lengths for part in parts])
-    bad = []
-    first = 0
-    for part in parts:
-        bad += [(first + row, reason) for row, reason in part.bad]
-        first += len(part.lengths)
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-    return FileRecords(np.concatenate([part.numbers for part in parts]), offsets, tuple(bad))
-
-
-def _identity(file: DataFile) -> str:
-    try:
-        return cache.identity(file.path)
-    except OSError:  # gone since it was listed: its layout says so
-        return ""
-
-
-def _check_unchanged(file: DataFile, unchanged: bool) -> None:
-    if not unchanged:
-        raise UserError(
-            f"{file.path} changed while it was in use, before it was indexed: start again; data must stay as they are "
-            "while a run reads them"
-        )
-
-
 def tell_speed(indexes: Sequence[FileIndex], seconds: float) -> None:
-    """Say in the log how fast files were indexed."""
+    """Log how fast files were indexed."""
     rows = sum(index.rows for index in indexes)
-    megabytes = sum(cache.size_of(path) for path in {index.path for index in indexes}) / 1e6
+    megabytes = sum(version(path)[1] for path in {index.path for index in indexes}) / 1e6
     logger.info(
         "indexed %d rows of %d files (%.0f MB) in %.1f s: %.0f rows/s, %.1f MB/s",
         *(rows, len(indexes), megabytes, seconds),
@@ -257,28 +229,64 @@ def tell_speed(indexes: Sequence[FileIndex], seconds: float) -> None:
     )
 
 
-def _run(tasks: list[ReadTask], rows: int, tokenizer: Tokenizer, workers: int | None) -> Iterator[_Chunk]:
+def _open(file: DataFile, entry: Path | None, fetch: Callable[[], None]) -> FileIndex:
+    """The index of a file as the cache has it, else its layout only."""
+    kept = cache.load(entry, file.path) if entry is not None else None
+    if kept is not None:
+        index = FileIndex(file, kept.layout, entry, kept.identity, fetch)
+        if kept.is_current():
+            index._records, index.is_kept = kept.records, True
+        else:
+            index.outdated = kept.records
+        return index
+    identity = _identity(file)  # from before it is read
+    index = FileIndex(file, layout_of(file), entry, identity, fetch)
+    if index.layout.error:
+        index._records = file_is_bad(index.layout.error)
+    return index
+
+
+def _identity(file: DataFile) -> str:
+    try:
+        return cache.identity(file.path)
+    except OSError:  # it was removed since it was listed: its layout says so
+        return ""
+
+
+def _changed(path: str) -> UserError:
+    return UserError(
+        f"{shown(path)} changed while it was in use, before it was indexed. Start again; data must stay as they are "
+        "while a run reads them"
+    )
+
+
+class _Task(NamedTuple):
+    """What one process indexes in one go; with the stamps of rows that were indexed before, where there are any."""
+
+    read: ReadTask
+    stamps: np.ndarray | None
+
+    def reading(self) -> str:
+        return self.read.reading()
+
+
+def _tasks(index: FileIndex) -> Iterator[_Task]:
+    stamps = index.outdated.stamps if index.outdated is not None else None
+    for task in read_tasks(index.file, index.layout):
+        yield _Task(task, stamps[task.first : task.first + task.rows] if stamps is not None else None)
+
+
+def _run(tasks: list[_Task], rows: int, tokenizer: Tokenizer, workers: int | None) -> Iterator[Chunk]:
     """Results in the order of `tasks`."""
     workers = workers or len(os.sched_getaffinity(0))
     if rows < _POOL_ROWS or workers < 2 or len(tasks) < 2:
         yield from (_index_chunk(tokenizer, task) for task in tasks)
         return
-    yield from in_order(_index_chunk, tokenizer, tasks, workers, "indexing process", ReadTask.reading)
+    yield from in_order(_index_chunk, tokenizer, tasks, workers, "indexing process", _Task.reading)
 
 
-def _index_chunk(tokenizer: Tokenizer, task: ReadTask) -> _Chunk:
-    numbers: list[int] = []
-    lengths: list[int] = []
-    bad: list[tuple[int, str]] = []
-    for parsed in parsed_rows(task):
-        record: list[int] | str
-        try:
-            record = encode_record(parsed, tokenizer) if isinstance(parsed, ParsedRow) else parsed
-        except Exception as error:  # what damaged text or images raise is an open set
-            record = reason_of(error)
-        if isinstance(record, str):
-            bad.append((len(lengths), record))
-            record = []
-        numbers.extend(record)
-        lengths.append(len(record))
-    return _Chunk(np.array(numbers, dtype=np.int32), np.array(lengths, dtype=np.int32), bad)
+def _index_chunk(tokenizer: Tokenizer, task: _Task) -> Chunk:
+    indexer = TaskIndexer(task.read, tokenizer, task.stamps)
+    for _ in indexer.rows():
+        pass
+    return indexer.chunk()

@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 from PIL import ImageFile
 
-from bagel_ds.data.formats.record import ParsedRow, decode_record, reason_of
+from bagel_ds.data.formats.record import ParsedRow, reason_of
 from bagel_ds.data.index.data_file import ReadTask, parsed_rows, read_tasks
 from bagel_ds.data.index.progress import RowProgress
 from bagel_ds.data.samples.images import BadImage, decode_rgb
 from bagel_ds.data.samples.sample import TEXT, VIT
 from bagel_ds.data.samples.video import Video, decode_frames
-from bagel_ds.data.streams.stream import FileUse, GroupStream, UnusableRow
+from bagel_ds.data.streams.reader import RowPlace, UnusableRow
+from bagel_ds.data.streams.stream import FileUse, GroupStream
 from bagel_ds.processes import in_order
 
 _POOL_ROWS = 500  # below this, starting processes costs more than it saves
@@ -181,8 +182,9 @@ def _add_sample(result: DatasetCheck, stream: GroupStream, use: FileUse, start: 
     for entry in plan.entries:
         kind = TEXTS if entry.kind == TEXT else SEEN if entry.kind == VIT else DRAWN if entry.loss else GIVEN
         result.tokens[kind] += entry.tokens
-    begin, end = use.index.offsets[row : row + 2].tolist()
-    for width, height in decode_record(use.index.numbers[begin:end].tolist()).image_sizes:
+    record = use.index.records.record(row)
+    assert record is not None
+    for width, height in record.image_sizes:
         result.widths.append(width)
         result.heights.append(height)
     return True
@@ -190,17 +192,16 @@ def _add_sample(result: DatasetCheck, stream: GroupStream, use: FileUse, start: 
 
 def _why_refused(stream: GroupStream, start: int, rows: list[int]) -> dict[int, str]:
     """Reasons of rows that planning has refused."""
-    reasons = {(bad.file, bad.row_group, bad.row): bad.reason for bad in stream.bad_rows}
+    reasons = {bad.place: bad.reason for bad in stream.bad_rows}
     limit = stream.options.max_num_tokens_per_sample
     return {
         row: f"the sample is longer than max_num_tokens_per_sample {limit}"
         if start + row in stream.too_long
-        else reasons[stream.place(start + row)[1:]]
+        else reasons[stream.place(start + row)]
         for row in rows
     }
 
 
 def _at(stream: GroupStream, use: FileUse, start: int, row: int, reason: str) -> UnusableRow:
-    if row < 0:
-        return UnusableRow(use.dataset, use.index.path, -1, -1, reason)
-    return UnusableRow(*stream.place(start + row), reason)
+    place = stream.place(start + row) if row >= 0 else RowPlace(use.dataset, use.index.path, -1, -1)
+    return UnusableRow(place, reason)

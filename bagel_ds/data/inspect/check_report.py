@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bagel_ds.data.inspect.check import DRAWN, GIVEN, SEEN, TEXTS, DatasetCheck
-from bagel_ds.data.streams.stream import UnusableRow
+from bagel_ds.data.streams.reader import UnusableRow
 
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _TOKENS = {TEXTS: "text", SEEN: "ViT", GIVEN: "VAE given", DRAWN: "VAE to generate"}
@@ -48,7 +48,7 @@ def as_text(results: Sequence[DatasetCheck]) -> Iterator[str]:
         ("rows with damaged images (used as far as they go)", [row for result in results for row in result.damaged]),
     ):
         yield f"{title}: {len(findings):,}"
-        yield from (f"  {words(row)}: {row.reason}" for row in findings)
+        yield from (f"  {row.place}: {row.reason}" for row in findings)
 
 
 def unusable(results: Sequence[DatasetCheck]) -> list[str]:
@@ -58,12 +58,6 @@ def unusable(results: Sequence[DatasetCheck]) -> list[str]:
         for result in results
         if not result.usable
     ]
-
-
-def words(row: UnusableRow) -> str:
-    """Where a row lies: dataset, file, row group and row, or line."""
-    place = f"line {row.row}" if row.row_group < 0 else f"row group {row.row_group} row {row.row}"
-    return f"{row.dataset}: {row.file} {'as a whole' if row.row < 0 else place}"
 
 
 def _table(result: DatasetCheck) -> Iterator[str]:
@@ -108,10 +102,10 @@ def _images(result: DatasetCheck) -> dict[str, Any] | None:
 def _place(row: UnusableRow) -> dict[str, Any]:
     """A finding; lines have no row group, a whole file has no row."""
     return {
-        "dataset": row.dataset,
-        "file": row.file,
-        "row_group": row.row_group if row.row_group >= 0 else None,
-        "row": row.row if row.row >= 0 else None,
+        "dataset": row.place.dataset,
+        "file": row.place.file,
+        "row_group": row.place.row_group if row.place.row_group >= 0 else None,
+        "row": row.place.row if row.place.row >= 0 else None,
         "reason": row.reason,
     }
 

@@ -96,7 +96,7 @@ def _samples(data: PlannedData, pack: Pack, batch: PackedBatch) -> Iterator[Show
     reasons = [reason for _, reason in batch.skipped]
     kept = 0
     for plan in pack.samples:
-        name = data.streams[plan.group].describe(plan)
+        name = str(data.streams[plan.group].place(plan.row))
         if kept < len(batch.samples) and batch.samples[kept] == name:
             kept += 1
             start = reader.offset

@@ -1,29 +1,31 @@
 """From a dataset config to the streams that the planner draws from.
 
-Guarantees: every file is indexed before a row of it is planned; groups that the modality switches leave without a loss
-are dropped with one line, and every stream returned has at least one usable row in each of its datasets, or `UserError`
-says what is wrong, all faults at once.
+Guarantees: every file is indexed before one of its rows is planned. Groups without a loss under the modality switches
+are dropped with one line. Every returned stream has at least one usable row in each of its datasets; otherwise a
+`UserError` lists all faults.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bagel_ds.config_files import read_json
+from bagel_ds.data.config.dataset_config import DatasetConfig, GroupConfig
+from bagel_ds.data.config.dataset_entry import DatasetEntry
+from bagel_ds.data.files.filesystems import shown
 from bagel_ds.data.formats.registry import KINDS
-from bagel_ds.data.formats.source import CE, MSE
+from bagel_ds.data.formats.source import CE, MSE, Source
 from bagel_ds.data.index.index import DataFile, DataIndex, FileIndex
 from bagel_ds.data.plan.planner import PROBED_ROWS, order_of_need
 from bagel_ds.data.streams.stream import FileUse, GroupStream, SampleOptions
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.model_folder.tokenizer import Tokenizer
-
-if TYPE_CHECKING:  # config.py needs the registry of this package
-    from bagel_ds.data.config.dataset_config import DatasetConfig, DatasetEntry, GroupConfig
 
 logger = logging.getLogger("bagel_ds")
 
@@ -41,8 +43,8 @@ def open_streams(
 ) -> list[GroupStream]:
     """One stream per usable group, in the config's order; files that are not indexed yet are indexed.
 
-    Where there are many rows, only those that the first rows lie in, from `cursors` (of a saved state's block) on; any
-    other is indexed when its first row is asked for (`files_ahead` says in which order), and every row is the same.
+    With many rows, only the files of the first rows from `cursors` (of a saved state's block) on are indexed here. Each
+    other file is indexed when its first row is asked for (`files_ahead` gives the order); the rows are the same.
     `cache_dir` keeps the index (default: beside the data, else ~/.cache/bagel_ds). Raises `UserError`.
     """
     index, streams = _open(config, tokenizer, options, cache_dir, progress)
@@ -57,9 +59,9 @@ def open_streams(
 def files_ahead(
     streams: Sequence[GroupStream], seed: int, cursors: dict[str, Any] | None = None, rows: float = math.inf
 ) -> list[DataFile]:
-    """Files that are not indexed yet, in the order in which a run needs them; `rows` ahead at the most.
+    """Files that are not indexed yet, in the order in which a run needs them, for at most `rows` rows.
 
-    `rows` are those of a group of weight 1, see `plan.order_of_need`.
+    Rows count at the pace of a group of weight 1, see `plan.order_of_need`.
     """
     ahead: dict[DataFile, None] = {}
     for before, group, unit in order_of_need(streams, seed, cursors):
@@ -74,12 +76,12 @@ def files_ahead(
 def _first_files(
     index: DataIndex, streams: list[GroupStream], seed: int, cursors: dict[str, Any] | None
 ) -> list[DataFile]:
-    """What to index before anything else; the same for the first process of a host and those that follow it."""
+    """What to index before anything else; the same in every process of a host."""
     missing = index.missing()
     if sum(file_index.rows for file_index in index.indexes.values()) <= AT_ONCE_ROWS:
         return missing
     needed = files_ahead(streams, seed, cursors, FIRST_ROWS)
-    # Each dataset shows that it can be used, and the mean length of samples is taken where a run begins.
+    # To know that each dataset can be used, and the mean length of samples at the beginning of a run.
     for stream in streams:
         uses = {use.dataset: use for use in reversed(stream.uses) if use.index.rows}
         needed += [use.index.file for use in uses.values() if not use.index.is_indexed]
@@ -87,7 +89,7 @@ def _first_files(
     first = list(dict.fromkeys(needed))
     if first and len(first) < len(missing):
         logger.info(
-            "%d of %d files are indexed first, in which the first rows lie; the others while they are not yet needed",
+            "%d of %d files are indexed first, those of the first rows; the others during training",
             *(len(first), len(missing)),
         )
     return first
@@ -108,7 +110,7 @@ def index_streams(
     progress: bool = False,
     workers: int | None = None,
 ) -> list[GroupStream]:
-    """Streams over a complete index, for those who report on rows: datasets without a usable row are no error."""
+    """Streams over a complete index, for reports on rows: a dataset without a usable row is not an error."""
     index, streams = _open(config, tokenizer, options, cache_dir, progress, workers)
     index.complete()
     return streams
@@ -124,23 +126,23 @@ def _open(
 ) -> tuple[DataIndex, list[GroupStream]]:
     groups = _groups_with_loss(config, options)
     all_faults([fault for group in groups for fault in _stride_faults(group, options)], f"{config.path}:")
-    entries = [(group, entry) for group in groups for entry in group.datasets]
-    data_files = [file for group, entry in entries for file in _data_files(group, entry)]
-    index = DataIndex(data_files, tokenizer, cache_dir, progress, workers)
+    files = [[_data_files(group, entry) for entry in group.datasets] for group in groups]
+    every = chain.from_iterable(chain.from_iterable(files))
+    index = DataIndex(every, tokenizer, cache_dir, progress, workers)
     streams = []
     for number, group in enumerate(groups):
         uses = []
-        for entry in group.datasets:
-            found = [index.indexes[file] for file in _data_files(group, entry)]
+        for entry, data_files in zip(group.datasets, files[number], strict=True):
+            found = [index.indexes[file] for file in data_files]
             _compare_parquet_info(group, entry, found)
             uses += [FileUse(entry.name, file_index) for file_index in _repeated(group, entry, found)]
-        transforms = (group.vae_transform, group.vit_transform)
         stream = GroupStream(
             number,
             group.name,
             group.kind,
+            _source(group),
             uses,
-            transforms,
+            (group.vae_transform, group.vit_transform),
             options,
             tokenizer,
             group.weight,
@@ -148,6 +150,10 @@ def _open(
         )
         streams.append(stream)
     return index, streams
+
+
+def _source(group: GroupConfig) -> Source:
+    return KINDS[group.kind].with_frames(group.frame_sampler)
 
 
 def _groups_with_loss(config: DatasetConfig, options: SampleOptions) -> list[GroupConfig]:
@@ -182,11 +188,11 @@ def _stride_faults(group: GroupConfig, options: SampleOptions) -> list[str]:
 
 
 def _data_files(group: GroupConfig, entry: DatasetEntry) -> list[DataFile]:
-    source = KINDS[group.kind].with_frames(group.frame_sampler)
+    source = _source(group)
     if not source.jsonl:
         return [DataFile(path, source) for path in entry.files]
     seed = group.shuffle_seed if group.shuffle_lines and entry.num_used is not None else None
-    return [DataFile(path, source, entry.image_dir, entry.num_used, seed) for path in entry.files]
+    return [DataFile(path, source, entry.images, entry.num_used, seed) for path in entry.files]
 
 
 def _repeated(group: GroupConfig, entry: DatasetEntry, found: list[FileIndex]) -> list[FileIndex]:
@@ -197,44 +203,41 @@ def _repeated(group: GroupConfig, entry: DatasetEntry, found: list[FileIndex]) -
 
 
 def _compare_parquet_info(group: GroupConfig, entry: DatasetEntry, found: Sequence[FileIndex]) -> None:
-    """The files' footers are what counts; one line says so where parquet_info tells something else."""
+    """Log where parquet_info contradicts the files' own footers, which are what counts."""
     if entry.parquet_info is None:
         return
-    where = f"dataset {group.name}/{entry.name}: parquet_info {entry.parquet_info}"
+    where = f"dataset {group.name}/{entry.name}: parquet_info {shown(entry.parquet_info)}"
     try:
         info = read_json(Path(entry.parquet_info)).content
     except UserError as error:
         logger.warning("%s cannot be read (%s); the files' own footers are used", where, error)
         return
-    stated = {index.path: _stated_groups(info, index.path, alone=len(found) == 1) for index in found}
+    stated = _stated_groups(info, [index.path for index in found])
     unknown = [path for path, groups in stated.items() if groups is None]
-    differing = [index.path for index in found if stated[index.path] not in (None, len(index.unit_rows))]
+    differing = [index.path for index in found if stated[index.path] not in (None, len(index.layout.unit_rows))]
     if unknown:
         logger.info(
             "%s says nothing on %d of %d files (%s); their own footers are used",
-            where,
-            len(unknown),
-            len(found),
-            unknown[0],
+            *(where, len(unknown), len(found), shown(unknown[0])),
         )
     if differing:
         logger.warning(
             "%s disagrees with %d of %d files (%s); their own footers are used",
-            where,
-            len(differing),
-            len(found),
-            differing[0],
+            *(where, len(differing), len(found), shown(differing[0])),
         )
 
 
-def _stated_groups(info: Any, path: str, alone: bool) -> int | None:
-    """num_row_groups of a file by its path, else by its name, else the only number there is."""
-    if not isinstance(info, dict):
-        return None
-    by_name = {Path(str(key)).name: value for key, value in info.items()}
-    entry = info.get(path, by_name.get(Path(path).name, info if alone else None))
-    groups = entry.get("num_row_groups") if isinstance(entry, dict) else None
-    return groups if isinstance(groups, int) else None
+def _stated_groups(info: Any, paths: Sequence[str]) -> dict[str, int | None]:
+    """num_row_groups of each file by its path, else by its name, else, for a single file, the only number there is."""
+    entries = info if isinstance(info, dict) else {}
+    by_name = {os.path.basename(str(key)): value for key, value in entries.items()}
+    only = info if len(paths) == 1 else None
+    stated: dict[str, int | None] = {}
+    for path in paths:
+        entry = entries.get(path, by_name.get(os.path.basename(path), only))
+        groups = entry.get("num_row_groups") if isinstance(entry, dict) else None
+        stated[path] = groups if isinstance(groups, int) else None
+    return stated
 
 
 def unusable_datasets(stream: GroupStream) -> list[str]:
@@ -244,15 +247,15 @@ def unusable_datasets(stream: GroupStream) -> list[str]:
         rows = stream.rows_of(dataset)
         if any(stream.plan_sample(row, 0) is not None for part in rows for row in part):
             continue
-        total = sum(map(len, rows))
+        uses = [use for use in stream.uses if use.dataset == dataset]
+        files = ", ".join(dict.fromkeys(shown(use.index.path) for use in uses))
+        text = f"dataset {stream.name}/{dataset}: none of its {sum(map(len, rows))} rows can be used ({files[:300]})."
         long = sum(row in stream.too_long for part in rows for row in part)
-        bad = [row for row in stream.bad_rows if row.dataset == dataset]
-        files = ", ".join(dict.fromkeys(use.index.path for use in stream.uses if use.dataset == dataset))
-        text = f"dataset {stream.name}/{dataset}: none of its {total} rows can be used ({files[:300]})."
         if long:
             limit = stream.options.max_num_tokens_per_sample
             text += f" {long} are longer than max_num_tokens_per_sample={limit}; raise it or shrink the images."
-        text += "".join(f" {row.words}: {row.reason}." for row in bad[:3])
+        bad = (row for row in stream.unusable if row.place.dataset == dataset)
+        text += "".join(f" {row.place}: {row.reason}." for row in islice(bad, 3))
         faults.append(text)
     return faults
 
@@ -260,9 +263,6 @@ def unusable_datasets(stream: GroupStream) -> list[str]:
 def _report(stream: GroupStream) -> None:
     logger.info(
         "data group %s: %d rows of %s, read in %d pieces (row groups of parquet files, blocks of lines)",
-        stream.name,
-        stream.rows,
-        ", ".join(stream.datasets),
-        len(stream.units),
+        *(stream.name, stream.rows, ", ".join(stream.datasets), len(stream.units)),
     )
-    stream.tell_bad_rows()
+    stream.unusable.counts()  # which names the first ones

@@ -1,7 +1,7 @@
-"""Reading planned rows without an index: all that a process needs that makes batches.
+"""Reading planned rows without an index, in the processes that make batches.
 
-Guarantees: an address, made from the index, holds all that reading its row takes, so no index is copied to workers.
-Reading gives the row or the reason why not, never an exception.
+Guarantees: an address, made from the index, is all that reading its row takes, so workers get no copy of the index.
+Reading gives the row or the reason why it cannot be read, never an exception.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from bagel_ds.data.files import rows
+from bagel_ds.data.files.filesystems import shown
+from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats.record import ParsedRow, reason_of
 from bagel_ds.data.formats.source import Piece, Source
 from bagel_ds.data.samples.images import ImageTransform
@@ -18,7 +20,10 @@ from bagel_ds.data.samples.sample import BadRow, Entry
 
 
 class RowPlace(NamedTuple):
-    """Where a row lies. `row_group` is -1 for lines; `row` counts within the row group, or is the line number."""
+    """Where a row lies: `row` counts within row group `row_group`, or is a line number where `row_group` is -1.
+
+    `row` is -1 for the file as a whole.
+    """
 
     dataset: str
     file: str
@@ -26,15 +31,23 @@ class RowPlace(NamedTuple):
     row: int
 
     def __str__(self) -> str:
+        """ "<dataset>: <file> row group g row r", for messages."""
         place = f"line {self.row}" if self.row_group < 0 else f"row group {self.row_group} row {self.row}"
-        return f"{self.dataset}: {self.file} {place}"
+        return f"{self.dataset}: {shown(self.file)} {'as a whole' if self.row < 0 else place}"
+
+
+class UnusableRow(NamedTuple):
+    """A row that no sample can be made of, or a whole file."""
+
+    place: RowPlace
+    reason: str
 
 
 class RowAddress(NamedTuple):
     """How to read the row at `place`."""
 
     place: RowPlace
-    folder: str  # where the pictures lie that a line names
+    folder: ImageFolder  # of the pictures that lines name
     columns: tuple[str, ...]  # of a parquet file
     offset: int  # of a line, in bytes
     length: int
@@ -62,7 +75,7 @@ class StreamReader:
             return BadRow(reason_of(error))
 
     def expect(self, address: RowAddress) -> None:
-        """This process will read the row, after all those announced before: its row group is then read less often."""
+        """Announce that this process will read the row after those announced before, which saves repeated reads."""
         _, file, row_group, row = address.place
         if row_group >= 0:
             rows.expect_parquet_row(file, row_group, row, address.columns)

@@ -1,37 +1,35 @@
 """GroupStream: a group of datasets as numbered rows that can be planned, described and read.
 
-Guarantees: `plan_sample` makes a sample from the index and counter-based draws alone (no file is touched), its length
-exact; the same in every process. Rows that cannot be used are None there, counted, and named once. Reading gives each
-row or the reason why not, never an exception.
+Guarantees: `plan_sample` needs only the index and counter-based draws; no file is read. A sample's length is exact, and
+the same in every process. A row that cannot be used gives None, is counted, and named once. Reading gives each row or
+the reason why it cannot be read, never an exception.
 """
 
 from __future__ import annotations
 
 import bisect
 import hashlib
-import logging
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import count
-from typing import NamedTuple
+from itertools import accumulate, count
+from typing import Any
+
+import numpy as np
 
 from bagel_ds.data.formats.record import VERSION, ParsedRow, Record, decode_record
-from bagel_ds.data.formats.registry import KINDS
-from bagel_ds.data.formats.source import Piece
+from bagel_ds.data.formats.source import Piece, Source
 from bagel_ds.data.index.index import FileIndex
 from bagel_ds.data.plan.planner import digest_of
 from bagel_ds.data.samples.draws import Draws, draw_key
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, BadRow, Entry, SamplePlan
-from bagel_ds.data.streams.reader import RowAddress, RowPlace, StreamReader
+from bagel_ds.data.streams.reader import RowAddress, RowPlace, StreamReader, UnusableRow
+from bagel_ds.data.streams.row_sets import RowSet
+from bagel_ds.data.streams.unusable import UnusableRows
 from bagel_ds.model_folder.tokenizer import Tokenizer
 
-logger = logging.getLogger("bagel_ds")
-
 _KNOWN_SIZES = 100_000
-_NAMED_ROWS = 5  # bad rows of a dataset that the log names; all are in `bad_rows`
 
 
 @dataclass(frozen=True)
@@ -55,37 +53,37 @@ class FileUse:
     dataset: str
     index: FileIndex
 
-    @property
-    def folder(self) -> str:
-        """Where the images lie that lines name."""
-        return self.index.file.folder
 
+class _Units(Sequence[range]):
+    """The read units of all uses as ranges of rows, made from their bounds when they are asked for."""
 
-class UnusableRow(NamedTuple):
-    """A row that no sample can be made of; `row` -1: the whole file."""
+    def __init__(self, lengths: Sequence[np.ndarray]) -> None:
+        self.bounds = np.concatenate([np.zeros(1, np.int64), *lengths]).cumsum()
 
-    dataset: str
-    file: str
-    row_group: int
-    row: int
-    reason: str
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
 
-    @property
-    def words(self) -> str:
-        """ "<dataset>: <file> row group g row r", for messages."""
-        if self.row < 0:
-            return f"{self.dataset}: {self.file} as a whole"
-        return str(RowPlace(*self[:4]))
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        number %= len(self)
+        return range(*self.bounds[number : number + 2].tolist())
+
+    def __iter__(self) -> Iterator[range]:
+        return map(range, *(part.tolist() for part in (self.bounds[:-1], self.bounds[1:])))
 
 
 class GroupStream:
-    """See the module. `group` counts the groups of the run."""
+    """See the module. `group` counts the groups of the run, `source` the group's format."""
 
     def __init__(
         self,
         group: int,
         name: str,
         kind: str,
+        source: Source,
         uses: Sequence[FileUse],
         transforms: tuple[ImageTransform | None, ImageTransform | None],
         options: SampleOptions,
@@ -93,38 +91,29 @@ class GroupStream:
         weight: float = 1.0,
         is_mandatory: bool = False,
     ) -> None:
-        self.group = group
-        self.name = name
-        self.kind = kind
-        self.weight = weight
-        self.is_mandatory = is_mandatory
+        self.group, self.name, self.kind, self.source = group, name, kind, source
+        self.weight, self.is_mandatory = weight, is_mandatory
         self.uses = tuple(uses)
         self.datasets = tuple(dict.fromkeys(use.dataset for use in uses))
         self.vae_transform, self.vit_transform = transforms
         self.options = options
         self.special = tokenizer.special
         self._text_lengths = f"{VERSION} {tokenizer.fingerprint}"
-        self.source = KINDS[kind]
-        self.reader = StreamReader(name, self.source, *transforms)
-        self.units: list[range] = []
-        self._starts: list[int] = []  # first row of each use
-        self._first_units: list[int] = []  # first unit of each use
-        row = 0
-        for use in self.uses:
-            self._starts.append(row)
-            self._first_units.append(len(self.units))
-            for rows in use.index.unit_rows.tolist():
-                self.units.append(range(row, row + rows))
-                row += rows
-        self.rows = row
-        self._unit_starts = [unit.start for unit in self.units]
-        self._bad_rows: list[UnusableRow] = []
-        self._told = 0  # of `_bad_rows`
-        once = {(use.dataset, use.index.path): (use, start) for use, start in zip(self.uses, self._starts)}
-        self._unlisted = list(once.values())  # a file used several times is listed once
-        self.too_long: set[int] = set()  # rows with a sample longer than max_num_tokens_per_sample, as met so far
-        self._found_bad: set[int] = set()
-        self._sizes: dict[tuple[str, int, int, int], tuple[int, int, int]] = {}
+        self.reader = StreamReader(name, source, *transforms)
+        self.units = _Units([use.index.layout.unit_rows for use in uses])
+        self._starts = list(accumulate((use.index.rows for use in uses), initial=0))  # first row of each use, rows
+        self.rows = self._starts.pop()
+        self._first_units = list(accumulate((len(use.index.layout.unit_rows) for use in uses), initial=0))
+        once: dict[tuple[str, str], int] = {}  # the first row of a file's first use
+        self._first_uses = [
+            once.setdefault((use.dataset, use.index.path), start) for use, start in zip(self.uses, self._starts)
+        ]
+        files = [
+            (use.dataset, use.index, start)
+            for use, start, first in zip(self.uses, self._starts, self._first_uses)
+            if start == first
+        ]
+        self.unusable = UnusableRows(files, self.rows, self.place)
         self._choice_key = draw_key("choice", options.seed, name)
         self._dropout_key = draw_key("dropout", options.seed, name)
         chances = {
@@ -133,7 +122,7 @@ class GroupStream:
             VAE: options.vae_cond_dropout_prob,
         }
         self._chances = chances if self.source.conditions_drop and any(chances.values()) else {}
-        self._named: Counter[str] = Counter()
+        self._sizes: dict[tuple[str, int, int, int], tuple[int, int, int]] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -153,60 +142,50 @@ class GroupStream:
     @property
     def bad_rows(self) -> list[UnusableRow]:
         """Rows that no sample can be made of, each once: of the files indexed so far, and those planning has met."""
-        indexed = [(use, start) for use, start in self._unlisted if use.index.is_indexed]
-        if indexed:
-            self._unlisted = [(use, start) for use, start in self._unlisted if not use.index.is_indexed]
-        for use, start in indexed:
-            for row, reason in use.index.bad:
-                place = self.place(start + row) if row >= 0 else RowPlace(use.dataset, use.index.path, -1, -1)
-                self._bad_rows.append(UnusableRow(*place, reason))
-        return self._bad_rows
+        return list(self.unusable)
 
-    def tell_bad_rows(self) -> None:
-        """Name in the log those of `bad_rows` that are new, the first few of each dataset."""
-        rows = self.bad_rows
-        unnamed: Counter[str] = Counter()
-        for row in rows[self._told :]:
-            self._named[row.dataset] += 1
-            if self._named[row.dataset] <= _NAMED_ROWS:
-                logger.warning("%s is skipped: %s", row.words, row.reason)
-            else:
-                unnamed[row.dataset] += 1
-        for dataset, rest in unnamed.items():
-            logger.warning("%s: %d more rows are skipped", dataset, rest)
-        self._told = len(rows)
+    @property
+    def too_long(self) -> RowSet:
+        """Rows with a sample longer than max_num_tokens_per_sample, as met so far, each once."""
+        return self.unusable.too_long
 
     def plan_sample(self, row: int, epoch: int) -> SamplePlan | None:
-        """The sample of `row` in `epoch`, every choice made; None where there is none (see `bad_rows`, `too_long`)."""
-        number = bisect.bisect_right(self._starts, row) - 1
-        index, local = self.uses[number].index, row - self._starts[number]
-        start, stop = index.offsets[local : local + 2].tolist()
-        if start == stop:
+        """The sample of `row` in `epoch`, every choice made; None where there is none (see `unusable`)."""
+        number, local = self._use(row)
+        numbers = self.uses[number].index.records.numbers_of(local)
+        if not numbers:
             return None
-        record = decode_record(index.numbers[start:stop].tolist())
+        record = decode_record(numbers)
         pieces = self.source.arrange(record, Draws(self._choice_key, epoch, row))
         try:
             entries = self._entries(pieces, record)
         except BadRow as error:
-            self._note_bad(row, str(error))
+            self.unusable.refuse(self._first_uses[number] + local, str(error))
             return None
         if sum([entry.tokens + 2 for entry in entries]) > self.options.max_num_tokens_per_sample:
-            self.too_long.add(row)
+            self.unusable.is_too_long(self._first_uses[number] + local)
             return None
         return SamplePlan(self.group, epoch, row, self._with_dropout(entries, epoch, row))
 
     def place(self, row: int) -> RowPlace:
         """The file, row group and row of a row number."""
+        number, local = self._use(row)
+        use = self.uses[number]
+        places = use.index.layout.places
+        if len(places):
+            return RowPlace(use.dataset, use.index.path, -1, int(places[local, 2]))
+        unit = int(np.searchsorted(self.units.bounds, row, side="right")) - 1
+        start = int(self.units.bounds[unit])
+        return RowPlace(use.dataset, use.index.path, unit - self._first_units[number], row - start)
+
+    def _use(self, row: int) -> tuple[int, int]:
+        """(number of the use, row in its file) of a row number."""
         number = bisect.bisect_right(self._starts, row) - 1
-        use, local = self.uses[number], row - self._starts[number]
-        if len(use.index.places):
-            return RowPlace(use.dataset, use.index.path, -1, int(use.index.places[local, 2]))
-        unit = bisect.bisect_right(self._unit_starts, row) - 1
-        return RowPlace(use.dataset, use.index.path, unit - self._first_units[number], row - self._unit_starts[unit])
+        return number, row - self._starts[number]
 
     def index_of(self, row: int) -> FileIndex:
         """The index of the file that a row lies in."""
-        return self.uses[bisect.bisect_right(self._starts, row) - 1].index
+        return self.uses[self._use(row)[0]].index
 
     def rows_of(self, dataset: str) -> list[range]:
         """Row numbers of one of `datasets`."""
@@ -214,22 +193,18 @@ class GroupStream:
         parts = zip(self.uses, self._starts, stops, strict=True)
         return [range(start, stop) for use, start, stop in parts if use.dataset == dataset]
 
-    def describe(self, plan_or_row: SamplePlan | int) -> str:
-        """ "<dataset>: <file> row group g row r", for messages."""
-        return str(self.place(plan_or_row if isinstance(plan_or_row, int) else plan_or_row.row))
-
     def address(self, row: int) -> RowAddress:
         """How to read a row in any process."""
-        number = bisect.bisect_right(self._starts, row) - 1
-        use, place = self.uses[number], self.place(row)
+        number, local = self._use(row)
+        index, place = self.uses[number].index, self.place(row)
         offset = length = 0
         if place.row_group < 0:
-            offset, length, _ = use.index.places[row - self._starts[number]].tolist()
-        return RowAddress(place, use.folder, use.index.columns, offset, length)
+            offset, length, _ = index.layout.places[local].tolist()
+        return RowAddress(place, index.file.folder, index.layout.columns, offset, length)
 
-    def read(self, plans: Sequence[SamplePlan]) -> list[ParsedRow | BadRow]:
-        """The rows of `plans` as they are in the files."""
-        return [self.reader.read(self.address(plan.row)) for plan in plans]
+    def read(self, plan: SamplePlan) -> ParsedRow | BadRow:
+        """The row of `plan` as it is in the file."""
+        return self.reader.read(self.address(plan.row))
 
     def _entries(self, pieces: list[Piece], record: Record) -> list[Entry]:
         """Pieces with their sizes, modalities that are switched off taken out. Raises `BadRow`."""
@@ -281,15 +256,6 @@ class GroupStream:
             if any(entry.loss and not entry.dropped for entry in drawn):
                 return drawn
         raise AssertionError("unreachable")
-
-    def _note_bad(self, row: int, reason: str) -> None:
-        if row in self._found_bad:
-            return
-        self._found_bad.add(row)
-        place = self.place(row)
-        self._bad_rows.append(UnusableRow(*place, reason))
-        if self._named[place.dataset] < _NAMED_ROWS:
-            self.tell_bad_rows()
 
 
 def _image_tokens(stream: GroupStream, kind: str, width: int, height: int, sharing: int) -> tuple[int, int, int]:

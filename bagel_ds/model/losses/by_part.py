@@ -1,9 +1,8 @@
-"""What the losses of a step consist of: by dataset, and the velocity error by timestep.
+"""A step's losses by dataset, and its velocity error by timestep.
 
-Guarantees: every step adds up its own sums on the device, without waiting for it and without any exchange between
-ranks; only where a step is logged are they read, and put together over all ranks with its other numbers. Every token
-weighs as in the loss itself, so the parts' means, weighted by their tokens, are the loss. A part that a step has
-nothing of has no number.
+Guarantees: a step adds up its sums on the device, without a synchronization and without communication; they are read
+and combined over ranks only when the step is logged. Tokens weigh as in the loss itself, so the means of the parts,
+weighted by their tokens, give the loss. A part without tokens in the step gets no number.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.flow import flow_time
 from bagel_ds.model.losses.normalization import LossOptions, token_losses
 
-MSE, CE, BY_TIME = "loss/mse/", "loss/ce/", "loss/mse_t/"  # followed by a dataset's name, or a band of t
+MSE, CE, BY_TIME = "loss/mse/", "loss/ce/", "loss/mse_t/"  # followed by a dataset's name or a band of t
 BANDS = 4  # of t after the shift, from 0 (clean) to 1 (noise)
 
 
 class LossParts:
-    """Sums of one step in a tensor [2, parts]: weighted losses, and their weights."""
+    """Adds up one step's weighted losses and their weights in a tensor [2, parts]."""
 
     def __init__(self, datasets: Sequence[str], timestep_shift: float, options: LossOptions):
         self._datasets = {name: place for place, name in enumerate(datasets)}
@@ -54,7 +53,7 @@ class LossParts:
         _add(sums, bands + 2 * count, mse, torch.ones_like(mse))
 
     def means(self, by_rank: Sequence[Sequence[Sequence[float]]]) -> dict[str, float]:
-        """Means over all ranks, from the sums of each as lists; only of what the step has some of."""
+        """Means over all ranks of the parts that have tokens, from each rank's sums as nested lists."""
         losses, weights = ([sum(column) for column in zip(*rows, strict=True)] for rows in zip(*by_rank, strict=True))
         return {
             name: loss / weight for name, loss, weight in zip(self.names, losses, weights, strict=True) if weight > 0

@@ -1,8 +1,8 @@
 """Language-model head and cross entropy as one module.
 
-Guarantees: in training, the [K, vocabulary] logits never exist; at most about `CHUNK_ELEMENTS` fp32 values of them do
-at a time. The module is called exactly once per micro-batch on every rank and reads its weight only inside its own
-forward and backward, so under ZeRO-3 the weight is gathered once each, however many chunks a rank needs.
+Guarantees: in training, the [K, vocabulary] logits never exist as a whole: they are made chunk by chunk, sized in
+shape/activations.py. The module is called exactly once per micro-batch on every rank and reads its weight only inside
+its own forward and backward, so under ZeRO-3 the weight is gathered once for each, however many chunks a rank needs.
 
 Shape legend: K positions with a label, C hidden, V vocabulary (padded rows included), v one vocabulary chunk.
 """
@@ -14,7 +14,7 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 
-CHUNK_ELEMENTS = 2**25  # fp32 logits held at once: 128 MiB
+from bagel_ds.model.shape.activations import chunk_columns
 
 
 class CrossEntropyHead(nn.Module):
@@ -70,6 +70,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _chunks(positions: int, vocabulary: int) -> Iterator[tuple[int, int]]:
-    size = max(1024, CHUNK_ELEMENTS // max(positions, 1))
+    size = chunk_columns(positions)
     for start in range(0, vocabulary, size):
         yield start, min(start + size, vocabulary)

@@ -1,7 +1,7 @@
-"""Loss of an optimizer step, normalised over everything that is in it.
+"""Loss of an optimizer step, normalized over all its ranks and micro-batches.
 
-Guarantees: every labelled token of a step weighs the same, and so does every noised latent token, whichever rank or
-micro-batch holds it: two micro-batches on one rank, or one on each of two, give the same gradient. A step without
+Guarantees: all labeled tokens of a step weigh the same, and so do all noised latent tokens, whichever rank or
+micro-batch holds them: two micro-batches on one rank give the same gradient as one on each of two. A step without
 labels (or without noised images) has a zero loss of that kind, with zero gradients.
 
     loss = ce_weight * sum(ce) / N_ce + mse_weight * sum(mean over features of mse) / N_mse
@@ -30,7 +30,7 @@ class LossOptions(NamedTuple):
 
 
 class WindowTotals(NamedTuple):
-    """What one optimizer step holds over all ranks and micro-batches."""
+    """Counts of one optimizer step over all ranks and micro-batches."""
 
     ce: float  # labels, or the sum of their weights with ce_loss_reweighting
     mse: float  # noised latent tokens
@@ -38,7 +38,7 @@ class WindowTotals(NamedTuple):
 
 
 def window_totals(window: Sequence[PackedBatch], options: LossOptions, device: torch.device) -> WindowTotals:
-    """Count the batches of a step on all ranks; one small collective call, made before the first backward."""
+    """Count the batches of a step on all ranks, in one small collective call before the first backward pass."""
     counts = torch.zeros(3, dtype=torch.float64)
     for batch in window:
         labels = batch.ce_loss_weights.double().sum() if options.ce_loss_reweighting else len(batch.label_ids)
@@ -49,7 +49,7 @@ def window_totals(window: Sequence[PackedBatch], options: LossOptions, device: t
 
 
 class LossSums(NamedTuple):
-    """This rank's part of a step's two means; summed over ranks and micro-batches they are the means."""
+    """Contributions to a step's two means; their sums over ranks and micro-batches are the means."""
 
     ce: Tensor
     mse: Tensor
@@ -65,7 +65,7 @@ def token_losses(output: BagelOutput, batch: PackedBatch, options: LossOptions) 
 def partial_means(output: BagelOutput, batch: PackedBatch, totals: WindowTotals, options: LossOptions) -> LossSums:
     """One micro-batch's contribution to the step's mean cross entropy and mean squared error."""
     ce, _, mse = token_losses(output, batch, options)
-    # A kind that nobody has sums to zero; dividing by 1 keeps it so and keeps it in the graph.
+    # A kind without tokens on any rank: zero divided by 1 stays zero and stays in the graph.
     return LossSums(ce.sum() / (totals.ce or 1.0), mse.sum() / (totals.mse or 1.0))
 
 

@@ -1,7 +1,7 @@
-"""The shape of a BAGEL network, as plain numbers.
+"""The configuration of a BAGEL network.
 
-Guarantees: every field has the meaning of the same-named key in llm_config.json / vit_config.json or of the original's
-argument. Reading the files is `model_folder/folder.py`'s work; nothing here touches a disk.
+Guarantees: a field means what the key of the same name means in llm_config.json or vit_config.json, or the original's
+argument. `model_folder/folder.py` reads the files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LLMConfig:
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """SigLIP NaViT. `num_layers` is what is built: the file's num_hidden_layers + 1 + vit_select_layer."""
+    """SigLIP NaViT. `num_layers` counts the layers built: the file's num_hidden_layers + 1 + vit_select_layer."""
 
     hidden_size: int = 1152
     intermediate_size: int = 4304
@@ -65,7 +65,7 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class BagelConfig:
-    """The whole network; the last five change what is computed or how, not which tensors exist."""
+    """The whole network; the last five change the computation, not the tensors."""
 
     llm: LLMConfig = LLMConfig()
     vit: ViTConfig = ViTConfig()

@@ -2,7 +2,7 @@
 
 Guarantees: whole numbers, without torch. Counts are matrix products (2 FLOP per parameter and row); norms, embeddings
 and the 64-wide latent projections are too small to count. What a training step makes of these counts (passes,
-recomputation) is the user's business: data/plan/cost.py prices packs, train/metrics/throughput.py measures speed.
+recomputation) is up to its users: data/plan/cost.py prices packs, train/metrics/throughput.py measures speed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Every parameter of a BAGEL network and the order in which a step uses them, by arithmetic alone.
+"""Every parameter of a BAGEL network, and the order in which a step uses them.
 
-Guarantees: names, sizes and order are those of `Bagel(config).named_parameters()` (a test compares), without torch: a
-plan for 14.6 B parameters takes milliseconds and no memory.
+Guarantees: names, sizes and order are those of `Bagel(config).named_parameters()` (a test compares). Everything is
+arithmetic: listing 14.6 B parameters takes milliseconds and no memory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def parameter_sizes(config: BagelConfig, freezing: Freezing = Freezing()) -> tup
 
 
 def module_of(parameter: str) -> str:
-    """The module that reads a parameter: what ZeRO-3 gathers at once."""
+    """The module that reads a parameter; ZeRO-3 gathers all parameters of a module together."""
     return parameter.rpartition(".")[0]
 
 
@@ -101,7 +101,7 @@ def _norm(name: str, width: int) -> Iterator[tuple[str, int]]:
 
 
 def vae_encoder_parameters(vae: VAEConfig) -> int:
-    """Of what training takes of the autoencoder: 34,274,208 in the released one."""
+    """Parameters of the autoencoder's encoder, the part that training needs: 34,274,208 in the released one."""
     widths = [vae.channels * multiplier for multiplier in vae.channel_multipliers]
     total = _conv(3, widths[0]) + _conv(widths[-1], 2 * vae.z_channels) + 2 * widths[-1]
     previous = widths[0]
@@ -121,11 +121,10 @@ def _res_block(inputs: int, outputs: int) -> int:
     return 2 * inputs + _conv(inputs, outputs) + 2 * outputs + _conv(outputs, outputs) + shortcut
 
 
-# ------------------------------------------------------------------------------------------------- order of a step
 class Call(NamedTuple):
     """One module using its parameters: indexes into `parameter_sizes`."""
 
-    moment: str  # "vit", "embedding", "layer" or "head"
+    phase: str  # of the step: "vit", "embedding", "layer" or "head"
     parameters: tuple[int, ...]
     backward: bool = False
 
@@ -134,7 +133,7 @@ class Call(NamedTuple):
 def step_calls(config: BagelConfig, freezing: Freezing, recompute: bool) -> tuple[Call, ...]:
     """Modules in the order in which one micro-batch's forward and backward pass use them.
 
-    With `recompute` every decoder and ViT layer runs forward once more before its backward.
+    With `recompute` every decoder and ViT layer runs forward again before its backward pass.
     """
     forward = list(_forward_calls(config, freezing))
     calls = [call for block in forward for call in block]
@@ -146,13 +145,13 @@ def step_calls(config: BagelConfig, freezing: Freezing, recompute: bool) -> tupl
 
 
 def _forward_calls(config: BagelConfig, freezing: Freezing) -> Iterator[list[Call]]:
-    """Blocks that are recomputed together (layers), or single modules, in forward order."""
+    """Modules in forward order, grouped into the blocks (layers) that are recomputed together."""
     modules: dict[str, list[int]] = {}
     for index, parameter in enumerate(parameter_sizes(config, freezing)):
         modules.setdefault(module_of(parameter.name), []).append(index)
 
-    def calls(prefix: str, moment: str) -> list[Call]:
-        return [Call(moment, tuple(held)) for name, held in modules.items() if name.startswith(prefix)]
+    def calls(prefix: str, phase: str) -> list[Call]:
+        return [Call(phase, tuple(held)) for name, held in modules.items() if name.startswith(prefix)]
 
     yield calls("language_model.model.embed_tokens", "embedding")
     if config.visual_und:

@@ -1,6 +1,6 @@
-"""The network's parts by parameter name: for counting, for freezing, and for filling what a checkpoint lacks.
+"""The network's parts by parameter name: for counting, freezing, and filling in what a checkpoint lacks.
 
-Guarantees: every parameter belongs to exactly one part; which parts train follows from the run's switches alone.
+Guarantees: every parameter belongs to exactly one part, and the run's switches determine which parts train.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ POSITION_TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
 
 
 class Freezing(NamedTuple):
-    """The original's freeze_* switches; freeze_und lives in `BagelConfig` because it also cuts gradients."""
+    """The original's freeze_* switches. freeze_und is in `BagelConfig`, because it also cuts gradients."""
 
     freeze_llm: bool = False
     freeze_vit: bool = False
@@ -38,8 +38,8 @@ def part_of(name: str) -> str:
 def trainable_parts(config: BagelConfig, freezing: Freezing) -> set[str]:
     """Parts that receive updates.
 
-    The original keeps requires_grad under freeze_und and under switched-off modalities, with gradients that are exactly
-    zero; not training these parts gives the same weights without their optimizer states.
+    Under freeze_und and for modalities that are off, the original keeps requires_grad and gets gradients of exactly
+    zero. Not training these parts gives the same weights without their optimizer states.
     """
     frozen = {"position_tables"}
     if freezing.freeze_llm:
@@ -57,5 +57,5 @@ def trainable_parts(config: BagelConfig, freezing: Freezing) -> set[str]:
 
 
 def generation_twin(name: str) -> str | None:
-    """The understanding parameter that a generation expert's parameter starts from (copy_init_moe), or None."""
+    """The understanding parameter from which copy_init_moe fills a generation parameter; None for other names."""
     return name.replace("_moe_gen", "") if "_moe_gen" in name else None

@@ -1,7 +1,7 @@
-"""How fast a run is: arithmetic per pack, peak of the device, memory in use.
+"""Speed of a run: FLOPs per pack, the device's peak, memory in use.
 
-Guarantees: FLOPs are the network's own (forward and backward, recomputation not counted), each token at its own expert;
-on a device whose peak is unknown there is no utilisation rather than a wrong one.
+Guarantees: FLOPs are those of the network (forward and backward, without recomputation). A device whose peak is unknown
+gets no utilization rather than a wrong one.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model.shape.flops import forward_flops
 from bagel_ds.units import GIB
 
-# Dense bf16 peak in TFLOP/s by whole words of the device's name, of which the longest that occur hold (NVIDIA's data
-# sheets, whose figures with sparsity are halved; a GB200 and a GB300 here are one GPU of the superchip).
+# Dense bf16 peak in TFLOP/s by words of the device's name; the longest match counts. From NVIDIA's data sheets, figures
+# with sparsity halved; GB200 and GB300 stand for one GPU of the superchip.
 PEAK_TFLOPS = {
     "GB300": 2500.0,
     "GB200": 2500.0,
@@ -56,7 +56,7 @@ PEAK_TFLOPS = {
     "RTX 4080": 97.5,
     "RTX 3090": 71.0,
 }
-# Behind a name of the table: another chip, a slower one, or a part of one. Those with an entry of their own match that.
+# Behind a name of the table these mean another chip, a slower one, or a part of one, unless the table has an entry.
 _OTHER_DEVICE = r" (Ti|D|SUPER|Laptop|Max-Q|NVL|PCIe|CNX)\b|.* MIG\b"
 
 
@@ -64,11 +64,11 @@ class DeviceMemory(NamedTuple):
     """Peaks of this process on its GPU, GiB."""
 
     allocated: float  # by tensors
-    reserved: float  # what torch took from the device for them, fragmentation included: what a plan predicts
+    reserved: float  # by torch for them, with fragmentation: the figure that a memory plan predicts
 
 
 def peak_tflops(given: float) -> float | None:
-    """`given` where above 0, else the device's dense bf16 peak, else None."""
+    """`given` if it is above 0, else the device's dense bf16 peak if it is known, else None."""
     if given > 0:
         return given
     if not uses_cuda():
@@ -86,7 +86,7 @@ def pack_flops(batch: PackedBatch, config: BagelConfig) -> float:
 
 
 def host_gib() -> float:
-    """Memory of this process that no file backs (anonymous and shared), GiB."""
+    """Anonymous and shared memory of this process, GiB; file-backed pages don't count."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
     kib = sum(int(fields[name].split()[0]) for name in ("RssAnon", "RssShmem") if name in fields)
     return kib / 2**20

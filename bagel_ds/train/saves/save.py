@@ -29,6 +29,7 @@ import torch.distributed as dist
 from bagel_ds.checkpoint import state as state_files
 from bagel_ds.checkpoint import step_folders
 from bagel_ds.checkpoint.gather import stream_tensors
+from bagel_ds.checkpoint.serving import checkpoint_readme
 from bagel_ds.checkpoint.state import Held
 from bagel_ds.model_folder.folder import CONFIG_FILES, EMA, MODEL, TOKENIZER_FILES, VAE
 from bagel_ds.model_folder.tensor_files import TensorFileWriter, joined_checksums
@@ -174,6 +175,7 @@ class Save:
         except OSError:
             shutil.copyfile(source / VAE, self._unfinished / VAE)
         step_folders.write_json(self._unfinished / step_folders.TRAINER, trainer)
+        (self._unfinished / step_folders.README).write_text(checkpoint_readme(self._unfinished))
 
     def _source_of_rest(self) -> Path:
         """The model folder or, if it is gone, the newest checkpoint, which has the same files.

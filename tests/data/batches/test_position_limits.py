@@ -42,7 +42,7 @@ def test_an_image_larger_than_the_table_is_unusable_unless_positions_are_interpo
     assert small is not None
     if not interpolate:
         assert large is None
-        assert [(bad.row, named in bad.reason) for bad in stream.bad_rows] == [(1, True)]
+        assert [(bad.place.row, named in bad.reason) for bad in stream.bad_rows] == [(1, True)]
         return
     assert large is not None and not stream.bad_rows
     batch = materialize([large], [stream], tokenizer, options, 0)

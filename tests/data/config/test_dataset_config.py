@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from bagel_ds.data.config.dataset_config import DatasetConfig, FrameSampler, load_dataset_config
+from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.errors import UserError
 from tests.small_data import t2i_rows, write_config, write_conversations, write_parquet
@@ -65,7 +66,7 @@ def test_dialect_a_as_the_original_publishes_it(tmp_path: Path, data: dict[str, 
     assert (vlm.shuffle_lines, vlm.shuffle_seed, vlm.weight) == (True, 7, 0.5)
     assert vlm.frame_sampler == FrameSampler(12, 8)
     assert vlm.datasets[0].files == (str(tmp_path / "vlm" / "data.jsonl"),)
-    assert vlm.datasets[0].image_dir == str(tmp_path / "vlm" / "images")
+    assert vlm.datasets[0].images == ImageFolder(str(tmp_path / "vlm" / "images"))
     assert vlm.datasets[0].num_used == 1000
 
 
@@ -150,7 +151,7 @@ def test_a_python_dataset_info_is_read_and_never_run(tmp_path: Path, data: dict[
         ("DATASET_INFO = load()", "line 3: .load"),
         ("DATASET_INFO.update({})", "line 3: only assignments"),
         ("INFO = {}", "no assignment to DATASET_INFO"),
-        ("DATASET_INFO = {", "cannot be read"),
+        ("DATASET_INFO = {", "line 3: cannot be read as Python"),
     ],
 )
 def test_what_would_have_to_be_computed_is_refused_with_its_line(tmp_path: Path, line: str, named: str) -> None:
@@ -168,7 +169,7 @@ def test_what_would_have_to_be_computed_is_refused_with_its_line(tmp_path: Path,
         ({"weight": "much"}, "weight must be a number"),
         ({"is_mandatory": "yes"}, "is_mandatory must be true or false"),
         ({"num_used_data": [1, 2]}, "one number for each of 1 dataset_names"),
-        ({"num_used_data": [-1]}, "integers of at least 0, found -1"),
+        ({"num_used_data": [-1]}, "integers of at least 0 and at most 1,000,000, found -1"),
         ({"image_transform_args": {"image_stride": 16}}, "lacks max_image_size, min_image_size"),
         ({"image_transform_args": {"image_strid": 16}}, "did you mean 'image_stride'"),
         ({"image_transform_args": {"image_stride": 0, "max_image_size": 1, "min_image_size": 1}}, "positive numbers"),
@@ -198,7 +199,7 @@ def test_each_fault_of_a_group_is_named(
         ({"data_dirs": "t2i"}, "unknown key 'data_dirs'; did you mean 'data_dir'"),
         ({"path": "t2i", "parquet": "c.parquet"}, "no such parquet file"),
         ({}, "data_dir (or path) is missing"),
-        ("t2i", "expected a mapping with paths, found str"),
+        ("t2i", "expected a mapping with paths, found 't2i'"),
     ],
 )
 def test_each_fault_of_a_dataset_is_named(tmp_path: Path, data: dict[str, Any], entry: Any, named: str) -> None:
@@ -222,7 +223,7 @@ def test_all_faults_are_listed_at_once(tmp_path: Path, data: dict[str, Any]) -> 
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("", "found nothing"), ("- a\n", "found list"), ("a: [\n", "not valid YAML"), ("t2i_pretrain: 3\n", "found int")],
+    [("", "found nothing"), ("- a\n", "found a list"), ("a: [\n", "not valid YAML"), ("t2i_pretrain: 3\n", "found 3")],
 )
 def test_a_malformed_config_is_named(tmp_path: Path, text: str, named: str) -> None:
     (tmp_path / "data.yaml").write_text(text)
@@ -240,7 +241,7 @@ def test_a_missing_config_is_named_with_those_there_are(tmp_path: Path) -> None:
 def test_without_any_dataset_info_the_places_searched_are_named(tmp_path: Path) -> None:
     message = _faults(write_config(tmp_path, {"t2i_pretrain": {"dataset_names": ["t2i"]}}))
     assert "there is no dataset_info.yaml" in message and str(tmp_path) in message
-    assert "does not exist" in _faults(write_config(tmp_path, {"x": 1}), str(tmp_path / "absent.yaml"))
+    assert "absent.yaml: no such file" in _faults(write_config(tmp_path, {"x": 1}), str(tmp_path / "absent.yaml"))
 
 
 def test_a_dataset_info_that_is_no_text_is_a_message(tmp_path: Path) -> None:

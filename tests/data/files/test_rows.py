@@ -34,9 +34,9 @@ class _Reader:
         self.reads: Counter[int] = Counter()
         self.taken: list[tuple[int, int]] = []
 
-    def __call__(self, key: GroupKey) -> Iterator[tuple[int, Callable[[], Row]]]:
+    def __call__(self, key: GroupKey) -> Iterator[Callable[[], Row]]:
         self.reads[key.group] += 1
-        return ((row, partial(self._values, key.group, row)) for row in range(self.rows))
+        return (partial(self._values, key.group, row) for row in range(self.rows))
 
     def _values(self, number: int, row: int) -> Row:
         self.taken.append((number, row))

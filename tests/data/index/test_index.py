@@ -19,13 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats import SOURCES
-from bagel_ds.data.formats.record import Record, decode_record
+from bagel_ds.data.formats.record import Record
 from bagel_ds.data.index import cache as cache_module
 from bagel_ds.data.index import data_file
 from bagel_ds.data.index import index as index_module
 from bagel_ds.data.index.cache import BESIDE_DATA, locked
-from bagel_ds.data.index.index import DataFile, DataIndex, FileIndex, index_files
+from bagel_ds.data.index.index import DataFile, FileIndex, index_files
+from bagel_ds.data.index.records import FileRecords, differing
 from bagel_ds.model_folder.tokenizer import Tokenizer
 from tests.small_data import (
     INTERLEAVE_SCHEMA,
@@ -53,7 +55,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     original: Callable[..., Any] = index_module._index_chunk
 
     def noted(tokenizer: Tokenizer, task: Any) -> Any:
-        read.append(os.path.basename(task.file.path))
+        read.append(os.path.basename(task.read.file.path))
         return original(tokenizer, task)
 
     monkeypatch.setattr(index_module, "_index_chunk", noted)
@@ -65,13 +67,15 @@ def _t2i(path: Path) -> DataFile:
 
 
 def _record(index: FileIndex, row: int) -> Record:
-    return decode_record(index.numbers[index.offsets[row] : index.offsets[row + 1]].tolist())
+    record = index.records.record(row)
+    assert record is not None
+    return record
 
 
 def test_records_hold_token_lengths_and_image_sizes(tmp_path: Path, tokenizer: Tokenizer) -> None:
     path = write_parquet(tmp_path / "a.parquet", t2i_rows(5), group_rows=2)
     (index,) = index_files([_t2i(path)], tokenizer, str(tmp_path / "cache"))
-    assert index.unit_rows.tolist() == [2, 2, 1]
+    assert index.layout.unit_rows.tolist() == [2, 2, 1]
     assert index.rows == 5 and not index.bad
     for row in range(5):
         texts = [f"picture {row}", f"a longer caption of picture number {row}"]
@@ -105,7 +109,7 @@ def test_each_unusable_row_is_named_once_with_its_reason(tmp_path: Path, tokeniz
     ]
     for reason, part in zip(reasons.values(), expected, strict=True):
         assert part in reason
-    assert np.diff(index.offsets)[[0, 2, 3, 4, 5, 6]].tolist() == [0] * 6
+    assert np.diff(index.records.offsets)[[0, 2, 3, 4, 5, 6]].tolist() == [0] * 6
     assert _record(index, 7).text_lengths == [1]
 
 
@@ -153,7 +157,7 @@ def test_an_empty_file_has_no_rows(tmp_path: Path, tokenizer: Tokenizer) -> None
     schema = pa.schema([("image", pa.binary()), ("captions", pa.string())])
     path = write_parquet(tmp_path / "a.parquet", [], schema=schema)
     lines = write_conversations(tmp_path, [])
-    talks = DataFile(lines["jsonl_path"], SOURCES["vlm"], lines["data_dir"])
+    talks = DataFile(lines["jsonl_path"], SOURCES["vlm"], ImageFolder(lines["data_dir"]))
     assert [index.rows for index in index_files([_t2i(path), talks], tokenizer, str(tmp_path / "cache"))] == [0, 0]
 
 
@@ -166,8 +170,8 @@ def test_a_second_run_reads_only_what_changed(tmp_path: Path, tokenizer: Tokeniz
     again = index_files(data_files, tokenizer, cache)
     assert len(reads) == 3
     for one, other in zip(first, again, strict=True):
-        assert np.array_equal(one.numbers, other.numbers) and np.array_equal(one.offsets, other.offsets)
-        assert (one.digest, one.bad, one.columns) == (other.digest, other.bad, other.columns)
+        assert differing(one.records, other.records) == []
+        assert (one.digest, one.layout.columns) == (other.digest, other.layout.columns)
     write_parquet(paths[1], t2i_rows(3))
     changed = index_files(data_files, tokenizer, cache)
     assert reads[3:] == ["b.parquet"]
@@ -209,14 +213,14 @@ def test_the_pool_gives_what_one_process_gives(
     monkeypatch.setattr(data_file, "_TASK_ROWS", 2)
     path = write_parquet(tmp_path / "a.parquet", t2i_rows(6) + [{"image": b"", "captions": "{}"}], group_rows=1)
     lines = write_conversations(tmp_path / "talks", [conversation(f"line {i}", "answer") for i in range(5)] + ["{"])
-    talks = DataFile(lines["jsonl_path"], SOURCES["vlm"], lines["data_dir"])
+    talks = DataFile(lines["jsonl_path"], SOURCES["vlm"], ImageFolder(lines["data_dir"]))
     monkeypatch.setattr(data_file, "UNIT_LINES", 2)
     alone = index_files([_t2i(path), talks], tokenizer, str(tmp_path / "one"), workers=1)
     monkeypatch.setattr(index_module, "_POOL_ROWS", 0)
     pooled = index_files([_t2i(path), talks], tokenizer, str(tmp_path / "many"), workers=2)
     for one, other in zip(alone, pooled, strict=True):
-        assert np.array_equal(one.numbers, other.numbers) and np.array_equal(one.offsets, other.offsets)
-        assert (one.digest, one.bad) == (other.digest, other.bad)
+        assert differing(one.records, other.records) == []
+        assert one.digest == other.digest
     assert [row for row, _ in alone[0].bad] == [6] and [row for row, _ in alone[1].bad] == [5]
 
 
@@ -228,10 +232,10 @@ def test_lines_are_chosen_as_the_original_chooses_them(tmp_path: Path, tokenizer
     if seed is not None:
         random.Random(seed).shuffle(chosen)
     expected = sorted(chosen[:used])
-    file = DataFile(lines["jsonl_path"], SOURCES["vlm"], lines["data_dir"], used, seed)
+    file = DataFile(lines["jsonl_path"], SOURCES["vlm"], ImageFolder(lines["data_dir"]), used, seed)
     (index,) = index_files([file], tokenizer, str(tmp_path / "cache"))
     assert [_record(index, row).text_lengths[0] - 1 for row in range(index.rows)] == expected
-    assert (index.places[:, 2] - 1).tolist() == expected
+    assert (index.layout.places[:, 2] - 1).tolist() == expected
     (everything,) = index_files([replace(file, lines=None)], tokenizer, str(tmp_path / "cache"))
     assert everything.rows == count
 
@@ -256,7 +260,7 @@ def test_bad_lines_and_pictures_are_named(tmp_path: Path, tokenizer: Tokenizer) 
         conversation("a picture that no turn shows", "fine", image="x.png"),
     ]
     paths = write_conversations(tmp_path, lines, {"x.png": picture(8, 8)})
-    file = DataFile(paths["jsonl_path"], SOURCES["vlm"], paths["data_dir"])
+    file = DataFile(paths["jsonl_path"], SOURCES["vlm"], ImageFolder(paths["data_dir"]))
     (index,) = index_files([file], tokenizer, str(tmp_path / "cache"))
     reasons = dict(index.bad)
     expected = {
@@ -271,9 +275,8 @@ def test_bad_lines_and_pictures_are_named(tmp_path: Path, tokenizer: Tokenizer) 
         9: "conversations is NoneType",
         10: "value of a gpt turn is float",
         11: "expected a JSON object",
-        12: "JSONDecodeError",
-        13: "JSONDecodeError",
-        14: "not valid Unicode",
+        12: "not valid JSON",
+        13: "not valid Unicode",
     }
     assert reasons.keys() == expected.keys()
     for row, part in expected.items():
@@ -353,13 +356,13 @@ def test_of_two_processes_over_many_files_each_file_is_indexed_once(tmp_path: Pa
 
 def _files_made(data_files: list[DataFile], tokenizer: Tokenizer, cache: str) -> int:
     made: list[DataFile] = []
-    finish = DataIndex._finish
+    original = FileIndex.set
 
-    def noted(self: DataIndex, file: DataFile, parts: list[Any]) -> None:
-        made.append(file)
-        finish(self, file, parts)
+    def noted(self: FileIndex, records: FileRecords) -> None:
+        made.append(self.file)
+        original(self, records)
 
-    with mock.patch.object(DataIndex, "_finish", noted):
+    with mock.patch.object(FileIndex, "set", noted):
         index_files(data_files, tokenizer, cache)
     return len(made)
 
@@ -381,7 +384,7 @@ def test_a_file_that_is_gone_is_reported_as_a_whole(tmp_path: Path, tokenizer: T
     fine = write_parquet(tmp_path / "a.parquet", t2i_rows(2))
     here, gone = index_files([_t2i(fine), _t2i(tmp_path / "b.parquet")], tokenizer, str(tmp_path / "cache"))
     assert here.rows == 2 and gone.rows == 0
-    assert [row for row, _ in gone.bad] == [-1] and "No such file" in gone.bad[0][1]
+    assert [row for row, _ in gone.bad] == [-1] and "No such file" in dict(gone.bad)[-1]
 
 
 def test_a_sweep_removes_what_we_left_half_written_and_nothing_else(tmp_path: Path) -> None:

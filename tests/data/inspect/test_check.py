@@ -74,22 +74,22 @@ def test_each_row_that_cannot_be_used_is_listed_once_with_place_and_reason(
 ) -> None:
     pictures, talks = checked(tmp_path, tokenizer)
     assert (pictures.rows, pictures.usable, pictures.too_long) == (6, 3, 1)
-    found = [(row.row_group, row.row) for row in pictures.unusable]
+    found = [row.place[2:] for row in pictures.unusable]
     assert found == [(0, 1), (1, 0), (2, 1)]
     reasons = [row.reason for row in pictures.unusable]
     assert "zero bytes" in reasons[0] and "cannot be decoded" in reasons[1]
     assert reasons[2] == "the sample is longer than max_num_tokens_per_sample 150"
-    assert all(row.file == str(tmp_path / "t2i" / "a.parquet") for row in pictures.unusable)
+    assert all(row.place.file == str(tmp_path / "t2i" / "a.parquet") for row in pictures.unusable)
     assert (talks.rows, talks.usable) == (3, 1)
-    assert [(row.row_group, row.row) for row in talks.unusable] == [(-1, 2), (-1, 3)]
+    assert [row.place[2:] for row in talks.unusable] == [(-1, 2), (-1, 3)]
     assert "no such file" in talks.unusable[0].reason
 
 
 def test_odd_but_usable_rows_are_told_apart(tmp_path: Path, tokenizer: Tokenizer) -> None:
     pictures, talks = checked(tmp_path, tokenizer)
-    assert [(row.row_group, row.row) for row in pictures.damaged] == [(1, 1)]
+    assert [row.place[2:] for row in pictures.damaged] == [(1, 1)]
     assert "used as far as it goes" in pictures.damaged[0].reason
-    assert [(row.row_group, row.row) for row in pictures.special] == [(2, 0)]
+    assert [row.place[2:] for row in pictures.special] == [(2, 0)]
     assert pictures.special[0].reason == "a text holds <|im_end|>, which becomes special tokens"
     assert not talks.damaged and not talks.special
 

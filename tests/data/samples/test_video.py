@@ -161,7 +161,7 @@ def test_videos_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         {**_line("x.mp4"), "video": ["x.mp4"]},
     ]
     stream = _stream(tmp_path, lines)
-    reasons = {bad.row - 1: bad.reason for bad in stream.bad_rows}
+    reasons = {bad.place.row - 1: bad.reason for bad in stream.bad_rows}
     expected = {
         1: "no such file",
         2: "cannot be read",

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bagel_ds.model.losses import head as head_module
 from bagel_ds.model.losses.head import CrossEntropyHead
+from bagel_ds.model.shape import activations
 
 
 def make(
@@ -23,7 +23,7 @@ def make(
 @pytest.mark.parametrize("elements", [1, 4096, 2**25], ids=["many chunks", "some chunks", "one chunk"])
 @pytest.mark.parametrize("positions", [0, 1, 7])
 def test_loss_and_gradients_equal_the_plain_way(positions: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(activations, "CHUNK_ELEMENTS", elements)
     head, states, labels = make(positions)
     weights = torch.linspace(0.5, 2.0, positions)
     ours = head(states, labels)

@@ -55,6 +55,7 @@ def save(options: SaveOptions, step: int, last: bool = False) -> Path:
 def test_a_checkpoint_holds_weights_average_state_and_the_model_folder(one_host: bool, options: SaveOptions) -> None:
     folder = save(dataclasses.replace(options, one_host=one_host), 3)
     assert names(folder) == [
+        "README.md",
         "ae.safetensors",
         "ema.safetensors",
         "llm_config.json",
@@ -74,6 +75,8 @@ def test_a_checkpoint_holds_weights_average_state_and_the_model_folder(one_host:
         assert torch.equal(state.read(kind, "trains", 0, 6), torch.arange(6.0) * factor)
     assert state.has(EMA, "trains") and state.has(WEIGHT, "table")
     assert read_trainer(folder) == trainer_state(3)
+    assert "`model.safetensors`" in (folder / "README.md").read_text()
+    (folder / "README.md").write_text("edited for publication")
     assert manifest_fault(folder) is None and holds_state(folder)
     sums = json.loads((folder / "manifest.json").read_text())["checksums"]
     assert checksum_fault(folder, list(sums)) is None

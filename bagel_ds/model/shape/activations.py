@@ -1,8 +1,8 @@
-"""Bytes of activations by moment of a step, for one pack on one rank.
+"""Bytes of activations by phase of a step, for one pack on one rank.
 
-Guarantees: the coefficients are counted from the network's own operations in bf16 (what autograd saves, plus what a
-backward step holds besides); a test runs the real modules, adds up live tensors and compares. They bound any mixture of
-tokens from above: the worst is a pack whose tokens all go to one expert.
+Guarantees: the coefficients are counted from the network's own operations in bf16: what autograd saves, plus what a
+backward step holds for itself. tests/memory/test_phases.py runs the real modules, adds up live tensors and compares.
+The counts bound any mixture of tokens from above; the worst pack sends all its tokens to one expert.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 
-CHUNK_ELEMENTS = 2**25  # as in model/losses/head.py, which this file must not import: it needs torch
-CHUNK_COLUMNS = 1024  # the least a chunk of logits has
-ARENA_ALIGNMENT = 512  # bytes; as in model/offload.py
+CHUNK_ELEMENTS = 2**25  # fp32 logits that the head holds at once: 128 MiB
+CHUNK_COLUMNS = 1024  # the least columns of a chunk of logits
+ARENA_ALIGNMENT = 512  # bytes, of the slices in the arena of offloaded layer inputs
 
 
 class PackShape(NamedTuple):
-    """The largest pack to plan for. `labels` and `vit_tokens` are parts of `tokens`."""
+    """The largest pack to plan for. `tokens` includes `labels` and `vit_tokens`."""
 
     tokens: int
     labels: int
@@ -25,12 +25,12 @@ class PackShape(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """Bytes. `held` live from the forward to the backward pass of their part; the rest only at their moment."""
+    """Bytes. Checkpoints and inputs live from the forward to the backward pass, the rest only in its own phase."""
 
-    checkpoints: int  # inputs of recomputed layers, or with "none" all that their backward needs
-    layer_input: int  # of them, one decoder layer's
+    checkpoints: int  # inputs of recomputed layers, or with "none" all that their backward pass needs
+    layer_input: int  # the part of one decoder layer
     inputs: int  # embeddings, flow and pixels of the pack
-    layer: int  # one decoder layer's own while its backward runs
+    layer: int  # what one decoder layer adds during its backward pass
     vit_layer: int
     vit_checkpoints: int
     vit_layer_input: int
@@ -38,7 +38,7 @@ class Activations(NamedTuple):
 
 
 def activations(config: BagelConfig, pack: PackShape, mode: str, dtype_bytes: int) -> Activations:
-    """`mode` as the argument activation_checkpointing: "full", "none" or "offload" (sizes as "full")."""
+    """`mode` is the argument activation_checkpointing: "full", "none" or "offload" (sized like "full")."""
     llm, vit = config.llm, config.vit
     tokens, patches = pack.tokens, pack.vit_tokens if config.visual_und else 0
     share = dtype_bytes / 2  # the counts below are those of bf16; fp32 copies in norms weigh the same in both
@@ -66,9 +66,9 @@ def activations(config: BagelConfig, pack: PackShape, mode: str, dtype_bytes: in
 
 
 def arena_bytes(config: BagelConfig, tokens: int, dtype_bytes: int) -> int:
-    """Host memory for the layer inputs of any pack of so many tokens, all of which may be patches of ViT images.
+    """Host memory for the layer inputs of any pack of `tokens`, even one that is all ViT patches.
 
-    Each decoder layer has two inputs, one of each expert.
+    Each decoder layer has two inputs, one per expert.
     """
     llm, vit = config.llm, config.vit
     inputs = 2 * llm.num_hidden_layers, vit.num_layers if config.visual_und else 0
@@ -76,18 +76,23 @@ def arena_bytes(config: BagelConfig, tokens: int, dtype_bytes: int) -> int:
     return rows * dtype_bytes + sum(inputs) * ARENA_ALIGNMENT
 
 
+def chunk_columns(positions: int) -> int:
+    """Vocabulary columns of one chunk of logits."""
+    return max(CHUNK_COLUMNS, CHUNK_ELEMENTS // max(positions, 1))
+
+
 def head_bytes(labels: int, vocabulary: int, width: int, dtype_bytes: int) -> int:
     """Cross entropy in chunks: logits in the run's dtype and twice in fp32, the labels' rows and their gradient."""
-    columns = min(vocabulary, max(CHUNK_COLUMNS, CHUNK_ELEMENTS // max(labels, 1)))
+    columns = min(vocabulary, chunk_columns(labels))
     per_logit = 8 + (dtype_bytes if dtype_bytes < 4 else 0)
     return int(labels * columns * per_logit + labels * width * (2 * dtype_bytes + 4))
 
 
 def vae_bytes(vae: VAEConfig, pixels: int, bf16: bool, on_cpu: bool) -> int:
-    """Encoding one image under autocast, by pixel and channel of the first level.
+    """Peak of encoding one image under autocast: a rate per pixel and channel of the first level.
 
-    CUDA's autocast keeps group norms in fp32, the CPU's does not. The attention of the middle block holds no matrix
-    over all cells (model/vae.py).
+    CUDA's autocast keeps group norms in fp32, the CPU's does not. The middle block's attention holds no matrix over all
+    cells (model/vae.py).
     """
     rate = 20.5 if not bf16 else 10.5 if on_cpu else 16.0
     return int(rate * vae.channels * pixels)

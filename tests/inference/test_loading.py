@@ -1,0 +1,120 @@
+"""From a model folder to an inferencer: all of its tensors, or a message."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import bagel_ds.inference
+from bagel_ds.demo import write_demo
+from bagel_ds.errors import UserError
+from bagel_ds.inference.default import DefaultInferencer
+from bagel_ds.inference.loading import open_inferencer
+
+TINY = {"num_timesteps": 3, "image_shapes": (32, 32), "max_think_token_n": 4}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    write_demo(folder, seed=0)
+    return folder / "model"
+
+
+@pytest.fixture
+def folder(demo: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(demo, tmp_path / "model"))
+
+
+def changed(folder: Path, keep: object = None, **more: torch.Tensor) -> None:
+    """Rewrite the weights with tensors left out or added."""
+    path = folder / "ema.safetensors"
+    tensors = {name: value for name, value in load_file(path).items() if keep is None or keep(name)}  # type: ignore[operator]
+    save_file({**tensors, **more}, path)
+
+
+def test_the_guides_lines_run_as_they_stand(demo: Path) -> None:
+    from bagel_ds.inference import inferencer, setup_models
+
+    model, vae_model, tokenizer, new_token_ids = setup_models(str(demo))
+    result = inferencer.generate(prompt="生成一张猫的图片", **TINY)
+    assert result.image.size == (32, 32) and result.text is None
+    assert tokenizer.decode([new_token_ids["bos_token_id"]]) == "<|im_start|>"
+    assert inferencer.network.model is model and inferencer.network.vae is vae_model
+
+
+def test_before_a_model_is_loaded_the_default_says_so() -> None:
+    with pytest.raises(UserError, match="call bagel_ds.inference.setup_models"):
+        DefaultInferencer().generate(prompt="a cat")
+    with pytest.raises(UserError, match="call bagel_ds.inference.setup_models"):
+        DefaultInferencer()(text="a cat")
+    assert isinstance(bagel_ds.inference.inferencer, DefaultInferencer)
+
+
+def test_weights_are_the_folders_in_the_precision_asked_for(demo: Path) -> None:
+    recorded = load_file(demo / "ema.safetensors")
+    for precision, dtype in ("fp32", torch.float32), ("bf16", torch.bfloat16):
+        model = open_inferencer(demo, "cpu", precision).network.model
+        for name, parameter in model.named_parameters():
+            assert parameter.dtype == dtype and not parameter.requires_grad
+            if "pos_embed" not in name:
+                assert torch.equal(parameter, recorded[name].reshape(parameter.shape).to(dtype)), name
+
+
+def test_bf16_draws_about_what_fp32_draws(demo: Path) -> None:
+    images = [
+        torch.from_numpy(np.array(open_inferencer(demo, "cpu", precision).generate("a cat", **TINY).image)).int()
+        for precision in ("fp32", "bf16")
+    ]
+    assert (images[0] - images[1]).abs().float().mean() < 30
+
+
+@pytest.mark.parametrize("name", ["llm2vae.bias", "language_model.model.layers.0.mlp_moe_gen.up_proj.weight"])
+def test_a_missing_tensor_is_named(name: str, folder: Path) -> None:
+    changed(folder, lambda other: other != name)
+    with pytest.raises(UserError, match=f"tensor {name} is missing"):
+        open_inferencer(folder, "cpu")
+
+
+def test_an_unknown_tensor_is_named(folder: Path) -> None:
+    changed(folder, **{"language_model.model.layers.0.self_attn.q_proj.lora_A": torch.zeros(2)})
+    with pytest.raises(UserError, match="lora_A"):
+        open_inferencer(folder, "cpu")
+
+
+def test_a_folder_without_generating_parts_answers_and_says_why_it_cannot_draw(folder: Path) -> None:
+    generating = ("_moe_gen", "vae2llm", "llm2vae", "time_embedder")
+    changed(folder, lambda name: not any(part in name for part in generating))
+    found = open_inferencer(folder, "cpu")
+    assert found.generate("what?", Image.new("RGB", (40, 40)), "vqa", max_think_token_n=4).text is not None
+    with pytest.raises(UserError, match="can't draw: .*holds no weights that generate"):
+        found.generate("a cat", **TINY)
+
+
+def test_a_folder_without_an_autoencoder_answers_and_says_why_it_cannot_draw(folder: Path) -> None:
+    (folder / "ae.safetensors").unlink()
+    found = open_inferencer(folder, "cpu")
+    assert found.generate("what is two?", mode="vqa", max_think_token_n=4).text is not None
+    with pytest.raises(UserError, match="can't draw: .*ae.safetensors"):
+        found.generate("a cat", **TINY)
+
+
+def test_what_is_not_there_is_one_message(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        open_inferencer(tmp_path / "nowhere")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no GPU"):
+            open_inferencer(folder, "cuda")
+    with pytest.raises(UserError, match="expected cpu, cuda"):
+        open_inferencer(folder, "gpu")
+    config = json.loads((folder / "llm_config.json").read_text())
+    (folder / "llm_config.json").write_text(json.dumps(config | {"vocab_size": 8}))
+    with pytest.raises(UserError):
+        open_inferencer(folder, "cpu")
