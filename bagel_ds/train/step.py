@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagel_ds.model.batch import PackedBatch
-from bagel_ds.model.losses.by_part import LossParts
+from bagel_ds.model.losses.breakdown import LossBreakdown
 from bagel_ds.model.losses.normalization import (
     LossOptions,
     LossSums,
@@ -34,7 +34,7 @@ class WindowLosses(NamedTuple):
     sums: LossSums  # this rank's part of the means, fp64
     totals: WindowTotals
     options: LossOptions
-    parts: Tensor | None  # this rank's sums by part (`LossParts`)
+    breakdown: Tensor | None  # this rank's sums by part (`LossBreakdown`)
 
 
 class StepResult(NamedTuple):
@@ -47,7 +47,7 @@ class StepResult(NamedTuple):
     tokens: int  # over all ranks
     applied: bool  # False if a loss or gradient was not finite: then no rank has updated anything
     stop: bool  # a rank wants to stop after this step
-    parts: Tensor | None = None  # `WindowLosses.parts`
+    breakdown: Tensor | None = None  # `WindowLosses.breakdown`
 
 
 def accumulate(
@@ -55,28 +55,28 @@ def accumulate(
     encode: Encode,
     window: Sequence[PackedBatch],
     options: LossOptions,
-    parts: LossParts | None = None,
+    breakdown: LossBreakdown | None = None,
 ) -> WindowLosses:
     """Forward and backward over `window`, this rank's micro-batches of one step; masters and moments don't change.
 
-    `window` has as many batches as the engine has accumulation steps. `parts` also sums the losses by part.
+    `window` has as many batches as the engine has accumulation steps. `breakdown` also sums the losses by part.
     """
     totals = window_totals(window, options, engine.device)
     world = dist.get_world_size()
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # ce, mse
-    part_sums = None if parts is None else parts.zeros(engine.device)
+    breakdown_sums = None if breakdown is None else breakdown.zeros(engine.device)
     for number, batch in enumerate(window):
         if number:
             engine.next_micro_batch()
         batch = batch.to(engine.device)
         output = engine.forward(batch, encode(batch))
         means = partial_means(output, batch, totals, options)
-        if parts is not None and part_sums is not None:
-            parts.add(part_sums, output, batch)
+        if breakdown is not None and breakdown_sums is not None:
+            breakdown.add(breakdown_sums, output, batch)
         sums += torch.stack(means).detach()
         # DeepSpeed averages gradients over ranks, but the means are already over all ranks.
         engine.backward(_spoiled_unless_finite(weighted(means, options)) * world)
-    return WindowLosses(LossSums(*sums), totals, options, part_sums)
+    return WindowLosses(LossSums(*sums), totals, options, breakdown_sums)
 
 
 def update(
@@ -98,7 +98,7 @@ def update(
         tokens=int(losses.totals.tokens),
         applied=math.isfinite(grad_norm),
         stop=stops > 0,
-        parts=losses.parts,
+        breakdown=losses.breakdown,
     )
 
 

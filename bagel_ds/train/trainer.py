@@ -27,7 +27,7 @@ from bagel_ds.errors import UserError
 from bagel_ds.machine.device import uses_cuda
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.model.batch import PackedBatch
-from bagel_ds.model.losses.by_part import LossParts
+from bagel_ds.model.losses.breakdown import LossBreakdown
 from bagel_ds.model.losses.normalization import LossOptions
 from bagel_ds.train.build import DTYPES, build_engine, image_encoder, load
 from bagel_ds.train.memory_plan import outcome
@@ -98,8 +98,8 @@ class Trainer:
             self._load()
         self.loss_options = LossOptions(self.args.ce_weight, self.args.mse_weight, self.args.ce_loss_reweighting)
         model, data = self.prepared.model, self.prepared.data
-        self.loss_parts = LossParts(data.datasets, model.timestep_shift, self.loss_options)
-        self.meter = StepMeter(model, self.args.peak_device_tflops, data.unusable_rows, self.loss_parts)
+        self.breakdown = LossBreakdown(data.datasets, model.timestep_shift, self.loss_options)
+        self.meter = StepMeter(model, self.args.peak_device_tflops, data.unusable_rows, self.breakdown)
         self.guard = NonFiniteGuard(Path(self.args.results_dir), dist.get_rank(), self.args.max_nonfinite)
 
     def run(self) -> None:
@@ -132,7 +132,7 @@ class Trainer:
     def _step(self, number: int, window: list[MicroBatch], saves: OverlappedSaves, stop: StopRequest) -> Step:
         packs = _packs(window)
         try:
-            losses = accumulate(self.engine, self.encode, packs, self.loss_options, self.loss_parts)
+            losses = accumulate(self.engine, self.encode, packs, self.loss_options, self.breakdown)
             saves.finish()  # before the update changes what is being saved
             result = update(self.engine, losses, self._learning_rate(number), stop.wanted)
         except Exception as error:

@@ -187,7 +187,7 @@ def _happen(faults: list[dict[str, Any]], at: str, step: int | None = None) -> l
             if fault["do"] == "sleep":
                 time.sleep(fault["seconds"])
             if fault["do"] == "fault":
-                raise UserError("this rank alone has met a fault")
+                raise UserError("only this rank has a fault")
             if fault["do"] == "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
             if fault["do"] == "kill":

@@ -1,4 +1,4 @@
-"""What goes wrong outside the program is told, by name, and costs no more than it must.
+"""Faults outside the program are reported by name and cost no more than necessary.
 
 Damaged checkpoints, full and read-only disks, numbers that are not finite, ranks that stall or run out of memory: each
 in a real launch, with its message, its exit code and what is left afterwards.
@@ -178,7 +178,7 @@ def test_a_full_nvme_disk_is_told_before_training(demo: Path, tmp_path: Path) ->
 
 # ---------------------------------------------------------------------------------------- numbers that are not finite
 def test_updates_that_are_not_finite_are_skipped_on_all_ranks_kept_and_limited(demo: Path, tmp_path: Path) -> None:
-    """Rank 1 alone meets NaN, at the second and the third step; one such update is allowed."""
+    """Only rank 1 meets NaN, at the second and the third step; one such update is allowed."""
     faults = [{"at": "step", "rank": 1, "step": step, "do": "nan"} for step in (1, 2)]
     words = words_of(demo, tmp_path, total_steps=10, save_every=1, max_nonfinite=1)
     with StartedRun(words, tmp_path, faults=faults) as run:
@@ -231,4 +231,4 @@ def test_a_stopped_rank_is_found_told_of_and_ends_the_job(demo: Path, tmp_path: 
     assert "[rank 0] stalled: step of step 2 has taken longer than --stall_timeout 20 s" in run.output
     assert "[rank 0] missing: rank 1\n" in run.output
     assert run.output.count("most recent call first") >= 2, "stacks, of more than one thread"
-    assert "[rank 1] stalled" in run.output, "woken, it tells where it was"
+    assert "[rank 1] stalled" in run.output, "once woken, it reports its phase"

@@ -1,4 +1,4 @@
-"""A run that can't fit stops before it loads anything and says what would; plan and outcome stand side by side."""
+"""A run that can't fit stops before it loads anything and suggests what fits; the end compares plan and peaks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_ignoring_the_plan_goes_on_with_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_plan_on_the_cpu_of_a_host_with_gpus_is_one_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is asked of the GPUs: where they belong to others, asking alone takes memory on one."""
+    """No GPU is queried: a query takes memory on a GPU that may belong to others."""
 
     def refuse() -> None:
         raise AssertionError("the GPU was asked")

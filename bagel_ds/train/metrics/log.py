@@ -74,7 +74,7 @@ class _TensorBoard:
 class MetricsLog:
     """The metrics of a run. `close` it at the end.
 
-    `results_dir` is None on ranks that write nothing; the logger shows their lines to nobody. `first_step` is the
+    `results_dir` is None on ranks that write nothing; their logger also hides the lines. `first_step` is the
     number of the first step that this process runs: 0, or the checkpoint's after a resume. With `total_steps` a
     terminal shows a progress bar over optimizer steps.
     """

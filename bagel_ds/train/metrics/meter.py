@@ -14,7 +14,7 @@ from collections import Counter
 from typing import Callable, Mapping, Sequence
 
 from bagel_ds.data.batches.loader import MicroBatch
-from bagel_ds.model.losses.by_part import LossParts
+from bagel_ds.model.losses.breakdown import LossBreakdown
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.train.metrics.throughput import device_memory, host_gib, pack_flops, peak_tflops
 from bagel_ds.train.ranks.agreement import everyone, is_main
@@ -31,11 +31,11 @@ class StepMeter:
         model: BagelConfig,
         peak_device_tflops: float,
         unusable_rows: Callable[[], Mapping[str, int]] = dict,
-        parts: LossParts | None = None,
+        breakdown: LossBreakdown | None = None,
     ):
-        """`unusable_rows` counts the rows that the index or the plan leaves out, by dataset; `parts` names the
-        sums in `StepResult.parts`."""
-        self._parts = parts
+        """`unusable_rows` counts the rows that the index or the plan leaves out, by dataset; `breakdown` names the
+        sums in `StepResult.breakdown`."""
+        self._breakdown = breakdown
         self._model, self._peak, self._unusable_rows = model, peak_tflops(peak_device_tflops), unusable_rows
         self._broken: dict[str, str] = {}  # row and reason -> dataset, on all ranks
         self._newly_broken: dict[str, str] = {}  # met by this rank since the last logged step
@@ -58,14 +58,14 @@ class StepMeter:
     def read(self, rate: float, result: StepResult) -> dict[str, float | None]:
         """Metrics by public name; None for one that this step does not have."""
         seconds = time.monotonic() - self._began
-        parts = None if result.parts is None else result.parts.tolist()
-        mine = (self._flops, device_memory(), host_gib(), socket.gethostname(), parts, self._newly_broken)
+        breakdown = None if result.breakdown is None else result.breakdown.tolist()
+        mine = (self._flops, device_memory(), host_gib(), socket.gethostname(), breakdown, self._newly_broken)
         ranks = everyone(mine)
         values: dict[str, float | None] = {
             "loss/mse": result.mse,
             "loss/ce": result.ce,
             "loss/total": result.total,
-            **(self._parts.means([parts for *_, parts, _ in ranks]) if self._parts is not None else {}),
+            **(self._breakdown.means([breakdown for *_, breakdown, _ in ranks]) if self._breakdown is not None else {}),
             "optim/lr": rate,
             "optim/grad_norm": result.grad_norm,
             "perf/tokens_per_sec": self._tokens / seconds,

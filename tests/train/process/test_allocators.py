@@ -26,7 +26,7 @@ def output(code: str, **environment: str) -> str:
     ).stdout.strip()
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library's allocator is glibc's on Linux alone")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library's allocator is glibc's only on Linux")
 def test_freed_blocks_go_back_to_the_system() -> None:
     """Small tensors that stay, made between large ones that go: what a load leaves behind."""
     measure = """

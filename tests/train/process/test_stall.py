@@ -1,4 +1,4 @@
-"""The stall watch: who is told of, in which words, and when a rank ends.
+"""The stall watch: what it reports, and when it ends a rank.
 
 What ends a process is shown in a process of its own; how ranks describe one another is shown on made-up ranks.
 """
