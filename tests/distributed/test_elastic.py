@@ -100,7 +100,7 @@ def test_weights_and_average_end_where_those_of_the_whole_run_do(
     stem: str, demo: Path, chained: tuple[Path, list[Outcome]]
 ) -> None:
     """No loss shows the average. Tensor by tensor, as part of how far it went: 9e-6 was measured, as much as the
-    rounding to fp32 of a norm's weight near 1 that went 0.01; an average that started again anywhere is off by tenths."""
+    rounding to fp32 of a norm's weight near 1 that went 0.01; an average that started again is off by tenths."""
     folder, _ = chained
     start = load_file(demo / "model" / "ema.safetensors")
     last = f"checkpoints/step_{CHAIN[-1].until}/{stem}.safetensors"

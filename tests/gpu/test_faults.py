@@ -1,4 +1,4 @@
-"""What goes wrong on a GPU ends as docs/reliability.md says: reported once, with its exit code, nothing left that hangs.
+"""What goes wrong on a GPU ends as docs/reliability.md says: reported once, with its exit code, no hang.
 
 Every test is a launch of its own, since ranks and launcher end in it.
 """
