@@ -253,9 +253,8 @@ def test_inference_says_what_is_streamed_and_what_it_costs(capsys: pytest.Captur
 
     assert "no layer is streamed" in line("") and "no layer is streamed" in line("--gpu_memory 40")
     streamed = line("--gpu_memory 24")
-    found = re.search(
-        r"(\d+) of 28 layers are streamed from ([\d.]+) GiB .* moves (\d+) GiB over PCIe: (\d+) s", streamed
-    )
+    pattern = r"(\d+) of 28 layers are streamed from ([\d.]+) GiB .* moves (\d+) GiB over PCIe: (\d+) s"
+    found = re.search(pattern, streamed)
     assert found is not None, streamed
     layers, held, moved, seconds = (float(number) for number in found.groups())
     assert held == pytest.approx(layers * 0.868, rel=0.02)  # a decoder layer of the 7B in bf16
