@@ -113,8 +113,8 @@ def _inference(model: BagelConfig, vae: VAEConfig, gpu_memory: float | None) -> 
     gib, layers = placement.bytes_per_pass / GIB, model.llm.num_hidden_layers
     return (
         f"{found}; {len(placement.streamed)} of {layers} layers are streamed from {gib:.1f} GiB of host memory. "
-        f"An image of {calls} steps moves {calls * gib:,.0f} GiB over PCIe: {calls * gib / PCIE:,.0f} s at {PCIE} GiB/s, "
-        "less what the computation hides"
+        f"An image of {calls} steps moves {calls * gib:,.0f} GiB over PCIe: {calls * gib / PCIE:,.0f} s at {PCIE} "
+        "GiB/s, less what the computation hides"
     )
 
 
