@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from small_data import byte_tokenizer, t2i_rows, write_parquet
 
 from bagel_ds.data.formats import SOURCES
 from bagel_ds.data.index import cache
 from bagel_ds.data.index.index import DataFile, FileIndex, index_files
 from bagel_ds.data.index.records import BadRows, differing
+from tests.small_data import byte_tokenizer, t2i_rows, write_parquet
 
 
 @pytest.fixture

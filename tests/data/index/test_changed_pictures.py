@@ -8,16 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_data import (
-    byte_tokenizer,
-    conversation,
-    group,
-    picture,
-    streams_of,
-    t2i_rows,
-    write_conversations,
-    write_parquet,
-)
 
 from bagel_ds.data.batches.materialize import materialize
 from bagel_ds.data.files.image_folder import ImageFolder
@@ -30,6 +20,16 @@ from bagel_ds.data.index.records import Chunk, TaskIndexer
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.errors import UserError
 from bagel_ds.model_folder.tokenizer import Tokenizer
+from tests.small_data import (
+    byte_tokenizer,
+    conversation,
+    group,
+    picture,
+    streams_of,
+    t2i_rows,
+    write_conversations,
+    write_parquet,
+)
 
 NAMES = ("a.png", "sub/b.png", "missing.png", "nowhere/c.png")
 

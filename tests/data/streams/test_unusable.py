@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_data import byte_tokenizer, group, streams_of, t2i_rows, write_parquet
 
 from bagel_ds.data.streams.opening import _stated_groups
 from bagel_ds.data.streams.row_sets import RowSet
 from bagel_ds.data.streams.stream import GroupStream
+from tests.small_data import byte_tokenizer, group, streams_of, t2i_rows, write_parquet
 
 
 @given(st.lists(st.integers(0, 99)))
