@@ -1,8 +1,8 @@
-"""`bagel-ds index`, `check` and `inspect`: data looked at without training.
+"""`bagel-ds index`, `check` and `inspect`: look at data without training.
 
-Guarantees: they take every argument of the trainer under its own name, so that a training command's data can be looked
-at as it stands; they read files, write an index cache and what `--out` names, and need neither a GPU nor DeepSpeed.
-What goes to stdout is the result; progress and remarks go to stderr.
+Guarantees: they take every argument of the trainer under its own name, so that the data of a training command can be
+looked at unchanged; they read files, write an index cache and what `--out` names, and need neither a GPU nor DeepSpeed.
+The result goes to stdout, progress and notes to stderr.
 """
 
 from __future__ import annotations
@@ -23,20 +23,22 @@ from bagel_ds.machine.output import log_to_stderr
 from bagel_ds.machine.user_folders import settle_user_folders
 
 _EPILOG = (
-    "All arguments of the trainer are understood besides (docs/arguments.md): --dataset_config_file and --model_path "
-    "say which data and whose tokenizer; budgets, dropout and modality switches count as in training."
+    "All arguments of the trainer are also understood (docs/arguments.md): --dataset_config_file and --model_path "
+    "name the data and the tokenizer; budgets, dropout and modality switches count as in training."
 )
 
 
 def add_commands(commands: Any) -> None:
-    """Add the three to the subparsers of `bagel-ds`; the trainer's own words come besides, as `options.training`."""
+    """Add the three to the subparsers of `bagel-ds`; the trainer's arguments come as `options.training`."""
     index = _command(commands, "index", _index, "index data before training, in parallel and split over hosts")
     _add_workers(index)
     index.add_argument(
         "--shard", type=_shard, default=(1, 1), metavar="I/N", help="only the I-th of N shares of the files, I from 1"
     )
 
-    check = _command(commands, "check", _check, "read every row once, count what is there and name what is wrong")
+    check = _command(
+        commands, "check", _check, "read every row once, count what is there, name what is wrong, repair the index"
+    )
     _add_workers(check)
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -79,13 +81,13 @@ def _index(options: argparse.Namespace) -> None:
     files = every[number - 1 :: shares]
     for path in {file.path.rpartition("/")[0]: file.path for file in files}.values():
         _check_cache(path, config.data.index_cache)
-    lock = f"-{number}-of-{shares}" if shares > 1 else ""  # shares have different files: none waits for another
+    lock = f"-{number}-of-{shares}" if shares > 1 else ""  # shares have different files and need not wait
     indexes = index_files(files, inputs.tokenizer, config.data.index_cache, True, options.workers, lock)
     lost = [index.path for index in indexes if not index.is_kept and not index.layout.error]
     if lost:
         raise UserError(
-            f"the index of {len(lost)} of {len(files)} files could not be kept (first: {lost[0]}); see the warnings "
-            "above, then run the same command again: what was kept stays"
+            f"the index of {len(lost)} of {len(files)} files could not be kept (first: {lost[0]}). See the warnings "
+            "above, then run the same command again; it continues with these files"
         )
     rows, bad = sum(index.rows for index in indexes), sum(len(index.bad) for index in indexes)
     share = f" (share {number} of {shares}, {len(every)} files in all)" if shares > 1 else ""
@@ -117,7 +119,7 @@ def _check(options: argparse.Namespace) -> None:
     streams = index_streams(
         inputs.datasets, inputs.tokenizer, inputs.sample_options, cache, progress=True, workers=options.workers
     )
-    results = check_streams(streams, inputs.tokenizer.special_strings, options.workers, progress=True)
+    results = check_streams(streams, inputs.tokenizer, options.workers, progress=True)
     seconds = time.monotonic() - began
     if options.json:
         datasets = [as_json(result) for result in results]
@@ -178,7 +180,7 @@ def _check_shown(options: argparse.Namespace) -> None:
 
 
 def _check_writable(folder: Path, option: str) -> None:
-    """Raise `UserError` unless a file can be made in `folder`, which is made where it is not there."""
+    """Make `folder` where it does not exist; raise `UserError` unless a file can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -204,7 +206,7 @@ def _load(path: Path) -> Any:
     missing = [end for end in (".json", ".safetensors") if not stem.with_suffix(end).is_file()]
     if missing:
         raise UserError(
-            f"--pack {path}: {stem.with_suffix(missing[0])} is not there; name a pack of a run, such as "
+            f"--pack {path}: {stem.with_suffix(missing[0])} does not exist. Give a pack that a run kept, such as "
             "results/nonfinite/step_7_rank_0_pack_0"
         )
     return load_batch(stem)
@@ -224,11 +226,10 @@ def _draw(pack: Any, shift: float, folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------- the options
 def _start(options: argparse.Namespace) -> RunConfig:
-    """The trainer's configuration behind the rest of the words, its remarks told; the log goes to stderr."""
+    """Parse the trainer's arguments, then log the notes on data to stderr."""
     log_to_stderr()
     config = parse_arguments(options.training, options.own)
-    # The other remarks are about training.
-    for note in [*settle_user_folders(), *(note for note in config.notes if "num_tokens" in note)]:
+    for note in [*settle_user_folders(), *config.data_notes]:
         logging.getLogger("bagel_ds").info(note)
     return config
 

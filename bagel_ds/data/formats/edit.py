@@ -3,7 +3,7 @@
 Row: `image_list` (list<binary>) and `instruction_list` (list<list<string>>: item i holds the alternative instructions
 that lead from picture i to picture i+1). Sample: start picture (VAE and ViT condition), then per step an instruction
 and the picture it leads to (velocity loss); pictures between also follow as conditions. The spans, the choice of
-alternatives and the joined instructions have the original's distribution.
+alternatives and the joined instructions follow the original's distribution.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from bagel_ds.data.files.image_folder import ImageFolder
+from bagel_ds.data.formats.record import UNUSED_TEXT, Note
 from bagel_ds.data.formats.source import MSE, ParsedRow, Piece, Record, Source, image_bytes, list_of, needed_columns
 from bagel_ds.data.samples.draws import Draws
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, BadRow
 
-# A step pair with more combinations of alternatives than this is represented by so many, evenly spread.
+# Of the combinations of two steps' alternatives, at most so many are kept, evenly spread.
 _MAX_PAIRS = 64
 
 
@@ -31,20 +32,18 @@ class Edit(Source):
         return needed_columns(available, "image_list", "instruction_list")
 
     def parse(self, row: dict[str, Any], folder: ImageFolder) -> ParsedRow:
-        images = [
-            image_bytes(value, f"image_list[{i}]")
-            for i, value in enumerate(list_of(row.get("image_list"), "image_list"))
-        ]
-        steps = [
-            _alternatives(value, i)
-            for i, value in enumerate(list_of(row.get("instruction_list"), "instruction_list")[: len(images) - 1])
-        ]
+        cells = list_of(row.get("image_list"), "image_list")
+        images = [image_bytes(value, f"image_list[{i}]") for i, value in enumerate(cells)]
         if len(images) < 2:
             raise BadRow(f"image_list holds {len(images)} images, at least 2 are needed")
-        if len(steps) < len(images) - 1:
-            raise BadRow(f"{len(images)} images need {len(images) - 1} items in instruction_list, found {len(steps)}")
+        instructions = list_of(row.get("instruction_list"), "instruction_list")
+        needed = len(images) - 1
+        if len(instructions) < needed:
+            raise BadRow(f"{len(images)} images need {needed} items in instruction_list, found {len(instructions)}")
+        steps = [_alternatives(value, i) for i, value in enumerate(instructions[:needed])]
         texts = [text for step in steps for text in step] + _joined(steps)
-        return ParsedRow(tuple(len(step) for step in steps), texts, list[Any](images))
+        notes = [Note(UNUSED_TEXT, f"instruction_list[{i}] follows no image") for i in range(needed, len(instructions))]
+        return ParsedRow(tuple(len(step) for step in steps), texts, list[Any](images), tuple(notes))
 
     def arrange(self, record: Record, draws: Draws) -> list[Piece]:
         counts = record.structure
@@ -53,7 +52,7 @@ class Edit(Source):
         end = start + 1 + draws.choice(min(start + 3, images) - start - 1)
         pieces = [Piece(VAE, start), Piece(VIT, start)]
         if end - start > 1 and draws.uniform() < 0.5:
-            # The original shortens a joined span that reaches the last picture by one step.
+            # As in the original, a joined span that reaches the last picture is one step shorter.
             end = min(end, images - 2)
             pieces += [Piece(TEXT, _joined_text(counts, start, end, draws)), Piece(VAE, end, loss=True)]
             return pieces
@@ -73,7 +72,7 @@ def _alternatives(value: Any, step: int) -> list[str]:
 
 
 def _joined(steps: list[list[str]]) -> list[str]:
-    """All joined instructions: of the last start that can reach the end, alone, then of two steps from each start."""
+    """All joined instructions: first those of the last but one step, then of each pair of steps but the last."""
     if len(steps) < 2:
         return []
     texts = [(text + ". ").rstrip() for text in steps[-2]]
@@ -83,7 +82,7 @@ def _joined(steps: list[list[str]]) -> list[str]:
 
 
 def _joined_text(counts: Sequence[int], start: int, end: int, draws: Draws) -> int:
-    """Place of one of the joined instructions from picture `start` to `end`, in the order of `_joined`."""
+    """Number of one of the joined instructions from picture `start` to `end`, in the order of `_joined`."""
     place = sum(counts)
     if end - start == 1:
         return place + draws.choice(counts[start])

@@ -1,28 +1,31 @@
-"""What a data format is to the rest: parse a row, count it, arrange it.
+"""What a data format is to the rest of the package: it parses a row and arranges a sample.
 
 Guarantees: a format is one small class that knows its columns and the order of a sample's pieces; sizes, token counts,
-dropout, modality switches and reading are common code elsewhere. `parse` enumerates texts and images of a row in one
-fixed order, and all later steps (index, plan, materialise) name them by their place in that order.
+dropout, modality switches and reading are common code elsewhere. `parse` numbers the texts and images of a row in one
+fixed order, and all later steps (index, plan, `materialize`) name them by that number. Whatever a row holds, `parse`
+gives a `ParsedRow` or raises; `BadRow` says in words what was found and what was expected.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats.record import ParsedRow, Record
 from bagel_ds.data.samples.draws import Draws
 from bagel_ds.data.samples.sample import BadRow
 from bagel_ds.data.samples.video import FrameSampler
+from bagel_ds.errors import shown
 
-__all__ = ["CE", "MSE", "ParsedRow", "Piece", "Record", "Source", "image_bytes", "list_of", "needed_columns"]
+__all__ = ["CE", "MSE", "ParsedRow", "Piece", "Record", "Source", "image_bytes", "list_of", "needed_columns", "text_of"]
 
 CE, MSE = "ce", "mse"
 
 
 class Piece(NamedTuple):
-    """One piece of a sample, in sequence order; becomes a `data.sample.Entry`."""
+    """One piece of a sample, in sequence order; becomes a `samples.sample.Entry`."""
 
     kind: str
     content: int  # which text or image of the parsed row
@@ -53,7 +56,7 @@ class Source(ABC):
 
     @abstractmethod
     def columns(self, available: Sequence[str]) -> list[str]:
-        """Those of a parquet file's columns that are needed. Raises `BadRow` naming missing ones."""
+        """The columns of a parquet file to read. Raises `BadRow` that names missing ones."""
 
     @abstractmethod
     def parse(self, row: dict[str, Any], folder: ImageFolder) -> ParsedRow:
@@ -79,18 +82,35 @@ def needed_columns(available: Sequence[str], *needed: str) -> list[str]:
 
 
 def image_bytes(value: Any, name: str) -> bytes:
-    """Encoded bytes of an image cell: binary, or struct<bytes, path>."""
+    """Encoded bytes of an image cell: binary, or struct<bytes, path>. Raises `BadRow`."""
     if isinstance(value, dict):
+        path = value.get("path")
         value = value.get("bytes")
+        if value is None and path:
+            raise BadRow(
+                f"{name} has the path {shown(path)} and no bytes; write the image's bytes into the column (`datasets` "
+                "does so with embed_external_files)"
+            )
     if value is None:
         raise BadRow(f"{name} holds no image bytes")
     if not isinstance(value, bytes):
-        raise BadRow(f"{name} is {type(value).__name__}, expected the bytes of an image file")
+        raise BadRow(f"{name} is {_found(value)}, expected the bytes of an image file")
     return value
 
 
 def list_of(value: Any, name: str) -> list[Any]:
     """The cell `name` as a list. Raises `BadRow`."""
     if not isinstance(value, list):
-        raise BadRow(f"{name} is {type(value).__name__}, expected a list")
+        raise BadRow(f"{name} is {_found(value)}, expected a list")
     return value
+
+
+def text_of(value: Any, name: str) -> str:
+    """The cell `name` as text. Raises `BadRow`."""
+    if not isinstance(value, str):
+        raise BadRow(f"{name} is {_found(value)}, expected text")
+    return value
+
+
+def _found(value: Any) -> str:
+    return f"{len(value):,} bytes" if isinstance(value, bytes) else shown(value)

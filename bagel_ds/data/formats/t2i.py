@@ -1,7 +1,7 @@
 """Text to image: one picture, one of its captions.
 
-Row: `image` (bytes, or struct<bytes, path>) and `captions` (a JSON object or list as a string, a list<string>) or
-`caption` (string). Sample: caption (condition), picture (velocity loss).
+Row: `image` (bytes, or struct<bytes, path>) and `captions` (a JSON object or list as text, or such an Arrow value) or
+`caption` (text). Sample: one of the captions (condition), picture (velocity loss).
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from bagel_ds.data.files.image_folder import ImageFolder
-from bagel_ds.data.formats.source import MSE, ParsedRow, Piece, Record, Source, image_bytes, needed_columns
+from bagel_ds.data.formats.source import MSE, ParsedRow, Piece, Record, Source, image_bytes, needed_columns, text_of
 from bagel_ds.data.samples.draws import Draws
 from bagel_ds.data.samples.sample import TEXT, VAE, BadRow
+from bagel_ds.errors import shown
 
 
 class TextToImage(Source):
@@ -37,19 +38,21 @@ class TextToImage(Source):
 def _captions(row: dict[str, Any]) -> list[str]:
     value = row.get("captions")
     if value is None:
-        value = row.get("caption")
-        value = [value] if isinstance(value, str) else value
-    elif isinstance(value, str):
+        if row.get("caption") is None:
+            raise BadRow("the row has no caption: captions and caption are null")
+        return [text_of(row["caption"], "caption")]
+    if isinstance(value, (str, bytes)):
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise BadRow(f"captions is not valid JSON ({error})") from error
+            raise BadRow(f"captions is not valid JSON ({error}); plain text goes into a column `caption`") from error
         value = [value] if isinstance(value, str) else value
     if isinstance(value, dict):
         value = list(value.values())
     if not isinstance(value, list):
-        raise BadRow("the row has no caption (captions: JSON object, list or list<string>; caption: string)")
-    texts = [text for text in value if isinstance(text, str)]
+        raise BadRow(f"captions holds {shown(value)}, expected a list or an object of captions")
+    # An Arrow map is a list of (key, value).
+    texts = [text for item in value if isinstance(text := item[-1] if isinstance(item, tuple) else item, str)]
     if value and not texts:
         raise BadRow("none of the captions is text")
-    return texts or [" "]  # as the original: a picture without captions is trained on a blank
+    return texts or [" "]  # as the original: a picture with an empty list of captions is trained on a blank

@@ -2,8 +2,9 @@
 
 Line: `conversations` ([{from: human | gpt, value}]) and optionally `image` (a path below the folder, or a list of
 them), shown where the human turns say `<image>`, or else `video` (one path), shown where they say `<video>`, as several
-of its frames. Sample: turns in order; gpt turns carry the cross-entropy loss. Nothing is ever dropped. A file outside
-the folder is never opened, except where links may lead (`data/files/image_folder.py`).
+of its frames. Sample: turns in order; gpt turns carry the cross-entropy loss. Nothing is ever dropped. As in the
+original, turns of other roles are ignored and images without a tag are not shown; notes say so. Which files may be
+opened is decided in `data/files/image_folder.py`.
 """
 
 from __future__ import annotations
@@ -12,18 +13,21 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from bagel_ds.data.files.image_folder import ImageFolder, RefusedPath
-from bagel_ds.data.formats.source import CE, ParsedRow, Piece, Record, Source, list_of
+from bagel_ds.data.formats.record import UNUSED_IMAGE, UNUSED_TEXT, Note
+from bagel_ds.data.formats.source import CE, ParsedRow, Piece, Record, Source, list_of, text_of
 from bagel_ds.data.samples import video
 from bagel_ds.data.samples.draws import Draws
 from bagel_ds.data.samples.sample import TEXT, VIT, BadRow
+from bagel_ds.errors import shown
+from bagel_ds.regular_files import file_fault
 
 IMAGE_TAG, VIDEO_TAG = "<image>", "<video>"
 _TAGS = re.compile(f"({IMAGE_TAG}|{VIDEO_TAG})")
-# Items of the structure; that of a video is followed by its frames and the least and most that are shown of them.
+# Items of the structure; that of a video is followed by its number of frames.
 _TEXT, _LOSS_TEXT, _IMAGE, _VIDEO = 0, 1, 2, 3
 
 
@@ -33,7 +37,7 @@ class VisionLanguage(Source):
 
     name = "vlm"
     kinds = ("vlm_sft",)
-    version = 2
+    version = 3
     losses = frozenset({CE})
     conditions_drop = False
     jsonl = True
@@ -45,33 +49,44 @@ class VisionLanguage(Source):
     @property
     def settings(self) -> str:
         # Without PyAV the index holds every video as a bad row, so installing it must make another index.
-        return f"{self.frames.min_num_frames}-{self.frames.max_num_frames} video:{video.available()}"
+        return f"video:{video.available()}"
 
     def columns(self, available: Sequence[str]) -> list[str]:
         raise BadRow("conversations are read from a .jsonl file, not from parquet")
 
     def parse(self, row: dict[str, Any], folder: ImageFolder) -> ParsedRow:
-        images = [_inside(value, folder, "image") for value in _names(row.get("image"))]
-        clips = _names(row.get("video")) if row.get("image") is None else []
+        names, clips = _names(row)
+        images = [_file(value, folder, "image") for value in names]
         items: list[int] = []
         texts: list[str] = []
-        for turn in list_of(row.get("conversations"), "conversations"):
-            if isinstance(turn, dict) and turn.get("from") in ("human", "gpt"):
-                _add_turn(turn, items, texts)
-        _check_tags(items, len(images), len(clips))
+        notes: list[Note] = []
+        if row.get("conversations") is None:
+            raise BadRow(f"the row has no conversations; its keys are {', '.join(map(shown, row)) or 'none'}")
+        for number, turn in enumerate(list_of(row["conversations"], "conversations")):
+            role = turn.get("from") if isinstance(turn, dict) else None
+            if role in ("human", "gpt"):
+                _add_turn(role, text_of(turn.get("value"), f"the value of turn {number}"), items, texts)
+            else:
+                found = f"has the role {shown(role)}" if isinstance(turn, dict) else f"is {shown(turn)}"
+                notes.append(Note(UNUSED_TEXT, f"turn {number} {found} and is ignored; roles are human and gpt"))
+        _check_tags(items, row, len(images), len(clips))
         if _LOSS_TEXT not in items:
-            raise BadRow("no gpt turn with text, so nothing to learn")
+            ignored = f" ({notes[0].text})" if notes else ""
+            raise BadRow(f"no gpt turn with text, so there is nothing to learn{ignored}")
+        unused = images[items.count(_IMAGE) :]
+        notes += [
+            Note(UNUSED_IMAGE, f"no turn shows {path}: a human turn needs a further {IMAGE_TAG}") for path in unused
+        ]
         if not clips:
-            return ParsedRow(tuple(items), texts, list[Any](images))
-        clip = video.read_header(_inside(clips[0], folder, "video"))
-        place = items.index(_VIDEO) + 1
-        items[place:place] = [clip.frames, self.frames.min_num_frames, self.frames.max_num_frames]
-        return ParsedRow(tuple(items), texts, [clip])
+            return ParsedRow(tuple(items), texts, list[Any](images), tuple(notes))
+        clip = video.read_header(_file(clips[0], folder, "video"))
+        items.insert(items.index(_VIDEO) + 1, clip.frames)
+        return ParsedRow(tuple(items), texts, [clip], tuple(notes))
 
     def files(self, row: dict[str, Any], folder: ImageFolder) -> list[str]:
-        names = _names(row.get("image")) or _names(row.get("video"))
-        inside = [name for name in names if isinstance(name, str) and name and ".." not in PurePosixPath(name).parts]
-        return [os.path.join(folder.path, name) for name in inside if not name.startswith("/")]
+        names, clips = _names(row)
+        paths = [os.path.abspath(os.path.join(folder.path, name)) for name in names + clips if isinstance(name, str)]
+        return [path for path in paths if path.startswith(os.path.join(os.path.abspath(folder.path), ""))]
 
     def arrange(self, record: Record, draws: Draws) -> list[Piece]:
         pieces = []
@@ -79,8 +94,8 @@ class VisionLanguage(Source):
         items = iter(record.structure)
         for item in items:
             if item == _VIDEO:
-                shown = video.sample_frames(next(items), next(items), next(items), draws)
-                pieces += [Piece(VIT, 0, frame=frame) for frame in shown]
+                frames = video.sample_frames(next(items), self.frames, draws)
+                pieces += [Piece(VIT, 0, frame=frame) for frame in frames]
             elif item == _IMAGE:
                 pieces.append(Piece(VIT, image))
                 image += 1
@@ -91,44 +106,57 @@ class VisionLanguage(Source):
         return pieces
 
 
-def _add_turn(turn: dict[str, Any], items: list[int], texts: list[str]) -> None:
-    value = turn.get("value")
-    if not isinstance(value, str):
-        raise BadRow(f"the value of a {turn['from']} turn is {type(value).__name__}, expected text")
-    parts = _TAGS.split(value) if turn["from"] == "human" else [value]
-    if len(parts) == 1:
-        if value:
-            items.append(_LOSS_TEXT if turn["from"] == "gpt" else _TEXT)
-            texts.append(value)
-        return
-    for part in parts:
-        if part in (IMAGE_TAG, VIDEO_TAG):
-            items.append(_IMAGE if part == IMAGE_TAG else _VIDEO)
-        elif part.strip():
-            items.append(_TEXT)
-            texts.append(part.strip())
+def _add_turn(role: str, value: str, items: list[int], texts: list[str]) -> None:
+    split = _TAGS.split(value) if role == "human" else [value]
+    for section in split:
+        if section in (IMAGE_TAG, VIDEO_TAG) and len(split) > 1:
+            items.append(_IMAGE if section == IMAGE_TAG else _VIDEO)
+        elif text := section.strip() if len(split) > 1 else section:
+            items.append(_LOSS_TEXT if role == "gpt" else _TEXT)
+            texts.append(text)
 
 
-def _check_tags(items: list[int], images: int, videos: int) -> None:
-    """An image that no turn shows is left out, as in the original; a tag without its file is a bad row."""
-    if items.count(_IMAGE) > images:
-        raise BadRow(f"the turns show {IMAGE_TAG} {items.count(_IMAGE)} times, the row has {images} images")
+def _check_tags(items: list[int], row: dict[str, Any], images: int, videos: int) -> None:
+    """A tag without its file is a bad row; an image without a tag is not, as in the original."""
+    if (tags := items.count(_IMAGE)) > images:
+        hint = " (it names pictures as `images`; the key is `image`)" if row.get("images") and not images else ""
+        raise BadRow(f"the turns show {IMAGE_TAG} {tags} times, the row has {images} images{hint}")
     if videos > 1:
         raise BadRow(f"the row has {videos} videos; one is supported")
-    if items.count(_VIDEO) != videos:
-        raise BadRow(f"the turns show {VIDEO_TAG} {items.count(_VIDEO)} times, the row has {videos} videos to show")
+    if (tags := items.count(_VIDEO)) != videos:
+        raise BadRow(f"the turns show {VIDEO_TAG} {tags} times, the row has {videos} videos to show")
 
 
-def _names(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
+def _names(row: dict[str, Any]) -> tuple[list[Any], list[Any]]:
+    """What the row gives as its images and, where it has none, as its videos."""
+    images, clips = (
+        value if isinstance(value, list) else [] if value in (None, "") or value != value else [value]  # NaN: null
+        for value in (row.get("image"), row.get("video"))
+    )
+    return images, [] if images else clips
 
 
-def _inside(value: Any, folder: ImageFolder, what: str) -> Path:
+def _file(value: Any, folder: ImageFolder, what: str) -> Path:
+    """The regular file that the row names; the message of the `BadRow` names the path tried."""
     if not isinstance(value, str) or not value:
-        raise BadRow(f"{what} is {value!r}, expected a path below the image folder")
+        raise BadRow(f"{what} is {shown(value)}, expected a path below the image folder")
     try:
-        return folder.file(value)
+        path = folder.file(value)
     except RefusedPath as refusal:
-        raise BadRow(f"the {what} path {value[:100]!r} {refusal}") from refusal
+        raise BadRow(f"the {what} path {shown(value)} {refusal}") from refusal
+    if fault := file_fault(path):
+        raise BadRow(f"{path}: {fault}{_hint(value, folder)}")
+    return path
+
+
+def _hint(value: str, folder: ImageFolder) -> str:
+    """What may be meant by the name of a file that cannot be opened."""
+    if "://" in value:
+        return f"; {shown(value)} is a URL: download the file and name its path below data_dir"
+    if "\\" in value:
+        return "; backslashes do not separate folders here, write /"
+    names = Path(value).parts
+    for first in range(1, len(names)):
+        if not file_fault(Path(folder.path, *names[first:])):
+            return f"; {Path(folder.path, *names[first:])} exists: the path repeats the end of data_dir"
+    return ""

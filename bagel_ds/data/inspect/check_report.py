@@ -1,7 +1,6 @@
-"""What `bagel-ds check` found, for people and as JSON.
+"""What `bagel-ds check` found, as text and as JSON.
 
-Guarantees: both show the same numbers; every finding is listed, none shortened away. Percentiles are over samples that
-can be used.
+Guarantees: both show the same numbers; every finding is listed. Percentiles are over samples that can be used.
 """
 
 from __future__ import annotations
@@ -11,11 +10,30 @@ from typing import Any
 
 import numpy as np
 
-from bagel_ds.data.inspect.check import DRAWN, GIVEN, SEEN, TEXTS, DatasetCheck
+from bagel_ds.data.formats.record import UNUSED_IMAGE, UNUSED_TEXT
+from bagel_ds.data.inspect.check import (
+    DAMAGED,
+    DRAWN,
+    GIVEN,
+    OUTDATED,
+    SEEN,
+    SPECIAL,
+    TEXTS,
+    TURNED,
+    DatasetCheck,
+)
 from bagel_ds.data.streams.reader import UnusableRow
 
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
 _TOKENS = {TEXTS: "text", SEEN: "ViT", GIVEN: "VAE given", DRAWN: "VAE to generate"}
+_NOTES = {
+    SPECIAL: "rows whose text holds special-token strings (used as they are)",
+    DAMAGED: "damaged pictures (used as far as they go)",
+    TURNED: "pictures turned by EXIF (used as they are stored)",
+    UNUSED_IMAGE: "pictures that no turn or item shows (left out)",
+    UNUSED_TEXT: "turns and instructions that are ignored",
+    OUTDATED: "rows whose index was wrong (it is repaired)",
+}
 
 
 def as_json(result: DatasetCheck) -> dict[str, Any]:
@@ -32,8 +50,7 @@ def as_json(result: DatasetCheck) -> dict[str, Any]:
         "sample_length": _lengths(result),
         "images": _images(result),
         "bad_rows": [_place(row) for row in result.unusable],
-        "special_token_rows": [_place(row) for row in result.special],
-        "damaged_images": [_place(row) for row in result.damaged],
+        **{kind: [_place(row) for row in rows] for kind, rows in result.notes.items()},
     }
 
 
@@ -42,11 +59,9 @@ def as_text(results: Sequence[DatasetCheck]) -> Iterator[str]:
     for result in results:
         yield from _table(result)
         yield ""
-    for title, findings in (
-        ("rows that cannot be used", [row for result in results for row in result.unusable]),
-        ("rows whose text holds special-token strings (used as they are)", [r for c in results for r in c.special]),
-        ("rows with damaged images (used as far as they go)", [row for result in results for row in result.damaged]),
-    ):
+    bad = ("rows that cannot be used", [row for result in results for row in result.unusable])
+    notes = [(title, [row for result in results for row in result.notes[kind]]) for kind, title in _NOTES.items()]
+    for title, findings in (bad, *(note for note in notes if note[1])):
         yield f"{title}: {len(findings):,}"
         yield from (f"  {row.place}: {row.reason}" for row in findings)
 
@@ -78,8 +93,9 @@ def _table(result: DatasetCheck) -> Iterator[str]:
     if images:
         sizes = ", ".join(f"{name} {images[name][0]} x {images[name][1]}" for name in ("smallest", "median", "largest"))
         yield f"  images           {images['count']:,}, {sizes}"
-    yield f"  special tokens   in the text of {len(result.special):,} rows"
-    yield f"  damaged images   in {len(result.damaged):,} usable rows"
+    for kind, rows in result.notes.items():
+        if rows:
+            yield f"  noted            {len(rows):,} {_NOTES[kind]}"
 
 
 def _lengths(result: DatasetCheck) -> dict[str, float] | None:

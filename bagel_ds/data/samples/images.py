@@ -1,15 +1,14 @@
 """Images as the network sees them: decoded to RGB, resized by the original's rule, kept as uint8.
 
-Guarantees: sizes and pixels equal the original's (its rounding quirks included), with Pillow 13.0 or newer: older ones
-filter the width first also in tall images, which changes single pixels by up to 25 of 255 levels. Normalizing is left
-to the device (`model.batch.normalize_pixels`). Anything damaged, or too large to be meant, raises `BadImage` with the
-reason; nothing here is fatal to a run. `image_size` reads headers only.
+Guarantees: sizes and pixels equal the original's, including its rounding, with Pillow 13.0 or newer (older versions
+filter the width first also in tall images, which changes single pixels by up to 25 of 255 levels). The device
+normalizes (`model.batch.normalize_pixels`). An image that is damaged or too large raises `BadImage` with the reason and
+the file's path. `image_size` reads only the header. Only regular files are opened.
 """
 
 from __future__ import annotations
 
 import io
-import stat
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -22,14 +21,20 @@ from torch import Tensor
 
 from bagel_ds.data.samples.sample import BadRow
 from bagel_ds.git_lfs import pointer_fault
+from bagel_ds.regular_files import file_fault
 
-# As the original: a cut-off file gives the part that is there, and a PNG may carry up to 1 GiB of text.
+# As in the original: a file that is cut off gives the part that is there.
 ImageFile.LOAD_TRUNCATED_IMAGES = True
-PngImagePlugin.MAX_TEXT_CHUNK = 1024 * 2**20
+# What a compressed text or color profile of a PNG may unpack to. Pillow leaves out what is larger and goes on, so this
+# refuses no file that the original reads: it allows 1 GiB, but Pillow refuses more than 64 MiB of text anyway.
+PngImagePlugin.MAX_TEXT_CHUNK = 64 * 2**20
 MAX_PIXELS = 200_000_000
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # where Pillow warns; here it is the end
+MAX_SIDE = 1_000_000  # pixels; the resize needs 32 bytes for each pixel of a side
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # where Pillow warns
 
-# Pillow's conversion to RGB clips these at 255 (an almost white picture), so they are refused rather than trained on.
+_ORIENTATION = 0x0112  # EXIF tag
+
+# Pillow's conversion to RGB clips these at 255, which gives an almost white picture, so they are refused.
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -49,8 +54,8 @@ class ImageTransform:
     def size(self, width: int, height: int, img_num: int = 1) -> tuple[int, int]:
         """(width, height) after the resize; `img_num` images share `max_pixels` (vlm only).
 
-        Quirks kept on purpose: rounding twice with python's banker's rounding, and the pixel limit applied to each
-        side rather than as its square root, which over-shrinks.
+        As in the original: rounds twice with Python's banker's rounding, and applies the ratio of the pixel limit to
+        each side rather than its square root, which shrinks more than needed.
         """
         scale = max(min(self.max_image_size / max(width, height), 1.0), self.min_image_size / min(width, height))
         width, height = self._scaled(width, height, scale)
@@ -67,31 +72,51 @@ class ImageTransform:
         return max(self.image_stride, round(side / self.image_stride) * self.image_stride)
 
 
-def check_regular(path: Path) -> None:
-    """Raises `BadImage` where `path` is no regular file: opening a pipe would wait for ever."""
-    try:
-        mode = path.stat().st_mode
-    except (OSError, ValueError) as error:
-        raise BadImage(f"the file cannot be read ({_words(error)})") from error
-    if not stat.S_ISREG(mode):
-        raise BadImage("not a regular file")
-
-
 def image_size(source: bytes | Path) -> tuple[int, int]:
-    """(width, height) from the header alone. Raises `BadImage`."""
+    """(width, height) from the header only. Raises `BadImage`."""
     with _opened(source) as image:
         return image.size
 
 
 def decode_rgb(source: bytes | Path) -> Image.Image:
-    """The first frame as RGB; anything with an alpha channel or a transparent colour is laid on white."""
+    """The first frame as RGB, with anything transparent laid on white. Raises `BadImage`."""
     with _opened(source) as image:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 return to_rgb(image)
         except Exception as error:  # what Pillow's decoders raise on damaged files is an open set
-            raise BadImage(f"the image cannot be decoded ({_words(error)})") from error
+            raise _bad(source, f"the image cannot be decoded ({_words(error)})") from error
+
+
+def hidden_damage(source: bytes | Path) -> str:
+    """What is wrong with an image that `decode_rgb` uses as far as it goes; empty where nothing is.
+
+    Also compares the checksums of a PNG. Raises `BadImage` where the image cannot be used at all.
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with _opened(source) as image:
+            if image.format == "PNG":
+                image.verify()
+        decode_rgb(source)
+        return ""
+    except Exception as error:  # as above
+        damage = str(error) if isinstance(error, BadImage) else str(_bad(source, _words(error)))
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = True
+    decode_rgb(source)
+    return damage
+
+
+def ignored_orientation(source: bytes | Path) -> int:
+    """The EXIF orientation that decoding does not apply, 1 where there is none. Raises `BadImage`."""
+    with _opened(source) as image:
+        try:
+            # Pillow itself turns TIFF files.
+            return 1 if image.format == "TIFF" else int(image.getexif().get(_ORIENTATION, 1))
+        except Exception:  # damaged EXIF turns nothing
+            return 1
 
 
 def resize_to_uint8(image: Image.Image, transform: ImageTransform, img_num: int = 1) -> Tensor:
@@ -102,39 +127,45 @@ def resize_to_uint8(image: Image.Image, transform: ImageTransform, img_num: int 
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def size_fault(width: int, height: int) -> str:
+    """Why no image or video of this size (pixels) is used; empty where it is."""
+    if width * height > MAX_PIXELS:
+        return f"it has {width} x {height} pixels, more than {MAX_PIXELS:,}"
+    if max(width, height) > MAX_SIDE:
+        return f"it has {width} x {height} pixels, more than {MAX_SIDE:,} on one side"
+    if min(width, height) < 1:
+        return f"it has {width} x {height} pixels"
+    return ""
+
+
 def _opened(source: bytes | Path) -> Image.Image:
     if isinstance(source, bytes) and not source:
         raise BadImage("the image has zero bytes")
-    if isinstance(source, Path):
-        check_regular(source)
+    if isinstance(source, Path) and (fault := file_fault(source)):
+        raise _bad(source, fault)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=_formats())
     except Exception as error:
-        raise BadImage(pointer_fault(source) or f"not a readable image ({_words(error)})") from error
-    refusal = _refusal(image)
-    if refusal:
+        raise _bad(source, pointer_fault(source) or f"not a readable image ({_words(error)})") from error
+    if refusal := size_fault(*image.size) or _mode_fault(image.mode):
         image.close()
-        raise BadImage(refusal)
+        raise _bad(source, refusal)
     return image
 
 
 @cache
 def _formats() -> list[str]:
-    """What Pillow can decode by itself: EPS starts another program, the others are headers without a decoder."""
+    """What Pillow decodes by itself: EPS starts another program, FITS unpacks without a limit, the others only name
+    a format."""
     Image.init()
-    return [name for name in Image.ID if name not in ("EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")]
+    return [name for name in Image.ID if name not in ("EPS", "FITS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG")]
 
 
-def _refusal(image: Image.Image) -> str:
-    width, height = image.size
-    if width * height > MAX_PIXELS:
-        return f"the image has {width} x {height} pixels, more than {MAX_PIXELS:,}"
-    if min(width, height) < 1:
-        return f"the image has {width} x {height} pixels"
-    if image.mode in _DEEP_MODES:
-        return f"the image has more than 8 bits per pixel (Pillow mode {image.mode}); convert it to 8 bits"
+def _mode_fault(mode: str) -> str:
+    if mode in _DEEP_MODES:
+        return f"the image has more than 8 bits per pixel (Pillow mode {mode}); convert it to 8 bits"
     return ""
 
 
@@ -148,8 +179,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _bad(source: bytes | Path, reason: str) -> BadImage:
+    return BadImage(reason if isinstance(source, bytes) else f"{source}: {reason}")
+
+
 def _words(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    # Pillow names the in-memory buffer by its address, which would make equal reasons differ
+    if isinstance(error, MemoryError):
+        return "it needs more memory than there is"
+    # Pillow names the in-memory buffer by its address, which would make equal reasons differ.
     return "unknown format" if type(error).__name__ == "UnidentifiedImageError" else f"{type(error).__name__}: {error}"

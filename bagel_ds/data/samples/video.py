@@ -1,9 +1,9 @@
 """Videos as sequences of frames: sizes and counts from headers, single frames decoded when a worker needs them.
 
 Guarantees: number and size of frames come without decoding; which frames a sample shows is one draw per row and epoch;
-a frame is found by its timestamp, so seeking gives the same picture as decoding from the start. Reads one file, never
-another one that it names. Needs PyAV (`pip install 'bagel_ds[video]'`); without it every video is a bad row that says
-so. Rotation tags and sound are ignored.
+a frame is found by its timestamp, so seeking gives the same picture as decoding from the start. Reads only the file
+itself, never another one that it names. Needs PyAV (`pip install 'bagel_ds[video]'`); without it every video is a bad
+row that says so. Rotation tags and sound are ignored.
 """
 
 from __future__ import annotations
@@ -13,19 +13,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from bagel_ds.data.samples.draws import Draws
-from bagel_ds.data.samples.images import MAX_PIXELS, check_regular
+from bagel_ds.data.samples.images import size_fault
 from bagel_ds.data.samples.sample import BadRow
 from bagel_ds.git_lfs import pointer_fault
+from bagel_ds.regular_files import file_fault
 
-if TYPE_CHECKING:
-    from av.container import InputContainer
-
-# Containers that hold the pictures themselves. Playlists (hls, concat, dash, image2) would open what they name.
+# Containers that hold the pictures themselves. Playlists (hls, concat, dash, image2) would open the files they name.
 _CONTAINERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,asf,ogg,gif,m4v,h264,hevc,ivf"
 
 
@@ -38,7 +36,7 @@ class FrameSampler:
 
 
 class Video(NamedTuple):
-    """A video file as its header tells it; sizes in pixels."""
+    """What the header of a video file says; sizes in pixels."""
 
     path: Path
     frames: int
@@ -47,7 +45,7 @@ class Video(NamedTuple):
 
 
 class _Packets(NamedTuple):
-    """Timestamps (in the stream's time base), sorted; those of `keys` can be decoded without what precedes them."""
+    """Timestamps (in the stream's time base), sorted; frames at `keys` decode without earlier ones."""
 
     times: list[int]
     keys: list[int]
@@ -59,21 +57,24 @@ def available() -> bool:
 
 
 def read_header(path: Path) -> Video:
-    """Frames are counted where the header doesn't say how many there are. Raises `BadRow`."""
+    """Counts the frames where the header gives no number, or one that the file is too small for. Raises `BadRow`."""
     with _opened(path) as (container, stream):
         width, height = stream.codec_context.width, stream.codec_context.height
-        if min(width, height) < 1 or width * height > MAX_PIXELS:
-            raise BadRow(f"the video has {width} x {height} pixels")
-        frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+        if fault := size_fault(width, height):
+            raise BadRow(fault)
+        frames = stream.frames
+        if not 0 < frames <= path.stat().st_size:
+            frames = sum(1 for packet in container.demux(stream) if packet.size)
         if frames < 1:
             raise BadRow("the video has no frames")
         return Video(path, frames, width, height)
 
 
-def sample_frames(frames: int, least: int, most: int, draws: Draws) -> list[int]:
-    """Numbers of the frames shown: the video is cut into equal parts, and each gives one of its frames."""
-    shown = min(least + draws.choice(most - least + 1), frames)
-    bounds = [part * frames // shown for part in range(shown + 1)]
+def sample_frames(frames: int, limits: FrameSampler, draws: Draws) -> list[int]:
+    """Numbers of the frames shown: one frame of each of as many equal sections of the video."""
+    least = limits.min_num_frames
+    shown = min(least + draws.choice(limits.max_num_frames - least + 1), frames)
+    bounds = [section * frames // shown for section in range(shown + 1)]
     return [start + draws.choice(stop - start) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
@@ -87,7 +88,7 @@ def decode_frames(video: Video, numbers: Sequence[int]) -> dict[int, Image.Image
         return _decode_in_order(container, stream, numbers)
 
 
-def _packets(container: InputContainer, stream: Any) -> _Packets | None:
+def _packets(container: Any, stream: Any) -> _Packets | None:
     """None where a container has no timestamps."""
     packets = [packet for packet in container.demux(stream) if packet.size]
     if any(packet.pts is None for packet in packets):
@@ -96,10 +97,10 @@ def _packets(container: InputContainer, stream: Any) -> _Packets | None:
     return _Packets(shown, sorted(packet.pts for packet in packets if packet.is_keyframe))
 
 
-def _decode_by_time(container: InputContainer, stream: Any, numbers: Sequence[int]) -> dict[int, Image.Image] | None:
-    """Go on decoding, or jump where a keyframe lies between here and the next frame wanted.
+def _decode_by_time(container: Any, stream: Any, numbers: Sequence[int]) -> dict[int, Image.Image] | None:
+    """Decodes on, or seeks where a keyframe lies between the last frame and the next one wanted.
 
-    None where the container doesn't lead to the frames: no timestamps, or seeking that ends elsewhere (MPEG-TS).
+    None where the frames cannot be found so: no timestamps, or seeking that ends elsewhere (MPEG-TS).
     """
     packets = _packets(container, stream)
     if packets is None or max(numbers) >= len(packets.times):
@@ -121,7 +122,7 @@ def _decode_by_time(container: InputContainer, stream: Any, numbers: Sequence[in
     return images
 
 
-def _decode_in_order(container: InputContainer, stream: Any, numbers: Sequence[int]) -> dict[int, Image.Image]:
+def _decode_in_order(container: Any, stream: Any, numbers: Sequence[int]) -> dict[int, Image.Image]:
     images: dict[int, Image.Image] = {}
     for number, frame in enumerate(container.decode(stream)):
         if number in numbers:
@@ -134,15 +135,14 @@ def _decode_in_order(container: InputContainer, stream: Any, numbers: Sequence[i
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[InputContainer, Any]]:
-    """The container and its first video stream; whatever goes wrong with them is a `BadRow`."""
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """The container and its first video stream; whatever goes wrong with them is a `BadRow` that names the file."""
     try:
         import av
     except ImportError as error:
         raise BadRow("the row shows a video, which needs PyAV: pip install 'bagel_ds[video]'") from error
-    check_regular(path)
-    if fault := pointer_fault(path):
-        raise BadRow(fault)
+    if fault := file_fault(path) or pointer_fault(path):
+        raise BadRow(f"{path}: {fault}")
     options = {"format_whitelist": _CONTAINERS}
     try:
         # Through a Python file, so that ffmpeg never sees a name that it could take for a protocol.
@@ -152,7 +152,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, Any]]:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1  # the workers are parallel already
             yield container, stream
-    except BadRow:
-        raise
+    except BadRow as error:
+        raise BadRow(f"{path}: {error}") from error
     except Exception as error:  # what decoders raise on damaged files is an open set
-        raise BadRow(f"the video cannot be read ({type(error).__name__}: {error})") from error
+        raise BadRow(f"{path}: the video cannot be read ({type(error).__name__}: {error})") from error

@@ -1,4 +1,4 @@
-"""Videos: headers alone for the index, the right frames for a sample, and reasons for what cannot be used."""
+"""Videos: only headers for the index, the right frames for a sample, and reasons for what cannot be used."""
 
 from __future__ import annotations
 
@@ -67,6 +67,40 @@ def test_headers_tell_size_and_number_of_frames(tmp_path: Path, name: str) -> No
     assert read_header(write_video(tmp_path / name, 23, KINDS[name])) == (tmp_path / name, 23, 64, 48)
 
 
+@pytest.mark.parametrize("claimed", [0, 2**31 - 1, 2**31, 2**32 - 1])
+def test_a_count_of_frames_that_the_file_is_too_small_for_is_not_believed(tmp_path: Path, claimed: int) -> None:
+    path = write_video(tmp_path / "x.avi", 23)
+    content = bytearray(path.read_bytes())
+    for chunk, offset in ((b"avih", 24), (b"strh", 40)):  # total frames, length of the stream
+        place = content.index(chunk) + offset
+        content[place : place + 4] = claimed.to_bytes(4, "little")
+    path.write_bytes(content)
+    assert read_header(path).frames == 23
+    assert decode_frames(read_header(path), [22]).keys() == {22}
+
+
+def test_a_count_of_frames_that_is_possible_is_believed(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "x.avi", 23)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"strh") + 40
+    content[place : place + 4] = (24).to_bytes(4, "little")
+    path.write_bytes(content)
+    assert read_header(path).frames == 24, "headers are read, frames not counted"
+    with pytest.raises(BadRow, match="x.avi: the video ends before its frame 23"):
+        decode_frames(read_header(path), [23])
+
+
+def test_other_frame_limits_need_no_other_index(tmp_path: Path) -> None:
+    write_video(tmp_path / "images" / "x.mp4")
+    seen = []
+    for least, most in ((3, 3), (5, 5)):
+        stream = _stream(tmp_path, [_line("x.mp4")], min_num_frames=least, max_num_frames=most)
+        plan = stream.plan_sample(0, 0)
+        assert plan is not None and sum(entry.kind == VIT for entry in plan.entries) == least
+        seen.append(stream.uses[0].index.file.key)
+    assert seen[0] == seen[1]
+
+
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("numbers", [[0], [39], [3, 4, 17, 18, 39], [25, 2, 25], list(range(40))])
 def test_frames_are_those_of_decoding_from_the_start(tmp_path: Path, name: str, numbers: list[int]) -> None:
@@ -86,13 +120,13 @@ def test_frames_are_one_of_each_equal_part_and_their_number_is_drawn() -> None:
     key = draw_key("choice", 0)
     counts = {}
     for epoch in range(600):
-        numbers = sample_frames(100, 3, 5, Draws(key, epoch))
+        numbers = sample_frames(100, FrameSampler(5, 3), Draws(key, epoch))
         counts[len(numbers)] = counts.get(len(numbers), 0) + 1
         parts = len(numbers)
         assert all(part * 100 // parts <= number < (part + 1) * 100 // parts for part, number in enumerate(numbers))
     assert counts.keys() == {3, 4, 5} and min(counts.values()) > 150
-    assert sample_frames(4, 8, 12, Draws(key, 0)) == [0, 1, 2, 3]
-    assert sample_frames(1, 1, 1, Draws(key, 0)) == [0]
+    assert sample_frames(4, FrameSampler(12, 8), Draws(key, 0)) == [0, 1, 2, 3]
+    assert sample_frames(1, FrameSampler(1, 1), Draws(key, 0)) == [0]
 
 
 def test_a_video_becomes_as_many_images_as_frames(tmp_path: Path) -> None:
@@ -220,7 +254,7 @@ def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     import os
 
     os.mkfifo(tmp_path / "x.mp4")
-    with pytest.raises(BadRow, match="not a regular file"):
+    with pytest.raises(BadRow, match="x.mp4: it is a named pipe"):
         read_header(tmp_path / "x.mp4")
 
 
