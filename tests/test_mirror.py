@@ -48,7 +48,6 @@ COVERED_BY: dict[str, tuple[str, str]] = {
     "model/vae.py": ("reference/test_vae.py", "the original's recordings judge it"),
     "model_folder/crc.py": ("model_folder/test_tensor_files.py", "its only user"),
     "processes/": ("processes/test_processes.py", "server, worker and pool work only together"),
-    "regular_files.py": ("data/files/test_damage.py", "fifos and sockets as the files that users name"),
     "train/build.py": ("distributed/test_weights.py", "needs a launch"),
     "train/plan_log.py": ("distributed/test_launchers.py", "needs a launch"),
     "train/prepare.py": ("distributed/test_bad_input.py", "needs a launch"),
