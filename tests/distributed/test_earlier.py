@@ -51,7 +51,7 @@ def test_a_forgotten_auto_resume_is_refused(outcomes: tuple[Path, dict[str, Outc
 def test_a_total_below_the_steps_done_is_refused(outcomes: tuple[Path, dict[str, Outcome]]) -> None:
     too_few = outcomes[1]["too_few"]
     assert too_few.code == 2 and "Traceback" not in too_few.output
-    assert "--total_steps 3: " in too_few.output and "has 4 already done" in too_few.output
+    assert "--total_steps 3: " in too_few.output and "has already done 4 steps" in too_few.output
     assert "stopped" not in too_few.output
 
 
