@@ -25,6 +25,7 @@ KeyPath = tuple[Hashable, ...]  # keys, and numbers of list items, from the oute
 Remedy = Callable[[KeyPath], str]  # what to do about a key that is given twice
 
 LARGEST_FILE = 64 * 2**20  # bytes; a data file passed as a config would fill the memory
+LONGEST_TEXT = 4096  # characters of a path or name; Linux allows no longer path
 _MERGE = "tag:yaml.org,2002:merge"
 _MOST_MERGED = 10_000  # keys; merges of merges can double their number at every level
 

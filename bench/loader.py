@@ -196,9 +196,9 @@ def row_group_reads(group_rows: int, world_size: int, workers: int) -> dict[str,
     limit = LIMIT * 400 // 200_000  # a stand-in of 200 bytes counts 400
 
     def reader(worker: int) -> ReadsRows:
-        def read(key: GroupKey) -> Iterator[tuple[int, Callable[[], Row]]]:
+        def read(key: GroupKey) -> Iterator[Callable[[], Row]]:
             reads[worker, key] += 1
-            return ((row, lambda: {"x": bytes(200)}) for row in range(group_rows))
+            return ((lambda: {"x": bytes(200)}) for _ in range(group_rows))
 
         return read
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 import re
 import textwrap
 from collections.abc import Sequence
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from bagel_ds.arguments.options import SECTIONS, all_options, is_optional, type_name
-from bagel_ds.config_files import KeyPath, read_yaml
-from bagel_ds.errors import UserError
+from bagel_ds.config_files import LONGEST_TEXT, KeyPath, read_yaml
+from bagel_ds.errors import UserError, shown
 
 # What the parser itself understands: a YAML file, and what the deepspeed launcher appends (LOCAL_RANK says the same).
 OWN_WORDS = {"config": "read options from this YAML file; the command line wins", "local_rank": ""}
@@ -49,18 +50,20 @@ def parse_value(name: str, raw: Any) -> Any:
         if is_optional(field):
             return None
         raise ValueError(f"--{name} expects {_expected(field)}, found None")
-    if isinstance(raw, (list, dict)):
-        raise ValueError(f"--{name} expects one value ({_expected(field)}), found a {type(raw).__name__}")
-    word = str(raw).strip()
+    if not isinstance(raw, (str, int, float)):
+        raise ValueError(f"--{name} expects one value ({_expected(field)}), found {shown(raw)}")
+    if isinstance(raw, bool) and wanted != "bool":
+        raise ValueError(f"--{name} expects {_expected(field)}, found {raw}; put quotes around a word")
     try:
+        word = str(raw).strip()
         value = _READERS[wanted](word)
-    except ValueError:
-        raise ValueError(f"--{name} expects {_expected(field)}, found {word!r}") from None
+    except (ValueError, OverflowError):
+        raise ValueError(f"--{name} expects {_expected(field)}, found {shown(raw)}") from None
     choices = field.metadata["choices"]
     if choices and value not in choices:
         same = [choice for choice in choices if choice.lower() == word.lower()]
         if not same:
-            raise ValueError(f"--{name} expects {_expected(field)}, found {word!r}")
+            raise ValueError(f"--{name} expects {_expected(field)}, found {shown(raw)}")
         return same[0]
     return value
 
@@ -73,6 +76,13 @@ def _read_bool(word: str) -> bool:
     raise ValueError(word)
 
 
+def _read_text(word: str) -> str:
+    if "\0" in word or len(word) > LONGEST_TEXT:
+        raise ValueError(word)
+    os.fsencode(word)  # raises ValueError for half of a surrogate pair
+    return word
+
+
 def _read_float(word: str) -> float:
     value = float(word)
     if not math.isfinite(value):
@@ -80,7 +90,7 @@ def _read_float(word: str) -> float:
     return value
 
 
-_READERS: dict[str, Any] = {"str": str, "int": int, "float": _read_float, "bool": _read_bool}
+_READERS: dict[str, Any] = {"str": _read_text, "int": int, "float": _read_float, "bool": _read_bool}
 
 
 def _expected(field: dataclasses.Field[Any]) -> str:
@@ -234,19 +244,24 @@ def read_option_file(file: str) -> Words:
         words.faults.append(f"--config: {fault}")
         return words
     if document.content is not None and not isinstance(document.content, dict):
-        found = f"{document.content!r:.60}"
+        found = shown(document.content)
         words.faults.append(f"--config {file}: expected a mapping of option names to values, found {found}")
         return words
     content = dict(document.content or {})
     given = content.pop("explicit", None)
     for path, value in _flattened(content):
-        _keep_from_file(str(path[-1]), value, document.where(*path), words)
+        _keep_from_file(path[-1], value, document.where(*path), words)
     if isinstance(given, list):
-        words.explicit &= {str(name) for name in given}
+        words.explicit &= {name for name in given if isinstance(name, str)}
+    elif given is not None:
+        words.faults.append(f"--config {document.where('explicit')}: explicit lists names, found {shown(given)}")
     return words
 
 
-def _keep_from_file(key: str, value: Any, where: str, words: Words) -> None:
+def _keep_from_file(key: Any, value: Any, where: str, words: Words) -> None:
+    if not isinstance(key, str):
+        words.faults.append(f"--config {where}: the name of an option is text, found {shown(key)}")
+        return
     try:
         name = find_name(key)
     except ValueError as fault:

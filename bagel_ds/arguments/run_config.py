@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,8 @@ import yaml
 
 from bagel_ds.arguments.options import SECTIONS, DataArguments, ModelArguments, TrainingArguments
 from bagel_ds.arguments.parse import Words, duration_seconds, help_text, read_option_file, read_words
-from bagel_ds.errors import all_faults
+from bagel_ds.errors import all_faults, shown
+from bagel_ds.machine.user_folders import expanded
 from bagel_ds.model.attention.backends import BACKENDS, DEFAULT_BACKEND
 
 _PATHS = """model_path llm_path vit_path vae_path dataset_config_file dataset_info index_cache results_dir
@@ -92,7 +92,7 @@ def make_config(
     values: dict[str, Any], explicit: frozenset[str] | None = None, places: Mapping[str, str] | None = None
 ) -> RunConfig:
     """A validated configuration from typed values by option name; those in `explicit` (default: all) were given."""
-    values = {key: _from_home(value) if key in _PATHS else value for key, value in values.items()}
+    values = {key: expanded(value) if key in _PATHS and value else value for key, value in values.items()}
     parts: dict[str, Any] = {}
     for name, section in SECTIONS.items():
         known = {field.name for field in dataclasses.fields(section)}
@@ -101,11 +101,6 @@ def make_config(
     all_faults(config.placed(_faults(config)), "These options can't be used together or as given:")
     config, notes = _lower_budgets(config)
     return dataclasses.replace(config, notes=tuple(notes + _notes(config)), data_notes=tuple(notes))
-
-
-def _from_home(path: str | None) -> str | None:
-    """The path that the shell would have made of `~/...`, which it leaves alone in `--name=~/...` and in YAML."""
-    return os.path.expanduser(path) if path is not None and path.startswith("~") else path
 
 
 def wandb_wanted(config: RunConfig) -> bool:
@@ -139,6 +134,8 @@ _RANGES: list[tuple[list[str], Callable[[Any], bool], str]] = [
     (["vit_select_layer"], lambda value: value < 0, "below 0 (counted from the last layer)"),
 ]
 
+_LARGEST, _LARGEST_SEED = 2**31 - 1, 2**63 - 1  # of whole numbers, by their size
+
 # Values that would change what is computed, and that this version does not compute: (option, the one accepted, why).
 _ONLY: list[tuple[str, Any, str]] = [
     ("layer_module", "Qwen2MoTDecoderLayer", "only the mixture of transformers of BAGEL-7B-MoT is built"),
@@ -155,7 +152,11 @@ def _faults(config: RunConfig) -> list[str]:
     for names, is_good, expected in _RANGES:
         for name in names:
             if values[name] is not None and not is_good(values[name]):
-                faults.append(f"--{name} {values[name]}: expected {expected}")
+                faults.append(f"--{name} {shown(values[name])}: expected {expected}")
+    for name, value in values.items():
+        largest = _LARGEST_SEED if name.endswith("_seed") else _LARGEST
+        if isinstance(value, int) and abs(value) > largest:
+            faults.append(f"--{name} {shown(value)}: expected at most {largest}")
     for name, accepted, reason in _ONLY:
         if values[name] != accepted:
             faults.append(f"--{name} {values[name]} is not supported: {reason}; leave it out or pass {accepted}")

@@ -6,6 +6,7 @@ weight that is asked for and absent is an error, never random numbers; position 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -24,6 +25,8 @@ from bagel_ds.model_folder.tensor_files import TensorFiles, dtype_fault
 from bagel_ds.ranges import TensorInfo
 
 MODEL, EMA, VAE = "model.safetensors", "ema.safetensors", "ae.safetensors"
+LATENT_TABLE = "latent_pos_embed.pos_embed"
+MOST_LAYERS, LARGEST_SIZE = 1000, 2**24  # of a configuration's numbers: what is larger is nonsense
 CONFIG_FILES = (
     "llm_config.json",
     "vit_config.json",
@@ -55,7 +58,14 @@ class ModelFolder:
         found = self._json("llm_config.json")
         defaults = {name: field.default for name, field in LLMConfig.__dataclass_fields__.items()}
         needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-        return LLMConfig(**self._numbers("llm_config.json", found, defaults, needed))
+        config = LLMConfig(**self._numbers("llm_config.json", found, defaults, needed))
+        self._check_heads("llm_config.json", config.hidden_size, config.num_attention_heads)
+        if config.num_attention_heads % config.num_key_value_heads:
+            raise UserError(
+                f"{self.path / 'llm_config.json'}: num_key_value_heads {config.num_key_value_heads} does not divide "
+                f"num_attention_heads {config.num_attention_heads}. Download or copy the file again."
+            )
+        return config
 
     def vit_config(self, select_layer: int = -2, max_patches_per_side: int = 70) -> ViTConfig:
         """`select_layer` as vit_select_layer: layers beyond it are not built."""
@@ -65,7 +75,12 @@ class ModelFolder:
         defaults = {name: ViTConfig.__dataclass_fields__[name].default for name in fields}
         defaults["num_hidden_layers"] = ViTConfig.num_layers
         values = self._numbers("vit_config.json", found, defaults, (*names, "num_hidden_layers"))
+        self._check_heads("vit_config.json", values["hidden_size"], values["num_attention_heads"])
         layers = values.pop("num_hidden_layers") + 1 + select_layer
+        if layers < 0:
+            raise UserError(
+                f"--vit_select_layer {select_layer}: the ViT of {self.path} has only {layers - 1 - select_layer} layers"
+            )
         return ViTConfig(**values, num_layers=layers, max_patches_per_side=max_patches_per_side)
 
     def weight_files(self, stem: str) -> list[Path]:
@@ -77,7 +92,13 @@ class ModelFolder:
             weight_map = self._json(index.name).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
                 raise UserError(f"{index}: weight_map names no files. Download or copy it again.")
-            return [self.path / shard for shard in sorted(set(weight_map.values()))]
+            shards = sorted(set(weight_map.values()))
+            if lacking := [name for name in shards if Path(name).name != name or not (self.path / name).is_file()]:
+                raise UserError(
+                    f"{index} names {len(shards)} files, of which the folder lacks {len(lacking)}: "
+                    f"{', '.join(lacking[:3])}{', ...' if lacking[3:] else ''}. Download or copy them again."
+                )
+            return [self.path / name for name in shards]
         return []
 
     @property
@@ -91,10 +112,12 @@ class ModelFolder:
             files = self.weight_files(stem)
             if files:
                 return TensorFiles(files)
-        raise UserError(f"{self.path} holds neither {MODEL} nor {EMA} (nor their .index.json). {DOWNLOAD}")
+        others = [path.name for path in sorted(self.path.iterdir()) if _is_weight_file(path) and path.name != VAE]
+        unread = f" Found {', '.join(others[:3])}, which can't be used under that name or format." if others else ""
+        raise UserError(f"{self.path} holds neither {MODEL} nor {EMA} (nor their .index.json).{unread} {DOWNLOAD}")
 
     def load_vae(self, decodes: bool = True) -> AutoEncoder:
-        """The frozen autoencoder in fp32, or its encoder alone; hyper-parameters are read off the tensors' shapes."""
+        """The frozen autoencoder in fp32, or only its encoder; its sizes come from the tensors' shapes."""
         path = self.path / VAE
         if not path.exists():
             raise UserError(f"{path} does not exist: the image autoencoder is needed for training. {DOWNLOAD}")
@@ -116,10 +139,9 @@ class ModelFolder:
         faults = [f"{name} is missing" for name in needed if name not in found]
         values = {name: found[name] for name in defaults if name in found}
         for name, value in values.items():
-            kind = type(defaults[name])
-            good = isinstance(value, bool) if kind is bool else type(value) in (int, kind)
-            if not good or (kind is int and value < 1):
-                expected = {bool: "true or false", int: "a whole number above 0", float: "a number"}[kind]
+            if expected := _number_fault(
+                value, type(defaults[name]), MOST_LAYERS if "layers" in name else LARGEST_SIZE
+            ):
                 faults.append(f"{name} is {value!r:.60}, expected {expected}")
         path = self.path / file
         all_faults(
@@ -127,6 +149,27 @@ class ModelFolder:
             f"{path} does not describe a network; download or copy it again:",
         )
         return values
+
+    def _check_heads(self, file: str, width: int, heads: int) -> None:
+        if width % heads:
+            raise UserError(
+                f"{self.path / file}: num_attention_heads {heads} does not divide hidden_size {width}. "
+                "Download or copy the file again."
+            )
+
+
+def _number_fault(value: Any, kind: type, most: int) -> str:
+    """What a value of a configuration should have been instead; "" where it is right."""
+    if kind is bool:
+        return "" if isinstance(value, bool) else "true or false"
+    if kind is int:
+        return "" if type(value) is int and 1 <= value <= most else f"a whole number from 1 to {most:,}"
+    good = type(value) in (int, float) and 0 < value < math.inf
+    return "" if good else "a number above 0"
+
+
+def _is_weight_file(path: Path) -> bool:
+    return path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".incomplete")
 
 
 DOWNLOAD = (
@@ -136,7 +179,7 @@ DOWNLOAD = (
 
 
 def load_vae(path: Path, decodes: bool = True) -> AutoEncoder:
-    """As `ModelFolder.load_vae`. The file must hold a whole autoencoder, also where the encoder alone is read."""
+    """As `ModelFolder.load_vae`. The file must hold a whole autoencoder even where only the encoder is read."""
     files = TensorFiles([path])
     config = vae_config(files, path)
     with torch.device("meta"):
@@ -158,20 +201,31 @@ def load_vae(path: Path, decodes: bool = True) -> AutoEncoder:
 
 def vae_config(files: TensorFiles, path: Path) -> VAEConfig:
     """Channel counts and depths of an autoencoder file (the released one: 128, (1, 2, 4, 4), 2 blocks, 16)."""
-    if "encoder.conv_in.weight" not in files or "decoder.conv_in.weight" not in files:
-        raise UserError(f"{path} is not the FLUX autoencoder: tensor encoder.conv_in.weight is missing.")
-    channels = files.info("encoder.conv_in.weight").shape[0]
+
+    def outputs(name: str, inputs: bool = False) -> int:
+        shape = files.info(name).shape if name in files else ()
+        if len(shape) != 4 or 0 in shape:
+            found = f"has shape {list(shape)}, expected 4 dimensions" if name in files else "is missing"
+            raise UserError(f"{path} is not the FLUX autoencoder: tensor {name} {found}.")
+        return shape[1 if inputs else 0]
+
+    channels = outputs("encoder.conv_in.weight")
+    latents = outputs("decoder.conv_in.weight", inputs=True)
     multipliers: list[int] = []
     while (name := f"encoder.down.{len(multipliers)}.block.0.conv1.weight") in files:
-        multipliers.append(files.info(name).shape[0] // channels)
+        multipliers.append(outputs(name) // channels)
     blocks = 0
     while f"encoder.down.0.block.{blocks}.conv1.weight" in files:
         blocks += 1
+    if not multipliers or 0 in multipliers:
+        raise UserError(
+            f"{path} is not the FLUX autoencoder: its encoder has no levels, or narrower ones than its input."
+        )
     return VAEConfig(
         channels=channels,
         channel_multipliers=tuple(multipliers),
         res_blocks=blocks,
-        z_channels=files.info("decoder.conv_in.weight").shape[1],
+        z_channels=latents,
     )
 
 
@@ -182,7 +236,8 @@ def check_tensors(found: TensorFiles, expected: Mapping[str, tuple[int, ...]], w
     faults = []
     for name, shape in expected.items():
         if name not in found:
-            faults.append(f"tensor {name} is missing")
+            alike = next((other for other in found.names if other.endswith(f".{name}")), None)
+            faults.append(f"tensor {name} is missing" + (f" (there is {alike})" if alike else ""))
         elif found.info(name).shape != shape:
             faults.append(
                 f"tensor {name} has shape {list(found.info(name).shape)}, the configuration needs {list(shape)}"
@@ -224,9 +279,8 @@ class BagelWeights:
         }
 
     def _check_latent_side(self, where: str) -> None:
-        name = "latent_pos_embed.pos_embed"
-        wanted = round(self._shapes[name][0] ** 0.5)
-        found = round(self.files.info(name).shape[0] ** 0.5) if name in self.files else wanted
+        wanted = round(self._shapes[LATENT_TABLE][0] ** 0.5)
+        found = latent_side(self.files) or wanted
         if found != wanted:
             raise UserError(
                 f"max_latent_size={wanted} but latent_pos_embed in {where} holds {found}x{found} positions; "
@@ -254,5 +308,13 @@ class BagelWeights:
 
 def latent_side(files: TensorFiles) -> int | None:
     """Side of the latent position table in a checkpoint, or None where the file has none."""
-    name = "latent_pos_embed.pos_embed"
-    return round(files.info(name).shape[0] ** 0.5) if name in files else None
+    if LATENT_TABLE not in files:
+        return None
+    shape = files.info(LATENT_TABLE).shape
+    side = round(shape[0] ** 0.5) if len(shape) == 2 else 0
+    if side < 1 or side**2 != shape[0]:
+        raise UserError(
+            f"{files.paths[0]}: tensor {LATENT_TABLE} has shape {list(shape)}, expected a square number of rows. "
+            "Download or copy it again."
+        )
+    return side

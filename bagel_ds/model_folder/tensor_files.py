@@ -81,7 +81,7 @@ class TensorFiles:
         self.metadata: dict[str, str] = {}
         for path in self.paths:
             header, data_start = read_header(path)
-            self.metadata.update(header.pop("__metadata__", {}))
+            self.metadata.update(header.pop("__metadata__"))
             mapped = np.memmap(path, dtype=np.uint8, mode="r")
             for name, entry in header.items():
                 info, start, stop = _placed(path, name, entry, data_start)
@@ -263,6 +263,8 @@ class TensorFileWriter:
 
 def read_header(path: Path) -> tuple[dict, int]:
     """The JSON header of a safetensors file and the offset where its data begins."""
+    if not path.is_file():  # opening a named pipe would wait for a writer
+        raise UserError(f"{path} is missing or not a regular file. Download or copy it again.")
     if fault := pointer_fault(path):
         raise UserError(f"{path}: {fault}.")
     try:
@@ -272,8 +274,10 @@ def read_header(path: Path) -> tuple[dict, int]:
                 raise ValueError("header length out of range")
             header = json.loads(file.read(length))
             if not isinstance(header, dict):
-                raise ValueError("the header is no JSON object")
-    except (OSError, ValueError) as error:
+                raise ValueError("the header is not a JSON object")
+            if not isinstance(header.setdefault("__metadata__", {}), dict):
+                raise ValueError("its metadata are not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}). Download or copy it again.") from None
     return header, 8 + length
 
@@ -284,15 +288,15 @@ def _placed(path: Path, name: str, entry: Any, data_start: int) -> tuple[TensorI
         dtype = entry["dtype"]
         if dtype not in _TORCH and _NUMBER_FORMAT.fullmatch(dtype):
             raise UserError(f"{path}: tensor {name} is stored as {dtype}. {UNQUANTIZED}.")
-        info = TensorInfo(_TORCH[dtype], tuple(map(int, entry["shape"])))
-        start, stop = (int(offset) + data_start for offset in entry["data_offsets"])
-        if start < data_start or min(info.shape, default=0) < 0:
-            raise ValueError("negative numbers")
+        info = TensorInfo(_TORCH[dtype], tuple(entry["shape"]))
+        first, last = entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (first, last, *info.shape)):
+            raise ValueError("shape and data_offsets must be whole numbers")
     except UserError:
         raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: the header is damaged at tensor {name!r} or of a kind that is not known here "
+            f"{path}: the header is damaged at tensor {name!r} or of an unknown kind "
             f"({type(error).__name__}: {error}). Download or copy it again."
         ) from None
-    return info, start, stop
+    return info, data_start + first, data_start + last

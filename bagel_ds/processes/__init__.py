@@ -1,8 +1,9 @@
-"""Processes that work beside this one: data workers, the pool that indexes and checks, the index made during training.
+"""Processes beside this one: data workers, the pool that indexes and checks, and indexing during training.
 
-All of them are forked by one server process (`server.py`), which is a fresh interpreter without threads, so the calling
-process may hold any: gloo, NCCL, OpenMP, CUDA. None outlives the process that started it. They need no file: nothing in
-/dev/shm, no socket in TMPDIR, and the script of the caller is not imported again.
+One server process (`server.py`) forks all of them. It is a fresh interpreter without threads, so the calling process
+may have any: gloo, NCCL, OpenMP, CUDA. No process outlives the one that started it. None needs a file: nothing lies in
+/dev/shm or TMPDIR, and the caller's script is not imported again. This package knows nothing of data except the names
+of the modules that the server preloads; it imports `errors` only. Begin with `worker.py`, `start_worker`.
 """
 
 from bagel_ds.processes.pool import in_order

@@ -1,7 +1,7 @@
-"""Many tasks on several processes, the results in order.
+"""Many tasks on several processes, results in order; `bagel-ds index` and `check` share this pool.
 
-Guarantees: each process has one task at a time, so that what a lost one was doing can be named; closing the iterator,
-or leaving it by an exception, ends the processes.
+Guarantees: each process has one task at a time, so the message about a lost process names its task. Closing the
+iterator, or an exception in it, ends the processes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def in_order(
     name: str,
     doing: Callable[[Task], str],
 ) -> Iterator[Result]:
-    """`work(shared, task)` of each task, on so many processes at most, in the order of `tasks`.
+    """`work(shared, task)` of each task, on at most `processes` processes, in the order of `tasks`.
 
     `name` and `doing` are for messages: "indexing process 3" ... "it read a.parquet". Raises as `Worker.receive` does.
     """

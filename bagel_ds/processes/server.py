@@ -1,10 +1,10 @@
-"""The server: a fresh interpreter that has imported the data package and forks a worker whenever it is asked to.
+"""The server: a fresh interpreter that imports the data package and forks a worker on request.
 
 A process with native threads must not be forked: a thread that is entering Python at that moment holds a lock of the
-interpreter, which then stays locked in the child for ever (python/cpython#112275). This process has one thread.
+interpreter, which then stays locked in the child (python/cpython#112275). This process has one thread.
 
-Guarantees: when the process that started the server ends, however it ends, the server and all workers are killed by
-the kernel or end within a second. Stop signals are ignored here and in workers: stopping is up to the starter.
+Guarantees: when the process that started the server ends, for whatever reason, the kernel kills the server and all
+workers, or they end within a second. The server and workers ignore stop signals: the starter decides when to stop.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from typing import Any, NoReturn
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SHOW_STACKS = signal.SIGUSR2
+BLOCKED_SIGNALS = (*STOP_SIGNALS, SHOW_STACKS)  # while a server starts: it would end by them
 # What the starter asks for.
 SHARE, START, END = "share", "start", "end"
 
-_LOOK_SECONDS = 1.0  # between two looks whether the starter is still there; its end closes the connection, too
-_KILL_SECONDS = 5.0  # in which a killed process must have ended; one that waits for a dead file system doesn't
+_LOOK_SECONDS = 1.0  # between two checks that the starter still runs; its end also closes the connection
+_KILL_SECONDS = 5.0  # for a killed process to end; one that waits for a dead file system does not
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None)
 
@@ -39,9 +40,11 @@ def main(descriptor: int, starter: int) -> None:
     """Serve process `starter` over its socket until it ends or closes it."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)  # the starter has blocked them until here
+    faulthandler.enable()
+    faulthandler.register(SHOW_STACKS, all_threads=True)  # before the imports, which may hang
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED_SIGNALS)  # the starter has blocked them until here
     control = Connection(descriptor)
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the starter has ended, or has closed it
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):  # the starter has ended or closed it
         _serve(control, starter)
 
 
@@ -50,7 +53,7 @@ def _serve(control: Connection, starter: int) -> None:
     for name in preload:
         importlib.import_module(name)
     gc.collect()
-    gc.freeze()  # collections in workers would otherwise write to, and so copy, every page of objects made here
+    gc.freeze()  # otherwise collections in workers write to, and so copy, every page of objects made here
     control.send(native_threads())
     server = _Server(control)
     while os.getppid() == starter:
@@ -60,14 +63,14 @@ def _serve(control: Connection, starter: int) -> None:
 
 
 def native_threads() -> list[str]:
-    """Names of this process's threads, without the one that runs this."""
+    """Names of this process's threads, except the calling one."""
     tasks = Path("/proc/self/task")
     others = [task for task in tasks.iterdir() if task.name != str(os.getpid())]
     return [(task / "comm").read_text().strip() for task in others]
 
 
 class _Server:
-    """`shared` is the first argument of every worker's function: its memory is shared until somebody writes to it."""
+    """`shared` is the first argument of every worker's function; workers share its memory until one writes to it."""
 
     def __init__(self, control: Connection) -> None:
         self._control, self._pid = control, os.getpid()
@@ -82,7 +85,7 @@ class _Server:
         return self._start() if request == START else _end(*details)
 
     def _start(self) -> int | str:
-        """A worker's process id, or why none could be started; its end of a socket comes with the request."""
+        """A worker's process id, or why none could be started. The worker's end of a socket comes with the request."""
         descriptor = recv_handle(self._control)
         try:
             pid = os.fork()
@@ -98,11 +101,9 @@ class _Server:
         code = 1
         try:
             _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != self._pid:  # it was gone before the kernel could be asked
+            if os.getppid() != self._pid:  # the server ended before prctl
                 os._exit(code)
             self._control.close()
-            faulthandler.enable()
-            faulthandler.register(SHOW_STACKS, all_threads=True)
             run(Connection(descriptor), self._shared)
             code = 0
         except BaseException:
@@ -114,7 +115,7 @@ class _Server:
 
 
 def run(connection: Connection, shared: Any) -> None:
-    """In a worker: take over the starter's surroundings, then call the function that it sends."""
+    """In a worker: take over the starter's path, folder and environment, then call the function that it sends."""
     path, folder, environment = connection.recv()
     sys.path[:] = path
     if folder is not None:
@@ -127,7 +128,7 @@ def run(connection: Connection, shared: Any) -> None:
 
 
 def _end(pid: int, patience: float) -> int | None:
-    """Wait for a worker so many seconds, then kill it; its exit code (-9: SIGKILL), None where it can't be killed."""
+    """Wait `patience` seconds for a worker, then kill it; its exit code (-9: SIGKILL), None if it can't be killed."""
     for seconds in (patience, _KILL_SECONDS):
         deadline = time.monotonic() + seconds
         while True:

@@ -1,7 +1,8 @@
-"""Workers as the process sees them that starts them: what it sends, what comes back, and how they ended.
+"""Workers from the starter's side: what it sends, what comes back, and how they ended.
 
-Guarantees: a worker's exception arrives as `WorkerFailed` with the worker's traceback; its death, whatever the cause,
-as `WorkerLost`, which says how it ended and what it was doing; neither is waited for. `end` leaves no process behind.
+Guarantees: an exception in a worker arrives as `WorkerFailed` with the worker's traceback; the end of a worker, for
+whatever reason, as `WorkerLost`, which says how it ended and what it was doing. Nothing waits for a lost worker. `end`
+leaves no process behind.
 """
 
 from __future__ import annotations
@@ -23,27 +24,27 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bagel_ds.errors import UserError
-from bagel_ds.processes.server import END, SHARE, SHOW_STACKS, START, STOP_SIGNALS
+from bagel_ds.processes.server import BLOCKED_SIGNALS, END, SHARE, SHOW_STACKS, START
 
 logger = logging.getLogger("bagel_ds")
 
 _PRELOAD = ("bagel_ds.data.batches.loader", "bagel_ds.data.inspect.check")
-# No thread in the server: of OpenMP, of numpy's BLAS, of `tokenizers`, of the allocator that comes with Arrow.
+# No threads in the server: none of OpenMP, numpy's BLAS, `tokenizers` and Arrow's allocator.
 _NO_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _NO_THREADS |= {"TOKENIZERS_PARALLELISM": "false", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-# Freed blocks go back to the system, as in ranks (`train/process/allocators.py`): pictures are large and short-lived.
+# Return freed blocks to the system, as ranks do (`train/process/allocators.py`): pictures are large and short-lived.
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**22), "MALLOC_ARENA_MAX": "2"}
 _NO_PROCESS = "no process can be started: {}. Limits are the number of processes (`ulimit -u`) and memory."
-_OUT_OF_MEMORY = " (the kernel does so where memory runs out, and `dmesg` tells it; fewer workers need less)"
-_DYING_SECONDS = 5.0  # between a worker's closing its socket and its end
+_OUT_OF_MEMORY = " (the kernel kills processes when memory runs out; `dmesg` shows it; fewer workers need less)"
+_DYING_SECONDS = 5.0  # from when a worker closes its socket until it ends
 
 
 class WorkerFailed(RuntimeError):
-    """A worker's function raised what is no `UserError`; the message holds its traceback."""
+    """A worker's function raised something other than a `UserError`; the message holds its traceback."""
 
 
 class WorkerLost(UserError):
-    """A worker has ended before its work was done."""
+    """A worker ended before its work was done."""
 
 
 class _Failure(NamedTuple):
@@ -57,14 +58,14 @@ def answer_tasks(
     connection: Connection, work: Callable[[Any], Any], send: Callable[[Connection, Any], None] = Connection.send
 ) -> None:
     """In a worker: send back `work(task)` for each task that comes, until the other side closes the connection."""
-    with suppress(EOFError, ConnectionError):  # nobody is left to work for
+    with suppress(EOFError, ConnectionError):  # the starter has ended
         while True:
             task = connection.recv()
             try:
                 send(connection, work(task))
             except UserError as error:
                 connection.send(_Failure(str(error), True))
-            except Exception:  # of the work, or of sending what came of it
+            except Exception:  # from the work, or from sending its result
                 connection.send(_Failure(traceback.format_exc(), False))
 
 
@@ -78,7 +79,7 @@ class Worker:
         self._code: int | None = None  # known once it has ended
 
     def send(self, value: Any) -> None:
-        """Where the worker is gone this does nothing: `receive` says so."""
+        """Does nothing where the worker has ended: `receive` reports that."""
         with suppress(OSError):
             self.connection.send(value)
 
@@ -95,14 +96,14 @@ class Worker:
         return found
 
     def ended(self, patience: float = 0.0) -> int | None:
-        """Its exit code, -9 where SIGKILL ended it, when it has ended; else it is killed after so many seconds."""
+        """Its exit code, -9 for SIGKILL; a worker that runs on is killed after `patience` seconds."""
         with self._ending:
             if self._code is None:
                 self._code = self._server.end(self.pid, patience)
             return self._code
 
     def end(self) -> None:
-        """Kill it: it holds nothing that could be left unfinished."""
+        """Kill it: it does nothing that must be finished."""
         self.ended()
         self.connection.close()
 
@@ -117,26 +118,28 @@ class Worker:
 
 
 class _Server:
-    """The server of this process, which may be asked from any of its threads."""
+    """The server of this process; any thread may use it."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()
         self.workers: dict[int, Worker] = {}
         self._asking = threading.Lock()
         self._shared: Any = None
-        self._is_ready = False
+        self.is_ready = False
         ours, theirs = socket.socketpair()
-        words = [sys.executable, "-P", "-m", "bagel_ds.processes", str(theirs.fileno()), str(self.owner)]
-        with ours, theirs, _stop_signals_blocked():
-            # Fork and exec in one go, which runs no Python in between: safe with any threads.
+        command = [sys.executable, "-P", "-m", "bagel_ds.processes", str(theirs.fileno()), str(self.owner)]
+        with ours, theirs, _signals_blocked():
+            # Fork and exec without any Python in between: safe with any threads.
             try:
                 self._process = subprocess.Popen(
-                    words, pass_fds=[theirs.fileno()], env=_environment(), stdin=subprocess.DEVNULL
+                    command, pass_fds=[theirs.fileno()], env=_environment(), stdin=subprocess.DEVNULL
                 )
             except OSError as error:
                 raise UserError(_NO_PROCESS.format(error.strerror)) from None
             self._control = Connection(ours.detach())
-        with suppress(OSError):  # where it has ended already the first question says so
+        self.pid = self._process.pid
+        self.name = f"the process that data workers are started from (process {self.pid})"
+        with suppress(OSError):  # if it has ended already, the first request reports it
             self._control.send((sys.path, _PRELOAD))
 
     def start(self, function: Callable[..., None], arguments: tuple[Any, ...], shared: Any, name: str) -> Worker:
@@ -156,7 +159,7 @@ class _Server:
         return worker
 
     def end(self, pid: int, patience: float) -> int | None:
-        """See `Worker.ended`. Where the server is gone the kernel has killed its workers."""
+        """See `Worker.ended`. When the server ends, the kernel kills its workers."""
         with self._asking:
             self.workers.pop(pid, None)
             try:
@@ -175,28 +178,25 @@ class _Server:
 
     def _ask(self, request: str, *details: Any, descriptor: int | None = None) -> Any:
         try:
-            if not self._is_ready:
+            if not self.is_ready:
                 self._tell_threads(self._control.recv())
-                self._is_ready = True
+                self.is_ready = True
             self._control.send((request, *details))
             if descriptor is not None:
                 send_handle(self._control, descriptor, self._process.pid)
             return self._control.recv()
         except (EOFError, OSError):
             code = self._process.wait()
-            raise WorkerLost(
-                f"the process that data workers are started from (process {self._process.pid}) ended with code {code}; "
-                "what it printed is above"
-            ) from None
-        except BaseException:  # interrupted: the next question would get the answer to this one
+            raise WorkerLost(f"{self.name} ended with code {code}; its output is above") from None
+        except BaseException:  # interrupted: the next request would get this one's answer
             self.close()
             raise
 
     def _tell_threads(self, names: list[str]) -> None:
         if names:
             logger.warning(
-                "the process that data workers are forked from has threads of libraries it imports (%s). A worker may "
-                "hang at its start; if one does, please report these names",
+                "the process that data workers are forked from runs threads of libraries (%s). A worker may hang "
+                "while it starts; if one does, please report these names",
                 ", ".join(names),
             )
 
@@ -206,27 +206,33 @@ _choosing = threading.Lock()
 
 
 def start_server() -> None:
-    """Start the server now, so that its imports are done by the time the first worker is wanted; doesn't wait."""
+    """Start the server now, so that its imports are done when the first worker is needed; doesn't wait."""
     _running()
 
 
 def start_worker(function: Callable[..., None], *arguments: Any, name: str, shared: Any = None) -> Worker:
     """A process that runs `function(connection, shared, *arguments)`, with this one's environment and folder.
 
-    All of them are sent by pickle; `shared` only once for all workers that follow one another with the same object, and
-    they share its memory. `name` is for messages, as in "data worker 0". Raises `UserError`.
+    Arguments travel by pickle; `shared` only once for consecutive workers with the same object, which share its memory.
+    `name` is for messages, as in "data worker 0". Raises `UserError`.
     """
     return _running().start(function, arguments, shared, name)
 
 
 def show_stacks() -> list[str]:
-    """Have every worker of this process print its stacks to stderr; which they are, and what they do."""
-    found = list(_server.workers.values()) if _server is not None and _server.is_usable() else []
-    for worker in found:
+    """Have all workers, or the server if it is still starting, print their stacks to stderr; their names and tasks."""
+    server = _server
+    if server is None or not server.is_usable():
+        return []
+    if server.is_ready:
+        found = {worker.pid: f"{worker.name}: {worker.doing()}" for worker in list(server.workers.values())}
+    else:
+        found = {server.pid: f"{server.name}: it starts, or waits for its first worker"}
+    for pid in found:
         with suppress(ProcessLookupError):
-            os.kill(worker.pid, signal.SIGCONT)
-            os.kill(worker.pid, SHOW_STACKS)
-    return [f"{worker.name}: {worker.doing()}" for worker in found]
+            os.kill(pid, signal.SIGCONT)
+            os.kill(pid, SHOW_STACKS)
+    return list(found.values())
 
 
 def _running() -> _Server:
@@ -244,9 +250,9 @@ def _close() -> None:
 
 
 @contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """A process inherits the mask: a signal to the group can't end it before it ignores them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+def _signals_blocked() -> Iterator[None]:
+    """A new process inherits the mask, so that no signal ends it before it has its handlers."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED_SIGNALS)
     try:
         yield
     finally:

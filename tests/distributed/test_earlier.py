@@ -34,7 +34,7 @@ def outcomes(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         case("too_few", total_steps=3, auto_resume=True),
         case("finished", total_steps=4, auto_resume=True),
         case("changed", total_steps=5, auto_resume=True, freeze_llm=True),
-        case("anew", total_steps=1, start_anew=True, lr=1e-4),
+        case("again", total_steps=1, start_anew=True, lr=1e-4),
     ]
     return folder / "run", {name: ranks[0] for name, ranks in run_cases(folder / "out", cases).items()}
 
@@ -76,7 +76,7 @@ def test_start_anew_leaves_the_earlier_run_whole_beside_the_new_one(
     outcomes: tuple[Path, dict[str, Outcome]],
 ) -> None:
     results, found = outcomes
-    assert found["anew"].code == 0, found["anew"].output
+    assert found["again"].code == 0, found["again"].output
     new, old = results / "checkpoints", results / "checkpoints" / "earlier_1"
     assert sorted(path.name for path in new.iterdir()) == ["earlier_1", "latest", "step_1", "step_final"]
     assert sorted(path.name for path in old.iterdir()) == ["latest", "step_2", "step_4", "step_5", "step_final"]
@@ -88,7 +88,7 @@ def test_start_anew_leaves_the_earlier_run_whole_beside_the_new_one(
     assert list((records / "tensorboard").iterdir()) and list((results / "tensorboard").iterdir())
     assert "done: 5 steps" in (records / "log.txt").read_text()
     log = (results / "log.txt").read_text()
-    assert f"moved what an earlier run left to {records}" in log and "done: 1 steps" in log
+    assert f"moved the files of an earlier run to {records}" in log and "done: 1 steps" in log
 
     def lr(path: Path) -> float:
         return float(yaml.safe_load(path.read_text())["training"]["lr"])

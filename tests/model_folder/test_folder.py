@@ -1,4 +1,4 @@
-"""Model folders: what is read from them, and what is wrong with one is told in one message."""
+"""Model folders: what is read from them; everything wrong with one is one message."""
 
 from __future__ import annotations
 
@@ -55,9 +55,16 @@ def test_configs_are_those_of_the_files(model: Path) -> None:
     ("change", "message"),
     [
         ({"hidden_size": None}, "hidden_size is missing"),
-        ({"hidden_size": "128"}, "hidden_size is '128', expected a whole number above 0"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a whole number above 0"),
-        ({"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny', expected a number"),
+        ({"hidden_size": "128"}, "hidden_size is '128', expected a whole number from 1 to 16,777,216"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a whole number from 1 to 1,000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000, expected a whole number from 1 to 1,000"),
+        ({"vocab_size": 10**30}, "vocab_size is 10+, expected a whole number from 1 to 16,777,216"),
+        ({"num_attention_heads": 3}, "num_attention_heads 3 does not divide hidden_size 128"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads 3 does not divide num_attention_heads 4"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps is 'tiny', expected a number above 0"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps is -1e-06, expected a number above 0"),
+        ({"rope_theta": float("nan")}, "rope_theta is nan, expected a number above 0"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf, expected a number above 0"),
         ({"qk_norm": "yes"}, "qk_norm is 'yes', expected true or false"),
     ],
 )
@@ -99,6 +106,76 @@ def test_an_index_names_the_shards(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert sorted(ModelFolder(tmp_path).open_weights(False).names) == ["a", "b"]
+
+
+def test_the_largest_numbers_of_a_config_are_accepted(model: Path, tmp_path: Path) -> None:
+    content = json.loads((model / "llm_config.json").read_text())
+    (tmp_path / "llm_config.json").write_text(json.dumps({**content, "num_hidden_layers": 1000, "vocab_size": 2**24}))
+    found = ModelFolder(tmp_path).llm_config()
+    assert (found.num_hidden_layers, found.vocab_size) == (1000, 2**24)
+
+
+def test_heads_of_the_vit_divide_its_width(model: Path, tmp_path: Path) -> None:
+    content = json.loads((model / "vit_config.json").read_text())
+    (tmp_path / "vit_config.json").write_text(json.dumps({**content, "num_attention_heads": 3}))
+    with pytest.raises(UserError, match=r"vit_config\.json: num_attention_heads 3 does not divide hidden_size 64"):
+        ModelFolder(tmp_path).vit_config()
+
+
+def test_a_layer_before_the_first_can_not_be_selected(model: Path) -> None:
+    assert ModelFolder(model).vit_config(select_layer=-4).num_layers == 0
+    with pytest.raises(UserError, match="--vit_select_layer -5: .* has only 3 layers"):
+        ModelFolder(model).vit_config(select_layer=-5)
+
+
+@pytest.mark.parametrize("shard", ["model-2.safetensors", "../model-1.safetensors"])
+def test_shards_that_the_index_names_must_be_in_the_folder(shard: str, tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": shard}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=rf"index\.json names 2 files, of which the folder lacks 1: {shard}"):
+        ModelFolder(tmp_path).open_weights(False)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "adapter_model.safetensors", "model-00001-of-00002.safetensors", "ema.gguf"]
+)
+def test_weights_that_can_not_be_used_are_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(UserError, match=f"holds neither .* Found {name}, which can't be used"):
+        ModelFolder(tmp_path).open_weights(True)
+
+
+def test_prefixed_names_are_shown(model: Path, tmp_path: Path) -> None:
+    tensors = load_file(model / "ema.safetensors")
+    save_file({f"module.{name}": values for name, values in tensors.items()}, tmp_path / "ema.safetensors")
+    with pytest.raises(UserError, match=r"vae2llm.weight is missing \(there is module.vae2llm.weight\)"):
+        names = {name: shape for name, shape in shapes_of(model).items() if name.startswith(("vae2llm", "latent"))}
+        BagelWeights(ModelFolder(tmp_path).open_weights(True), names, False, "here")
+
+
+@pytest.mark.parametrize("shape", [(), (15, 2), (0, 2), (2, 2, 2)])
+def test_a_latent_table_without_a_side_is_a_message(shape: tuple[int, ...], tmp_path: Path) -> None:
+    save_file({"latent_pos_embed.pos_embed": torch.zeros(shape)}, tmp_path / "ema.safetensors")
+    with pytest.raises(UserError, match="latent_pos_embed.pos_embed has shape .*, expected a square number of rows"):
+        latent_side(ModelFolder(tmp_path).open_weights(True))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("encoder.conv_in.weight", ()),
+        ("encoder.conv_in.weight", (0, 3, 3, 3)),
+        ("decoder.conv_in.weight", (4,)),
+        ("encoder.down.1.block.0.conv1.weight", (4,)),
+    ],
+)
+def test_an_autoencoder_of_odd_shapes_is_a_message(
+    name: str, shape: tuple[int, ...], model: Path, tmp_path: Path
+) -> None:
+    save_file({**load_file(model / "ae.safetensors"), name: torch.zeros(shape)}, tmp_path / "ae.safetensors")
+    with pytest.raises(UserError, match=f"tensor {name} has shape .*, expected 4 dimensions"):
+        load_vae(tmp_path / "ae.safetensors")
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}"])

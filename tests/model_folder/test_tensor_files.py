@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,10 @@ _DAMAGED = {
     "negative offsets": _header({"w": {**_ENTRY, "data_offsets": [-8, 0]}}) + bytes(8),
     "an entry without a dtype": _header({"w": {"shape": [2], "data_offsets": [0, 8]}}) + bytes(8),
     "an entry that is a number": _header({"w": 3}) + bytes(8),
+    "fractions in a shape": _header({"w": {**_ENTRY, "shape": [1.5]}}) + bytes(8),
+    "text as a shape": _header({"w": {**_ENTRY, "shape": "2"}}) + bytes(8),
+    "metadata that are a number": _header({"__metadata__": 3, "w": _ENTRY}) + bytes(8),
+    "deep nesting": _header(b'{"w":' * 50_000),
     "an unknown dtype": _header({"w": {**_ENTRY, "dtype": "?4"}}) + bytes(8),
 }
 
@@ -117,6 +123,14 @@ def test_a_damaged_file_is_a_message_that_names_it(damage: str, tmp_path: Path) 
     path.write_bytes(_DAMAGED[damage])
     with pytest.raises(UserError, match=r"x\.safetensors.*again"):
         TensorFiles([path])
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)])
+def test_only_regular_files_are_opened(make: Callable[[Path], None], tmp_path: Path) -> None:
+    """Opening a named pipe would wait for a writer."""
+    make(tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"x\.safetensors is missing or not a regular file"):
+        TensorFiles([tmp_path / "x.safetensors"])
 
 
 def test_a_missing_shard_is_a_message(tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 
 import psutil
 import pytest
-from small_data import byte_tokenizer, t2i_rows, write_parquet
 
 from bagel_ds import processes
 from bagel_ds.data.index import index
@@ -32,6 +31,7 @@ from bagel_ds.errors import UserError
 from bagel_ds.processes import WorkerFailed, WorkerLost, in_order, start_worker, worker
 from bagel_ds.train.process.detach import process_state
 from tests.processes import worker_functions as functions
+from tests.small_data import byte_tokenizer, t2i_rows, write_parquet
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LONG = 60.0  # seconds, for what takes milliseconds on a machine that is not busy
@@ -104,7 +104,7 @@ def test_threads_that_imports_start_in_the_server_are_named_in_the_log(
     logging.getLogger("bagel_ds").propagate = True
     with caplog.at_level(logging.WARNING, "bagel_ds"):
         seen()
-    assert "has threads of libraries it imports (jemalloc_bg_thd" in caplog.text
+    assert "runs threads of libraries (jemalloc_bg_thd" in caplog.text
 
 
 @pytest.mark.parametrize("starts", [60, pytest.param(500, marks=pytest.mark.slow)])
@@ -306,7 +306,7 @@ def test_stop_signals_are_left_to_the_starter() -> None:
 @pytest.mark.parametrize(
     ("what", "expected"),
     [
-        ("killed", "was ended by SIGKILL (the kernel does so where memory runs out"),
+        ("killed", "was ended by SIGKILL (the kernel kills processes when memory runs out"),
         ("crashed", "was ended by SIGSEGV while it counted."),
         ("exited", "ended with code 3 while it counted."),
         ("returned", "ended with code 0 while it counted."),
@@ -369,6 +369,27 @@ def test_stacks_of_workers_are_shown_also_of_one_that_is_stopped(
     assert processes.show_stacks() == []
 
 
+def test_a_server_that_is_still_starting_shows_its_stacks_and_goes_on(
+    own_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """From its first moment on, when its interpreter has no handler yet, and while an import hangs."""
+    (tmp_path / "hanging_import.py").write_text(
+        f"import os, time\nwhile not os.path.exists({str(tmp_path / 'go')!r}):\n    time.sleep(0.01)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(worker, "_PRELOAD", ("hanging_import",))
+    processes.start_server()
+    assert worker._server is not None
+    output, deadline = "", time.monotonic() + LONG
+    while "hanging_import.py" not in output and time.monotonic() < deadline:
+        (name,) = processes.show_stacks()
+        assert f"process {worker._server.pid}" in name and "starts" in name
+        output += capfd.readouterr().err
+    assert "hanging_import.py" in output
+    (tmp_path / "go").touch()
+    assert start_worker(functions.greet, "hello", name="greeting").receive() == "hello"
+
+
 # ------------------------------------------------------------------------------------------------------------- the pool
 def test_results_come_in_the_order_of_tasks_whatever_each_takes() -> None:
     tasks = [0.2, 0.0, 0.1, 0.0, 0.3, 0.0]
@@ -429,6 +450,9 @@ def test_a_server_whose_starter_ends_while_it_starts_says_nothing(preloads: bool
     assert (server.returncode, printed, said) == (0, "", "")
 
 
+_CHECK = "list(check._run(list(read_tasks(file, layout_of(file))), 4, (), 2))"
+
+
 @pytest.mark.parametrize("command", ["index", "check"])
 def test_a_process_of_index_or_check_that_is_killed_is_an_error_that_names_the_file(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -448,6 +472,36 @@ def test_a_process_of_index_or_check_that_is_killed_is_an_error_that_names_the_f
             tasks = [task for file in files for task in read_tasks(file, layout_of(file))]
             list(check._run(tasks, 8, (), 2))
     assert worker._server is not None and not worker._server.workers
+
+
+@pytest.mark.parametrize("command", ["index", "check"])
+def test_the_processes_of_index_and_check_end_with_a_killed_parent(command: str, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", t2i_rows(4), group_rows=2)
+    text = f"""
+    from bagel_ds.data.index import data_file, index
+    from bagel_ds.data.index.data_file import DataFile, layout_of, read_tasks
+    from bagel_ds.data.inspect import check
+    from tests.small_data import byte_tokenizer
+    from pathlib import Path
+    from tests.processes import worker_functions as functions
+    index._POOL_ROWS = check._POOL_ROWS = 0
+    data_file._TASK_ROWS = 2
+    file = DataFile({str(tmp_path / "a.parquet")!r}, functions.Sleeping())
+    tokenizer = byte_tokenizer(Path({str(tmp_path / "tokenizer")!r}))
+    if {command!r} == "index":
+        index.index_files([file], tokenizer, {str(tmp_path / "cache")!r}, workers=2)
+    else:
+        CHECK
+    """.replace("CHECK", _CHECK)
+    path = os.pathsep.join((str(REPOSITORY), str(REPOSITORY / "tests")))
+    command_line = script(tmp_path, text)
+    with subprocess.Popen(command_line, env=environment(PYTHONPATH=path), stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        workers = {int(started.stdout.readline()) for _ in range(2)}
+        below = psutil.Process(started.pid).children(recursive=True)
+        started.kill()
+        assert len(below) == 3 and workers < {process.pid for process in below}
+        until_ended(*below)
 
 
 def test_ctrl_c_ends_the_pool_with_one_traceback_and_leaves_nothing(tmp_path: Path) -> None:

@@ -84,6 +84,15 @@ def counted(shared: Any, task: str) -> Any:
     return (lambda: None) if task == "unsendable" else len(task)
 
 
+class Sleeping(TextToImage):
+    """A format whose rows take long; a process that reads one prints its id first."""
+
+    def parse(self, row: dict[str, Any], folder: str) -> ParsedRow:
+        print(os.getpid(), flush=True)
+        time.sleep(1000)
+        return super().parse(row, folder)
+
+
 class Killing(TextToImage):
     """A format whose third row ends the process that reads it, as the kernel does where memory runs out."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bagel_ds.config_files import LONGEST_TEXT
 from bagel_ds.data.files import filesystems
 from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.errors import nearest, shown
@@ -95,10 +96,11 @@ class EntryReader:
         given = value if isinstance(value, list) else [] if value in (None, "") else [value]
         texts = []
         for item in given:
-            if isinstance(item, bool) or not isinstance(item, (str, int)) or item == "":
-                self.fault(f"{key} must be text, found {shown(item)}")
+            text = item if isinstance(item, str) else shown(item)
+            if isinstance(item, bool) or not isinstance(item, (str, int)) or not 0 < len(text) <= LONGEST_TEXT:
+                self.fault(f"{key} must be text of 1 to {LONGEST_TEXT} characters, found {shown(item)}")
             else:
-                texts.append(str(item) if filesystems.is_uri(str(item)) else expanded(str(item)))
+                texts.append(text if filesystems.is_uri(text) else expanded(text))
         return texts
 
     # --------------------------------------------------------------------------------------------------- local paths

@@ -40,7 +40,7 @@ def jsonl_lines(path: str) -> tuple[np.ndarray, bytes]:
         for marks, fault in _STARTS:
             if start.startswith(marks):
                 raise Unreadable(f"{_WANTED}: {fault}")
-        if start.lstrip(b" \t\r\n").startswith(b"[") and len(start) == _ARRAY_BYTES and b"\n" not in start.strip():
+        if start.lstrip(b" \t\r\n").startswith(b"[") and len(start) == _ARRAY_BYTES and b"\n" not in start.lstrip():
             raise Unreadable(f"{_WANTED}: {_ARRAY}")  # before a line as long as the file is read
         file.seek(0)
         for line in file:

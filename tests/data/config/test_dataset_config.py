@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
-from small_data import t2i_rows, write_config, write_conversations, write_parquet
 
 from bagel_ds.data.config.dataset_config import DatasetConfig, FrameSampler, load_dataset_config
 from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.errors import UserError
+from tests.small_data import t2i_rows, write_config, write_conversations, write_parquet
+from tests.test_regular_files import make
 
 EXAMPLE = """
 t2i_pretrain:
@@ -391,3 +392,57 @@ def test_a_bad_path_names_the_line_of_dataset_info(tmp_path: Path) -> None:
     (tmp_path / "dataset_info.yaml").write_text("t2i_pretrain:\n  other: {}\n  t2i: {data_dir: absent}\n")
     message = _faults(write_config(tmp_path, {"t2i_pretrain": {"dataset_names": ["t2i"]}}))
     assert f"{tmp_path / 'dataset_info.yaml'}, line 3: " in message
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "dangling link"])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_shard_that_is_no_file_is_named_and_not_opened(
+    tmp_path: Path, data: dict[str, Any], kind: str, named: bool
+) -> None:
+    make(tmp_path / "t2i" / "c.parquet", kind)
+    entry = {"name": "a", "data_dir": "t2i"} | ({"parquet": ["a.parquet", "c.parquet"]} if named else {})
+    message = _faults(write_config(tmp_path, {"t2i_pretrain": {"dataset_names": [entry]}}))
+    assert f"{tmp_path / 't2i' / 'c.parquet'}: it is a " in message and "a.parquet" not in message
+
+
+def test_a_folder_called_parquet_is_named_and_not_read(
+    tmp_path: Path, data: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "t2i" / "c.parquet").mkdir()
+    config = write_config(tmp_path, {"t2i_pretrain": {"dataset_names": [{"name": "a", "data_dir": "t2i"}]}})
+    assert len(load_dataset_config(config).groups[0].datasets[0].files) == 2
+    assert f"{tmp_path / 't2i' / 'c.parquet'} is a folder and is not read" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "folder", "dangling link"])
+@pytest.mark.parametrize("what", ["jsonl", "config", "info"])
+def test_other_files_must_be_regular_too(tmp_path: Path, data: dict[str, Any], kind: str, what: str) -> None:
+    path = make(tmp_path / ("dataset_info.yaml" if what == "info" else "it"), kind)
+    entry: Any = {"name": "a", "data_dir": "vlm", "jsonl_path": "it"} if what == "jsonl" else "a"
+    config = write_config(tmp_path, {"vlm_sft": {"dataset_names": [entry]}})
+    message = _faults(str(path) if what == "config" else config)
+    assert str(path) in message and "it is a " in message
+
+
+def test_home_and_variables_in_paths_expand(
+    tmp_path: Path, data: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("DATA", str(tmp_path))
+    (tmp_path / "t2i" / "i.json").write_text("{}")
+    t2i = {"data_dir": "~/t2i", "parquet_info": "$DATA/t2i/i.json"}
+    vlm = {"data_dir": "${DATA}/vlm/images", "jsonl_path": "~/vlm/data.jsonl"}
+    for inline in (True, False):
+        (tmp_path / "dataset_info.yaml").write_text(yaml.safe_dump({"t2i_pretrain": {"a": t2i}, "vlm_sft": {"b": vlm}}))
+        names: list[Any] = [{"name": "a", **t2i}, {"name": "b", **vlm}] if inline else ["a", "b"]
+        groups = {"t2i_pretrain": {"dataset_names": names[:1]}, "vlm_sft": {"dataset_names": names[1:]}}
+        first, second = (group.datasets[0] for group in load_dataset_config(write_config(tmp_path, groups)).groups)
+        assert first.files == tuple(str(tmp_path / "t2i" / name) for name in ("a.parquet", "b.parquet"))
+        assert first.parquet_info == str(tmp_path / "t2i" / "i.json")
+        assert (second.images.path, second.files) == (
+            str(tmp_path / "vlm" / "images"),
+            (str(tmp_path / "vlm" / "data.jsonl"),),
+        )
+    entry = {"name": "a", "data_dir": "$NOT_SET/t2i"}
+    message = _faults(write_config(tmp_path, {"t2i_pretrain": {"dataset_names": [entry]}}))
+    assert "$NOT_SET/t2i" in message and "its variable is not set" in message

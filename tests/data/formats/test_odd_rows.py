@@ -13,7 +13,6 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_data import byte_tokenizer, conversation, picture
 
 from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats import KINDS, record
@@ -29,6 +28,7 @@ from bagel_ds.data.samples.sample import BadRow
 from bagel_ds.data.samples.video import Video
 from bagel_ds.git_lfs import pointer_fault
 from bagel_ds.model_folder.tokenizer import Tokenizer
+from tests.small_data import byte_tokenizer, conversation, picture
 
 PNG = picture(40, 30)
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"a" * 64 + b"\nsize 12345\n"

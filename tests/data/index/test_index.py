@@ -18,18 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_data import (
-    INTERLEAVE_SCHEMA,
-    SPECIAL,
-    byte_tokenizer,
-    conversation,
-    edit_rows,
-    interleave_row,
-    picture,
-    t2i_rows,
-    write_conversations,
-    write_parquet,
-)
 
 from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats import SOURCES
@@ -41,6 +29,18 @@ from bagel_ds.data.index.cache import BESIDE_DATA, locked
 from bagel_ds.data.index.index import DataFile, FileIndex, index_files
 from bagel_ds.data.index.records import FileRecords, differing
 from bagel_ds.model_folder.tokenizer import Tokenizer
+from tests.small_data import (
+    INTERLEAVE_SCHEMA,
+    SPECIAL,
+    byte_tokenizer,
+    conversation,
+    edit_rows,
+    interleave_row,
+    picture,
+    t2i_rows,
+    write_conversations,
+    write_parquet,
+)
 
 
 @pytest.fixture

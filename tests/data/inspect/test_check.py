@@ -11,18 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from small_data import (
-    byte_tokenizer,
-    config_of,
-    conversation,
-    group,
-    mixed_groups,
-    picture,
-    streams_of,
-    t2i_rows,
-    write_conversations,
-    write_parquet,
-)
 
 from bagel_ds.data.formats.record import UNUSED_IMAGE, UNUSED_TEXT, ParsedRow
 from bagel_ds.data.inspect import check
@@ -45,6 +33,18 @@ from bagel_ds.data.samples.video import Video
 from bagel_ds.data.streams.opening import index_streams
 from bagel_ds.data.streams.stream import GroupStream, SampleOptions
 from bagel_ds.model_folder.tokenizer import Tokenizer
+from tests.small_data import (
+    byte_tokenizer,
+    config_of,
+    conversation,
+    group,
+    mixed_groups,
+    picture,
+    streams_of,
+    t2i_rows,
+    write_conversations,
+    write_parquet,
+)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from small_data import picture
 
 from bagel_ds.data.samples.images import (
     MAX_SIDE,
@@ -28,6 +27,7 @@ from bagel_ds.data.samples.images import (
     image_size,
     resize_to_uint8,
 )
+from tests.small_data import picture
 
 
 def _saved(image: Image.Image, kind: str, **options: object) -> bytes:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_data import VIT_ARGS, byte_tokenizer, conversation, group, streams_of, write_conversations
 
 from bagel_ds.data.batches.materialize import materialize
 from bagel_ds.data.samples import video
@@ -20,6 +19,7 @@ from bagel_ds.data.samples.sample import TEXT, VIT, BadRow
 from bagel_ds.data.samples.video import FrameSampler, decode_frames, read_header, sample_frames
 from bagel_ds.data.streams.stream import GroupStream
 from bagel_ds.errors import UserError
+from tests.small_data import VIT_ARGS, byte_tokenizer, conversation, group, streams_of, write_conversations
 
 # Codecs that show one picture after another, with and without pictures that depend on later ones, and containers that
 # count their frames or don't.

@@ -1,4 +1,4 @@
-"""A detached rank: its exit code, signals on their way to it, and who outlives whom.
+"""A detached rank: its exit code, signals that reach it, and which process outlives which.
 
 Each case is a small program of its own, as fork and signals do to a process what a test runner must not meet.
 """
