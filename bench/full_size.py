@@ -40,7 +40,7 @@ from bagel_ds.model.shape.parts import part_of  # noqa: E402
 from bagel_ds.model_folder.tokenizer import SpecialTokens  # noqa: E402
 from bagel_ds.ranges import MASTER, TensorInfo  # noqa: E402
 from bagel_ds.train.metrics.throughput import host_gib  # noqa: E402
-from bagel_ds.train.step import optimizer_step  # noqa: E402
+from bagel_ds.train.step import accumulate, update  # noqa: E402
 from bagel_ds.units import GIB  # noqa: E402
 from bagel_ds.zero.config.nvme import LARGEST_7B, check_nvme, clean_nvme, fit_buffers  # noqa: E402
 from bagel_ds.zero.config.resolve import resolve_ds_config  # noqa: E402
@@ -158,7 +158,7 @@ def run(nvme_path: Path, layers: int) -> dict[str, object]:
         began = time.monotonic()
         pack = small_pack(config)
         latents = torch.zeros(len(pack.vae_indexes), config.latent_features, device=engine.device)
-        result = optimizer_step(engine, lambda _: latents, [pack], 1e-4, LossOptions())
+        result = update(engine, accumulate(engine, lambda _: latents, [pack], LossOptions()), 1e-4)
         phase("step", began)
         began = time.monotonic()
         sink = HashingSink()

@@ -103,7 +103,7 @@ def train(elements: int, folder: Path, steps: int, between: Callable[[Step], Non
         with Meter(handle) as meter:
             begin = time.perf_counter()
             engine.backward(loss)
-            engine.micro_step(1e-4)
+            engine.update(1e-4)
             seconds = time.perf_counter() - begin
         if step >= 2:  # the first writes moments for the first time, the second reads them for the first time
             between(Step(seconds, meter.waiting, meter.read, meter.written))

@@ -35,7 +35,7 @@ from bench.random_model import scaled_config, write_random_model  # noqa: E402
 
 PRESETS = ("zero3.json", "zero3_cpu.json", "zero2.json")
 EVERY, TOKENS, VOCABULARY = 2, 512, 16384
-SAVED = re.compile(r"saved \S*/step_(\d+) in ([\d.]+) s, ([\d.]+) s of them without training")
+SAVED = re.compile(r"saved \S*/step_(\d+) in ([\d.]+) s; training waited ([\d.]+) s")
 STEP = re.compile(r"^STEP (\d+) ([\d.]+)", re.MULTILINE)
 
 

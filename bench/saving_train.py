@@ -16,30 +16,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also where th
 import bagel_ds.train.trainer as trainer_module  # noqa: E402
 from bagel_ds.train.main import main  # noqa: E402
 from bagel_ds.train.ranks.agreement import is_main  # noqa: E402
-from bagel_ds.train.saves.overlap import Saving  # noqa: E402
+from bagel_ds.train.saves.overlap import OverlappedSaves  # noqa: E402
 
 
-class EverySecondOverlaps(Saving):
+class EverySecondOverlaps(OverlappedSaves):
     count = 0
     waited = 0.0
 
-    def save(self, *arguments: Any) -> None:
-        super().save(*arguments)
+    def begin(self, *arguments: Any) -> None:
+        super().begin(*arguments)
         self.count += 1
         if self.count % 2:
             super().finish()
 
-    def finish(self, must: bool = False) -> None:
+    def finish(self) -> None:
         began = time.monotonic()
-        super().finish(must)
+        super().finish()
         self.waited = time.monotonic() - began
 
 
 class TimedTrainer(trainer_module.Trainer):
     saving: EverySecondOverlaps
 
-    def _start_saving(self, *arguments: Any) -> Saving:
-        self.saving = super()._start_saving(*arguments)  # type: ignore[assignment]
+    def _start_saving(self) -> OverlappedSaves:
+        self.saving = super()._start_saving()
         return self.saving
 
     def _step(self, step: int, *arguments: Any) -> Any:
@@ -51,6 +51,6 @@ class TimedTrainer(trainer_module.Trainer):
 
 
 if __name__ == "__main__":
-    trainer_module.Saving = EverySecondOverlaps  # type: ignore[misc]
+    trainer_module.OverlappedSaves = EverySecondOverlaps  # type: ignore[misc]
     trainer_module.Trainer = TimedTrainer  # type: ignore[misc]
     sys.exit(main())

@@ -58,3 +58,4 @@ deepspeed "${where[@]}" --master_port "$port" "$repo/launch/train.py" \
 echo
 echo "The demo run is done."
 python -m bagel_ds.demo.summary "$out/results" "$out/results/checkpoints"
+python -m bagel_ds.demo.gallery "$out" "$out/results/checkpoints" "$out/results/drawn.png"

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
-from recordings import bagel_config, read_json, reference, tensors
 from torch import Tensor
 
 from bagel_ds.data.config.dataset_config import load_dataset_config
@@ -28,6 +27,7 @@ from bagel_ds.data.streams.opening import open_streams
 from bagel_ds.data.streams.stream import GroupStream, SampleOptions
 from bagel_ds.model.batch import normalize_pixels
 from bagel_ds.model_folder.tokenizer import Tokenizer, load_tokenizer
+from tests.recordings import bagel_config, read_json, reference, tensors
 
 EXPECTED = "packing/expected"
 _EPOCHS = 10_000  # enough for every choice of a row to turn up

@@ -10,9 +10,10 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from live_tensors import LiveTensors
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+
+from tests.live_tensors import LiveTensors
 
 
 class _WithoutDeviceGuard(TorchFunctionMode):

@@ -200,7 +200,7 @@ def _write_text(text: list[str], folder: Path) -> None:
 
 
 def _load(path: Path) -> Any:
-    from bagel_ds.train.nonfinite import load_batch
+    from bagel_ds.data.batches.batch_file import load_batch
 
     stem = path.with_suffix("") if path.suffix in (".json", ".safetensors") else path
     missing = [end for end in (".json", ".safetensors") if not stem.with_suffix(end).is_file()]

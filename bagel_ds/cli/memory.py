@@ -22,6 +22,7 @@ from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.memory.report import not_compared, report_lines, size_options, suggestion_lines
 from bagel_ds.memory.suggestions import resolved, suggestions
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
+from bagel_ds.units import GIB
 from bagel_ds.zero.config.resolve import check_planned_file
 
 RELEASED = "BAGEL-7B-MoT"
@@ -50,6 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="for scripts: exit code 0 only if it fits, 1 if not, 2 if a size is missing",
     )
+    parser.add_argument("--inference", action="store_true", help="what bagel-ds generate takes with --gpu_memory")
     parser.add_argument("--table", action="store_true", help="print the table of docs/low_memory.md and nothing else")
 
 
@@ -64,6 +66,9 @@ def run(options: argparse.Namespace) -> int:
     config = parse_arguments(line.training, options.own)
     ranks = _ranks(options, line)
     model, vae = _network(options.model, config)
+    if options.inference:
+        print(_inference(model, vae, options.gpu_memory))
+        return 0
     memory = MemoryOptions.of(
         config,
         ranks.all,
@@ -87,6 +92,30 @@ def run(options: argparse.Namespace) -> int:
     else:
         print("\n".join(report_lines(plan) + ([] if plan.fits else suggestion_lines(better))))
     return _checked(plan) if options.check else 0
+
+
+def _inference(model: BagelConfig, vae: VAEConfig, gpu_memory: float | None) -> str:
+    """Where the weights lie when bf16 pictures are drawn on a GPU of so many GiB, and what streaming them costs."""
+    import torch
+
+    from bagel_ds.inference.placement import WORK_BYTES, place_weights
+    from bagel_ds.memory.table import PCIE
+    from bagel_ds.model.vae import AutoEncoder
+
+    with torch.device("meta"):
+        vae_bytes = sum(parameter.nbytes for parameter in AutoEncoder(vae).parameters())
+    placement = place_weights(model, 2, None if gpu_memory is None else int(gpu_memory * GIB), vae_bytes)
+    total = (placement.gpu_bytes + WORK_BYTES) / GIB
+    found = f"inference in bf16: {total:.1f} GiB on the GPU ({WORK_BYTES / GIB:.0f} GiB of it to work in)"
+    if not placement.streamed:
+        return f"{found}, no layer is streamed"
+    calls = 49  # of the network for an image with num_timesteps 50; guidance branches share a call
+    gib, layers = placement.bytes_per_pass / GIB, model.llm.num_hidden_layers
+    return (
+        f"{found}; {len(placement.streamed)} of {layers} layers are streamed from {gib:.1f} GiB of host memory. "
+        f"An image of {calls} steps moves {calls * gib:,.0f} GiB over PCIe: {calls * gib / PCIE:,.0f} s at {PCIE} "
+        "GiB/s, less what the computation hides"
+    )
 
 
 def _checked(plan: MemoryPlan) -> int:

@@ -1,4 +1,4 @@
-"""`bagel-ds stop` and `bagel-ds export`: what one does with a run and with what it left."""
+"""`bagel-ds stop` and `bagel-ds export`: commands for a run and its checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from bagel_ds.errors import UserError
 from bagel_ds.machine.output import log_to_stderr
 
-_HEADER_BYTES = 2**20  # of a safetensors file, at the most; --max_shard_size counts tensors
+_HEADER_BYTES = 2**20  # the most a safetensors header takes; --max_shard_size counts tensors
 
 
 def add_commands(commands: Any) -> None:
@@ -26,7 +26,7 @@ def add_commands(commands: Any) -> None:
     export.add_argument("--out", type=Path, required=True, help="model folder to write")
     export.add_argument("--save_dtype", choices=("bf16", "fp32"), default="bf16", help="number format (default bf16)")
     export.add_argument(
-        "--max_shard_size", default=None, help="cut the weights into files of at most this, such as 5GB"
+        "--max_shard_size", default=None, help="split the weights into files of at most this size, such as 5GB"
     )
     export.add_argument(
         "--for",
@@ -48,11 +48,11 @@ def _stop(options: argparse.Namespace) -> None:
     from bagel_ds.train.process.stop import write_stop_file
     from bagel_ds.train.saves.lock import RunFound, find_run
 
-    found = find_run(options.folder) if options.folder.is_dir() else RunFound(False, "no folder")
+    found = find_run(options.folder) if options.folder.is_dir() else RunFound(False, "not a folder")
     if found is None:
         raise UserError(
-            f"no run uses {options.folder}, so there is nothing to stop; pass the results_dir or checkpoint_dir of one "
-            "that is running"
+            f"no run uses {options.folder}, so there is nothing to stop; pass the results_dir or checkpoint_dir of a "
+            "running one"
         )
     path = write_stop_file(options.folder)
     if found.sure:
@@ -80,8 +80,8 @@ def _export(options: argparse.Namespace) -> None:
     larger = [path.name for path in written if limit is not None and path.stat().st_size > limit + _HEADER_BYTES]
     if larger:
         print(
-            f"bagel-ds: {len(larger)} files are larger than --max_shard_size {options.max_shard_size}: each holds one "
-            "tensor that is",
+            f"bagel-ds: {len(larger)} files are larger than --max_shard_size {options.max_shard_size}, "
+            "because each holds one larger tensor",
             file=sys.stderr,
         )
 
@@ -93,5 +93,5 @@ def _bytes_of(size: str) -> int:
     number, unit, binary = match.groups()
     found = int(float(number) * (1024 if binary else 1000) ** " KMGT".index(unit.upper() or " "))
     if found < 1:
-        raise UserError(f"--max_shard_size {size}: no tensor fits that; pass a size such as 5GB, or leave it out")
+        raise UserError(f"--max_shard_size {size}: no tensor fits; pass a size such as 5GB, or omit the option")
     return found

@@ -35,15 +35,19 @@ inferencer = DefaultInferencer()
 
 
 def setup_models(
-    model_path: str | Path, device: str | None = None, precision: str | None = None
+    model_path: str | Path,
+    device: str | None = None,
+    precision: str | None = None,
+    weights: str | None = None,
+    max_gpu_memory: float | str | None = None,
 ) -> tuple[Any, Any, Any, dict[str, int]]:
     """(model, vae_model, tokenizer, new_token_ids) of a model folder; `inferencer` uses them from here on.
 
-    Raises `UserError` for a folder that is missing, incomplete or not a BAGEL model.
+    Arguments and errors are those of `loading.open_inferencer`.
     """
     from bagel_ds.inference.loading import open_inferencer
 
-    opened = open_inferencer(model_path, device, precision)
+    opened = open_inferencer(model_path, device, precision, weights, max_gpu_memory)
     inferencer._current = opened
     special = opened.network.tokenizer.special
     new_token_ids = {

@@ -1,13 +1,14 @@
-"""From a model folder to a network that can be asked.
+"""From a model folder to an `Inferencer`.
 
-Guarantees: every tensor of the network comes from the folder, straight to its place and precision, one at a time; a
-missing, misshapen or unknown one is an error. A folder without the parts that generate still answers questions, and
-says why it can't draw.
+Guarantees: every tensor of the network comes from the folder, one at a time, straight to its device and precision. A
+missing, misshapen, unknown or non-finite one is an error. A folder without the generating parts still answers
+questions, and says why it can't draw. The log says which of the two weight files was taken, and why.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,15 +18,19 @@ from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.errors import UserError
 from bagel_ds.inference.generation import Inferencer
 from bagel_ds.inference.network import Network
+from bagel_ds.inference.placement import gpu_limit, place_weights
+from bagel_ds.inference.streaming import StreamedLayers
 from bagel_ds.machine.device import device_type
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model.shape.parts import GENERATION, part_of
 from bagel_ds.model.vae import AutoEncoder
 from bagel_ds.model_folder.average import average_or_weights
+from bagel_ds.model_folder.finite import CheckedWeights
 from bagel_ds.model_folder.folder import VAE, BagelWeights, ModelFolder, latent_side
 from bagel_ds.model_folder.tensor_files import TensorFiles
 from bagel_ds.model_folder.tokenizer import load_tokenizer
+from bagel_ds.units import GIB
 
 logger = logging.getLogger("bagel_ds")
 
@@ -34,19 +39,29 @@ VAE_SIZES, VIT_SIZES = (1024, 512), (980, 224)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def open_inferencer(path: str | Path, device: str | None = None, precision: str | None = None) -> Inferencer:
-    """The model of a folder, ready. `device`: cpu, cuda or cuda:N; `precision`: bf16 (on a GPU) or fp32 (on a CPU).
+def open_inferencer(
+    path: str | Path,
+    device: str | None = None,
+    precision: str | None = None,
+    weights: str | None = None,
+    max_gpu_memory: float | str | None = None,
+) -> Inferencer:
+    """The model of a folder, ready.
 
-    Raises `UserError` for a folder that is missing, incomplete or not a BAGEL model.
+    `device`: cpu, cuda or cuda:N. `precision`: bf16 or fp32 (default: bf16 on a GPU, fp32 on a CPU). `weights`: ema or
+    model; by default the average, unless the folder's record says that it is too young. `max_gpu_memory`: GiB, or text
+    such as 24GiB; layers that don't fit are streamed from host memory. Raises `UserError` for a folder that is missing,
+    incomplete or not a BAGEL model, and for a limit that is too small.
     """
     folder = ModelFolder(Path(path))
     place = _device(device)
     if precision not in (None, *DTYPES):
         raise UserError(f"precision {precision!r}: expected bf16 or fp32")
     dtype = DTYPES[precision or ("bf16" if place.type == "cuda" else "fp32")]
-    chosen = average_or_weights(folder.path)
-    files = TensorFiles(folder.weight_files(chosen.stem))
-    logger.info("%s: %s.safetensors (%s)", folder.path, chosen.stem, chosen.why)
+    limit = None if max_gpu_memory is None else gpu_limit(max_gpu_memory)
+    if limit is not None and place.type != "cuda":
+        logger.info("max_gpu_memory has no effect on %s", place)
+    files = _weight_files(folder, weights)
     vae = folder.load_vae().to(place) if (folder.path / VAE).exists() else None
     lacks = _lacks(files, folder, vae)
     config = BagelConfig(
@@ -56,7 +71,18 @@ def open_inferencer(path: str | Path, device: str | None = None, precision: str 
         z_channels=vae.config.z_channels if vae is not None else BagelConfig().z_channels,
         visual_gen=lacks is None or "ae.safetensors" in lacks,
     )
-    model = load_bagel(config, files, str(folder.path), place, dtype)
+    vae_bytes = sum(parameter.nbytes for parameter in vae.parameters()) if vae is not None else 0
+    placement = place_weights(config, dtype.itemsize, limit if place.type == "cuda" else None, vae_bytes)
+    model = load_bagel(config, files, str(folder.path), place, dtype, placement.streamed)
+    if placement.streamed:
+        logger.info(
+            "%d of %d layers are streamed from host memory: %.1f GiB of weights on the GPU, %.1f GiB over PCIe in each "
+            "call of the network",
+            len(placement.streamed),
+            config.llm.num_hidden_layers,
+            placement.gpu_bytes / GIB,
+            placement.bytes_per_pass / GIB,
+        )
     tokenizer = load_tokenizer(folder.path)
     if tokenizer.size > config.llm.vocab_size:
         raise UserError(
@@ -85,8 +111,18 @@ def open_inferencer(path: str | Path, device: str | None = None, precision: str 
     return Inferencer(network, lacks)
 
 
-def load_bagel(config: BagelConfig, files: TensorFiles, where: str, device: torch.device, dtype: torch.dtype) -> Bagel:
-    """The network with the weights of `files`. Without `visual_gen` its generating parts stay without memory."""
+def load_bagel(
+    config: BagelConfig,
+    files: TensorFiles,
+    where: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    streamed: Sequence[int] = (),
+) -> Bagel:
+    """The network with the weights of `files`; decoder layers in `streamed` stay in host memory and visit `device`.
+
+    Without `visual_gen` the generating parts get no memory.
+    """
     with torch.device("meta"):
         model = Bagel(config)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -97,13 +133,33 @@ def load_bagel(config: BagelConfig, files: TensorFiles, where: str, device: torc
         named = ", ".join(weights.unexpected[:5]) + (", ..." if weights.unexpected[5:] else "")
         raise UserError(
             f"{where} holds {len(weights.unexpected)} tensors that this network does not have ({named}); they would be "
-            "left out. Adapters must be merged before (bagel-ds export)."
+            "left out. Merge adapters first."
         )
+    checked = CheckedWeights(weights, where)
+    on_host = tuple(f"language_model.model.layers.{number}." for number in streamed)
     for name, shape in shapes.items():
-        value = weights.read(name).reshape(shape).to(device, dtype)
+        goes_to = torch.device("cpu") if name.startswith(on_host) else device
+        value = checked.read(name).reshape(shape).to(goes_to, dtype)
         owner, _, own = name.rpartition(".")
         setattr(model.get_submodule(owner), own, torch.nn.Parameter(value, requires_grad=False))
+    checked.check()
+    if streamed:
+        StreamedLayers([model.language_model.model.layers[number] for number in streamed], device)
     return model.eval()
+
+
+def _weight_files(folder: ModelFolder, weights: str | None) -> TensorFiles:
+    """The files of the average or of the weights, as asked for or as the folder's record suggests."""
+    if weights is None:
+        choice = average_or_weights(folder.path)
+        logger.info("%s: loading %s.safetensors (%s)", folder.path, choice.stem, choice.why)
+        return TensorFiles(folder.weight_files(choice.stem))
+    if weights not in ("ema", "model"):
+        raise UserError(f"weights {weights!r}: expected ema or model")
+    found = folder.weight_files(weights)
+    if not found:
+        raise UserError(f"{folder.path} holds no {weights}.safetensors; leave out weights to take what is there.")
+    return TensorFiles(found)
 
 
 def _lacks(files: TensorFiles, folder: ModelFolder, vae: AutoEncoder | None) -> str | None:

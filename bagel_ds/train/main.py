@@ -1,8 +1,8 @@
 """What the launcher starts on every rank: parse, check, train, and end with an exit code.
 
-Guarantees: a person's mistake is one message and exit code 2; anything else keeps its traceback. A fault that every
-rank knows is told by rank 0 alone, one that only a host can have (its packages, its driver) by that host, one that a
-rank has met alone by that rank, which then ends at once (failure.py).
+Guarantees: a user's mistake is one message and exit code 2; anything else keeps its traceback. Rank 0 reports faults
+common to all ranks, the first rank of a host reports that host's (packages, driver), and a rank that fails by itself
+reports its own fault and exits immediately (failure.py).
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from bagel_ds.train.ranks.launcher import Launch, LauncherProcess, Started, chec
 
 logger = logging.getLogger("bagel_ds")
 
-# The launcher ends all ranks once it sees that one has ended; it looks every second. Ranks that leave the telling to
-# another wait, so that its message gets out.
+# The launcher ends all ranks once it sees that one has ended; it looks every second. Silent ranks wait so that the
+# reporter's message gets out.
 _GRACE_SECONDS = 3.0
-_CLOSING_SECONDS = 60.0  # for ranks that have nothing left to do but leave one another
+_CLOSING_SECONDS = 60.0  # for ranks to leave the process group
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train as the arguments say, in a session of its own; the exit code."""
+    """Train as the arguments say, in a new session; returns the exit code."""
     outlive_the_reader()
     by = started()
-    code = run_detached(lambda: run_rank(argv, by), by.speaks)
+    code = run_detached(lambda: run_rank(argv, by), by.reports)
     if code:
-        _remove_swap_files(argv)  # of ranks that were killed, too
+        _remove_swap_files(argv)  # also those of ranks that were killed
     return code
 
 
 def run_rank(argv: Sequence[str] | None = None, by: Started | None = None) -> int:
-    """Train as the arguments say, in this process; the exit code."""
+    """Train as the arguments say, in this process; returns the exit code."""
     launch, fault, launcher = by or started()
     rank = 0 if launch is None else launch.rank
     try:
@@ -57,20 +57,20 @@ def run_rank(argv: Sequence[str] | None = None, by: Started | None = None) -> in
             raise fault
         check_address(launch)
     except UserError as fault:
-        return _tell(fault, rank == 0)
+        return _report(fault, rank == 0)
     try:
         notes = refuse_faults(machine_findings(launch.local_size or 1))
     except UserError as fault:
-        return _tell(fault, not launch.local_rank, f"host {socket.gethostname()}: " if rank else "")
+        return _report(fault, not launch.local_rank, f"host {socket.gethostname()}: " if rank else "")
     return _train(config, launch, launcher, notes)
 
 
 def _train(config: RunConfig, launch: Launch, launcher: LauncherProcess | None, notes: list[str]) -> int:
-    """`notes` are what is to be said of this host."""
+    """`notes` are log lines about this host."""
     if config.data.num_workers:
-        start_server()  # which then imports torch while this process does
-    # Imported here: torch and DeepSpeed take seconds, and what is above must work without them and on an old Python.
-    from bagel_ds.train.metrics.log import setup_logging
+        start_server()  # it imports torch while this process does
+    # Imported here because torch and DeepSpeed take seconds, and the checks above must work without them.
+    from bagel_ds.train.metrics.console import setup_logging
 
     setup_logging(None, launch.rank)
     with waiting_for("torch and DeepSpeed to be imported", "minutes from a slow network disk, the first time"):
@@ -96,16 +96,16 @@ def _train(config: RunConfig, launch: Launch, launcher: LauncherProcess | None, 
     try:
         with ending_alone(explain):
             joined = join_ranks(launch, config.training.stall_timeout, launcher)
-            # The watch sees to this rank until it has ended.
+            # Watch this rank until it has ended.
             with closing(start_watch(config)) as watch, ending_alone(explain):
                 together(lambda: setup_logging(config.training.results_dir, launch.rank))
-                _say(joined.warnings, joined.notes, launch.rank)
+                _log(joined.warnings, joined.notes, launch.rank)
                 together(lambda: check_wandb_of(config, launch.rank))
                 lines = (*config.notes, *from_every_host(notes + joined.of_host))
                 Trainer(dataclasses.replace(config, notes=lines), watch).run()
     except UserError as fault:
         alarm.close()
-        code = _tell(fault, launch.rank == 0 or not isinstance(fault, SharedFault))
+        code = _report(fault, launch.rank == 0 or not isinstance(fault, SharedFault))
     else:
         alarm.close()
         code = 0
@@ -115,7 +115,7 @@ def _train(config: RunConfig, launch: Launch, launcher: LauncherProcess | None, 
     return code
 
 
-def _say(warnings: list[str], notes: list[str], rank: int) -> None:
+def _log(warnings: list[str], notes: list[str], rank: int) -> None:
     for warning in warnings if rank == 0 else []:
         logger.warning(warning)
     for note in notes:
@@ -123,7 +123,7 @@ def _say(warnings: list[str], notes: list[str], rank: int) -> None:
 
 
 def _leave_group(code: int) -> None:
-    """End the process group, on all ranks; where another one is killed on the way, this one does not wait for it."""
+    """End the process group on all ranks, without waiting forever for one that is killed meanwhile."""
     import deepspeed
     import torch.distributed as dist
 
@@ -137,25 +137,25 @@ def _leave_group(code: int) -> None:
 
 
 def check_wandb_of(config: RunConfig, rank: int) -> None:
-    """Raise `UserError` where the rank that logs is to use Weights & Biases and can't: before anything is loaded."""
-    from bagel_ds.train.metrics.log import WandbOptions, check_wandb
+    """Raise `UserError` if the rank that logs is to use Weights & Biases and can't, before anything is loaded."""
+    from bagel_ds.train.metrics.wandb import WandbOptions, check_wandb
 
     if rank == 0 and wandb_wanted(config):
         check_wandb(WandbOptions(offline=config.training.wandb_offline))
 
 
 def _remove_swap_files(argv: Sequence[str] | None) -> None:
-    """Remove what no living rank holds below --nvme_path, in the process that outlives its rank."""
+    """Remove files below --nvme_path that no living rank holds. Runs in the process that outlives its rank."""
     from bagel_ds.zero.swap_folders import sweep_folders
 
-    with suppress(UserError):  # told by the rank
+    with suppress(UserError):  # already reported by the rank
         nvme_path = parse_arguments(list(sys.argv[1:] if argv is None else argv)).training.nvme_path
         if nvme_path is not None:
             sweep_folders(Path(nvme_path))
 
 
-def _tell(fault: UserError, speaks: bool, prefix: str = "") -> int:
-    if speaks:
+def _report(fault: UserError, reports: bool, prefix: str = "") -> int:
+    if reports:
         print(f"ERROR: {prefix}{fault}", file=sys.stderr, flush=True)
     else:
         time.sleep(_GRACE_SECONDS)

@@ -1,8 +1,8 @@
-"""The memory plan of this run on these machines: told at the start, kept to, compared at the end.
+"""The memory plan of this run on this machine: logged at the start, enforced, and compared at the end.
 
-Guarantees: a run that the planner says cannot fit this host or its GPUs stops before anything is loaded, naming what
-would fit; --ignore_memory_plan True goes on all the same. What is compared are the planner's peaks and the highest
-values seen at logged steps.
+Guarantees: a run that doesn't fit this host or its GPUs stops before anything is loaded, with suggestions that fit;
+--ignore_memory_plan True runs it anyway. The comparison at the end is of the planned peaks with the highest values seen
+at logged steps.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.memory.report import report_lines, suggestion_lines, verdict
 from bagel_ds.memory.suggestions import suggestions
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
-from bagel_ds.train.process.allocators import exact_pinned_memory
+from bagel_ds.train.process.allocators import rounds_pinned_memory
 from bagel_ds.units import GIB
 from bagel_ds.zero.config.nvme import nvme_folders
 
@@ -38,9 +38,9 @@ def plan_run(
     world_size: int,
     ranks_here: int,
 ) -> MemoryPlan:
-    """The plan of this run, with the memory of this host and its `ranks_here` ranks as budget.
+    """The plan of this run, with this host's memory and its `ranks_here` ranks as the budget.
 
-    Raises `UserError` where it cannot fit.
+    Raises `UserError` if the run can't fit.
     """
     drawn = [group.vae_transform.max_image_size for group in datasets.groups if group.vae_transform is not None]
     options = MemoryOptions.of(
@@ -53,21 +53,16 @@ def plan_run(
         gpu_memory=torch.cuda.mem_get_info()[1] / GIB if uses_cuda() else None,
         host_memory=host_memory_gib(),
         nvme=_free_gib(ds_config),
-        rounds_pinned_memory=_rounds_pinned_memory(),
+        rounds_pinned_memory=uses_cuda() and rounds_pinned_memory(),
     )
     plan = plan_memory(model, ds_config, options)
     if not plan.fits and not config.training.ignore_memory_plan:
         better = "\n".join(suggestion_lines(suggestions(model, config, options)))
         raise UserError(
             f"this run's memory plan: {verdict(plan)} (`bagel-ds memory` shows the items). {better}\n"
-            "To start all the same, pass --ignore_memory_plan True."
+            "To start anyway, pass --ignore_memory_plan True."
         )
     return plan
-
-
-def _rounds_pinned_memory() -> bool:
-    """Whether main.py could not have torch spare large page-locked blocks: one that is older may not be able to."""
-    return uses_cuda() and not exact_pinned_memory()
 
 
 def plan_lines(plan: MemoryPlan) -> list[str]:
@@ -76,16 +71,16 @@ def plan_lines(plan: MemoryPlan) -> list[str]:
 
 
 def outcome(plan: MemoryPlan, reserved_gib: float | None, host_gib: float) -> str:
-    """One line at the end: what was planned beside what was seen at logged steps."""
+    """One line for the end of a run: peaks at logged steps next to the planned ones."""
     device = ""
     if reserved_gib is not None:
         planned = f"{plan.gpu_peak / GIB:.2f} planned, CUDA's context and NCCL included"
         device = f"GPU {reserved_gib:.2f} GiB reserved by torch, {planned}; "
-    return f"memory peaks: {device}host {host_gib:.2f} GiB seen (ranks alone), {plan.host_peak / GIB:.2f} planned"
+    return f"memory peaks: {device}host {host_gib:.2f} GiB seen (ranks only), {plan.host_peak / GIB:.2f} planned"
 
 
 def host_memory_gib() -> float:
-    """RAM that this process and its neighbours may use: the machine's, or less where a container limits it."""
+    """RAM of the machine, or of the container if that has a lower limit, in GiB."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in _CGROUP_LIMITS:
         try:

@@ -1,7 +1,7 @@
-"""From arguments to the parts of a run, in the order in which faults should be found.
+"""Checks and opens everything that a run needs, in the order in which its faults should be found.
 
-Guarantees: everything that can be wrong with files is found before a rank builds the engine, on all ranks together;
-afterwards every rank holds the same plan.
+Guarantees: every fault of a file is found before any rank builds the engine, on all ranks together. Afterwards all
+ranks hold the same plan.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.vae import AutoEncoder
 from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.train.memory_plan import plan_run
-from bagel_ds.train.metrics.log import setup_logging
+from bagel_ds.train.metrics.console import setup_logging
 from bagel_ds.train.process.stop import forget_stops
 from bagel_ds.train.ranks.agreement import (
     check_equal,
@@ -49,7 +49,8 @@ from bagel_ds.train.ranks.agreement import (
 from bagel_ds.train.saves.changes import changes, describe_data
 from bagel_ds.train.saves.earlier import check_unoccupied, set_aside
 from bagel_ds.train.saves.lock import Claim, claim, remember
-from bagel_ds.train.saves.start import StartPoint, StartWeights, open_start, sound_start
+from bagel_ds.train.saves.restore import StartWeights, open_start
+from bagel_ds.train.saves.start import StartPoint, sound_start
 from bagel_ds.zero.config.nvme import check_nvme, fit_buffers, nvme_bytes, nvme_folders
 from bagel_ds.zero.config.resolve import check_file_with_deepspeed, check_with_deepspeed, resolve_ds_config
 from bagel_ds.zero.ops import build, needed_ops
@@ -60,23 +61,23 @@ logger = logging.getLogger("bagel_ds")
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known before any weight is loaded; `weights` are open, and of the network's names and shapes."""
+    """What is known before any weight is loaded. `weights` are open, with the network's names and shapes."""
 
     ds_config: dict[str, Any]
-    notes: list[str]  # lines about it and about this host, for the run's plan
+    notes: list[str]  # about ds_config and this host, for the log
     memory: MemoryPlan
     model_folder: Path
     model: BagelConfig
     vae: AutoEncoder  # its encoder
     data: PlannedData
-    described_data: dict[str, str]  # for trainer.json: what a resumed run compares
+    described_data: dict[str, str]  # for trainer.json; a resumed run compares it with its own
     start: StartPoint
     weights: StartWeights
-    claim: Claim | None  # rank 0's, of the checkpoint_dir
+    claim: Claim | None  # of the checkpoint_dir, on rank 0
 
 
 def prepare(config: RunConfig) -> Prepared:
-    """Check and open everything on all ranks; raises the same `UserError` on each."""
+    """Check and open everything on all ranks. Raises the same `UserError` on each."""
     packages = ("torch", "deepspeed", "transformers", "numpy", "pillow", "tokenizers")
     versions = {"bagel_ds": bagel_ds.__version__, **{name: installed_version(name) for name in packages}}
     check_equal({f"the version of {name}": version for name, version in versions.items()})
@@ -86,13 +87,13 @@ def prepare(config: RunConfig) -> Prepared:
     check_equal({f"{name} of the ds_config": value for name, value in ds_config.items()})
     together(lambda: refuse_faults([compiler_finding(needed_ops(ds_config))] if local_rank() == 0 else []))
     claimed = _take_checkpoint_dir(config)
-    one_per_host_first(lambda: build(needed_ops(ds_config)), "it compiles C++ parts of DeepSpeed, once")
-    model_folder = one_per_host_first(lambda: resolve_model_path(config), "it fetches or assembles the model")
+    one_per_host_first(lambda: build(needed_ops(ds_config)), "compiling C++ parts of DeepSpeed, once")
+    model_folder = one_per_host_first(lambda: resolve_model_path(config), "fetching or assembling the model")
     parts = parts_of(config)[:2] if starts_from_parts(config) else None
     start = sound_start(config.training, model_folder, parts)
-    model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start), "it opens the model folder")
+    model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start), "opening the model folder")
     ds_notes = ds_notes + one_per_host_first(
-        lambda: _ready_nvme(config, ds_config, model), "it makes its folder on NVMe ready"
+        lambda: _ready_nvme(config, ds_config, model), "preparing its folder on NVMe"
     )
     datasets = together(lambda: open_datasets(config))
     world, here = dist.get_world_size(), hosts().local_size
@@ -102,12 +103,12 @@ def prepare(config: RunConfig) -> Prepared:
     saved = together(lambda: _saved_run(config, start))
     place = None if saved is None else saved["plan_state"]
     data = one_per_host_first(
-        lambda: _open_data(config, datasets, model_folder, model, vae, place), "it indexes its data"
+        lambda: _open_data(config, datasets, model_folder, model, vae, place), "indexing the data"
     )
     described = describe_data(data)
     if saved is not None and is_main() and (differences := changes(saved, config.values(), described)):
         logger.info("changed since %s was saved:\n  %s", start.folder.name, "\n  ".join(differences))
-    # That a resumed run's place in the data is one in this run's plan is seen before anything is loaded.
+    # Before anything is loaded: is the resumed run's place one in this run's plan?
     together(lambda: data.place(place))
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
     notes = [*ds_notes, *_crowding(config)]
@@ -116,7 +117,7 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 def _ready_folders(config: RunConfig, claimed: Claim | None) -> None:
-    """Refuse what would replace an earlier run's checkpoints, before anything there is touched; then tidy up."""
+    """Refuse to replace an earlier run's checkpoints before touching anything there; then tidy up."""
     training = config.training
     folders = [Path(training.checkpoint_dir), Path(training.results_dir)]
     named = [training.resume_from, config.model.model_path, *parts_of(config)]
@@ -126,42 +127,42 @@ def _ready_folders(config: RunConfig, claimed: Claim | None) -> None:
         if claimed is not None:
             claimed.release()
         raise
-    if not training.start_anew:  # which moves all that is there aside, once nothing else can go wrong
+    if not training.start_anew:  # --start_anew moves everything aside later, once nothing else can fail
         sweep(folders[0])
     forget_stops(folders)
     remember(folders[1], folders[0])
 
 
 def _saved_run(config: RunConfig, start: StartPoint) -> dict[str, Any] | None:
-    """trainer.json of the training state that the run goes on from; None where it starts at step 0."""
+    """trainer.json of the training state that the run resumes from; None if it starts at step 0."""
     if not start.full:
         return None
     saved = read_trainer(start.folder)
     done, total = saved["steps_done"], config.training.total_steps
     if done > total:
         raise UserError(
-            f"--total_steps {total}: {start.folder} has {done} steps behind it already, so there is nothing to train; "
+            f"--total_steps {total}: {start.folder} has already done {done} steps, so there is nothing to train; "
             f"pass a larger --total_steps (it counts the steps of the whole run), or start from an earlier checkpoint"
         )
     return saved
 
 
 def _set_aside(config: RunConfig, saved: dict[str, Any] | None, start: StartPoint) -> list[str]:
-    """Move an earlier run's files aside; lines for the run's plan, in a log.txt of its own."""
+    """Move an earlier run's files aside; lines for the log, which then has a new log.txt."""
     made = set_aside(config.training, saved, start.folder)
     if made:
         setup_logging(config.training.results_dir, dist.get_rank())
-    return [f"moved what an earlier run left to {folder}" for folder in made]
+    return [f"moved the files of an earlier run to {folder}" for folder in made]
 
 
 def _take_checkpoint_dir(config: RunConfig) -> Claim | None:
-    """Claim the folder for this run, on rank 0, and put right what earlier ones have left there."""
+    """Claim the folder for this run, on rank 0, and clean up after earlier runs."""
     folder = Path(config.training.checkpoint_dir)
     check_shared_folder(folder, "checkpoint_dir")
     claimed = one_per_host_first(
-        lambda: claim(folder) if is_main() else None, "another run still uses the checkpoint_dir"
+        lambda: claim(folder) if is_main() else None, "waiting for another run that uses the checkpoint_dir"
     )
-    with waiting_for("what an interrupted save has left to be removed"):
+    with waiting_for("leftovers of an interrupted save to be removed"):
         together(lambda: _ready_folders(config, claimed) if is_main() else None)
     return claimed
 
@@ -174,9 +175,9 @@ def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
 
 
 def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig) -> list[str]:
-    """Size the swap buffers for this network, take this run's folder, and see that the disk will do.
+    """Fit the swap buffers to this network, take this run's folder, and check the disk.
 
-    Whatever the preset, what earlier runs left below --nvme_path is removed first.
+    Removes leftovers of earlier runs below --nvme_path first, also if this run swaps nothing.
     """
     shapes = parameter_shapes(model)
     trains = trainable(config, model)
@@ -191,7 +192,7 @@ def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig
     if config.training.nvme_path is not None:
         path = Path(config.training.nvme_path)
         if local_rank() == 0:
-            with waiting_for(f"what earlier runs have left in {path} to be removed"):
+            with waiting_for(f"leftovers of earlier runs in {path} to be removed"):
                 sweep_folders(path)
         own = run_folder(path, config.training.checkpoint_dir)
         if own in nvme_folders(ds_config):
@@ -200,7 +201,7 @@ def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig
 
 
 def _crowding(config: RunConfig) -> list[str]:
-    """A line where this host starts more data workers than it has cores."""
+    """A line if this host starts more data workers than it has cores."""
     workers, ranks = config.data.num_workers, hosts().local_size
     cores = len(os.sched_getaffinity(0))
     if workers * ranks <= cores:
@@ -214,7 +215,7 @@ def _crowding(config: RunConfig) -> list[str]:
 def _open_data(
     config: RunConfig, datasets: DatasetConfig, folder: Path, model: BagelConfig, vae: AutoEncoder, place: Any
 ) -> PlannedData:
-    with waiting_for("the data to be opened and planned", "what must be indexed is indexed once"):
+    with waiting_for("the data to be opened and planned", "files are indexed once"):
         return open_data(config, datasets, folder, model, vae.config, is_main(), place)
 
 
@@ -235,15 +236,3 @@ def parameter_shapes(model: BagelConfig) -> dict[str, tuple[int, ...]]:
     """Every parameter of the network, without building it."""
     with torch.device("meta"):
         return {name: tuple(parameter.shape) for name, parameter in Bagel(model).named_parameters()}
-
-
-def describe_parameters(model: BagelConfig, trains: set[str]) -> list[str]:
-    """A table of the network's parts, their sizes and whether they train, without building it."""
-    counts: dict[str, int] = {}
-    for name, shape in parameter_shapes(model).items():
-        counts[part_of(name)] = counts.get(part_of(name), 0) + math.prod(shape)
-    total, training = sum(counts.values()), sum(count for part, count in counts.items() if part in trains)
-    lines = [f"parameters: {total:,}, of which {training:,} train"]
-    return lines + [
-        f"  {part:<16} {count:>16,}  {'trains' if part in trains else 'frozen'}" for part, count in counts.items()
-    ]

@@ -1,6 +1,6 @@
 """One optimizer step: a window of micro-batches in, updated weights and the step's losses out.
 
-Guarantees: every rank makes the same calls in the same order, whatever its batches hold; losses are means over the
+Guarantees: every rank makes the same calls in the same order, whatever its batches hold. Losses are means over the
 whole step and all ranks.
 """
 
@@ -14,72 +14,94 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagel_ds.model.batch import PackedBatch
-from bagel_ds.model.losses.by_part import LossParts
-from bagel_ds.model.losses.normalization import LossOptions, LossSums, partial_means, weighted, window_totals
+from bagel_ds.model.losses.breakdown import LossBreakdown
+from bagel_ds.model.losses.normalization import (
+    LossOptions,
+    LossSums,
+    WindowTotals,
+    partial_means,
+    weighted,
+    window_totals,
+)
 from bagel_ds.zero.engine import ZeroEngine
 
 Encode = Callable[[PackedBatch], Tensor]  # the batch's images as clean latent tokens [G, F] fp32
 
 
+class WindowLosses(NamedTuple):
+    """What `accumulate` hands to `update`; tensors are on the engine's device."""
+
+    sums: LossSums  # this rank's part of the means, fp64
+    totals: WindowTotals
+    options: LossOptions
+    breakdown: Tensor | None  # this rank's sums by part (`LossBreakdown`)
+
+
 class StepResult(NamedTuple):
-    """Means over the whole step; ce or mse is None where the step has none of it."""
+    """Means over the whole step. ce or mse is None if the step has none of it."""
 
     ce: float | None
     mse: float | None
     total: float
     grad_norm: float
     tokens: int  # over all ranks
-    applied: bool  # False where a loss or gradient was not finite: nothing was updated on any rank
+    applied: bool  # False if a loss or gradient was not finite: then no rank has updated anything
     stop: bool  # a rank wants to stop after this step
-    parts: Tensor | None = None  # of the losses (`LossParts`): this rank's sums, on its device
+    breakdown: Tensor | None = None  # `WindowLosses.breakdown`
 
 
-def _spoiled_unless_finite(loss: Tensor) -> Tensor:
-    """A loss that is not finite may have finite gradients: made NaN, they have the update skipped on all ranks."""
-    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
-
-
-def optimizer_step(
+def accumulate(
     engine: ZeroEngine,
     encode: Encode,
     window: Sequence[PackedBatch],
-    learning_rate: float,
     options: LossOptions,
-    wants_stop: Callable[[], bool] = lambda: False,
-    before_update: Callable[[], None] = lambda: None,
-    parts: LossParts | None = None,
-) -> StepResult:
-    """Forward, backward and update over `window` (this rank's micro-batches, as many as accumulation steps).
+    breakdown: LossBreakdown | None = None,
+) -> WindowLosses:
+    """Forward and backward over `window`, this rank's micro-batches of one step; masters and moments don't change.
 
-    `before_update` is called once, after the last backward pass. `wants_stop` is asked once, after the update; the
-    answer of any rank holds for all. `parts` adds up what the losses consist of.
+    `window` has as many batches as the engine has accumulation steps. `breakdown` also sums the losses by part.
     """
     totals = window_totals(window, options, engine.device)
     world = dist.get_world_size()
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # ce, mse
-    part_sums = torch.empty(0) if parts is None else parts.zeros(engine.device)
-    grad_norm = None
-    for batch in window:
+    breakdown_sums = None if breakdown is None else breakdown.zeros(engine.device)
+    for number, batch in enumerate(window):
+        if number:
+            engine.next_micro_batch()
         batch = batch.to(engine.device)
         output = engine.forward(batch, encode(batch))
         means = partial_means(output, batch, totals, options)
-        if parts is not None:
-            parts.add(part_sums, output, batch)
+        if breakdown is not None and breakdown_sums is not None:
+            breakdown.add(breakdown_sums, output, batch)
         sums += torch.stack(means).detach()
-        # DeepSpeed averages gradients over ranks; the means are already over all of them.
+        # DeepSpeed averages gradients over ranks, but the means are already over all ranks.
         engine.backward(_spoiled_unless_finite(weighted(means, options)) * world)
-        grad_norm = engine.micro_step(learning_rate, before_update)
-    assert grad_norm is not None, "a window has as many batches as the engine has accumulation steps"
-    all_ranks = torch.cat([sums, sums.new_tensor([wants_stop()])])
+    return WindowLosses(LossSums(*sums), totals, options, breakdown_sums)
+
+
+def update(
+    engine: ZeroEngine, losses: WindowLosses, learning_rate: float, wants_stop: Callable[[], object] = lambda: False
+) -> StepResult:
+    """Update the weights with the accumulated gradients.
+
+    Asks `wants_stop` once, after the update; a true answer on any rank counts for all.
+    """
+    grad_norm = engine.update(learning_rate)
+    all_ranks = torch.stack([*losses.sums, losses.sums.ce.new_tensor(bool(wants_stop()))])
     dist.all_reduce(all_ranks)
     ce, mse, stops = all_ranks.tolist()
     return StepResult(
-        ce=ce if totals.ce else None,
-        mse=mse if totals.mse else None,
-        total=float(weighted(LossSums(*all_ranks[:2]), options)),
+        ce=ce if losses.totals.ce else None,
+        mse=mse if losses.totals.mse else None,
+        total=float(weighted(LossSums(*all_ranks[:2]), losses.options)),
         grad_norm=grad_norm,
-        tokens=int(totals.tokens),
+        tokens=int(losses.totals.tokens),
         applied=math.isfinite(grad_norm),
         stop=stops > 0,
-        parts=None if parts is None else part_sums,
+        breakdown=losses.breakdown,
     )
+
+
+def _spoiled_unless_finite(loss: Tensor) -> Tensor:
+    """A loss that is not finite may have finite gradients. Make them NaN, so that all ranks skip the update."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)

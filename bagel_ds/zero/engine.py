@@ -96,23 +96,23 @@ class ZeroEngine:
                 return f"{what} on NVMe and gradients pass through the same buffers"
         return None
 
-    def micro_step(self, learning_rate: float, before_update: Callable[[], None] = lambda: None) -> float | None:
-        """Call after each backward: on the window's last it updates and returns the gradient norm before clipping.
+    def next_micro_batch(self) -> None:
+        """Call between the micro-batches of a step: gradients go on accumulating."""
+        assert not self._engine.is_gradient_accumulation_boundary(), "a window has accumulation_steps micro-batches"
+        self._engine.step()
 
-        A norm that is not finite means that nothing was updated, on any rank. `before_update` is called on every rank
-        when all gradients are there and nothing has changed yet.
+    def update(self, learning_rate: float) -> float:
+        """Call after the window's last backward: clip, update, clear. Returns the gradient norm before clipping.
+
+        A norm that is not finite means that nothing was updated, on any rank.
         """
-        boundary = self._engine.is_gradient_accumulation_boundary()
-        if boundary:
-            before_update()
+        assert self._engine.is_gradient_accumulation_boundary(), "a window has accumulation_steps micro-batches"
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = self._unpartitioned_norm() if boundary and self.stage == 0 else None
+        norm = self._unpartitioned_norm() if self.stage == 0 else None
         if norm is not None and not torch.isfinite(norm) and run_dtype(self.ds_config) == torch.float32:
             self._drop_gradients()  # every other optimizer of DeepSpeed skips such an update by itself
         self._engine.step()
-        if not boundary:
-            return None
         found = float(norm if norm is not None else self._engine.get_global_grad_norm())
         if math.isfinite(found):
             self.partitions.updated()

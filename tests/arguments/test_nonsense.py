@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import nonsense
 import pytest
 import yaml
 
 from bagel_ds.arguments.run_config import RunConfig, parse_arguments
+from tests import nonsense
 
 
 @pytest.mark.parametrize("step", [pytest.param(59, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])

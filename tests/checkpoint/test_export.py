@@ -223,7 +223,7 @@ def test_a_shard_size_of_nothing_is_refused_before_anything_is_written(
     text: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main.main(["export", str(checkpoint), "--out", str(tmp_path / "out"), "--max_shard_size", text]) == 2
-    assert f"--max_shard_size {text}: no tensor fits that; pass a size such as 5GB" in capsys.readouterr().err
+    assert f"--max_shard_size {text}: no tensor fits; pass a size such as 5GB" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -9,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_data import (
+
+from bagel_ds.data.config.dataset_config import load_dataset_config
+from bagel_ds.data.streams.opening import open_streams
+from bagel_ds.data.streams.stream import SampleOptions
+from tests.small_data import (
     INTERLEAVE_SCHEMA,
     NO_DROPOUT,
     byte_tokenizer,
@@ -19,10 +23,6 @@ from small_data import (
     write_conversations,
     write_parquet,
 )
-
-from bagel_ds.data.config.dataset_config import load_dataset_config
-from bagel_ds.data.streams.opening import open_streams
-from bagel_ds.data.streams.stream import SampleOptions
 
 PAGE = Path(__file__).parents[2] / "docs" / "data.md"
 

@@ -15,10 +15,11 @@ from bagel_ds.errors import UserError
 
 REPO = Path(__file__).resolve().parents[2]
 FAKE_DEEPSPEED = """#!{python}
-import json, os, pathlib, sys
+import json, os, pathlib, shutil, sys
 pathlib.Path({record!r}).write_text("\\n".join(sys.argv[1:]))
 results = pathlib.Path(sys.argv[sys.argv.index("--results_dir") + 1])
-(results / "checkpoints" / "step_60").mkdir(parents=True, exist_ok=True)
+model = sys.argv[sys.argv.index("--model_path") + 1]
+shutil.copytree(model, results / "checkpoints" / "step_60", dirs_exist_ok=True)
 lines = [json.dumps({{"step": step, "loss/mse": 2 - step / 60, "loss/ce": 6 - step / 20}}) for step in range(60)]
 (results / "metrics.jsonl").write_text("\\n".join(lines))
 """

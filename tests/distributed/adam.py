@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from bagel_ds.arguments.run_config import make_config
 from bagel_ds.checkpoint.gather import export_tensors
 from bagel_ds.ranges import MASTER, TensorInfo
-from bagel_ds.train.saves.writer import restore_moments
+from bagel_ds.train.saves.restore import restore_moments
 from bagel_ds.zero.config.nvme import clean_nvme, fit_buffers
 from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
@@ -123,9 +123,8 @@ class Run:
         """The step's update; the masters after it are written as `made`. Returns the gradient's norm."""
         loss = self.engine.forward(gradients(step, dist.get_rank()))
         self.engine.backward(loss)
-        norm = self.engine.micro_step(self.case["rates"][step])
+        norm = self.engine.update(self.case["rates"][step])
         self.write(MASTER, made)
-        assert norm is not None
         return norm
 
     def write(self, kind: str, made: str) -> Path:

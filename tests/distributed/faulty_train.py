@@ -42,7 +42,7 @@ FAULTS = "BAGEL_TEST_FAULTS"
 def main() -> int:
     faults = json.loads(os.environ[FAULTS])
     by = started()
-    return run_detached(lambda: _faulty_run(faults, by), by.speaks)
+    return run_detached(lambda: _faulty_run(faults, by), by.reports)
 
 
 def _faulty_run(faults: list[dict[str, Any]], by: Started) -> int:
@@ -70,12 +70,13 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
     from bagel_ds.data.batches import loader
     from bagel_ds.train import prepare, trainer
     from bagel_ds.train import step as step_module
-    from bagel_ds.train.saves import background, writer
+    from bagel_ds.train.saves import background
+    from bagel_ds.train.saves import save as save_module
     from tests.distributed.faulty_maker import FaultyMaker
 
     load, step = trainer.Trainer._load, trainer.Trainer._step
-    complete, stream, fill = writer.PendingSave._complete, state.fill_whole, state.fill_rank
-    one_host, gather = trainer.on_one_host, writer.stream_tensors
+    complete, stream, fill = save_module.Save._complete, state.fill_whole, state.fill_rank
+    one_host, gather = trainer.on_one_host, save_module.stream_tensors
     means, open_data = step_module.partial_means, prepare.open_data
     wait, waited_for = background.Background.wait, threading.Event()
 
@@ -92,9 +93,7 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
         if "oom" in done:
             import torch
 
-            with _instead(
-                trainer, "optimizer_step", _raise(torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB."))
-            ):
+            with _instead(trainer, "accumulate", _raise(torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB."))):
                 return step(self, number, window, *rest)
         if "inf" in done:
             with _instead(step_module, "partial_means", infinite_means):
@@ -151,8 +150,8 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
         _instead(trainer, "islice", faulty_islice),
         _instead(trainer.Trainer, "_load", faulty_load),
         _instead(trainer.Trainer, "_step", faulty_step),
-        _instead(writer.PendingSave, "_complete", faulty_complete),
-        _instead(writer, "stream_tensors", faulty_gather),
+        _instead(save_module.Save, "_complete", faulty_complete),
+        _instead(save_module, "stream_tensors", faulty_gather),
         _instead(state, "fill_whole", faulty_stream),
         _instead(state, "fill_rank", faulty_fill),
         _instead(trainer, "on_one_host", faulty_hosts),
@@ -188,7 +187,7 @@ def _happen(faults: list[dict[str, Any]], at: str, step: int | None = None) -> l
             if fault["do"] == "sleep":
                 time.sleep(fault["seconds"])
             if fault["do"] == "fault":
-                raise UserError("this rank alone has met a fault")
+                raise UserError("only this rank has a fault")
             if fault["do"] == "stop":
                 os.kill(os.getpid(), signal.SIGSTOP)
             if fault["do"] == "kill":

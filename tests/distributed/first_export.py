@@ -19,7 +19,7 @@ import torch.distributed as dist
 from bagel_ds.arguments.run_config import parse_arguments
 from bagel_ds.checkpoint.gather import export_tensors
 from bagel_ds.ranges import MASTER, TensorInfo
-from bagel_ds.train.metrics.log import setup_logging
+from bagel_ds.train.metrics.console import setup_logging
 from bagel_ds.train.process.quiet import quiet_warnings
 from bagel_ds.train.process.stall import start_watch
 from bagel_ds.train.ranks.launcher import read_launch

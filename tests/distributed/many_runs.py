@@ -31,9 +31,9 @@ def main(cases_file: str, results: str) -> None:
     rank = int(os.environ["RANK"])
     os.environ["BAGEL_DS_DETACH"] = "0"  # every case in this very process
     # Here no launcher waits for the first rank to end, and the process group lives as long as the processes: one that
-    # was ended and made anew hangs after an engine has used it (DeepSpeed keeps what belongs to the first).
+    # was ended and made again hangs after an engine has used it (DeepSpeed keeps what belongs to the first).
     no_wait = mock.patch.object(train, "_GRACE_SECONDS", 0.0)
-    # The same goes for a rank that would end its process because it has failed alone.
+    # The same goes for a rank that would end its process because only it has failed.
     goes_on = mock.patch.object(failure, "end_at_once", sys.exit)
     with (
         no_wait,

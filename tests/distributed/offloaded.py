@@ -62,9 +62,11 @@ def train(case: dict[str, Any], results: Path) -> None:
     norms = []
     for step in range(case["steps"]):
         for micro in range(case["accumulation"]):
+            if micro:
+                engine.next_micro_batch()
             loss = engine.forward(1000 * step + 100 * micro + 10 * rank)
             engine.backward(loss / case["accumulation"])
-            norms.append(engine.micro_step(LEARNING_RATE))
+        norms.append(engine.update(LEARNING_RATE))
     held: dict[str, Tensor] = {}
     for key in (MASTER, *MOMENTS):
         for piece in engine.partitions.pieces(key):

@@ -23,7 +23,7 @@ from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
 from bagel_ds.ranges import MASTER, TensorInfo
 from bagel_ds.train.schedule import learning_rate
-from bagel_ds.train.step import optimizer_step
+from bagel_ds.train.step import accumulate, update
 from bagel_ds.zero.config.nvme import clean_nvme, fit_buffers
 from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.ema import EMAOptions
@@ -91,7 +91,7 @@ def replay(case: dict, results: Path) -> None:
             total_steps=arguments["steps"],
             schedule="constant",
         )
-        result = optimizer_step(engine, lambda _, encode=encode: next(encode), window, rate, options)
+        result = update(engine, accumulate(engine, lambda _, encode=encode: next(encode), window, options), rate)
         steps.append({"ce": result.ce, "mse": result.mse, "grad_norm": result.grad_norm, "lr": rate})
 
     infos = {name: TensorInfo(torch.float32, shape) for name, shape in engine.shapes.items()}

@@ -34,7 +34,7 @@ def outcomes(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         case("too_few", total_steps=3, auto_resume=True),
         case("finished", total_steps=4, auto_resume=True),
         case("changed", total_steps=5, auto_resume=True, freeze_llm=True),
-        case("anew", total_steps=1, start_anew=True, lr=1e-4),
+        case("again", total_steps=1, start_anew=True, lr=1e-4),
     ]
     return folder / "run", {name: ranks[0] for name, ranks in run_cases(folder / "out", cases).items()}
 
@@ -51,7 +51,7 @@ def test_a_forgotten_auto_resume_is_refused(outcomes: tuple[Path, dict[str, Outc
 def test_a_total_below_the_steps_done_is_refused(outcomes: tuple[Path, dict[str, Outcome]]) -> None:
     too_few = outcomes[1]["too_few"]
     assert too_few.code == 2 and "Traceback" not in too_few.output
-    assert "--total_steps 3: " in too_few.output and "has 4 steps behind it" in too_few.output
+    assert "--total_steps 3: " in too_few.output and "has already done 4 steps" in too_few.output
     assert "stopped" not in too_few.output
 
 
@@ -67,7 +67,7 @@ def test_a_resume_says_once_what_changed(outcomes: tuple[Path, dict[str, Outcome
     assert changed.code == 0, changed.output
     assert "changed since step_4 was saved:" in changed.output
     assert "--freeze_llm: False -> True" in changed.output and "--total_steps: 4 -> 5" in changed.output
-    assert changed.output.count("the data plan changed since the checkpoint") == 1
+    assert changed.output.count("data plan changed since the checkpoint") == 1
     assert "tokenizer" not in changed.output and "dropout" not in changed.output
     assert "resumed after step 4" in changed.output
 
@@ -76,7 +76,7 @@ def test_start_anew_leaves_the_earlier_run_whole_beside_the_new_one(
     outcomes: tuple[Path, dict[str, Outcome]],
 ) -> None:
     results, found = outcomes
-    assert found["anew"].code == 0, found["anew"].output
+    assert found["again"].code == 0, found["again"].output
     new, old = results / "checkpoints", results / "checkpoints" / "earlier_1"
     assert sorted(path.name for path in new.iterdir()) == ["earlier_1", "latest", "step_1", "step_final"]
     assert sorted(path.name for path in old.iterdir()) == ["latest", "step_2", "step_4", "step_5", "step_final"]
@@ -88,7 +88,7 @@ def test_start_anew_leaves_the_earlier_run_whole_beside_the_new_one(
     assert list((records / "tensorboard").iterdir()) and list((results / "tensorboard").iterdir())
     assert "done: 5 steps" in (records / "log.txt").read_text()
     log = (results / "log.txt").read_text()
-    assert f"moved what an earlier run left to {records}" in log and "done: 1 steps" in log
+    assert f"moved the files of an earlier run to {records}" in log and "done: 1 steps" in log
 
     def lr(path: Path) -> float:
         return float(yaml.safe_load(path.read_text())["training"]["lr"])

@@ -100,7 +100,7 @@ def test_weights_and_average_end_where_those_of_the_whole_run_do(
     stem: str, demo: Path, chained: tuple[Path, list[Outcome]]
 ) -> None:
     """No loss shows the average. Tensor by tensor, as part of how far it went: 9e-6 was measured, as much as the
-    rounding to fp32 of a norm's weight near 1 that went 0.01; an average that began anew anywhere is off by tenths."""
+    rounding to fp32 of a norm's weight near 1 that went 0.01; an average that started again is off by tenths."""
     folder, _ = chained
     start = load_file(demo / "model" / "ema.safetensors")
     last = f"checkpoints/step_{CHAIN[-1].until}/{stem}.safetensors"
@@ -110,7 +110,7 @@ def test_weights_and_average_end_where_those_of_the_whole_run_do(
         moved = (expected - start[name].float()).double().norm()
         difference = (found[name] - expected).double().norm()
         # A bias of the keys adds the same to all of a query's scores, which the softmax takes away: what Adam follows
-        # there is rounding alone. In the language model the keys are normalised after it.
+        # there is only rounding. In the language model the keys are normalised after it.
         if not (name.startswith("vit_model.") and name.endswith("k_proj.bias")):
             assert difference <= WEIGHTS_TOLERANCE * moved, name
 

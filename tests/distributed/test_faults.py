@@ -1,4 +1,4 @@
-"""What goes wrong outside the program is told, by name, and costs no more than it must.
+"""Faults outside the program are reported by name and cost no more than necessary.
 
 Damaged checkpoints, full and read-only disks, numbers that are not finite, ranks that stall or run out of memory: each
 in a real launch, with its message, its exit code and what is left afterwards.
@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from bagel_ds.checkpoint.step_folders import MANIFEST, TRAINER, newest_state
-from bagel_ds.train.nonfinite import load_batch
+from bagel_ds.data.batches.batch_file import load_batch
 from tests.distributed.cases import Case, Outcome, arguments, launch, losses, run_cases
 from tests.distributed.started import StartedRun, steps_logged
 from tests.launch import TRAIN
@@ -107,7 +107,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused_and_another_offered(
     assert (main.code, other.code) == (2, 2), main.output
     file, _, _, reason = DAMAGE[name]
     assert f"step_2 is damaged: {file}" in main.output and reason in main.output
-    assert f"The newest other one beside it is {folder / name / 'checkpoints' / 'step_1'};" in main.output
+    assert f"The newest other one next to it is {folder / name / 'checkpoints' / 'step_1'};" in main.output
 
 
 # -------------------------------------------------------------------------------------------------------- full disks
@@ -178,7 +178,7 @@ def test_a_full_nvme_disk_is_told_before_training(demo: Path, tmp_path: Path) ->
 
 # ---------------------------------------------------------------------------------------- numbers that are not finite
 def test_updates_that_are_not_finite_are_skipped_on_all_ranks_kept_and_limited(demo: Path, tmp_path: Path) -> None:
-    """Rank 1 alone meets NaN, at the second and the third step; one such update is allowed."""
+    """Only rank 1 meets NaN, at the second and the third step; one such update is allowed."""
     faults = [{"at": "step", "rank": 1, "step": step, "do": "nan"} for step in (1, 2)]
     words = words_of(demo, tmp_path, total_steps=10, save_every=1, max_nonfinite=1)
     with StartedRun(words, tmp_path, faults=faults) as run:
@@ -228,7 +228,7 @@ def test_a_stopped_rank_is_found_told_of_and_ends_the_job(demo: Path, tmp_path: 
         run.until_step(1)
         code = run.end(20 + 40 + 60)
     assert code != 0
-    assert "[rank 0] stalled: step of step 2 lasts longer than --stall_timeout 20 s" in run.output
+    assert "[rank 0] stalled: step of step 2 has taken longer than --stall_timeout 20 s" in run.output
     assert "[rank 0] missing: rank 1\n" in run.output
     assert run.output.count("most recent call first") >= 2, "stacks, of more than one thread"
-    assert "[rank 1] stalled" in run.output, "woken, it tells where it was"
+    assert "[rank 1] stalled" in run.output, "once woken, it reports its phase"

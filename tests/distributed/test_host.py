@@ -53,7 +53,7 @@ def test_without_a_compiler_ranks_on_the_cpu_train_through_gloo(demo: Path, tmp_
     words = arguments(demo, tmp_path / "run", total_steps=2)
     finished = deepspeed(TRAIN, words, ranks=2, timeout=300, env=without_compiler(tmp_path))
     assert finished.code == 0, finished.output[-4000:]
-    assert finished.output.count("ranks add up through gloo") == 1
+    assert finished.output.count("ranks sum through gloo") == 1
     assert steps_logged(tmp_path / "run") == [0, 1]
 
 

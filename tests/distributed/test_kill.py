@@ -1,8 +1,8 @@
-"""A run that is killed at any moment and started again ends with the very losses of one that was left alone.
+"""A run that is killed in any phase and started again ends with exactly the losses of an uninterrupted one.
 
 BAGEL_KILLS is the number of kills (default 8; `make soak` takes 100), BAGEL_KILL_SEED chooses them. A kill is a
-moment (so long after a step was logged, inside a save, inside the export of weights, while the data are indexed, while
-the run is loading) and a victim (one rank, one waiting process, all ranks, the launcher alone, the whole launch, launch
+phase (so long after a step was logged, inside a save, inside the export of weights, while the data are indexed, while
+the run is loading) and a victim (one rank, one waiting process, all ranks, only the launcher, the whole launch, launch
 and ranks).
 """
 
@@ -29,12 +29,12 @@ from tests.launch import TRAIN, deepspeed
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 STEPS = 12
-MOMENTS = ("step", "step", "save", "export", "index", "load")
+PHASES = ("step", "step", "save", "export", "index", "load")
 VICTIMS = ("rank", "waiting", "ranks", "launcher", "launch", "all")
 
 
 class Kill(NamedTuple):
-    moment: str
+    phase: str
     victim: str
     rank: int
     step: int  # further steps before it, for moments that need training
@@ -42,12 +42,12 @@ class Kill(NamedTuple):
 
     @classmethod
     def drawn(cls, number: int, seed: int) -> Kill:
-        """The kill of that number; the first ones between them show every moment and every victim."""
+        """The kill of that number; the first ones between them show every phase and every victim."""
         draw = random.Random(f"{seed}/{number}")
-        moment, victim = MOMENTS[number % len(MOMENTS)], VICTIMS[number % len(VICTIMS)]
-        if number >= max(len(MOMENTS), len(VICTIMS)):
-            moment, victim = draw.choice(MOMENTS), draw.choice(VICTIMS)
-        return cls(moment, victim, draw.randrange(2), draw.randrange(4), draw.random() * 1.5)
+        phase, victim = PHASES[number % len(PHASES)], VICTIMS[number % len(VICTIMS)]
+        if number >= max(len(PHASES), len(VICTIMS)):
+            phase, victim = draw.choice(PHASES), draw.choice(VICTIMS)
+        return cls(phase, victim, draw.randrange(2), draw.randrange(4), draw.random() * 1.5)
 
 
 def words_of(demo: Path, results: Path) -> list[str]:
@@ -72,7 +72,7 @@ def test_losses_of_a_run_killed_again_and_again_are_those_of_one_left_alone(demo
             if not _lives_until(kill, demo, results):
                 break  # the run was over before it; the kill waits for the next one
             _assert_nothing_is_lost(results)
-            seen[kill.moment, kill.victim] += 1
+            seen[kill.phase, kill.victim] += 1
             done += 1
         finished = deepspeed(TRAIN, words_of(demo, results), ranks=2)
         assert finished.code == 0, finished.output[-4000:]
@@ -86,7 +86,7 @@ def test_losses_of_a_run_killed_again_and_again_are_those_of_one_left_alone(demo
 
 def _lives_until(kill: Kill, demo: Path, results: Path) -> bool:
     """Start or resume the run and kill it; False where it ended by itself first."""
-    if kill.moment == "index":
+    if kill.phase == "index":
         for folder in demo.rglob(BESIDE_DATA):
             shutil.rmtree(folder)
     checkpoints = results / "checkpoints"
@@ -107,16 +107,16 @@ def _lives_until(kill: Kill, demo: Path, results: Path) -> bool:
 
 
 def _await_moment(run: StartedRun, kill: Kill, demo: Path, checkpoints: Path, begun: int) -> None:
-    if kill.moment == "index":
+    if kill.phase == "index":
         run.until(lambda: any(demo.rglob(f"{BESIDE_DATA}/.lock*")), "an index being made")
         time.sleep(kill.delay / 10)
-    elif kill.moment == "load":
+    elif kill.phase == "load":
         time.sleep(kill.delay * 8)
-    elif kill.moment == "step":
+    elif kill.phase == "step":
         run.until_step(begun + kill.step)
         time.sleep(kill.delay)
     else:
-        name = "model.safetensors" if kill.moment == "export" else "state"
+        name = "model.safetensors" if kill.phase == "export" else "state"
         run.until(lambda: any(checkpoints.glob(f".unfinished-*/{name}")), f"a save with its {name}")
         time.sleep(kill.delay / 10)
 

@@ -1,4 +1,4 @@
-"""Ranks that something other than a plain `deepspeed --num_gpus` starts, and ranks that fail alone.
+"""Ranks that something other than a plain `deepspeed --num_gpus` starts, and single ranks that fail.
 
 Each launch shows several things at once. The end of the process group waits for all ranks (faulty_train.py), as it does
 under NCCL, so that a rank that leaves it to the others hangs.
@@ -104,7 +104,7 @@ def test_a_fault_of_one_rank_ends_the_job_with_its_message_alone(demo: Path, tmp
     variables = {"BAGEL_TEST_FAULTS": json.dumps(faults), "CUDA_VISIBLE_DEVICES": "2,3"}
     ended = deepspeed(FAULTY, words_of(demo, tmp_path), ranks=2, env=variables, timeout=PATIENCE)
     assert ended.code == 2
-    assert ended.output.count("ERROR: ") == 1 and "ERROR: this rank alone has met a fault" in ended.output
+    assert ended.output.count("ERROR: ") == 1 and "ERROR: only this rank has a fault" in ended.output
     assert "Traceback" not in ended.output
     assert "CUDA_VISIBLE_DEVICES=2,3 has no effect" in ended.output
     assert "`--include localhost:2,3` instead of --num_gpus" in ended.output

@@ -13,7 +13,7 @@ from tests.distributed.cases import Case, Outcome, arguments, run_cases
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
-NAN, INF = "nan", "inf"  # in the gradients; in the loss alone
+NAN, INF = "nan", "inf"  # in the gradients; only in the loss
 CASES: dict[str, tuple[dict[str, Any], str]] = {
     "stage 0": ({"ds_config": "zero0"}, NAN),
     "stage 0, bf16": ({"ds_config": "zero0", "precision": "bf16"}, NAN),
@@ -22,14 +22,14 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "stage 2, CPU": ({"ds_config": "zero2_cpu"}, NAN),
     "stage 3, bf16": ({"ds_config": "zero3", "precision": "bf16"}, NAN),
     "stage 3, CPU": ({"ds_config": "zero3_cpu"}, NAN),
-    "a loss alone, stage 2": ({"ds_config": "zero2"}, INF),
-    "a loss alone, stage 3": ({"ds_config": "zero3"}, INF),
+    "only a loss, stage 2": ({"ds_config": "zero2"}, INF),
+    "only a loss, stage 3": ({"ds_config": "zero3"}, INF),
 }
 
 
 @pytest.fixture(scope="module")
 def outcomes(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Outcome]]]:
-    """Rank 1 alone meets the number, in the second of three steps."""
+    """Only rank 1 meets the number, in the second of three steps."""
     folder = tmp_path_factory.mktemp("nonfinite")
     short = {"precision": "fp32", "max_num_tokens": 448, "total_steps": 3, "save_every": 1}
     cases = [

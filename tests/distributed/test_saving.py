@@ -33,7 +33,7 @@ def words_of(demo: Path, results: Path, **changed: object) -> list[str]:
 
 
 def late_and_not(demo: Path, folder: Path, preset: str, accumulation: int) -> list[Case]:
-    """Three steps that are all saved, three and two that are saved at their end alone, the two with gathered weights,
+    """Three steps that are all saved, three and two that are saved only at their end, the two with gathered weights,
     and a third step from the second that was saved. Each run's results lie in a folder of its name."""
     config: dict[str, Any] = {"ds_config": preset, "gradient_accumulation_steps": accumulation}
     runs: dict[str, dict[str, Any]] = {

@@ -1,4 +1,4 @@
-"""A run that is told to stop finishes its step, saves and ends; started again it goes on as if nothing had been.
+"""A run that is asked to stop finishes its step, saves and ends; a resumed one continues exactly.
 
 Each test does to a real launch what people and clusters do to theirs. Exit codes are asserted because
 docs/reliability.md states them.
@@ -56,7 +56,7 @@ def test_a_signal_to_the_launcher_saves_the_step_under_way(demo: Path, tmp_path:
 
 @pytest.mark.slow
 def test_signals_to_launcher_group_and_rank_save_and_the_run_goes_on_exactly(demo: Path, tmp_path: Path) -> None:
-    """One run, stopped four times by other means, against one that was left alone."""
+    """One run, stopped four times by other means, against an uninterrupted one."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     words = words_of(demo, stopped)
     with StartedRun(words, stopped) as run:  # an administrator's kill, or a node that shuts down
@@ -71,7 +71,7 @@ def test_signals_to_launcher_group_and_rank_save_and_the_run_goes_on_exactly(dem
         assert f"resumed after step {done}" in run.output
         done = assert_saved_where_it_stopped(run)
         traceback = run.output.index("\nKeyboardInterrupt\n")  # of the launcher, in one piece
-        assert traceback < run.output.index("is its own, and no error of this run")
+        assert traceback < run.output.index("comes from the launcher, not from this run")
         assert traceback < run.output.index("stopping after")
     with StartedRun(words, stopped) as run:  # a cluster's warning to one process
         run.until_step(done + 1)
@@ -122,7 +122,7 @@ def test_a_step_longer_than_the_launchers_patience_is_still_finished_and_saved(
     target: str, number: int, code: int, demo: Path, tmp_path: Path
 ) -> None:
     """The launcher dies of a signal at once (its command then ends with 0), or passes it on as SIGTERM to one rank
-    after the other, each of which it kills 30 s later: what reaches the second is no second signal after Ctrl-C.
+    after the other, each of which it kills 30 s later: what reaches the second is not a second signal after Ctrl-C.
     """
     marker = tmp_path / "inside"
     results = tmp_path / "run"
@@ -182,7 +182,7 @@ def test_a_time_limit_stops_and_saves(demo: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ranks_that_the_launcher_left_behind_save_and_end(demo: Path, tmp_path: Path) -> None:
-    """SIGKILL to the launcher alone: it can pass nothing on, yet nothing may keep the GPUs."""
+    """SIGKILL only to the launcher: it can forward nothing, yet nothing may keep the GPUs."""
     with StartedRun(words_of(demo, tmp_path), tmp_path) as run:
         run.until_step(1)
         send([run.launcher()], signal.SIGKILL)

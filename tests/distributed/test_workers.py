@@ -28,7 +28,7 @@ def test_a_first_batch_that_never_comes_ends_the_job_with_the_stacks_of_its_work
     faults = [{"at": "worker", "rank": 1, "do": "sleep", "seconds": 1000}]
     with StartedRun(words_of(demo, tmp_path), tmp_path, faults=faults) as run:
         assert run.end() != 0
-    assert f"[rank 1] stalled: data of step 0 lasts longer than --stall_timeout {STALL} s" in run.output
+    assert f"[rank 1] stalled: data of step 0 has taken longer than --stall_timeout {STALL} s" in run.output
     assert "missing: rank 1\n" in run.output
     assert re.search(r"\[rank 1\] asked for its stacks: data worker 0 \(process \d+\): it made a pack of ", run.output)
     assert "faulty_maker.py" in run.output and "in take" in run.output, "stacks of the worker and of the rank"
@@ -50,7 +50,7 @@ def test_a_start_that_hangs_ends_the_job(demo: Path, tmp_path: Path, at: str, ra
     faults: list[dict[str, Any]] = [{"at": at, "rank": rank, "do": "sleep", "seconds": 1000}]
     with StartedRun(words_of(demo, tmp_path), tmp_path, faults=faults) as run:
         assert run.end() != 0
-    assert f"[rank {rank}] stalled: {phase} of step 0 lasts longer than --stall_timeout {STALL} s" in run.output
+    assert f"[rank {rank}] stalled: {phase} of step 0 has taken longer than --stall_timeout {STALL} s" in run.output
     assert "in _happen" in run.output, "its stacks"
 
 

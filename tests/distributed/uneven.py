@@ -25,7 +25,7 @@ from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch
-from bagel_ds.model.losses.by_part import LossParts
+from bagel_ds.model.losses.breakdown import LossBreakdown
 from bagel_ds.model.losses.normalization import LossOptions
 from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.shape.config import BagelConfig
@@ -33,7 +33,7 @@ from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model_folder.tokenizer import load_tokenizer
 from bagel_ds.ranges import MASTER, TensorInfo
 from bagel_ds.train.ranks.agreement import everyone
-from bagel_ds.train.step import optimizer_step
+from bagel_ds.train.step import accumulate, update
 from bagel_ds.zero.config.nvme import clean_nvme, fit_buffers
 from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
@@ -90,7 +90,7 @@ def train(case: dict, steps: int, folder: Path, results: Path) -> None:
     engine = ZeroEngine(lambda: Bagel(config, recompute), lambda name: part_of(name) in trains, ds_config)
     # An epsilon above rounding: what is compared is the gradient, not Adam's magnification of its last bits.
     engine.start(weights, AdamOptions(eps=1e-8))
-    parts = LossParts(DATASETS, config.timestep_shift, LossOptions())
+    parts = LossBreakdown(DATASETS, config.timestep_shift, LossOptions())
     values, by_part = [], []
     for step in range(steps):
         both = (MIXED, MIXED) if case.get("mixed") else kinds(step, steps)
@@ -98,11 +98,10 @@ def train(case: dict, steps: int, folder: Path, results: Path) -> None:
         made = [batch_of(kind, step, folder, config) for kind in mine]
         latents = iter([tokens for _, tokens in made])
         window = [batch for batch, _ in made]
-        result = optimizer_step(
-            engine, lambda _, latents=latents: next(latents), window, 1e-4, LossOptions(), parts=parts
-        )
+        losses = accumulate(engine, lambda _, latents=latents: next(latents), window, LossOptions(), parts)
+        result = update(engine, losses, 1e-4)
         values.append([result.ce, result.mse, result.grad_norm])
-        by_part.append(parts.means(everyone(result.parts.tolist())))
+        by_part.append(parts.means(everyone(result.breakdown.tolist())))
     infos = {name: TensorInfo(torch.float32, shape) for name, shape in engine.shapes.items()}
     final = chain(engine.partitions.pieces(MASTER), frozen_pieces(engine.module))
     export_tensors(results / f"{case['name']}.safetensors", infos, final, engine.device)

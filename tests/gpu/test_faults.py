@@ -1,4 +1,4 @@
-"""What goes wrong on a GPU ends as docs/reliability.md says: told once, with its exit code, nothing left that hangs.
+"""What goes wrong on a GPU ends as docs/reliability.md says: reported once, with its exit code, no hang.
 
 Every test is a launch of its own, since ranks and launcher end in it.
 """
@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from bagel_ds.checkpoint.step_folders import TRAINER, newest_state
-from bagel_ds.train.nonfinite import load_batch
+from bagel_ds.data.batches.batch_file import load_batch
 from tests.distributed.started import StartedRun, send, steps_logged
 from tests.gpu.launches import RANKS, REHEARSED, started, words_of
 from tests.launch import REPOSITORY
@@ -84,7 +84,7 @@ def test_a_step_that_stalls_ends_the_job_with_the_stacks_of_all_ranks(demo: Path
     with started(words_of(demo, tmp_path, total_steps=100, stall_timeout=10), tmp_path, faults) as run:
         assert run.end(300) == 1
     for rank in range(RANKS):
-        assert f"[rank {rank}] stalled: step of step 2 lasts longer than --stall_timeout 10 s" in run.output
+        assert f"[rank {rank}] stalled: step of step 2 has taken longer than --stall_timeout 10 s" in run.output
     assert run.output.count("most recent call first") >= 2, "stacks, of more than one thread"
 
 

@@ -118,3 +118,44 @@ def test_what_is_not_there_is_one_message(folder: Path, tmp_path: Path) -> None:
     (folder / "llm_config.json").write_text(json.dumps(config | {"vocab_size": 8}))
     with pytest.raises(UserError):
         open_inferencer(folder, "cpu")
+
+
+def test_a_weight_that_is_not_finite_is_named(folder: Path) -> None:
+    bias = load_file(folder / "ema.safetensors")["vae2llm.bias"]
+    changed(folder, **{"vae2llm.bias": bias * torch.nan})
+    with pytest.raises(UserError, match="tensor vae2llm.bias holds nan"):
+        open_inferencer(folder)
+
+
+@pytest.mark.parametrize(("steps", "taken"), [(10, "model"), (100_000, "ema")])
+def test_the_weights_of_a_short_run_and_the_average_of_a_long_one(
+    steps: int, taken: str, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The average forgets half of its start in 6,931 steps."""
+    tensors = load_file(folder / "ema.safetensors")
+    record = {"training_steps": str(steps), "ema_decay": "0.9999"}
+    save_file({**tensors, "llm2vae.bias": torch.full_like(tensors["llm2vae.bias"], 1)}, folder / "model.safetensors")
+    save_file(
+        {**tensors, "llm2vae.bias": torch.full_like(tensors["llm2vae.bias"], 2)}, folder / "ema.safetensors", record
+    )
+
+    def bias(**arguments: str) -> float:
+        return float(open_inferencer(folder, **arguments).network.model.llm2vae.bias[0])
+
+    with caplog.at_level("INFO", "bagel_ds"):
+        assert bias() == {"model": 1, "ema": 2}[taken]
+    assert f"loading {taken}.safetensors" in caplog.text
+    assert bias(weights="model") == 1 and bias(weights="ema") == 2
+    with pytest.raises(UserError, match="expected ema or model"):
+        bias(weights="raw")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="holds no model.safetensors"):
+        bias(weights="model")
+
+
+def test_max_gpu_memory_is_checked_and_says_that_a_cpu_ignores_it(demo: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "bagel_ds"):
+        open_inferencer(demo, "cpu", max_gpu_memory="24GiB")
+    assert "max_gpu_memory has no effect on cpu" in caplog.text
+    with pytest.raises(UserError, match="expected a size"):
+        open_inferencer(demo, "cpu", max_gpu_memory="plenty")

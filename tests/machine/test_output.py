@@ -105,10 +105,12 @@ TRAINING = """
 import logging, os, sys
 from pathlib import Path
 from bagel_ds.machine.output import outlive_the_reader, say
-from bagel_ds.train.metrics.log import MetricsLog, setup_logging
+from contextlib import closing
+from bagel_ds.train.metrics.console import setup_logging
+from bagel_ds.train.metrics.log import MetricsLog
 outlive_the_reader()
 setup_logging(sys.argv[1], 0)
-with MetricsLog(sys.argv[1], 0, total_steps=50) as metrics:
+with closing(MetricsLog(sys.argv[1], 0, total_steps=50)) as metrics:
     for step in range(50):
         metrics.log(step, {"loss/ce": 1.0})
         metrics.advance()

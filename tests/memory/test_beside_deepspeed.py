@@ -15,13 +15,13 @@ from deepspeed.runtime.swap_tensor.partitioned_optimizer_swapper import Partitio
 from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-from two_places import TwoPlaces
 
 from bagel_ds.memory.phases import _NORM, _ON_ITS_WAY, _TO_NVME, _reduction
 from bagel_ds.memory.states import Sharding, backward_states, states, window_gradients
 from bagel_ds.memory.traffic import offloaded_gradient_bytes
 from bagel_ds.model.shape.parameters import ParameterSize
 from bagel_ds.zero.swap_io import _cut_gradients
+from tests.two_places import TwoPlaces
 
 NUMEL, COUNT = 2**19, 4  # of the parameters
 TYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from live_tensors import LiveTensors
 from torch.nn.attention import SDPBackend
 
 from bagel_ds.memory.gathering import GatherOptions, gathered
@@ -19,6 +18,7 @@ from bagel_ds.model.shape.config import BagelConfig, LLMConfig, VAEConfig, ViTCo
 from bagel_ds.model.shape.parameters import module_of, parameter_sizes, step_calls, vae_encoder_parameters
 from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.vae import AutoEncoder, encode_images
+from tests.live_tensors import LiveTensors
 
 
 def network(

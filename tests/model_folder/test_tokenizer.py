@@ -7,13 +7,13 @@ import pickle
 from pathlib import Path
 
 import pytest
-from small_data import SPECIAL, byte_tokenizer
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, pre_tokenizers
 
 from bagel_ds.errors import UserError
 from bagel_ds.model_folder import tokenizer as module
 from bagel_ds.model_folder.tokenizer import load_tokenizer
+from tests.small_data import SPECIAL, byte_tokenizer
 
 
 def _vocab_and_merges(folder: Path) -> None:

@@ -21,7 +21,6 @@ from typing import Any
 
 import psutil
 import pytest
-from small_data import byte_tokenizer, t2i_rows, write_parquet
 
 from bagel_ds import processes
 from bagel_ds.data.index import index
@@ -32,6 +31,7 @@ from bagel_ds.errors import UserError
 from bagel_ds.processes import WorkerFailed, WorkerLost, in_order, start_worker, worker
 from bagel_ds.train.process.detach import process_state
 from tests.processes import worker_functions as functions
+from tests.small_data import byte_tokenizer, t2i_rows, write_parquet
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LONG = 60.0  # seconds, for what takes milliseconds on a machine that is not busy
@@ -481,7 +481,7 @@ def test_the_processes_of_index_and_check_end_with_a_killed_parent(command: str,
     from bagel_ds.data.index import data_file, index
     from bagel_ds.data.index.data_file import DataFile, layout_of, read_tasks
     from bagel_ds.data.inspect import check
-    from small_data import byte_tokenizer
+    from tests.small_data import byte_tokenizer
     from pathlib import Path
     from tests.processes import worker_functions as functions
     index._POOL_ROWS = check._POOL_ROWS = 0

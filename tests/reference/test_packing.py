@@ -11,7 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packing_sets import (
+from torch import Tensor
+
+from bagel_ds.data.batches.layout import Loaded, layout, length_weight, position_grid
+from bagel_ds.data.batches.materialize import materialize
+from bagel_ds.data.samples.image_tokens import LayoutOptions
+from bagel_ds.data.samples.sample import TEXT, VAE
+from bagel_ds.model.batch import PackedBatch, normalize_pixels
+from tests.packing_sets import (
     EXPECTED,
     find,
     layout_options,
@@ -20,14 +27,7 @@ from packing_sets import (
     tokenizer,
     unpackable,
 )
-from recordings import UNSET, cases, read_json, reference_folder, tensors
-from torch import Tensor
-
-from bagel_ds.data.batches.layout import Loaded, layout, length_weight, position_grid
-from bagel_ds.data.batches.materialize import materialize
-from bagel_ds.data.samples.image_tokens import LayoutOptions
-from bagel_ds.data.samples.sample import TEXT, VAE
-from bagel_ds.model.batch import PackedBatch, normalize_pixels
+from tests.recordings import UNSET, cases, read_json, reference_folder, tensors
 
 
 def _recorded_samples() -> list[Any]:

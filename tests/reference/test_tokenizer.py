@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from recordings import read_json, reference
 
 from bagel_ds.model_folder.tokenizer import load_tokenizer
+from tests.recordings import read_json, reference
 
 FOLDERS = {
     "tokenizer.json alone": ["tokenizer.json"],

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from recordings import UNSET, read_json, reference, reference_folder, tensors
 
 from bagel_ds.data.samples.images import ImageTransform, decode_rgb, image_size, resize_to_uint8
 from bagel_ds.model.batch import normalize_pixels
+from tests.recordings import UNSET, read_json, reference, reference_folder, tensors
 
 SIZES, IMAGES = "transforms/resize", "transforms/images"
 

@@ -8,25 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from bagel_ds.train.ranks import agreement
-from bagel_ds.train.ranks.hosts import Hosts, RankInfo
-
-
-def rank_on(host: str, **changed: object) -> RankInfo:
-    """What a rank tells of itself: a process on `host`, with two cores and no GPU."""
-    usual = RankInfo(host, f"kernel of {host}", "pid:[1]", 100, None, None, "10.0.0.1", (), (0, 1))
-    return usual._replace(**changed)  # type: ignore[arg-type]
+from bagel_ds.train.ranks.hosts import Hosts
+from tests.train.ranks.rank_info import rank_on
 
 
 @pytest.fixture(scope="module")
-def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    store = tmp_path_factory.mktemp("store") / "file"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+def one_rank(process_group: None) -> None:
+    """A process group of one rank whose faults `agreement` can compare."""
     agreement.enter(Hosts(0, (rank_on("here"),)))
-    yield
-    dist.destroy_process_group()
 
 
 REPOSITORY = Path(__file__).resolve().parents[2]

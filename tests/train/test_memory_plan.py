@@ -1,9 +1,10 @@
-"""A run that can't fit stops before it loads anything and says what would; plan and outcome stand side by side."""
+"""A run that can't fit stops before it loads anything and suggests what fits; the end compares plan and peaks."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any, Sequence
 
 import pytest
 import torch
@@ -12,17 +13,41 @@ from bagel_ds.arguments.run_config import RunConfig, parse_arguments
 from bagel_ds.data.config.dataset_config import DatasetConfig, GroupConfig
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.errors import UserError
-from bagel_ds.memory.planner import MemoryPlan
+from bagel_ds.memory.planner import MemoryOptions, MemoryPlan
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.train import memory_plan
 from bagel_ds.train.memory_plan import host_memory_gib, outcome, plan_lines, plan_run
 from bagel_ds.zero.config.resolve import resolve_ds_config
 
+# The transforms of data/configs/example.yaml in the original's repository.
+VAE = ImageTransform(image_stride=16, max_image_size=1024, min_image_size=512)
+VIT = ImageTransform(image_stride=14, max_image_size=980, min_image_size=378, max_pixels=2_007_040)
 
-def plan(config: RunConfig, ranks_here: int = 1) -> MemoryPlan:
+
+def plan(config: RunConfig, ranks_here: int = 1, groups: Sequence[GroupConfig] = ()) -> MemoryPlan:
     ds_config, _ = resolve_ds_config(config.training.ds_config, config, 2)
-    group = GroupConfig("t2i_pretrain", "t2i_pretrain", (), ImageTransform(1024, 512, 16), None)
-    return plan_run(config, DatasetConfig((group,), "here"), BagelConfig(), VAEConfig(), ds_config, 2, ranks_here)
+    groups = groups or [GroupConfig("t2i_pretrain", "t2i_pretrain", (), VAE, None)]
+    datasets = DatasetConfig(tuple(groups), "here")
+    return plan_run(config, datasets, BagelConfig(), VAEConfig(), ds_config, 2, ranks_here)
+
+
+def test_the_largest_image_that_is_drawn_counts_and_those_that_are_read_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_plan, "host_memory_gib", lambda: 2000.0)
+    seen: list[int] = []
+    real = memory_plan.plan_memory
+
+    def record(model: BagelConfig, ds_config: dict[str, Any], options: MemoryOptions) -> MemoryPlan:
+        seen.append(options.image_pixels)
+        return real(model, ds_config, options)
+
+    monkeypatch.setattr(memory_plan, "plan_memory", record)
+    config = parse_arguments(["--ds_config", "zero3_cpu"])
+    small = GroupConfig("unified_edit", "unified_edit", (), dataclasses.replace(VAE, max_image_size=512), VIT)
+    large = GroupConfig("t2i_pretrain", "t2i_pretrain", (), VAE, None)
+    read = GroupConfig("vlm_sft", "vlm_sft", (), None, VIT)
+    for groups in ([small, large], [small, read], [read]):
+        plan(config, groups=groups)
+    assert seen == [1024**2, 512**2, 0]
 
 
 def test_the_7b_on_a_small_host_is_refused_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +63,7 @@ def test_ignoring_the_plan_goes_on_with_it(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_plan_on_the_cpu_of_a_host_with_gpus_is_one_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is asked of the GPUs: where they belong to others, asking alone takes memory on one."""
+    """No GPU is queried: a query takes memory on a GPU that may belong to others."""
 
     def refuse() -> None:
         raise AssertionError("the GPU was asked")
@@ -46,12 +71,10 @@ def test_the_plan_on_the_cpu_of_a_host_with_gpus_is_one_for_the_cpu(monkeypatch:
     monkeypatch.setattr(memory_plan, "host_memory_gib", lambda: 2000.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", refuse)
-    monkeypatch.setattr(memory_plan, "exact_pinned_memory", refuse)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     found = plan(parse_arguments(["--ds_config", "zero3_cpu"]))
     assert found.gpu_peak == 0 and found.gpu_memory is None
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 80 * 2**30))
-    monkeypatch.setattr(memory_plan, "exact_pinned_memory", lambda: True)
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     assert plan(parse_arguments(["--ds_config", "zero3_cpu"])).gpu_memory == 80
 
@@ -66,7 +89,7 @@ def test_offloaded_layer_inputs_leave_other_page_locked_memory_exact(monkeypatch
     monkeypatch.setattr(memory_plan, "host_memory_gib", lambda: 2000.0)
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80 * 2**30, 80 * 2**30))
-    monkeypatch.setattr(memory_plan, "exact_pinned_memory", lambda: True)
+    monkeypatch.setattr(memory_plan, "rounds_pinned_memory", lambda: False)
     rounding = "page-locked memory: rounding and cache"
     sizes = []
     for mode in ("full", "offload"):

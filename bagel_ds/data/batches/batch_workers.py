@@ -1,8 +1,8 @@
 """Batches made by worker processes that take turns, a few ahead of their use.
 
 Guarantees: batch n is made by worker n modulo their number, so the order never depends on their speed. A worker that
-dies, fails or can't send its batch is an error here as soon as that batch is wanted; one that hangs is left to the
-caller's watch. Closing the generator leaves no process and no thread.
+dies, fails or can't send its batch raises an error here when that batch is due. A worker that hangs is left to the
+caller's stall watch. Closing the generator leaves no process and no thread.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def worker_batches(
 
 
 class _BatchWorker:
-    """One process, and a thread that receives from it, so that neither ever waits for the other to read.
+    """One process, and a thread that receives from it, so that neither waits for the other to read.
 
     With a `device` the thread puts batches into page-locked memory, for that GPU.
     """
@@ -67,7 +67,7 @@ class _BatchWorker:
         self._worker.send(task)
 
     def take(self) -> PackedBatch:
-        """The batch of the oldest task that was given and not taken yet; waits for it."""
+        """Wait for the batch of the oldest task that was given and not taken yet."""
         made = self._made.get()
         if isinstance(made, BaseException):
             raise made
@@ -90,7 +90,7 @@ class _BatchWorker:
                 batch = received.batch()
                 self._given.popleft()
                 self._made.put(batch if self._device is None else batch.pin_memory())
-        except BaseException as error:  # also that the worker was ended from here, which nobody will look at
+        except BaseException as error:  # also where `end` ended the worker; then no one takes the error
             self._made.put(error)
 
     def _doing(self) -> str:

@@ -1,10 +1,10 @@
 """From the plan to this rank's batches.
 
 Guarantees: global micro-step m runs packs [m*W, (m+1)*W), rank r the r-th, whatever the number of workers and the
-prefetch; each batch comes with the state after its step, from which any number of ranks goes on with exactly the next
-packs. Planning happens in the main process, reading and decoding in workers, which hold no state and no index: a worker
-is a function from a pack's plan, and where its rows lie, to its tensors. It is told the rows of its next packs, so that
-it reads a row group once for all of them (`row_cache.py`). Closing the iterator ends its workers.
+prefetch; each batch comes with the state after its step, from which any number of ranks continues with exactly the
+next packs. Planning happens in the main process, reading and decoding in workers, which hold no state and no index: a
+worker is a function from a pack's plan, and where its rows lie, to its tensors. It gets the rows of its next packs in
+advance, so that it reads a row group once for all of them (files/row_cache.py). Closing the iterator ends its workers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class MicroBatch(NamedTuple):
 
 # Packs of all ranks that are planned ahead so that workers know their next rows: about one window of the shuffle
 # (1024 rows of each of several groups). The distance grows from the start, by so many packs with each, so that the
-# first batch does not wait for it.
+# first batch doesn't wait for it.
 HORIZON, HORIZON_GROWTH = 1024, 32
 
 
@@ -127,7 +127,7 @@ class PlannedData:
         return lines
 
     def packs(self, start: dict[str, Any] | None = None) -> Iterator[tuple[Pack, PackedBatch]]:
-        """The global sequence of packs, without end, each made here and now: for looking at, training goes faster."""
+        """The global sequence of packs, without end, built in this process one by one: for inspection only."""
         for step in self.planner.steps(1, start):
             yield step.packs[0], self._maker(self._located(_Task(step.packs[0].samples, ())))
 
@@ -137,7 +137,7 @@ class PlannedData:
         return files_ahead(self.streams, self.planner.options.data_seed, cursors)
 
     def unusable_rows(self) -> dict[str, int]:
-        """Rows that no sample can be made of, by dataset: of the files indexed so far, and those planning has met."""
+        """Unusable rows by dataset: of the files indexed so far, and those that planning found."""
         found: Counter[tuple[int, str]] = Counter()
         for number, stream in enumerate(self.streams):
             found.update({(number, dataset): count for dataset, count in stream.unusable.counts().items()})
@@ -196,7 +196,7 @@ class PlannedData:
                 yield self._micro_batch(batch, under_way.popleft())
 
     def _located(self, task: _Task) -> PackTask:
-        """The task with all that takes the index to know."""
+        """The task with all that only the index knows."""
         addresses = tuple(self.streams[plan.group].address(plan.row) for plan in task.plans)
         coming = tuple((group, self.streams[group].address(row)) for group, row in task.coming)
         return PackTask(task.plans, addresses, coming)
@@ -230,7 +230,7 @@ def _log_changes(start: dict[str, Any], is_exact: bool) -> None:
 
 
 def primed(batches: Generator[MicroBatch, None, None]) -> Generator[MicroBatch, None, None]:
-    """The same batches, the first of them fetched (and the workers started) now; closing this closes those."""
+    """The same batches, with the first one fetched (and the workers started) now; closing this closes `batches`."""
     first = next(batches)
 
     def all_of_them() -> Generator[MicroBatch, None, None]:

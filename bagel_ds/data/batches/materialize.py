@@ -1,8 +1,8 @@
-"""A planned pack -> PackedBatch: read, decode, resize, tokenise, draw noise, lay out.
+"""A planned pack -> PackedBatch: read, decode, resize, tokenize, draw noise, lay out.
 
 Guarantees: a sample's tensors depend on its plan and the seed alone, never on what shares its pack, on rank, worker or
-pack position. A sample that cannot be read any more drops out and is reported in `PackedBatch.skipped`; the others stay
-as they are. With nothing left the batch has zero tokens and no samples.
+pack position. A sample that can no longer be read is left out and reported in `PackedBatch.skipped`; the others stay as
+they are. A batch of which nothing is left has zero tokens and no samples.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["BatchMaker", "LayoutOptions", "PackTask", "dataset_labels", "materia
 
 
 def dataset_labels(streams: Sequence[GroupStream]) -> dict[tuple[int, str], str]:
-    """How messages and metrics call each (place of its stream, dataset): with its group where two groups share it."""
+    """The name of each (group, dataset) in messages and metrics: with its group's where two groups have the dataset."""
     names = Counter(dataset for stream in streams for dataset in stream.datasets)
     return {
         (number, dataset): dataset if names[dataset] == 1 else f"{stream.name}.{dataset}"
@@ -43,7 +43,7 @@ def dataset_labels(streams: Sequence[GroupStream]) -> dict[tuple[int, str], str]
 
 
 class PackTask(NamedTuple):
-    """A pack's plan, where its rows lie, and (group, address) of what the same process will read later, in order."""
+    """A pack's plan, where its rows lie, and (group, address) of rows that the same process reads later, in order."""
 
     plans: tuple[SamplePlan, ...]
     addresses: tuple[RowAddress, ...]
@@ -172,4 +172,4 @@ class _Sample:
 
 
 def _changed(what: str) -> str:
-    return f"{what}: the file has changed since it was indexed"
+    return f"{what}: the file has changed since it was indexed; `bagel-ds check` repairs the index"

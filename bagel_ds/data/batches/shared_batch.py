@@ -1,7 +1,7 @@
-"""A batch on its way from a worker: its tensors lie in memory that both processes see, and are copied once.
+"""Sending a batch from a worker: its tensors lie in memory that both processes map, and are copied once.
 
-Guarantees: the memory has no name and no file system's limit (neither /dev/shm, which Docker keeps at 64 MiB, nor
-TMPDIR has a part in it) and is gone when the last tensor is, or the last process that holds it.
+Guarantees: the memory has no name, so no file system limits it (Docker keeps /dev/shm at 64 MiB). It is freed with the
+last tensor in it, or with the last process that maps it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SentBatch(NamedTuple):
 
 
 class ReceivedBatch(NamedTuple):
-    """What has come of a batch; `batch` maps it."""
+    """A batch as received; `batch` maps it."""
 
     sent: SentBatch
     descriptor: int
@@ -85,13 +85,13 @@ def send_batch(connection: Connection, batch: PackedBatch) -> None:
 
 
 def receive_batch(connection: Connection) -> Any:
-    """What the other side sent: a batch, or whatever it sent instead of one."""
+    """What the other side sent: a `ReceivedBatch`, or any other object."""
     found = connection.recv()
     return ReceivedBatch(found, recv_handle(connection)) if isinstance(found, SentBatch) else found
 
 
 def _write(descriptor: int, tensor: Tensor, offset: int) -> None:
-    """Written, not mapped: where memory runs out that is an error rather than a signal."""
+    """Write instead of mapping: a lack of memory is then an error rather than a signal."""
     content = memoryview(tensor.numpy().reshape(-1).view("uint8").data)
     while content:
         written = os.pwrite(descriptor, content, offset)

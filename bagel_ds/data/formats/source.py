@@ -94,19 +94,23 @@ def image_bytes(value: Any, name: str) -> bytes:
     if value is None:
         raise BadRow(f"{name} holds no image bytes")
     if not isinstance(value, bytes):
-        raise BadRow(f"{name} is {shown(value)}, expected the bytes of an image file")
+        raise BadRow(f"{name} is {_found(value)}, expected the bytes of an image file")
     return value
 
 
 def list_of(value: Any, name: str) -> list[Any]:
     """The cell `name` as a list. Raises `BadRow`."""
     if not isinstance(value, list):
-        raise BadRow(f"{name} is {shown(value)}, expected a list")
+        raise BadRow(f"{name} is {_found(value)}, expected a list")
     return value
 
 
 def text_of(value: Any, name: str) -> str:
     """The cell `name` as text. Raises `BadRow`."""
     if not isinstance(value, str):
-        raise BadRow(f"{name} is {shown(value)}, expected text")
+        raise BadRow(f"{name} is {_found(value)}, expected text")
     return value
+
+
+def _found(value: Any) -> str:
+    return f"{len(value):,} bytes" if isinstance(value, bytes) else shown(value)

@@ -1,7 +1,7 @@
-"""Packs as a person reads them: which samples, which pieces, what each is for and what carries loss.
+"""Packs in words: which samples they hold, what each piece is for and what has a loss.
 
 Guarantees: everything shown is read back from the batch that the model would get (ids, pixels, positions, labels,
-timesteps); the plan only adds what dropout took out. `inspect_sheet.py` draws the same pieces.
+timesteps); the plan only adds what dropout removed. sheet.py draws the same pieces.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _WIDTH = 120
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One split of a sample, or (`mode` empty) a condition that dropout took out. Offsets in tokens of the pack."""
+class ShownPiece:
+    """One split of a sample, or (`mode` empty) a condition that dropout removed. Offsets in tokens of the pack."""
 
     kind: str  # TEXT, VIT or VAE
-    role: str  # what it is there for, in words
-    mode: str  # of its attention: causal, full or noise
+    role: str  # its purpose, in words
+    mode: str  # attention: causal, full or noise
     start: int
     length: int  # markers included
     position: int  # RoPE position of its first token
@@ -51,13 +51,13 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShownSample:
-    """A sample of the pack; without pieces it could not be read and dropped out for the `reason`."""
+    """A sample of the pack; one without pieces could not be read, for the `reason`."""
 
     name: str
     epoch: int
     start: int
     length: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ShownPiece, ...]
     reason: str = ""
 
 
@@ -79,7 +79,7 @@ def first_packs(data: PlannedData, count: int, start: dict[str, Any] | None = No
 
 
 def kept_pack(batch: PackedBatch, tokenizer: Tokenizer, limit: int, number: int = 0) -> ShownPack:
-    """A pack that a run has kept, without the plan it came from: what dropout took out is not known."""
+    """A pack that a run kept, without its plan: what dropout removed is not known."""
     reader = _Reader(tokenizer, batch)
     samples = []
     for name, length in zip(batch.samples, batch.sample_lens, strict=True):
@@ -90,7 +90,6 @@ def kept_pack(batch: PackedBatch, tokenizer: Tokenizer, limit: int, number: int 
     return ShownPack(number, limit, tuple(samples), batch)
 
 
-# ----------------------------------------------------------------------------------------------- reading a batch back
 def _samples(data: PlannedData, pack: Pack, batch: PackedBatch) -> Iterator[ShownSample]:
     reader = _Reader(data.tokenizer, batch)
     reasons = [reason for _, reason in batch.skipped]
@@ -120,9 +119,9 @@ class _Reader:
         self.targets = torch.zeros(length, dtype=torch.bool)
         self.targets[batch.mse_loss_indexes] = True
 
-    def piece(self, entry: Entry) -> Piece:
+    def piece(self, entry: Entry) -> ShownPiece:
         if entry.dropped:
-            return Piece(entry.kind, "dropped", "", self.offset, 0, -1, width=entry.width, height=entry.height)
+            return ShownPiece(entry.kind, "dropped", "", self.offset, 0, -1, width=entry.width, height=entry.height)
         batch, start = self.batch, self.offset
         length, mode = batch.split_lens[self.split], batch.attn_modes[self.split]
         assert length == entry.length, "the pack's plan and its batch differ"
@@ -134,7 +133,7 @@ class _Reader:
             return self._text(common, start, start + length)
         if entry.kind == VIT:
             image = self._vit_image(entry)
-            return Piece(VIT, "image to look at", *common, image=image, width=entry.width, height=entry.height)
+            return ShownPiece(VIT, "image to look at", *common, image=image, width=entry.width, height=entry.height)
         image = batch.images[self.vae].permute(1, 2, 0)
         timestep = float(batch.timesteps[self.latents])
         self.vae += 1
@@ -142,12 +141,12 @@ class _Reader:
         targets = int(self.targets[start : start + length].sum())
         role = "image to generate" if targets else "image given"
         height, width = image.shape[:2]
-        return Piece(
+        return ShownPiece(
             entry.kind, role, *common, targets=targets, timestep=timestep, image=image, width=width, height=height
         )
 
     def entry(self) -> Entry:
-        """What the next split was planned as, read off the batch."""
+        """The plan of the next split, read from the batch."""
         batch, tokens = self.batch, self.batch.split_lens[self.split] - 2
         if self.offset + 1 in batch.vae_indexes:
             return Entry(VAE, self.vae, tokens, loss=self.offset + 1 in batch.mse_loss_indexes)
@@ -158,11 +157,11 @@ class _Reader:
         side = round((batch.vit_patches.shape[1] / 3) ** 0.5)
         return Entry(VIT, self.vit, tokens, height=tokens // columns * side, width=columns * side)
 
-    def _text(self, common: tuple[str, int, int, int], start: int, end: int) -> Piece:
+    def _text(self, common: tuple[str, int, int, int], start: int, end: int) -> ShownPiece:
         text = self.tokenizer.decode(self.ids[start:end].tolist())
         labels = self.labels[start:end]
         last = int(labels[-1])
-        return Piece(
+        return ShownPiece(
             TEXT,
             "text to learn" if bool((labels[:-1] >= 0).any()) else "text given",
             *common,
@@ -180,7 +179,6 @@ class _Reader:
         return unpatchify(patches, entry.height // side, entry.width // side, side).permute(1, 2, 0)
 
 
-# ------------------------------------------------------------------------------------------------------------ as text
 def pack_text(pack: ShownPack, timestep_shift: float = 1.0) -> list[str]:
     """Lines that describe a pack."""
     lines = [title(pack)]
@@ -204,25 +202,25 @@ def title(pack: ShownPack) -> str:
     )
 
 
-def detail(piece: Piece, timestep_shift: float) -> str:
+def detail(piece: ShownPiece, timestep_shift: float) -> str:
     """Size, position and loss of a piece, in words."""
-    parts = []
+    words = []
     if piece.kind != TEXT:
-        parts.append(f"{piece.width} x {piece.height} px")
+        words.append(f"{piece.width} x {piece.height} px")
     if piece.is_dropped:
-        return ", ".join(parts)
-    parts.append(f"{piece.length} tokens")
+        return ", ".join(words)
+    words.append(f"{piece.length} tokens")
     if piece.labels:
-        parts.append(
+        words.append(
             f"cross-entropy on {piece.labels}" + (f", its end predicts {piece.end_label}" * bool(piece.end_label))
         )
     if piece.targets:
         t = float(flow_time(torch.tensor(piece.timestep), timestep_shift))
-        parts.append(f"velocity loss on {piece.targets}, t = {t:.3f}")
-    return ", ".join(parts)
+        words.append(f"velocity loss on {piece.targets}, t = {t:.3f}")
+    return ", ".join(words)
 
 
-def _piece_lines(piece: Piece, timestep_shift: float) -> list[str]:
+def _piece_lines(piece: ShownPiece, timestep_shift: float) -> list[str]:
     name = {TEXT: "text", VIT: "ViT"}.get(piece.kind, "VAE")
     if piece.is_dropped:
         return [f"    {'-':>13}  {'dropped':<8}{name:<5} {detail(piece, timestep_shift)}".rstrip()]

@@ -1,7 +1,7 @@
 """How good the plan is: fill, balance between ranks, waiting, and whether any sample was lost.
 
 Guarantees: numbers are of the plan that training would run, from its beginning; nothing is read or decoded. `dropped`
-is audited, not assumed: the rows that the cursors of the state have passed are listed anew and looked for.
+is audited: all rows that the cursors of the state have passed are listed again and looked for in the packs.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def plan_numbers(data: PlannedData, world_size: int, steps: int) -> PlanNumbers:
         packs += step.packs
         llm += step.imbalance_llm
         vision += step.imbalance_vision
-    groups = [plan.group for pack in packs for plan in pack.samples]
+    groups = [group for pack in packs for group, *_ in pack.rows]
     dropped, skipped = _audit(planner, packs, step.state)
     return PlanNumbers(
         world_size=world_size,
@@ -71,7 +71,7 @@ def plan_numbers(data: PlannedData, world_size: int, steps: int) -> PlanNumbers:
 
 
 def plan_text(numbers: PlanNumbers) -> list[str]:
-    """Lines for people."""
+    """The numbers as lines of text."""
     samples = ", ".join(f"{name} {count:,}" for name, count in numbers.samples_by_group.items())
     epochs = ", ".join(f"{name} {epoch:.2f}" for name, epoch in numbers.epochs.items())
     return [
@@ -91,7 +91,7 @@ def plan_text(numbers: PlanNumbers) -> list[str]:
 def _audit(planner: Planner, packs: list[Pack], state: dict[str, Any]) -> tuple[int, int]:
     """(usable samples that are in no pack, rows without a sample) among the rows passed by the end of the last block.
 
-    At a block's end the state says which samples still wait; so the rest of the block is looked at, too.
+    At a block's end the state says which samples still wait, so the packs to the end of the block count too.
     """
     tail: list[Pack] = []
     for step in planner.steps(1, state):
@@ -99,7 +99,7 @@ def _audit(planner: Planner, packs: list[Pack], state: dict[str, Any]) -> tuple[
             snapshot = step.state["block"]
             break
         tail += step.packs
-    used: set[_Key] = {(p.group, p.epoch, p.row) for pack in chain(packs, tail) for p in pack.samples}
+    used: set[_Key] = {row[:3] for pack in chain(packs, tail) for row in pack.rows}
     used.update((group, epoch, row) for group, epoch, row, _ in snapshot["carried"])
     dropped = skipped = 0
     for group, epoch, row in _passed(planner, snapshot["groups"]):

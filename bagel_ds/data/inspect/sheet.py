@@ -1,4 +1,4 @@
-"""A pack as a picture: its samples, what each piece is for, and who sees whom.
+"""A pack as a picture: its samples, what each piece is for, and the attention mask.
 
 Guarantees: images are the pixels that the model gets; the mask's pixels are those of the attention layout's dense mask
 at evenly spaced tokens, without building that mask (it has T x T cells). A text that is too long for its card ends in
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from bagel_ds.data.inspect.packs import Piece, ShownPack, ShownSample, detail, title
+from bagel_ds.data.inspect.packs import ShownPack, ShownPiece, ShownSample, detail, title
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT
 from bagel_ds.model.attention.layout import AttentionLayout
 
@@ -77,7 +77,6 @@ def _sheet(pack: ShownPack, numbers: list[int], page: str, shift: float) -> Imag
     return sheet
 
 
-# -------------------------------------------------------------------------------------------------------------- cards
 def _sample_height(sample: ShownSample) -> int:
     lines = -(-max(len(sample.pieces), 1) // _COLUMNS) if sample.pieces else 0
     return 2 * _LINE + lines * (_CARD + _GAP) + _GAP
@@ -97,7 +96,9 @@ def _draw_sample(
         _draw_card(sheet, draw, piece, left, card_top, shift)
 
 
-def _draw_card(sheet: Image.Image, draw: ImageDraw.ImageDraw, piece: Piece, left: int, top: int, shift: float) -> None:
+def _draw_card(
+    sheet: Image.Image, draw: ImageDraw.ImageDraw, piece: ShownPiece, left: int, top: int, shift: float
+) -> None:
     color = _LOOKS[piece.role].color
     box = (left, top, left + _CARD - 1, top + _CARD - 1)
     draw.rectangle(box, "white", color, width=1)
@@ -132,7 +133,6 @@ def _place_image(sheet: Image.Image, image: Image.Image, box: tuple[int, int, in
     ImageDraw.Draw(sheet).rectangle((left - 1, top - 1, left + size[0], top + size[1]), outline=(205, 205, 205))
 
 
-# --------------------------------------------------------------------------------------------------------------- mask
 def scaled_mask(layout: AttentionLayout, side: int) -> np.ndarray:
     """bool [side, side]: `layout.dense_mask()` at `side` evenly spaced queries and keys, True = may attend."""
     tokens = _spaced(sum(layout.segment_lens), side)
@@ -174,7 +174,7 @@ def _draw_mask(sheet: Image.Image, draw: ImageDraw.ImageDraw, pack: ShownPack, l
 
 
 def _draw_borders(draw: ImageDraw.ImageDraw, pack: ShownPack, left: int, top: int) -> None:
-    """Lines between samples, and their numbers, around those that are large enough for them."""
+    """Lines and numbers of the samples that are large enough for them."""
     length = pack.batch.sequence_length
     for number, sample in enumerate(pack.samples):
         start, end = (place * _MASK // length for place in (sample.start, sample.start + sample.length))
@@ -194,10 +194,9 @@ def _token_colors(pack: ShownPack) -> np.ndarray:
     return colors
 
 
-# --------------------------------------------------------------------------------------------------------------- text
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """A font of the system that has Chinese letters where there is one, else Pillow's own (Latin alone)."""
+    """A font of the system that has Chinese letters where there is one, else Pillow's own (Latin only)."""
     for name in ("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "wqy-microhei.ttc", "DejaVuSans.ttf"):
         try:
             return ImageFont.truetype(name, size)
@@ -222,7 +221,7 @@ def _wrapped(text: str, width: int, lines: int) -> list[str]:
 
 
 def _words(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Words of `text`, those wider than a line in pieces that fit."""
+    """Words of `text`; one that is wider than a line is split."""
     words = []
     for word in text.split():
         while font.getlength(word) > width:

@@ -2,10 +2,11 @@
 
 Guarantees: pure (no I/O, no torch, no clock): equal streams, options and prices give equal packs on every rank and
 machine. Each epoch of a group uses every usable row exactly once; no sample is lost or used twice, also across
-restarts; a `state` is a small JSON-ready dict from which exactly the next packs follow at any world size. Packs come
-in blocks whose size depends on the data alone. Inside a block they are ordered so that neighbours cost the same: at
-any level, aligned runs of 2, 4, 8, ... packs are alike in language-model and vision cost, while runs of different
-cost follow each other at random. A drawn sample is used at most 2 * (window + mandatory groups) + block packs later.
+restarts, also of versions and under other options; a `state` is a small JSON-ready dict from which exactly the next
+packs follow at any world size. Packs come in blocks, which may span epochs. Inside a block they are ordered so that
+neighbors cost the same: at any level, aligned runs of 2, 4, 8, ... packs are alike in language-model and vision cost,
+while runs of different cost follow each other at random. A drawn sample is used at most 2 * (window + mandatory groups)
++ block packs later.
 
 What is drawn: every pack brings one draw from each mandatory group (the original visits them whenever a pack is
 empty); the rest are drawn from all groups in proportion to their weights, evenly spread instead of at random.
@@ -287,7 +288,7 @@ class _Packer:
         self._planner = planner
         self._intakes = planner._intakes()
         weights = {i: intake.weight for i, intake in self._intakes.items() if intake.weight > 0}
-        if not weights:  # mandatory groups only: they share the rest, too
+        if not weights:  # mandatory groups only: they share the rest too
             weights = dict.fromkeys(self._intakes, 1.0)
         self._shares = {i: weight / sum(weights.values()) for i, weight in weights.items()}
         first = start["first"] if start else 0

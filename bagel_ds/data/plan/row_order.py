@@ -23,7 +23,7 @@ _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
 def stable_key(*parts: int | str) -> int:
-    """A 64-bit number that depends on nothing but the parts."""
+    """A 64-bit number that depends on the parts only."""
     text = "\0".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 

@@ -1,8 +1,8 @@
-"""The numbers of a logged step, put together over all ranks.
+"""The metrics of a logged step, over all ranks.
 
-Guarantees: one collective exchange per logged step and none in between; speeds are means since the last logged step;
-skipped rows are counted once each, however many epochs and ranks meet them: those that the index or the plan cannot use
-and those whose body turned out to be broken, which are named when they are first met.
+Guarantees: one collective exchange per logged step and none in between. Speeds are means since the last logged step. A
+skipped row counts once, however many epochs and ranks meet it, whether the index or the plan can't use it or its body
+is broken; broken ones are named when they are first met.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections import Counter
 from typing import Callable, Mapping, Sequence
 
 from bagel_ds.data.batches.loader import MicroBatch
-from bagel_ds.model.losses.by_part import LossParts
+from bagel_ds.model.losses.breakdown import LossBreakdown
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.train.metrics.throughput import device_memory, host_gib, pack_flops, peak_tflops
 from bagel_ds.train.ranks.agreement import everyone, is_main
@@ -31,13 +31,13 @@ class StepMeter:
         model: BagelConfig,
         peak_device_tflops: float,
         unusable_rows: Callable[[], Mapping[str, int]] = dict,
-        parts: LossParts | None = None,
+        breakdown: LossBreakdown | None = None,
     ):
-        """`unusable_rows` counts, by dataset, the rows that are left out before any is read; `parts` has made those
-        of the results."""
-        self._parts = parts
+        """`unusable_rows` counts the rows that the index or the plan leaves out, by dataset; `breakdown` names the
+        sums in `StepResult.breakdown`."""
+        self._breakdown = breakdown
         self._model, self._peak, self._unusable_rows = model, peak_tflops(peak_device_tflops), unusable_rows
-        self._broken: dict[str, str] = {}  # row and reason -> dataset, over all ranks
+        self._broken: dict[str, str] = {}  # row and reason -> dataset, on all ranks
         self._newly_broken: dict[str, str] = {}  # met by this rank since the last logged step
         self.device_peak: float | None = None  # GiB that torch reserved, up to the last logged step
         self.host_peak = 0.0
@@ -56,16 +56,16 @@ class StepMeter:
         self._window = window
 
     def read(self, rate: float, result: StepResult) -> dict[str, float | None]:
-        """Metrics under their public names; None where a step has no such number."""
+        """Metrics by public name; None for one that this step does not have."""
         seconds = time.monotonic() - self._began
-        parts = None if result.parts is None else result.parts.tolist()
-        mine = (self._flops, device_memory(), host_gib(), socket.gethostname(), parts, self._newly_broken)
+        breakdown = None if result.breakdown is None else result.breakdown.tolist()
+        mine = (self._flops, device_memory(), host_gib(), socket.gethostname(), breakdown, self._newly_broken)
         ranks = everyone(mine)
         values: dict[str, float | None] = {
             "loss/mse": result.mse,
             "loss/ce": result.ce,
             "loss/total": result.total,
-            **(self._parts.means([parts for *_, parts, _ in ranks]) if self._parts is not None else {}),
+            **(self._breakdown.means([breakdown for *_, breakdown, _ in ranks]) if self._breakdown is not None else {}),
             "optim/lr": rate,
             "optim/grad_norm": result.grad_norm,
             "perf/tokens_per_sec": self._tokens / seconds,
@@ -94,7 +94,7 @@ class StepMeter:
         return values
 
     def _all_broken(self, by_rank: Sequence[Mapping[str, str]]) -> Mapping[str, str]:
-        """Every row met so far whose body is broken; those that no rank had met before are named in the log."""
+        """Every broken row met so far; logs those that no rank had met before."""
         for broken in by_rank:
             for reason, dataset in broken.items():
                 if reason not in self._broken:

@@ -1,9 +1,9 @@
-"""Two allocators told to give memory back: the C library's, and torch's for page-locked host memory.
+"""Settings of two allocators: the C library's, and torch's for page-locked host memory.
 
-Guarantees: only where memory lies changes, never a result; what can't be set is left as it is and answered with False.
-glibc by itself keeps freed blocks of up to 32 MiB in the heap, where loading leaves holes of up to four bytes per
-parameter of a rank; torch rounds page-locked blocks up to powers of two and keeps those that are freed, which for a 7B
-offloaded to host memory is tens of GiB. Call both before tensors are made.
+Guarantees: settings change only where memory lies, never a result; what can't be set stays as it is. By default glibc
+keeps freed blocks of up to 32 MiB in the heap, where loading leaves holes of up to four bytes per parameter of a rank.
+torch rounds page-locked blocks up to powers of two and caches freed ones, which for a 7B offloaded to host memory is
+tens of GiB. Call the setters before tensors are made.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from bagel_ds.units import MIB
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 LARGE, KEPT, ARENAS = MIB, 4 * MIB, 2
+_PINNED_LIMIT = "pinned_max_cached_size_mb"
+
+_rounds_pinned_memory = True  # torch's default
 
 
 def return_freed_memory() -> bool:
-    """Blocks of 1 MiB or more go back to the system when they are freed. Linux with glibc; False elsewhere."""
+    """Have freed blocks of 1 MiB or more returned to the system. Linux with glibc; False elsewhere."""
     try:
         library = ctypes.CDLL("libc.so.6")
         settings = ((_M_MMAP_THRESHOLD, LARGE), (_M_TRIM_THRESHOLD, KEPT), (_M_ARENA_MAX, ARENAS))
@@ -31,19 +34,23 @@ def return_freed_memory() -> bool:
     return answers == [1] * len(answers)
 
 
-def exact_pinned_memory(above_mib: int = EXACT_ABOVE_MIB) -> bool:
-    """Page-locked blocks above this size are neither rounded up nor kept; False where this torch can't do that.
+def exact_pinned_memory(above_mib: int = EXACT_ABOVE_MIB) -> None:
+    """Have page-locked blocks above this size neither rounded up nor cached, if this torch can do that.
 
-    The default leaves a pack's tensors below it. No step allocates larger ones again and again: layer inputs on the
-    host have an arena (model/offload.py). What PYTORCH_ALLOC_CONF (or PYTORCH_CUDA_ALLOC_CONF) says of it wins, and
-    says otherwise stays in force.
+    The default leaves a pack's tensors below it. No step allocates larger blocks again and again: layer inputs on the
+    host have an arena (model/offload.py). PYTORCH_ALLOC_CONF (or PYTORCH_CUDA_ALLOC_CONF) takes precedence.
     """
+    global _rounds_pinned_memory
     given = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
-    if "pinned_max_cached_size_mb" in given:
-        return True
-    try:
-        set_allocator = torch._C._accelerator_setAllocatorSettings
-        set_allocator(",".join(filter(None, [given, f"pinned_max_cached_size_mb:{above_mib}"])))
-    except (AttributeError, RuntimeError, ValueError):
-        return False
-    return True
+    if _PINNED_LIMIT not in given:
+        try:
+            set_allocator = torch._C._accelerator_setAllocatorSettings
+            set_allocator(",".join(filter(None, [given, f"{_PINNED_LIMIT}:{above_mib}"])))
+        except (AttributeError, RuntimeError, ValueError):
+            return
+    _rounds_pinned_memory = False
+
+
+def rounds_pinned_memory() -> bool:
+    """Whether torch rounds large page-locked blocks up, because `exact_pinned_memory` could not prevent it."""
+    return _rounds_pinned_memory

@@ -1,12 +1,12 @@
-"""A rank in a session of its own, so that a stop can take longer than the launcher's patience.
+"""A rank in its own session, so that a stop may take longer than the launcher waits.
 
-The `deepspeed` launcher answers a signal by SIGTERM to the processes it started and SIGKILL 30 seconds later; a step
-with offload takes longer. So the process that the launcher starts only waits: the rank itself runs detached from it,
+On a signal the `deepspeed` launcher sends SIGTERM to the processes it started, and SIGKILL 30 seconds later; a step
+with offload takes longer. So the process that the launcher starts only waits, and the rank runs detached from it,
 outside its process tree and process group.
 
-Guarantees: signals to the waiting process reach the rank, SIGHUP as SIGTERM, and so does SIGTERM when the launcher is
-gone; it ends with the rank's exit code. When the waiting process is killed, a rank that was asked to stop finishes its
-step and saves; one that was not ends at once, as if killed itself. Nothing that a rank has started outlives it.
+Guarantees: signals to the waiting process reach the rank (SIGHUP as SIGTERM); if the launcher is gone, the rank gets
+SIGTERM. The waiting process ends with the rank's exit code. If it is killed, a rank that was asked to stop finishes its
+step and saves; otherwise the rank exits immediately. Nothing that a rank has started outlives it.
 """
 
 from __future__ import annotations
@@ -25,48 +25,48 @@ from bagel_ds.machine.output import say
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _POLL_SECONDS = 0.5
-_TRACEBACK_SECONDS = 1.0  # in which the `deepspeed` command has printed where Ctrl-C met it
-_KILLED = 137  # as a shell says of a process that was killed
+_TRACEBACK_SECONDS = 1.0  # for the `deepspeed` command to print its traceback
+_KILLED = 137  # a shell's code for a killed process
 _asked_to_stop = threading.Event()
-_said: int | None = None  # in a detached rank: where its exit code goes
+_report_to: int | None = None  # in a detached rank: descriptor for its exit code
 
 
-def run_detached(rank_main: Callable[[], int], speaks: bool = True) -> int:
-    """Run `rank_main` in a detached process and wait for it; its exit code. Call before torch is imported.
+def run_detached(rank_main: Callable[[], int], reports: bool = True) -> int:
+    """Run `rank_main` in a detached process and return its exit code. Call it before torch is imported.
 
-    With BAGEL_DS_DETACH=0 it runs right here (for debuggers). `speaks` is for one of the ranks that a signal ends.
+    With BAGEL_DS_DETACH=0 it runs in this process (for debuggers). The rank that `reports` says how a signal ended it.
     """
     if os.environ.get("BAGEL_DS_DETACH") == "0":
         return rank_main()
     sys.stdout.flush()
     sys.stderr.flush()
-    said_read, said_write = os.pipe()  # rank -> waiting process: pid, then exit code
+    report_read, report_write = os.pipe()  # rank -> waiting process: pid, then exit code
     alive_read, alive_write = os.pipe()  # closes when the waiting process is gone
     if (middle := os.fork()) == 0:
-        os.close(said_read)
+        os.close(report_read)
         os.close(alive_write)
-        _become_rank(rank_main, said_write, alive_read)
-    os.close(said_write)
+        _become_rank(rank_main, report_write, alive_read)
+    os.close(report_write)
     os.close(alive_read)
     os.waitpid(middle, 0)
-    return _wait(said_read, middle, speaks)
+    return _wait(report_read, middle, reports)
 
 
 def asked_to_stop() -> None:
-    """Note in the rank that a stop was asked for: from now on it outlives the waiting process."""
+    """Note in the rank that it was asked to stop: from now on it outlives the waiting process."""
     _asked_to_stop.set()
 
 
 def end_at_once(code: int) -> NoReturn:
-    """End this rank and, where it is detached, all that it has started."""
-    if _said is not None:
-        _say(code)
+    """End this rank and, if it is detached, everything it has started."""
+    if _report_to is not None:
+        _report(code)
         os.killpg(0, signal.SIGKILL)
     os._exit(code)
 
 
 def process_state(pid: int) -> str | None:
-    """The kernel's letter for what a process does ("R" runs, "T" is stopped, ...); None where it has ended."""
+    """The kernel's letter for a process's state ("R" running, "T" stopped, ...); None if it has ended."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     except OSError:
@@ -74,21 +74,21 @@ def process_state(pid: int) -> str | None:
     return None if state in "ZX" else state
 
 
-def _say(number: int) -> None:
-    assert _said is not None
+def _report(number: int) -> None:
+    assert _report_to is not None
     with suppress(BrokenPipeError):  # the waiting process is gone
-        os.write(_said, f"{number}\n".encode())
+        os.write(_report_to, f"{number}\n".encode())
 
 
-def _become_rank(rank_main: Callable[[], int], said: int, alive: int) -> NoReturn:
+def _become_rank(rank_main: Callable[[], int], report_to: int, alive: int) -> NoReturn:
     """In the middle process: leave session and parent, run, report."""
-    global _said
+    global _report_to
     os.setsid()
     if os.fork():
         os._exit(0)
-    _said = said
-    _say(os.getpid())
-    # Until training listens for them, signals end the rank at once, also inside a call that Python can't interrupt.
+    _report_to = report_to
+    _report(os.getpid())
+    # Until training handles signals, they end the rank immediately, also inside a call that Python can't interrupt.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, args=(alive,), daemon=True).start()
     code = 1
@@ -102,7 +102,7 @@ def _become_rank(rank_main: Callable[[], int], said: int, alive: int) -> NoRetur
     sys.stderr.flush()
     if code:
         end_at_once(code)
-    _say(code)
+    _report(code)
     os._exit(code)
 
 
@@ -112,12 +112,14 @@ def _end_with_parent(alive: int) -> None:
         end_at_once(_KILLED)
 
 
-def _wait(said: int, group: int, speaks: bool) -> int:
-    """In the process that the launcher started: pass signals on, wait for the rank's exit code."""
-    lines = os.fdopen(said)
+def _wait(report: int, group: int, reports: bool) -> int:
+    """In the process that the launcher started: forward signals and wait for the rank's exit code."""
+    # Unbuffered, so that `select` sees the exit code also if it was written before the pid was read.
+    lines = os.fdopen(report, "rb", buffering=0)
     rank = int(lines.readline())
-    launcher = _Launcher(speaks)
-    listened = {n for n in (*STOP_SIGNALS, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN}  # nohup's SIGHUP
+    launcher = _Launcher(reports)
+    # Not the ignored ones: nohup ignores SIGHUP.
+    listened = {n for n in (*STOP_SIGNALS, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN}
     signal.pthread_sigmask(signal.SIG_BLOCK, listened)
     passed_on: list[int] = []
     while not select.select([lines], [], [], 0)[0] and process_state(rank):
@@ -131,14 +133,14 @@ def _wait(said: int, group: int, speaks: bool) -> int:
             say("the launcher is gone: stopping after this step")
             passed_on.append(signal.SIGTERM)
             _pass_on(rank, signal.SIGTERM)
-    code = lines.readline().strip() if select.select([lines], [], [], 0)[0] else ""
+    code = lines.readline() if select.select([lines], [], [], 0)[0] else b""
     if code:
         return int(code)
     with suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)  # what a rank that was killed has started
+        os.killpg(group, signal.SIGKILL)  # what a killed rank has started
     if not passed_on:
         return _KILLED
-    if speaks:
+    if reports:
         say(f"ended by {signal.Signals(passed_on[-1]).name}; nothing was saved")
     return 128 + passed_on[-1]
 
@@ -150,15 +152,15 @@ def _pass_on(rank: int, number: int) -> None:
 
 
 class _Launcher:
-    """DeepSpeed's per-host launcher, which started this process, and the `deepspeed` command that started that one.
+    """DeepSpeed's per-host launcher, which started this process, and the `deepspeed` command that started the launcher.
 
-    The latter ends on SIGTERM and SIGINT without telling the former, which by itself would train on. The former turns
-    a signal of its own into SIGTERM to one rank after the other, 30 seconds apart: after Ctrl-C, which has reached all
-    ranks, that is no second wish.
+    The command ends on SIGTERM and SIGINT without ending the launcher, which would train on. The launcher turns a
+    signal into SIGTERM to one rank after the other, 30 seconds apart. Ctrl-C reaches all ranks directly, so the SIGTERM
+    that then follows is not a second request.
     """
 
-    def __init__(self, speaks: bool) -> None:
-        self._speaks = speaks
+    def __init__(self, reports: bool) -> None:
+        self._reports = reports
         self._launcher = os.getppid()
         self._command = parent_of(self._launcher)
         self._watches_launcher = is_deepspeed(self._launcher)
@@ -168,12 +170,12 @@ class _Launcher:
         return self._watches_launcher and found.si_pid == self._launcher
 
     def let_end(self) -> None:
-        """After Ctrl-C: the command prints a traceback, which would stand between the lines of the run."""
+        """After Ctrl-C, wait for the command's traceback, which would mix with the lines of the run."""
         if not self._watches_launcher:
             return
         time.sleep(_TRACEBACK_SECONDS)
-        if self._speaks:
-            say("Ctrl-C has ended the launcher: a KeyboardInterrupt above is its own, and no error of this run")
+        if self._reports:
+            say("Ctrl-C has ended the launcher; a KeyboardInterrupt above comes from the launcher, not from this run")
 
     def is_gone(self) -> bool:
         if not self._watches_launcher:
@@ -184,7 +186,7 @@ class _Launcher:
 
 
 def parent_of(pid: int | str) -> int:
-    """The process that has started `pid` ("self" for this one), or that has taken it in; 0 where it has ended."""
+    """The parent of `pid` ("self" for this process), or its adopter; 0 if `pid` has ended."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
     except OSError:

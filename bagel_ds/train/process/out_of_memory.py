@@ -1,7 +1,7 @@
-"""Running out of memory, in whichever of its many ways torch, NCCL, CUDA's libraries or the host report it.
+"""Out-of-memory errors of torch, NCCL, CUDA's libraries and the host.
 
-Guarantees: each of them becomes one message that says which memory ran out, what this rank was doing, and what to
-lower. Errors that are something else stay as they are.
+Guarantees: each becomes one message with the kind of memory that ran out, what this rank was doing, and what to lower.
+Other errors stay as they are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bagel_ds.units import GIB
 GPU, HOST, PINNED = "GPU memory", "host memory", "page-locked host memory"
 EITHER = f"{GPU} or {PINNED}"
 
-# In this order; a RuntimeError whose words hold none of them is something else.
+# In this order; a RuntimeError that matches none of them is another error.
 _SIGNS = (
     (re.compile(r"DefaultCPUAllocator|can't allocate memory|Cannot allocate memory|bad_alloc", re.IGNORECASE), HOST),
     (re.compile(r"cudaHost(Alloc|Register)|cudaMallocHost|cuMemHostAlloc", re.IGNORECASE), PINNED),
@@ -38,7 +38,7 @@ class Shortage(NamedTuple):
 
 
 def shortage(error: BaseException) -> Shortage | None:
-    """What an error says of memory that ran out, itself or as what it came from; None where it says nothing of it."""
+    """The memory that ran out according to an error or its causes; None if it is another error."""
     return next((found for each in _chain(error) if (found := _shortage(each)) is not None), None)
 
 
@@ -48,14 +48,14 @@ def memory_fault(
     plan: MemoryPlan | None = None,
     window: Sequence[PackedBatch] = (),
 ) -> UserError | None:
-    """What to say of an error that is a lack of memory, else None; `window` are the packs of the step it happened in.
+    """The message for an out-of-memory error, or None for another error.
 
-    `plan` is what was expected, where that is known yet.
+    `window` holds the packs of the step in which it happened, `plan` what was expected, if known.
     """
     found = shortage(error)
     if found is None:
         return None
-    where = "" if window else " outside of a step"
+    where = "" if window else " outside a step"
     parts = [f"out of {found.memory}{where}: {found.words}"]
     if window:
         parts.append(_longest(window))
@@ -109,11 +109,11 @@ def _expected(memory: str, plan: MemoryPlan) -> str:
 
 def _remedy(memory: str, max_num_tokens: int) -> str:
     of_gpu = (
-        f"Lower --max_num_tokens (now {max_num_tokens:,}), or take a --ds_config that keeps more off the GPU "
+        f"Lower --max_num_tokens (now {max_num_tokens:,}), or use a --ds_config that keeps more off the GPU "
         "(`bagel-ds memory` compares them)."
     )
     of_host = (
-        "Lower --num_workers or --prefetch_factor, or take a --ds_config that keeps less in RAM (`bagel-ds memory` "
+        "Lower --num_workers or --prefetch_factor, or use a --ds_config that keeps less in RAM (`bagel-ds memory` "
         "compares them)."
     )
     return of_gpu if memory == GPU else of_host if memory != EITHER else f"{of_gpu} For the host: {of_host}"

@@ -1,6 +1,6 @@
-"""Keeps what other packages print at every start from drowning what a run has to say.
+"""Suppresses a few lines that other packages print at every start.
 
-Guarantees: only the lines named here are held back, each with its reason; errors and every other warning stay.
+Guarantees: only the lines listed here are suppressed, each for a stated reason; errors and other warnings stay.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ import warnings
 from contextlib import contextmanager, redirect_stdout
 from typing import Iterator, TextIO
 
-# DeepSpeed 0.19.8 calls collectives by names that torch 2.13 has renamed; they do what they did.
+# DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates; they still work.
 _RENAMED = r"`torch\.distributed\.\w+` is deprecated"
 # DeepSpeed prints this on every rank of a CPU run.
 _BUILT = re.compile(r"DeepSpeed \S+ built successfully")
 
 
 def quiet_warnings() -> None:
-    """Hold back, for the rest of the process, warnings of other packages that a user can do nothing about."""
+    """Suppress, for the rest of the process, warnings of other packages that a user can't act on."""
     warnings.filterwarnings("ignore", _RENAMED, FutureWarning)
 
 
 @contextmanager
 def quiet_start() -> Iterator[None]:
-    """While the process group starts: drop DeepSpeed's "built successfully", pass every other line on as it comes."""
+    """While the process group starts: drop DeepSpeed's "built successfully" and pass on every other line."""
     lines = _Lines(sys.stdout)
     try:
         with redirect_stdout(lines):
@@ -35,7 +35,7 @@ def quiet_start() -> Iterator[None]:
 
 
 class _Lines(io.TextIOBase):
-    """Hands whole lines to `target`, but for those that are not wanted."""
+    """Writes whole lines to `target`, except the suppressed ones."""
 
     def __init__(self, target: TextIO) -> None:
         self._target, self._begun = target, ""
@@ -49,6 +49,6 @@ class _Lines(io.TextIOBase):
         return len(text)
 
     def end(self) -> None:
-        """Hand on what no line feed has ended."""
+        """Write the last, unfinished line."""
         self._target.write(self._begun)
         self._target.flush()

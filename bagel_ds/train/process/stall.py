@@ -1,11 +1,10 @@
-"""A rank that stalls makes every rank say where it is, and ends the job; so does one that has ended.
+"""Ends a job that stalls, with a report of where each rank is; also ends a rank whose neighbor has died.
 
-Guarantees: from the moment the ranks have met, when a phase (setup, data, engine, load, step, save, ...) of this rank
-lasts longer than the timeout, or so long without saying that it goes on (`liveness.py`), it prints its Python stacks,
-those of its workers, and which ranks are behind or silent, and the process ends with code 1 rather than hanging. Ranks
-know of each other through one small file each in a shared folder, written by a thread, so a rank that is stuck in a
-collective call still reports. A rank whose neighbour on the same host has ended, for which NCCL would wait until its
-timeout, ends too, and so do those on other hosts (alarm.py).
+Guarantees, once the ranks have met: if a phase (setup, data, engine, load, step, save, ...) of this rank makes no
+progress for the timeout (`machine/liveness.py`), it prints its Python stacks, those of its workers, and which ranks are
+behind or silent, and the process ends with code 1. Each rank has a thread that writes its phase to a small file in a
+shared folder, so a rank that hangs in a collective call still reports. If a rank on the same host has died, for which
+NCCL would wait until its timeout, this rank ends, and so do those on other hosts (alarm.py).
 """
 
 from __future__ import annotations
@@ -30,15 +29,15 @@ from bagel_ds.train.ranks import alarm
 from bagel_ds.train.ranks.agreement import hosts
 
 HEARTBEATS = ".heartbeats"
-SILENT_SECONDS = 90.0  # a rank whose file is so much older than one's own is not running; NFS shows files late
-_GONE_SECONDS = 10.0  # in which a rank whose neighbour has ended may say by itself what that means for it
+SILENT_SECONDS = 90.0  # a rank whose file is so much older than this rank's is not running; NFS shows files late
+_GONE_SECONDS = 10.0  # for a rank whose neighbor has ended to report its own failure first
 
 
 class StallWatch:
     """One per rank and process; `timeout` in seconds, 0 for none.
 
-    `folder` is seen by all hosts (the checkpoint_dir); without one, see `share`, ranks don't know of each other.
-    `neighbours` are the process ids of the other ranks on this host, by rank.
+    All hosts see `folder` (the checkpoint_dir); until it is given, or set by `share`, ranks don't know of each other.
+    `neighbors` are the process ids of the other ranks on this host, by rank.
     """
 
     def __init__(
@@ -47,11 +46,11 @@ class StallWatch:
         rank: int,
         world_size: int,
         timeout: float,
-        neighbours: Mapping[int, int] | None = None,
+        neighbors: Mapping[int, int] | None = None,
     ):
         self._rank, self._world_size, self._timeout = rank, world_size, timeout
         self._folder: Path | None = None
-        self._neighbours = dict(neighbours or {})
+        self._neighbors = dict(neighbors or {})
         self._interval = min(5.0, timeout / 4) if timeout > 0 else 5.0
         self._place: tuple[int, str] = (0, "start")
         self._since = time.monotonic()
@@ -63,26 +62,26 @@ class StallWatch:
         self._thread.start()
 
     def share(self, folder: Path) -> None:
-        """From now on tell the others there where this rank is; no other run may use it."""
+        """Publish this rank's phase in `folder` from now on; no other run may use it."""
         if self._timeout > 0:
             (folder / HEARTBEATS).mkdir(parents=True, exist_ok=True)
             self._folder = folder / HEARTBEATS
-            self._write()  # at once: a rank that stops now is known to the others
+            self._write()  # immediately, so that the others know a rank that stops now
 
     def goes_on(self) -> None:
-        """The phase that this rank is in has its whole timeout before it again."""
+        """Restart the timeout of the present phase."""
         self._since = time.monotonic()
 
     @contextmanager
     def phase(self, step: int, name: str) -> Iterator[None]:
-        """What this rank does from here to the end of the block."""
+        """The block is phase `name` of step `step`."""
         self._place, self._since = (step, name), time.monotonic()
         yield
         self._place, self._since = (step, f"after {name}"), time.monotonic()
 
     @contextmanager
     def within(self, name: str) -> Iterator[None]:
-        """A phase inside the one that this rank is in, which then goes on with a timeout of its own."""
+        """The block is a phase inside the present one, whose timeout restarts afterwards."""
         step, outer = self._place
         self._place, self._since = (step, name), time.monotonic()
         try:
@@ -104,7 +103,7 @@ class StallWatch:
 
     def _run(self) -> None:
         while not self._closed.wait(self._interval):
-            self._end_if_alone()
+            self._end_with_neighbor()
             if self._timeout > 0:
                 if is_timed_elsewhere():
                     self.goes_on()
@@ -112,11 +111,11 @@ class StallWatch:
                 if time.monotonic() - self._since > self._timeout:
                     self._end()
 
-    def _end_if_alone(self) -> None:
-        gone = [rank for rank, pid in self._neighbours.items() if process_state(pid) is None]
+    def _end_with_neighbor(self) -> None:
+        gone = [rank for rank, pid in self._neighbors.items() if process_state(pid) is None]
         if gone and not self._closed.wait(_GONE_SECONDS):
-            names = ", ".join(f"rank {rank} (process {self._neighbours[rank]})" for rank in gone)
-            print(f"[rank {self._rank}] {names} has ended; so does this rank", file=sys.stderr, flush=True)
+            names = ", ".join(f"rank {rank} (process {self._neighbors[rank]})" for rank in gone)
+            print(f"[rank {self._rank}] {names} has ended; ending this rank, too", file=sys.stderr, flush=True)
             alarm.sound(f"{names} has ended")
             end_at_once(1)
 
@@ -135,32 +134,33 @@ class StallWatch:
             beside.write_text(json.dumps(content))
             beside.replace(self._file(self._rank))
         except OSError:
-            pass  # a full disk is told where something is saved
+            pass  # a save reports a full disk
 
     def _end(self) -> None:
         step, phase = self._place
         lines = [
-            f"[rank {self._rank}] stalled: {phase} of step {step} lasts longer than --stall_timeout {self._timeout:g} s"
+            f"[rank {self._rank}] stalled: {phase} of step {step} has taken longer than "
+            f"--stall_timeout {self._timeout:g} s"
         ]
         ranks = self._ranks()
         lines += [f"[rank {self._rank}]   {describe(rank, found)}" for rank, found in enumerate(ranks)]
         if ranks:
             lines.append(
-                f"[rank {self._rank}] missing: {', '.join(missing(ranks)) or 'no rank; all wait in the same place'}"
+                f"[rank {self._rank}] missing: {', '.join(missing(ranks)) or 'none; all ranks are in the same phase'}"
             )
         print("\n".join(lines), file=sys.stderr, flush=True)
         faulthandler.dump_traceback(all_threads=True)
         for worker in show_stacks():
-            # In one piece: the worker writes there, too.
+            # In one write, because the worker also writes there.
             print(f"[rank {self._rank}] asked for its stacks: {worker}\n", end="", file=sys.stderr, flush=True)
-        self._signal_neighbours(ranks, signal.SIGCONT)  # so that one that was stopped can tell, too
-        time.sleep(min(5.0, self._timeout))  # for the others, which see the same
-        self._signal_neighbours(self._ranks(), signal.SIGKILL)
+        self._signal_neighbors(ranks, signal.SIGCONT)  # so that a stopped one can also report
+        time.sleep(min(5.0, self._timeout))  # for the other ranks to report
+        self._signal_neighbors(self._ranks(), signal.SIGKILL)
         alarm.sound(lines[0])
         end_at_once(1)
 
     def _ranks(self) -> list[dict[str, Any] | None]:
-        """What each rank last wrote; "silent" is how many seconds ago, by the clock of the file system."""
+        """What each rank last wrote; "silent" is how many seconds ago, by the file system's clock."""
         self._write()
         if self._folder is None:
             return []
@@ -175,20 +175,20 @@ class StallWatch:
             found.append(content)
         return found
 
-    def _signal_neighbours(self, ranks: list[dict[str, Any] | None], number: int) -> None:
-        """To the silent ranks of this host: a stopped process would outlive the job."""
+    def _signal_neighbors(self, ranks: list[dict[str, Any] | None], number: int) -> None:
+        """Signal the silent ranks of this host: a stopped process would outlive the job."""
         for rank, found in enumerate(ranks):
-            if found and is_silent(found) and rank in self._neighbours:
+            if found and is_silent(found) and rank in self._neighbors:
                 try:
-                    os.kill(self._neighbours[rank], number)
+                    os.kill(self._neighbors[rank], number)
                 except ProcessLookupError:
                     pass
 
 
 def start_watch(config: RunConfig) -> StallWatch:
-    """The watch of this rank, once all have met."""
+    """Start this rank's watch, once all ranks have met."""
     known = hosts()
-    return StallWatch(None, known.rank, len(known.ranks), config.training.stall_timeout, known.neighbours)
+    return StallWatch(None, known.rank, len(known.ranks), config.training.stall_timeout, known.neighbors)
 
 
 def is_silent(found: dict[str, Any]) -> bool:
@@ -197,15 +197,15 @@ def is_silent(found: dict[str, Any]) -> bool:
 
 def describe(rank: int, found: dict[str, Any] | None) -> str:
     if found is None:
-        return f"rank {rank}: never heard of"
-    silent = f", not heard of for {found['silent']:.0f} s" if is_silent(found) else ""
+        return f"rank {rank}: has written nothing yet"
+    silent = f", silent for {found['silent']:.0f} s" if is_silent(found) else ""
     return (
         f"rank {rank} on {found['host']}: step {found['step']}, {found['phase']} for {found['seconds']:.0f} s{silent}"
     )
 
 
 def missing(ranks: list[dict[str, Any] | None]) -> list[str]:
-    """Ranks that are silent, or behind the furthest one."""
+    """Ranks that are silent, or behind the most advanced one."""
     furthest = max((found["step"] for found in ranks if found), default=0)
     names = []
     for rank, found in enumerate(ranks):

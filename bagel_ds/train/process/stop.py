@@ -1,7 +1,7 @@
-"""When a run should end before its last step: signals, a stop file, a time limit.
+"""Requests to end a run before its last step: signals, a stop file, a time limit.
 
-Guarantees: the wish of one rank becomes the decision of all in the same step; the step is finished and saved first.
-Signals within 5 seconds count as one (Ctrl-C reaches launcher and ranks alike); a later one ends the rank at once.
+Guarantees: a request on one rank stops all ranks after the same step, which is finished and saved first. Signals within
+5 seconds count as one (Ctrl-C reaches launcher and ranks); a later one ends the rank immediately.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAME_SIGNAL_SECONDS = 5.0
 
 
 class StopRequest:
-    """Make one where training begins; `wanted` is asked once per step, before it."""
+    """Make it where training begins; the step calls `wanted` after its update."""
 
     def __init__(self, folders: list[Path], stop_after: float | None, watches_file: bool):
         self._files = [folder / STOP_FILE for folder in folders] if watches_file else []
@@ -34,7 +34,7 @@ class StopRequest:
             signal.signal(number, self._on_signal)
 
     def wanted(self) -> str | None:
-        """Why this rank wants to stop, or None."""
+        """Why this rank should stop, or None."""
         if self._reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
             self._reason = "--stop_after has passed"
         if self._reason is None and any(path.exists() for path in self._files):
@@ -42,7 +42,7 @@ class StopRequest:
         return self._reason
 
     def remove_files(self) -> None:
-        """Once the run has stopped, so that the next start goes on."""
+        """Call when the run stops, so that the next start trains on."""
         for path in self._files:
             try:
                 path.unlink(missing_ok=True)
@@ -52,31 +52,32 @@ class StopRequest:
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
         if self._signalled_at is not None and now - self._signalled_at > SAME_SIGNAL_SECONDS:
-            say("second signal: stopping at once, without saving")
+            say("second signal: stopping immediately, without saving")
             end_at_once(128 + number)
         if self._signalled_at is None:
             self._signalled_at = now
             self._reason = f"{signal.Signals(number).name} received"
             asked_to_stop()
-            say("stopping after this step; the run is saved first (again after 5 s: at once)")
+            say("stopping after this step, then saving (a second signal after 5 s stops immediately)")
 
 
 def forget_stops(folders: list[Path]) -> None:
-    """Remove stop files that were meant for an earlier run; one written from now on holds. Raises `UserError`."""
+    """Remove stop files of an earlier run; one written from now on counts. Raises `UserError`."""
     for folder in folders:
         path = folder / STOP_FILE
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
-                f"{path} asks this run to stop and can't be removed ({error.strerror}); remove it, or pass another one"
+                f"{path} asks this run to stop and can't be removed ({error.strerror}); "
+                "remove it, or pass another folder"
             ) from None
 
 
 def write_stop_file(folder: Path) -> Path:
-    """Ask the run whose results_dir or checkpoint_dir is `folder` to stop; the file written. Raises `UserError`."""
+    """Ask the run with this results_dir or checkpoint_dir to stop; returns the file. Raises `UserError`."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; pass the results_dir or checkpoint_dir of the run to stop")
+        raise UserError(f"{folder} is not a folder; pass the results_dir or checkpoint_dir of the run to stop")
     path = folder / STOP_FILE
     try:
         path.touch()

@@ -1,12 +1,13 @@
-"""Ranks that check the same things and stop together.
+"""Checks that all ranks make together, so that they go on or stop together.
 
-Guarantees: a fault that one rank meets reaches all of them before any waits in a collective call of the engine; ranks
-that would train different runs (other data, other packages, other folders) never start; the host is named. What they
-tell one another goes over a gloo group of its own: it needs no GPU, waits for none, and no watchdog of NCCL ends it.
+Guarantees: a fault on one rank reaches all ranks before any of them waits in a collective call of the engine, with the
+host's name. Ranks that would train different runs (other data, packages or folders) never start. These exchanges use a
+separate gloo group: it needs no GPU and does not wait for one, and NCCL's watchdog can't end it.
 """
 
 from __future__ import annotations
 
+import errno
 import socket
 import time
 import uuid
@@ -16,7 +17,7 @@ from typing import Any, Callable, TypeVar
 
 import torch.distributed as dist
 
-from bagel_ds.errors import UserError
+from bagel_ds.errors import UserError, disk_fault
 from bagel_ds.machine.liveness import going_on
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.train.ranks.hosts import Hosts
@@ -24,11 +25,11 @@ from bagel_ds.train.ranks.hosts import Hosts
 Result = TypeVar("Result")
 
 _hosts: Hosts | None = None
-_control: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # all ranks' groups: torch's, and ours beside it
+_control: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None  # torch's group of all ranks, and ours
 
 
 class SharedFault(UserError):
-    """A `UserError` that every rank has raised with the same message: one of them is enough to tell it."""
+    """A `UserError` that every rank raises with the same message, so that rank 0 reports it."""
 
 
 def is_main() -> bool:
@@ -36,7 +37,7 @@ def is_main() -> bool:
 
 
 def enter(found: Hosts) -> None:
-    """Note where the ranks are, once they have met."""
+    """Set what `hosts` returns, once the ranks have met."""
     global _hosts
     _hosts = found
 
@@ -48,17 +49,17 @@ def hosts() -> Hosts:
 
 
 def on_one_host() -> bool:
-    """Whether all ranks run under one kernel, and so see one another's writes at once."""
+    """Whether all ranks run under one kernel, so that they see each other's writes at once."""
     return hosts().on_one_machine
 
 
 def local_rank() -> int:
-    """This rank's place among those of its host."""
+    """This rank's index among the ranks of its host."""
     return hosts().local_rank
 
 
 def control_group() -> dist.ProcessGroup:
-    """The gloo group for objects and barriers, made at the first call: like every call here, one of all ranks."""
+    """The gloo group for objects and barriers. The first call makes it, so make that call on all ranks."""
     global _control
     world = dist.group.WORLD
     assert world is not None
@@ -70,12 +71,12 @@ def control_group() -> dist.ProcessGroup:
 
 
 def barrier() -> None:
-    """Return once every rank has come here."""
+    """Return once every rank has called it."""
     dist.barrier(group=control_group())
 
 
 def together(function: Callable[[], Result]) -> Result:
-    """`function()` on every rank; if it raises `UserError` on any, every rank raises `SharedFault` with the first's."""
+    """`function()` on every rank. If any raises `UserError`, every rank raises the first of them as `SharedFault`."""
     fault, result = None, None
     try:
         result = function()
@@ -89,16 +90,30 @@ def together(function: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def one_per_host_first(function: Callable[[], Result], what: str = "it is busy") -> Result:
-    """`function()` on one rank of each host, then on the others, which find its caches filled.
+def write_together(write: Callable[[], Result]) -> Result:
+    """`together` for work on files: an error of the disk becomes a `UserError` with the remedy."""
 
-    `function` must not exchange anything between ranks: it runs in a thread, while all ranks tell each other that they
-    are alive, so that hours of indexing meet no timeout of a collective call. `what` other hosts do is said in the log;
-    what takes long on rank 0's own host should say so itself.
+    def action() -> Result:
+        try:
+            return write()
+        except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise  # memory, not the disk
+            raise UserError(disk_fault(error, "save elsewhere")) from None
+
+    return together(action)
+
+
+def one_per_host_first(function: Callable[[], Result], what: str = "it is busy") -> Result:
+    """`function()` on one rank of each host first, then on the others, which find its caches filled.
+
+    `function` must not communicate between ranks. It runs in a thread while the ranks keep exchanging that they are
+    alive, so that hours of indexing don't run into a collective call's timeout. The log says `what` other hosts are
+    doing; on rank 0's host `function` itself should log what takes long.
     """
     if local_rank() != 0:
         _wait_for(None, what)
-        together(lambda: None)  # a fault of a first rank stops this one, too
+        together(lambda: None)  # a fault of a first rank also stops this one
         return together(function)
     with ThreadPoolExecutor(1) as pool:
         work = pool.submit(function)
@@ -109,7 +124,7 @@ def one_per_host_first(function: Callable[[], Result], what: str = "it is busy")
 
 
 def _wait_for(work: Future[Any] | None, what: str) -> None:
-    """Until `work` is done on every rank that has some."""
+    """Return when `work` is done on every rank that has some."""
     began, busy = time.monotonic(), ["all ranks"]
 
     def others() -> str:
@@ -122,12 +137,12 @@ def _wait_for(work: Future[Any] | None, what: str) -> None:
             if not busy:
                 return
             if work is None or work.done():
-                going_on()  # a host that doesn't is ended by its own watch
+                going_on()  # a stalled host is ended by its own watch
             time.sleep(min(0.05 + (time.monotonic() - began) / 10, 1.0))
 
 
 def from_every_host(lines: list[str]) -> list[str]:
-    """The lines of each host's first rank, those of other hosts than rank 0's with its name."""
+    """Lines of the first rank of each host, with the host's name unless it is rank 0's."""
     found = everyone((socket.gethostname(), lines if local_rank() == 0 else []))
     here = found[0][0]
     return [line if host == here else f"host {host}: {line}" for host, said in found for line in said]
@@ -141,7 +156,7 @@ def everyone(value: Any) -> list[Any]:
 
 
 def check_equal(what: dict[str, Any]) -> None:
-    """Raise `SharedFault` naming the first entry in which a rank differs from rank 0, and the rank's host."""
+    """Raise `SharedFault` for the first entry in which a rank differs from rank 0, with both values and hosts."""
     found = everyone((what, socket.gethostname()))
     for rank, (theirs, host) in enumerate(found):
         for name, value in found[0][0].items():
@@ -153,7 +168,7 @@ def check_equal(what: dict[str, Any]) -> None:
 
 
 def check_shared_folder(folder: Path, argument: str) -> None:
-    """Raise `SharedFault` unless every rank sees in `folder` what rank 0 just wrote there."""
+    """Raise `SharedFault` unless every rank sees the file that rank 0 writes into `folder`."""
     name = everyone(f".shared-{uuid.uuid4().hex}")[0]
 
     def write() -> None:

@@ -1,8 +1,8 @@
-"""A rank that ends by itself tells the others, on all hosts, over the store at which the ranks met.
+"""A rank that fails notifies all other ranks, on all hosts, over the store through which the ranks met.
 
-Guarantees: within seconds of `sound` on one rank every other one prints which rank failed and ends with code 1, also
-where it hangs in a collective call, since a thread of its own listens; so it does when the store is gone, which ends
-with rank 0 (under torchrun with its first host's agent). `close` it before ranks end in good order.
+Guarantees: within seconds of `sound` on one rank, every other rank prints which one failed and ends with code 1. A
+separate thread listens, so this works during a hanging collective call. The same happens if the store is gone, which
+ends with rank 0 (under torchrun with the first host's agent). `close` it before ranks end normally.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ from bagel_ds.train.ranks.hosts import Hosts
 
 _KEY = "failed"
 _POLL_SECONDS = 1.0
-_SOUND_SECONDS = 5.0  # more than a store that lives needs
-_HEARD_SECONDS = 1.5  # in which all ranks have looked
-# The launcher ends all ranks once it sees that one has ended, and returns the code of the first that it sees: that of
-# the rank that failed, whose message is out by then.
+_SOUND_SECONDS = 5.0  # more than a live store needs
+_HEARD_SECONDS = 1.5  # in which all ranks have polled
+# The launcher ends all ranks once it sees that one has ended, and returns that rank's code. Waiting lets it be the code
+# of the rank that failed, after its message is out.
 GRACE_SECONDS = 3.0
-_GONE_SECONDS = 10.0  # in which a rank that ends in good order, as rank 0 has done, closes its alarm
+_GONE_SECONDS = 10.0  # for a rank that ends normally, as rank 0 has done, to close its alarm
 
 _current: _Alarm | None = None
 
 
 def listen(store: dist.Store, hosts: Hosts) -> None:
-    """Begin; `store` is used by nothing else from now on."""
+    """Start listening; nothing else may use `store` from now on."""
     global _current
     if len(hosts.ranks) > 1:
         _current = _Alarm(store, hosts)
 
 
 def sound(why: str) -> None:
-    """Tell the other ranks that this one ends; returns in a few seconds, whatever state they are in."""
+    """Notify the other ranks that this one ends; returns within seconds, whatever their state."""
     if _current is not None:
         _current.sound(why)
 
 
 def is_listening() -> bool:
-    """Whether there are other ranks, which this one must not leave waiting."""
+    """Whether there are other ranks that wait if this one ends."""
     return _current is not None and not _current.closed.is_set()
 
 
@@ -53,7 +53,7 @@ def own_rank() -> int:
 
 
 def heard() -> str | None:
-    """Which rank has failed before this one, and why."""
+    """Which rank failed before this one, and why; None if none did."""
     return None if _current is None else _current.heard()
 
 
@@ -72,7 +72,7 @@ class _Alarm:
 
     def sound(self, why: str) -> None:
         own = json.dumps([self.rank, self._hosts.ranks[self.rank].host, why])
-        # Only the first failure counts: the others follow from it.
+        # Only the first failure counts; the others follow from it.
         teller = threading.Thread(target=self._try, args=(lambda: self._store.compare_set(_KEY, "", own),), daemon=True)
         teller.start()
         teller.join(_SOUND_SECONDS)
@@ -95,7 +95,7 @@ class _Alarm:
     def _try(self, call: Callable[[], object]) -> None:
         try:
             call()
-        except RuntimeError:  # the store is gone: its end says enough
+        except RuntimeError:  # the store is gone, which the other ranks notice
             pass
 
     def _run(self) -> None:
@@ -103,13 +103,13 @@ class _Alarm:
             try:
                 self._look()
             except RuntimeError:
-                self._end("the process that the ranks met at has ended (rank 0's, or torchrun's)", _GONE_SECONDS)
+                self._end("the process that connected the ranks has ended (rank 0's, or torchrun's)", _GONE_SECONDS)
             if self._failed is not None:
                 self._end(self._failed, GRACE_SECONDS)
 
     def _end(self, why: str, grace: float) -> None:
         if self.closed.wait(grace):
             return
-        print(f"[rank {self.rank}] {why}; so does this rank", file=sys.stderr, flush=True)
+        print(f"[rank {self.rank}] {why}; ending this rank, too", file=sys.stderr, flush=True)
         time.sleep(0.1)  # for the launcher's pipe
         end_at_once(1)

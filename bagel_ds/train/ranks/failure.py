@@ -1,8 +1,8 @@
-"""A rank that fails while others go on ends its process at once.
+"""A rank that fails while others go on exits immediately.
 
-Guarantees: its message or traceback is out first, the other ranks hear of it and end within seconds; nothing is closed
-on the way, since much of that waits for ranks that are in another call (under NCCL even the end of the process group).
-A `SharedFault` and a rank that has no others unwind as usual.
+Guarantees: its message or traceback is printed first, and the other ranks are notified and end within seconds. Nothing
+is closed, because closing waits for ranks that are in another call (under NCCL even the end of the process group does).
+A `SharedFault`, and any failure of a single-rank run, unwinds as usual.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _SHOWN = 160  # characters of a failure, on other ranks
 
 @contextmanager
 def ending_alone(explain: Callable[[BaseException], UserError | None]) -> Iterator[None]:
-    """A failure of this rank in the block ends the process before anything outside of the block sees it.
+    """A failure of this rank in the block ends the process before anything outside the block sees it.
 
-    `explain` makes a message of errors that are a user's to mend, such as too little memory.
+    `explain` turns errors that a user can fix, such as too little memory, into a message.
     """
     try:
         yield
@@ -43,11 +43,11 @@ def ending_alone(explain: Callable[[BaseException], UserError | None]) -> Iterat
 
 def _end(error: BaseException, fault: UserError | None) -> None:
     first = alarm.heard() if fault is None else None
-    if first is not None:  # what this rank has met follows from that: a connection that is closed, say
-        for number in STOP_SIGNALS:  # of the launcher, which has seen the other rank end
+    if first is not None:  # this rank's failure follows from that, e.g. a closed connection
+        for number in STOP_SIGNALS:  # from the launcher, which has seen the other rank end
             signal.signal(number, signal.SIG_IGN)
         alarm.close()  # it would say the same
-        print(f"[rank {alarm.own_rank()}] {first}; so does this rank", file=sys.stderr, flush=True)
+        print(f"[rank {alarm.own_rank()}] {first}; ending this rank, too", file=sys.stderr, flush=True)
         time.sleep(alarm.GRACE_SECONDS)
         end_at_once(1)
     if fault is not None:

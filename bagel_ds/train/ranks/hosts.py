@@ -1,8 +1,7 @@
-"""Which ranks run on which hosts, as the ranks themselves find it, and what of a host each of them may use.
+"""Which ranks run on which hosts, as the ranks themselves find out, and each rank's share of its host.
 
-Guarantees: ranks count as neighbours where they see one another's processes, whatever their launcher says; every rank
-knows the same of all; no two of them get the same GPU, also where each sees only its own; threads are shared out, and
-the log says how.
+Guarantees: ranks are neighbors if they see each other's processes, whatever their launcher says. All ranks have the
+same picture. No two ranks get the same GPU, also if each sees only its own. CPU threads are divided, as the log says.
 """
 
 from __future__ import annotations
@@ -22,33 +21,33 @@ from bagel_ds.errors import UserError
 from bagel_ds.train.ranks.launcher import Launch
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # drawn by each kernel at its start
-_PROCESSES = Path("/proc/self/ns/pid")  # containers on one machine may share its name, but not their processes
+_PROCESSES = Path("/proc/self/ns/pid")  # containers on one machine may share its host name, but not their processes
 # As cgroups write it: version 2 "quota period" or "max period", version 1 only the quota, or -1.
 _QUOTAS = (Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"))
 _NAMED_HOSTS = 8  # in the log
 
 
 class RankInfo(NamedTuple):
-    """What a rank tells the others before anything else."""
+    """What each rank sends to the others first."""
 
     host: str
-    kernel: str  # "" where it does not tell
+    kernel: str  # "" if unknown
     processes: str
     pid: int
     local_rank: int | None  # as its launcher says
     local_size: int | None
-    address: str  # of its host, from where it reaches rank 0's; "" where that can't be found out
+    address: str  # of its host on the route to rank 0; "" if unknown
     gpus: tuple[str, ...]  # that it sees
     cores: tuple[int, ...]  # that it may run on
 
     @property
     def place(self) -> tuple[str, str, str]:
-        """The same for ranks that see one another's processes."""
+        """Equal for ranks that see each other's processes."""
         return self.host, self.kernel, self.processes
 
 
 def rank_info(launch: Launch, gpus: tuple[str, ...]) -> RankInfo:
-    """Of this process."""
+    """The `RankInfo` of this process."""
     try:
         processes = os.readlink(_PROCESSES)
     except OSError:
@@ -68,28 +67,28 @@ def rank_info(launch: Launch, gpus: tuple[str, ...]) -> RankInfo:
 
 @dataclass(frozen=True)
 class Hosts:
-    """All ranks, by rank, as rank `rank` sees them."""
+    """All ranks, in order, from the point of view of `rank`."""
 
     rank: int
     ranks: tuple[RankInfo, ...]
 
     @property
     def here(self) -> list[int]:
-        """The ranks of this host, this one among them."""
+        """The ranks of this host, including this one."""
         return [rank for rank, info in enumerate(self.ranks) if info.place == self.ranks[self.rank].place]
 
     @property
     def local_rank(self) -> int:
-        """This rank's place among those of its host."""
+        """This rank's index among the ranks of its host."""
         return self.here.index(self.rank)
 
     @property
     def local_size(self) -> int:
-        """Ranks on this host. Containers of one machine see none of one another's, so its launcher may know of more."""
+        """Ranks on this host. Containers don't see each other's processes, so the launcher may know of more."""
         return max(len(self.here), self.ranks[self.rank].local_size or 1)
 
     @property
-    def neighbours(self) -> dict[int, int]:
+    def neighbors(self) -> dict[int, int]:
         """Process ids of the other ranks of this host."""
         return {rank: self.ranks[rank].pid for rank in self.here if rank != self.rank}
 
@@ -100,14 +99,13 @@ class Hosts:
 
     @property
     def group(self) -> int:
-        """The largest number of ranks in which all of them, in their order, can be grouped without a group on two
-        hosts."""
+        """The largest group size that divides the ranks, in order, into groups that each lie on one host."""
         runs = [len(list(run)) for _, run in groupby(info.place for info in self.ranks)]
         return reduce(gcd, runs)
 
     @property
     def on_one_machine(self) -> bool:
-        """Whether all ranks run under one kernel, and so see one another's writes at once; no if in doubt."""
+        """Whether all ranks run under one kernel, so that they see each other's writes at once; False if in doubt."""
         kernels = {info.kernel for info in self.ranks}
         return len(self.ranks) == 1 or (len(kernels) == 1 and "" not in kernels)
 
@@ -124,8 +122,8 @@ class Hosts:
 def gpu_of(hosts: Hosts) -> int:
     """The number of this rank's GPU among those it sees. Raises the same `UserError` on every rank.
 
-    It is the launcher's local rank, except where that GPU is an earlier rank's: where each rank sees one GPU of its
-    own, that one has the number 0 on every rank.
+    It is the launcher's local rank, unless an earlier rank has that GPU. If each rank sees one GPU of its own, the
+    number is 0 on every rank.
     """
     taken: dict[tuple[tuple[str, str, str], str], int] = {}
     chosen = 0
@@ -148,7 +146,7 @@ def gpu_of(hosts: Hosts) -> int:
 
 # ----------------------------------------------------------------------------------------------------------- threads
 class Threads(NamedTuple):
-    """For the CPU's share of the work: Adam and the average where they are offloaded."""
+    """Threads per rank for work on the CPU: Adam and the average if they are offloaded."""
 
     number: int
     reason: str
@@ -159,10 +157,10 @@ class Threads(NamedTuple):
 
 
 def threads_of(hosts: Hosts, environ: Mapping[str, str], launcher: Mapping[str, str] | None) -> Threads:
-    """What OMP_NUM_THREADS says, unless torchrun has set it, or this rank's share of the cores that it may run on.
+    """OMP_NUM_THREADS, unless torchrun has set it; else this rank's share of the cores that it may run on.
 
-    `launcher` is the environment that the launcher was started in: torchrun sets OMP_NUM_THREADS to 1 where it finds
-    none.
+    `launcher` is the environment in which the launcher was started: torchrun sets OMP_NUM_THREADS to 1 if it is not
+    set there.
     """
     given = environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     by_torchrun = given == "1" and "TORCHELASTIC_RUN_ID" in environ
@@ -180,7 +178,7 @@ def threads_of(hosts: Hosts, environ: Mapping[str, str], launcher: Mapping[str, 
 
 
 def core_limit() -> int:
-    """Cores that a container may keep busy, rounded up; more than any machine has where it may use all."""
+    """A container's CPU limit in cores, rounded up; a number above any machine's if there is no limit."""
     for path in _QUOTAS:
         quota, _, period = _content(path).replace("\n", " ").partition(" ")
         period = period or _content(path.with_name("cpu.cfs_period_us"))
@@ -195,7 +193,7 @@ def _is_open(launcher: Mapping[str, str]) -> bool:
 
 # ---------------------------------------------------------------------------------------------------------- networks
 def own_address(towards: str, port: int) -> str:
-    """The address of this host from which `towards` is reached; "" where it can't be found out."""
+    """The address from which this host reaches `towards`; "" if unknown."""
     try:
         family, kind, protocol, _, target = socket.getaddrinfo(towards, port, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -206,12 +204,12 @@ def own_address(towards: str, port: int) -> str:
 
 
 def network_interface(hosts: Hosts) -> str | None:
-    """The name of the interface by which this host reaches the others; None where it can't be found out.
+    """The name of the interface by which this host reaches the others; None if unknown.
 
-    gloo would take the one that the host's own name stands for, which on many systems is the loopback interface.
+    gloo would take the interface of the host's own name, which on many systems is the loopback interface.
     """
     own = hosts.ranks[hosts.rank].address
-    if _is_loopback(own):  # of rank 0's host, which reaches itself so
+    if _is_loopback(own):  # rank 0's host reaches itself this way
         others = [info.address for rank, info in enumerate(hosts.ranks) if rank not in hosts.here]
         own = next((own_address(other, 9) for other in others if not _is_loopback(other)), "")
     if _is_loopback(own):

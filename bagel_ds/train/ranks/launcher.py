@@ -1,8 +1,8 @@
-"""What the launcher says to this process: its rank, how many there are, where they meet.
+"""This process's rank, world size and meeting point, as its launcher sets them.
 
-Guarantees: every launcher's variables are read here and nowhere else; `deepspeed`, torchrun, plain RANK and WORLD_SIZE
-(a PyTorchJob pod), OpenMPI, MPICH, Intel MPI, MVAPICH and srun all work, and what one of them leaves out and nothing
-else tells is named in one message. `launcher_process` finds what the user's shell had set and the launcher changed.
+Guarantees: only this file reads launchers' variables. `deepspeed`, torchrun, plain RANK and WORLD_SIZE (a PyTorchJob
+pod), OpenMPI, MPICH, Intel MPI, MVAPICH and srun all work; one message names what is missing. `launcher_process` finds
+the environment that the user's shell had set before the launcher changed it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ANCESTORS = 16  # to look at for a launcher
 
 
 class _Variables(NamedTuple):
-    """The names under which one launcher tells a process its place; of alternatives the first one found counts."""
+    """The variables of one launcher; of several names the first that is set counts."""
 
     launcher: str
     rank: tuple[str, ...]
@@ -72,7 +72,7 @@ _LAUNCHERS = (
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place as its launcher says it; None is what it leaves out."""
+    """This process's place according to its launcher; None for what the launcher leaves out."""
 
     rank: int
     world_size: int
@@ -87,14 +87,14 @@ class Launch:
         return self.launcher not in (_PLAIN.launcher, _SLURM.launcher, "torchrun", "deepspeed")
 
     def environment(self) -> dict[str, str]:
-        """The variables by which torch and DeepSpeed find the other ranks."""
+        """The variables through which torch and DeepSpeed find the other ranks."""
         assert self.address is not None
         names = {"RANK": self.rank, "WORLD_SIZE": self.world_size, "MASTER_ADDR": self.address}
         return {name: str(value) for name, value in {**names, "MASTER_PORT": self.port}.items()}
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch:
-    """Raises `UserError` where no launcher has started this process, or one has left out what is needed."""
+    """Raises `UserError` if no launcher has started this process, or one has left out what is needed."""
     if "RANK" in environ and "WORLD_SIZE" not in environ:
         raise UserError("RANK is set and WORLD_SIZE is not: set WORLD_SIZE to the number of ranks, the same on each")
     found = [_read(names, environ) for names in _LAUNCHERS]
@@ -102,7 +102,7 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
     if not said:
         raise UserError(_no_launch(environ))
     first = said[0]
-    # What the first one leaves out, another that has this process at the same place may tell.
+    # Another launcher that gives this process the same place may set what the first leaves out.
     agreeing = [place for place in said if (place.rank, place.world_size) == (first.rank, first.world_size)]
     local_rank = next((place.local_rank for place in agreeing if place.local_rank is not None), None)
     local_size = next((place.local_size for place in agreeing if place.local_size is not None), None)
@@ -117,7 +117,7 @@ def read_launch(environ: Mapping[str, str]) -> Launch:
 
 
 def check_address(launch: Launch) -> None:
-    """Raise `UserError` where nothing says where the ranks meet and MPI can't be asked for it."""
+    """Raise `UserError` if nothing says where the ranks meet and mpi4py can't find out."""
     if launch.address is None and importlib.util.find_spec("mpi4py") is None:
         mpi = " Or install mpi4py." if launch.by_mpi else ""
         raise UserError(
@@ -128,7 +128,7 @@ def check_address(launch: Launch) -> None:
 
 
 def _read(names: _Variables, environ: Mapping[str, str]) -> Launch | None:
-    """What one launcher's variables say; None where they don't give a rank and a number of ranks."""
+    """The place that one launcher's variables give; None without a rank and a world size."""
     rank, world_size, local_rank, local_size = (_first(each, environ) for each in names[1:])
     if rank is None or world_size is None:
         return None
@@ -159,11 +159,11 @@ def _no_launch(environ: Mapping[str, str]) -> str:
     for names in _LAUNCHERS:
         if _first(names.rank, environ) is not None:
             return (
-                f"{names.launcher} tells this process its rank ({names.rank[0]}) but not how many there are: set RANK, "
+                f"{names.launcher} sets this process's rank ({names.rank[0]}) but not the number of ranks: set RANK, "
                 "WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, or start it with `deepspeed` or torchrun"
             )
     return (
-        "this process is no rank of a launch: start it with the launcher, also on one GPU, as in "
+        "no launcher has started this process: use one also for one GPU, as in "
         "`deepspeed --num_gpus 1 launch/train.py --ds_config zero3.json ...`"
     )
 
@@ -183,7 +183,7 @@ def _given_port(named: str) -> int:
 
 
 def _port(slurm: Mapping[str, str]) -> int:
-    """The same on all ranks; jobs that share a node must not meet."""
+    """The same on all ranks of a job, and different for jobs that share a node."""
     job = slurm.get("SLURM_JOB_ID", "")
     return 20000 + int(job) % 10000 if job.isdecimal() else _PORT
 
@@ -195,7 +195,7 @@ def first_slurm_host(hosts: str) -> str:
 
 
 def _slurm_tasks_here(environ: Mapping[str, str]) -> int | None:
-    """From `2(x3),1`, the tasks of each node in order, or what was asked for per node."""
+    """From `2(x3),1`, the tasks of each node in order, or from the number requested per node."""
     tasks = environ.get("SLURM_STEP_TASKS_PER_NODE") or environ.get("SLURM_TASKS_PER_NODE")
     if tasks and environ.get("SLURM_NODEID", "").isdecimal():
         nodes: list[int] = []
@@ -209,22 +209,22 @@ def _slurm_tasks_here(environ: Mapping[str, str]) -> int | None:
 
 # ------------------------------------------------------------------------------------------- the launcher's process
 class LauncherProcess(NamedTuple):
-    """The command that the user started, with the environment it was started in."""
+    """The launcher command that the user started, with its environment."""
 
     environment: dict[str, str]
     words: list[str]
 
     @property
     def names_gpus(self) -> bool:
-        """Whether the `deepspeed` command says which GPUs to take."""
+        """Whether the `deepspeed` command says which GPUs to use."""
         options = tuple(word.split("=")[0] for word in self.words)
         return any(name in options for name in ("-i", "--include", "-e", "--exclude"))
 
 
 def launcher_process(environ: Mapping[str, str]) -> LauncherProcess | None:
-    """The launcher of this process; None where it is another one than `deepspeed` and torchrun, or can't be looked at.
+    """The launcher of this process; None if it is neither `deepspeed` nor torchrun, or can't be read.
 
-    Call it in the process that the launcher started. `deepspeed` is two processes on the host where it was started.
+    Call it in the process that the launcher started. On the host of the command, `deepspeed` is two processes.
     """
     found, pid, by_torchrun = None, parent_of("self"), "TORCHELASTIC_RUN_ID" in environ
     for _ in range(_ANCESTORS):
@@ -243,7 +243,7 @@ def launcher_process(environ: Mapping[str, str]) -> LauncherProcess | None:
 
 
 def _look_at(pid: int) -> LauncherProcess | None:
-    """A process as it was when it began."""
+    """A process with the environment it was started in."""
     try:
         entries, words = (
             Path(f"/proc/{pid}/{name}").read_bytes().decode(errors="replace").split("\0")
@@ -255,15 +255,15 @@ def _look_at(pid: int) -> LauncherProcess | None:
 
 
 class Started(NamedTuple):
-    """How this process came to be; `launch` or `fault` is None."""
+    """How this process was started; either `launch` or `fault` is None."""
 
     launch: Launch | None
     fault: UserError | None
     launcher: LauncherProcess | None
 
     @property
-    def speaks(self) -> bool:
-        """Whether this rank reports what all of them know."""
+    def reports(self) -> bool:
+        """Whether this rank reports faults common to all ranks."""
         return self.launch is None or self.launch.rank == 0
 
 

@@ -1,7 +1,7 @@
-"""Where ranks meet: MASTER_ADDR and MASTER_PORT, which the launcher sets.
+"""How ranks meet: at MASTER_ADDR and MASTER_PORT, which the launcher sets.
 
-Guarantees: a port that can't be listened on, an address that can't be reached, a port that is none and ranks that don't
-come in ten minutes are one `UserError` each; who waits for ranks that have not come yet says so.
+Guarantees: a port that is taken, an address that can't be reached and ranks that don't come within ten minutes are one
+`UserError` each. A rank that waits for others logs it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.train.ranks.launcher import Launch
 
 _MEET_SECONDS = 600.0  # for all ranks to be started
-_GRACE_SECONDS = 5.0  # in which a first rank has spoken and the launcher has ended the others
+_GRACE_SECONDS = 5.0  # for a first rank to report and the launcher to end the others
 
 
 def check_meeting_point(launch: Launch) -> None:
-    """Raise `UserError` where rank 0 can't listen. Call before ranks meet."""
+    """Raise `UserError` if rank 0 can't listen. Call it before ranks meet."""
     if launch.rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens itself
         return
     error = _listen_error(launch.port)
@@ -32,13 +32,13 @@ def check_meeting_point(launch: Launch) -> None:
 
 
 def meet(launch: Launch, own: str) -> tuple[dist.Store, list[bytes]]:
-    """Where all ranks have come to, and what each says of itself, which for this one is `own`.
+    """Wait for all ranks; the store through which they met, and each rank's message, of which this rank's is `own`.
 
-    On rank 0 the store lives in this process and goes on to serve torch. What the network refuses is a `UserError`.
+    On rank 0 the store lives in this process, and torch goes on using it. Raises `UserError` if the network fails.
     """
     place = f"{launch.address}:{launch.port}"
-    patience = timedelta(seconds=_MEET_SECONDS / (1 if launch.rank == 0 else 2))  # who finds no one tries twice
-    # torchrun's own store may outlive its ranks, which it starts again with --max_restarts.
+    patience = timedelta(seconds=_MEET_SECONDS / (1 if launch.rank == 0 else 2))  # torch tries twice to connect
+    # torchrun's store may outlive its ranks, which it restarts with --max_restarts.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
     try:
         with waiting_for(f"all {launch.world_size} ranks to join at {place}", "every host must have been started"):
@@ -46,23 +46,23 @@ def meet(launch: Launch, own: str) -> tuple[dist.Store, list[bytes]]:
             store.set(f"rank/{launch.rank}", own)
             return store, store.multi_get([f"rank/{rank}" for rank in range(launch.world_size)])
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        let_first_rank_speak(not launch.local_rank)
+        let_first_rank_report(not launch.local_rank)
         host = socket.gethostname()
         raise UserError(
             f"rank {launch.rank} on {host} can't meet the others at {place} (--master_addr, --master_port): "
-            f"{str(error).splitlines()[0]} See that all {launch.world_size} ranks ({launch.launcher}) are started, "
+            f"{str(error).splitlines()[0]} Check that all {launch.world_size} ranks ({launch.launcher}) are started, "
             "that rank 0 runs on that host, that no firewall is in between and that the port is free"
         ) from None
 
 
-def let_first_rank_speak(is_first: bool) -> None:
-    """Before a rank raises what the first rank of its host most likely meets, too: one message is enough."""
+def let_first_rank_report(is_first: bool) -> None:
+    """Call before raising what the first rank of the host most likely also raises: one message is enough."""
     if not is_first:
         time.sleep(_GRACE_SECONDS)
 
 
 def _listen_error(port: int) -> OSError | None:
-    """Why nothing can listen on a port of this host, tried as torch does; None where it can."""
+    """Why no process can listen on a port of this host, tried as torch does; None if one can."""
     found = None
     for family, every_address in ((socket.AF_INET6, "::"), (socket.AF_INET, "")):
         try:

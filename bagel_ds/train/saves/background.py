@@ -1,7 +1,7 @@
-"""One thread beside training.
+"""One thread that works while training goes on.
 
-Guarantees: jobs run in the order they were added, one at a time; what one raises is raised again by `wait`, once all
-have ended; tensors on a GPU are read as they were when the thread was made, beside what the GPU goes on to compute.
+Guarantees: jobs run one at a time, in the order they were added. `wait` returns once all have ended and raises what the
+first failed job raised. Jobs read tensors on a GPU as they were when the thread was made, while the GPU computes on.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ Item = TypeVar("Item")
 
 
 class GivenUp(Exception):
-    """The job was told to end early."""
+    """`Background.give_up` ended the job early."""
 
 
 class Background:
-    """`device` is where the tensors lie that jobs read. End it by `wait` or `give_up`."""
+    """`device` holds the tensors that jobs read. End it with `wait` or `give_up`."""
 
     def __init__(self, device: torch.device):
-        self.ended = time.monotonic()  # when the last job did
+        self.ended = time.monotonic()  # of the last job
         self._device = device
         self._computed = _event_now(device)
         self._given_up = threading.Event()
@@ -37,19 +37,19 @@ class Background:
         self._jobs.append(self._pool.submit(self._run, job))
 
     def wait(self) -> None:
-        """Until all jobs have ended; raises what the first of those that failed raised."""
+        """Return once all jobs have ended; raises what the first failed one raised."""
         futures.wait(self._jobs)
         self._pool.shutdown()
         for job in self._jobs:
             job.result()
 
     def give_up(self) -> None:
-        """End as soon as `until_given_up` sees it, without the jobs that have not begun; what fails is not told."""
+        """End as soon as the running job reaches `until_given_up`; start no further job and drop all failures."""
         self._given_up.set()
         self._pool.shutdown(cancel_futures=True)
 
     def until_given_up(self, items: Iterable[Item]) -> Iterator[Item]:
-        """For jobs that take long: `items`, but no more of them after `give_up`."""
+        """For long jobs: yield `items`, but none after `give_up`."""
         for item in items:
             if self._given_up.is_set():
                 raise GivenUp
@@ -59,7 +59,7 @@ class Background:
         try:
             with ExitStack() as stack:
                 if self._computed is not None:
-                    # Both are a thread's own. On the stream of training a copy would wait for the step under way.
+                    # Both are per thread. On the stream of training a copy would wait for the running step.
                     stack.enter_context(torch.cuda.device(self._device))
                     stream = torch.cuda.Stream(self._device)
                     stream.wait_event(self._computed)
@@ -70,7 +70,7 @@ class Background:
 
 
 def _event_now(device: torch.device) -> torch.cuda.Event | None:
-    """What the GPU has reached when all is computed that was asked for until now; None without a GPU."""
+    """Marks the work queued on the GPU so far; None without a GPU."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()

@@ -1,7 +1,7 @@
-"""What is different in a run that goes on from a training state: arguments, versions, data.
+"""Differences between a resumed run and the run that saved its training state: arguments, versions, data.
 
-Guarantees: every difference is named with its old and its new value, and nothing else is. trainer.json of a checkpoint
-holds what is compared; what an older version didn't save is left out. Data are known by content, not by path.
+Guarantees: every difference is listed with its old and new value. The old values are in the checkpoint's trainer.json;
+what an older version didn't save is left out. Data are compared by content, not by path.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from bagel_ds.arguments.options import all_options
 from bagel_ds.data.batches.loader import PlannedData
 from bagel_ds.data.samples.images import ImageTransform
 
-# They say where a run starts, and no more once it goes on.
+# They only say where a run starts.
 _ABOUT_THE_START = {"auto_resume", "start_anew", "resume_from", "resume_model_only", "finetune_from_hf"}
 _MISSING = "(none)"
 _TOKENIZER = "tokenizer files"  # "tokenizer", in older trainer.json files, depended on the version of a library
 
 
 def versions() -> dict[str, str]:
-    """Of the code that computes."""
+    """Versions of the packages that compute."""
     return {"bagel_ds": bagel_ds.__version__, **{name: version(name) for name in ("torch", "deepspeed")}}
 
 
 def describe_data(data: PlannedData) -> dict[str, str]:
-    """What decides which samples a run sees, by name: equal where equal data are read under equal settings."""
+    """What determines the samples of a run, by name; equal for equal data and settings."""
     found = {_TOKENIZER: data.tokenizer.fingerprint}
     for stream in data.streams:
         group = f"data group {stream.name}"
@@ -51,7 +51,7 @@ def _words(transform: ImageTransform | None) -> str:
 
 
 def changes(saved: Mapping[str, Any], arguments: Mapping[str, Any], data: Mapping[str, str]) -> list[str]:
-    """`name: old -> new` of everything that differs between a trainer.json and this run."""
+    """`name: old -> new` for every difference between a trainer.json and this run."""
     defaults = {name: field.default for name, field in all_options().items()}
     before = {**defaults, **saved.get("arguments", {})}
     lines = [
@@ -84,7 +84,7 @@ def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]
 
 
 def keep_config(results_dir: Path, text: str) -> None:
-    """Write config.yaml; one that differs, of an earlier start, stays as config_1.yaml, config_2.yaml, ..."""
+    """Write config.yaml. A different one of an earlier start is renamed to config_1.yaml, config_2.yaml, ..."""
     path = results_dir / "config.yaml"
     if path.exists() and path.read_text() != text:
         number = 1

@@ -1,8 +1,8 @@
-"""An earlier run in this run's folders: it goes on, or is moved aside, or this run is refused.
+"""An earlier run in this run's folders: it is resumed or moved aside, or this run is refused.
 
-Guarantees: a run saves into a checkpoint_dir that holds steps only where it goes on from the newest of them, so none
-is replaced, thinned out or mixed with another run's. `--start_anew True` moves an earlier run into folders earlier_N in
-the same places; nothing is deleted. Metrics of a run that starts at step 0 never join another's: those move, too.
+Guarantees: a run saves into a checkpoint_dir that already holds steps only if it resumes from the newest, so no step is
+replaced, removed or mixed with another run's. `--start_anew True` moves an earlier run into folders earlier_N in the
+same places and deletes nothing. A run that starts at step 0 also moves earlier metrics aside.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CONFIG = re.compile(r"config(_\d+)?\.yaml")
 
 
 def check_unoccupied(training: TrainingArguments, inputs: Iterable[Path]) -> None:
-    """Raise `UserError` where this run would replace an earlier one's checkpoints, or move aside what it reads.
+    """Raise `UserError` if this run would replace an earlier run's checkpoints, or move its own inputs aside.
 
     `inputs` are the files and folders that it starts from. Changes nothing.
     """
@@ -38,7 +38,7 @@ def check_unoccupied(training: TrainingArguments, inputs: Iterable[Path]) -> Non
 
 
 def _goes_on(training: TrainingArguments, folder: Path, newest: int) -> bool:
-    """Whether the run continues the steps in `folder`, or `find_start` says why it can't."""
+    """Whether the run resumes from the newest step in `folder`, or `find_start` reports why it can't."""
     if training.auto_resume:
         to_restore = [path for path in run_entries(folder) if path.name.startswith(REPLACED)]
         return bool(states(folder)) or any(map(holds_state, to_restore))
@@ -52,12 +52,12 @@ def _refusal(training: TrainingArguments, folder: Path, taken: dict[int, str]) -
     names = list(taken.values())
     listed = ", ".join(names if len(names) <= 6 else [*names[:3], "...", *names[-2:]])
     if training.auto_resume:
-        why = "none of them holds a training state to go on from, and a run from step 0 would replace them"
+        why = "none of them holds a training state to resume from, and a run from step 0 would replace them"
         go_on = f"--resume_from {folder / names[-1]} with another --checkpoint_dir to start from its weights"
     else:
         before = "step 0" if training.resume_from is None else f"--resume_from {training.resume_from}"
         why = f"this run starts from {before} and would replace them"
-        go_on = "--auto_resume True to go on from the newest"
+        go_on = "--auto_resume True to resume from the newest"
     return (
         f"--checkpoint_dir {folder} holds checkpoints of an earlier run ({listed}); {why}. Pass {go_on}; or another "
         f"--checkpoint_dir (and --results_dir); or {'--auto_resume False ' if training.auto_resume else ''}"
@@ -70,16 +70,16 @@ def _check_not_inside(inputs: Iterable[Path], folder: Path) -> None:
     for path in inputs:
         if moved & {path.resolve(), *path.resolve().parents}:
             raise UserError(
-                f"--start_anew True would move {path} aside, from which this run starts; pass another --checkpoint_dir "
+                f"--start_anew True would move {path}, from which this run starts; pass another --checkpoint_dir "
                 "instead, or move that checkpoint elsewhere first"
             )
 
 
 def set_aside(training: TrainingArguments, saved: dict[str, Any] | None, started_in: Path) -> list[Path]:
-    """Move an earlier run's files aside where this run doesn't go on with them; the folders that took them.
+    """Move an earlier run's files aside unless this run continues them; returns the folders they moved to.
 
-    `saved` is the trainer.json of the training state in `started_in` that this run goes on from, None where it starts
-    at step 0. Call where nothing can refuse the run any more. Raises `UserError`.
+    `saved` is the trainer.json of the training state in `started_in` from which this run resumes, or None if it starts
+    at step 0. Call it once nothing can refuse the run any more. Raises `UserError`.
     """
     checkpoints, results = Path(training.checkpoint_dir), Path(training.results_dir)
     moving = {results: _records(results)} if _has_metrics(results) and not _owns(training, saved, started_in) else {}
@@ -87,7 +87,7 @@ def set_aside(training: TrainingArguments, saved: dict[str, Any] | None, started
         moving = {results: _records(results)}
         moving[checkpoints] = [*moving.get(checkpoints, []), *run_entries(checkpoints)]
         if not (moving[checkpoints] or _has_metrics(results)):
-            return []  # only a log.txt, which is this run's
+            return []  # only this run's log.txt
     used = [_number(path) for folder in (checkpoints, results) for path in folder.glob(f"{_ASIDE}*")]
     number = 1 + max(used, default=0)
     made = []
@@ -99,7 +99,7 @@ def set_aside(training: TrainingArguments, saved: dict[str, Any] | None, started
 
 
 def _owns(training: TrainingArguments, saved: dict[str, Any] | None, started_in: Path) -> bool:
-    """Whether the metrics in results_dir are those of the training state that the run goes on from."""
+    """Whether the metrics in results_dir belong to the training state from which the run resumes."""
     if saved is None:
         return False
     in_place = started_in.resolve().parent == Path(training.checkpoint_dir).resolve()

@@ -1,8 +1,8 @@
-"""One run at a time writes to a checkpoint_dir.
+"""A lock, so that one run at a time writes to a checkpoint_dir.
 
-Guarantees: a run that finds another one still writing there (most often the one before it, which was told to stop and
-saves its last step) waits for its end, and takes it for a mistake after ten minutes. The claim ends with the process
-that holds it, however that ends. Where the file system has no locks there is no claim, and nothing is promised.
+Guarantees: a run that finds another one still writing there (usually the previous one, which is saving its last step)
+waits for it, for up to ten minutes. The lock ends with the process that holds it, however that ends. A file system
+without locks gets a log line and no protection.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ class Claim:
     descriptor: int
 
     def release(self) -> None:
-        with suppress(OSError):  # the lock is what counts, and the file of an ended run is taken over
+        with suppress(OSError):  # the lock counts; a later run takes the file over
             self.path.unlink(missing_ok=True)
         os.close(self.descriptor)
 
 
 def claim(folder: Path, patience: float = _PATIENCE_SECONDS) -> Claim | None:
-    """Wait for whoever writes to `folder`, then claim it; None where that can't be. Raises `UserError` in the end."""
+    """Wait for a run that uses `folder`, then claim it; None without locks. Raises `UserError` after `patience` s."""
     path = folder / FILE
     try:
         claimed = _try(path)
         if claimed is None:
             logger.warning("checkpoint_dir %s is in use (%s): waiting for that run to end", folder, _holder(path))
-            with waiting_for(lambda: f"the run that uses {folder} ({_holder(path)})", "it is given ten minutes"):
+            with waiting_for(lambda: f"the run that uses {folder} ({_holder(path)})", "for up to ten minutes"):
                 claimed = _wait_and_try(path, patience)
     except OSError as error:
-        logger.info("%s can't be locked (%s): see to it that one run at a time uses it", folder, error.strerror)
+        logger.info("%s can't be locked (%s): make sure that one run at a time uses it", folder, error.strerror)
         return None
     if claimed is None:
         raise UserError(
@@ -73,20 +73,20 @@ def _wait_and_try(path: Path, patience: float) -> Claim | None:
 
 
 class RunFound(NamedTuple):
-    """A run that uses a folder, as far as this host can tell; `sure` where it holds its lock."""
+    """A run that uses a folder, as far as this host can tell; `sure` if the lock is held."""
 
     sure: bool
     what: str
 
 
 def remember(results_dir: Path, checkpoint_dir: Path) -> None:
-    """Let `find_run` lead from a run's results_dir to the folder that it has claimed."""
+    """Let `find_run` find the run by its results_dir as well."""
     with suppress(OSError):  # only `bagel-ds stop` needs it, and takes the checkpoint_dir as well
         (results_dir / _POINTER).write_text(f"{checkpoint_dir.resolve()}\n")
 
 
 def find_run(folder: Path) -> RunFound | None:
-    """The run whose results_dir or checkpoint_dir `folder` is; None where there is none. Not in that run's process."""
+    """The run with this results_dir or checkpoint_dir, or None. Don't call it in that run's process."""
     found = _found(folder / FILE)
     try:
         claimed = Path((folder / _POINTER).read_text().strip())
@@ -121,10 +121,10 @@ def _found(path: Path) -> RunFound | None:
 
 
 def _try(path: Path) -> Claim | None:
-    """The claim, or None where another process has it."""
+    """The claim, or None if another process has it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        # Not flock: a forked process would hold it on after this one is killed.
+        # Not flock: a forked process would keep it after this one is killed.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         is_current = os.path.samestat(os.fstat(descriptor), os.stat(path))
     except (BlockingIOError, PermissionError, FileNotFoundError):

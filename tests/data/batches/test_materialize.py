@@ -9,17 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from small_data import (
-    VAE_ARGS,
-    byte_tokenizer,
-    conversation,
-    group,
-    mixed_groups,
-    picture,
-    streams_of,
-    write_conversations,
-    write_parquet,
-)
 from torch import Tensor
 
 from bagel_ds.data.batches.materialize import materialize
@@ -31,6 +20,17 @@ from bagel_ds.data.samples.sample import SamplePlan
 from bagel_ds.data.streams.stream import GroupStream
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model_folder.tokenizer import Tokenizer
+from tests.small_data import (
+    VAE_ARGS,
+    byte_tokenizer,
+    conversation,
+    group,
+    mixed_groups,
+    picture,
+    streams_of,
+    write_conversations,
+    write_parquet,
+)
 
 DROPOUT = dict.fromkeys(("text_cond_dropout_prob", "vit_cond_dropout_prob", "vae_cond_dropout_prob"), 0.3)
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_data import NO_DROPOUT, VIT_ARGS, byte_tokenizer, edit_rows, group, picture, streams_of, write_parquet
 
 from bagel_ds.data.batches.materialize import materialize
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.errors import UserError
+from tests.small_data import NO_DROPOUT, VIT_ARGS, byte_tokenizer, edit_rows, group, picture, streams_of, write_parquet
 
 
 def _rows(kind: str, sides: tuple[int, int]) -> list[dict[str, Any]]:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
-from small_data import t2i_rows, write_config, write_conversations, write_parquet
-from test_regular_files import make
 
 from bagel_ds.data.config.dataset_config import DatasetConfig, FrameSampler, load_dataset_config
 from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.errors import UserError
+from tests.small_data import t2i_rows, write_config, write_conversations, write_parquet
+from tests.test_regular_files import make
 
 EXAMPLE = """
 t2i_pretrain:

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import nonsense
 import pytest
 import yaml
-from small_data import t2i_rows, write_conversations, write_parquet
 
 from bagel_ds.data.config.dataset_config import load_dataset_config
 from bagel_ds.errors import UserError
+from tests import nonsense
+from tests.small_data import t2i_rows, write_conversations, write_parquet
 
 STEPS = [pytest.param(13, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
 IN_PYTHON = nonsense.IN_JSON | {

@@ -26,7 +26,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from small_data import byte_tokenizer, conversation, group, picture, streams_of, t2i_rows, write_conversations
 
 from bagel_ds.data.batches.loader import PackingOptions, PlannedData
 from bagel_ds.data.batches.materialize import materialize
@@ -34,6 +33,7 @@ from bagel_ds.data.files import rows as raw_rows
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import SamplePlan
 from bagel_ds.data.streams.stream import GroupStream
+from tests.small_data import byte_tokenizer, conversation, group, picture, streams_of, t2i_rows, write_conversations
 
 PICTURES, LINES, FILES = 500, 400, 120  # damaged pictures, lines and files: more than a thousand
 INTACT = 5  # every so many rows, one without damage

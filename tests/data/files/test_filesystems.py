@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_data import (
+
+from bagel_ds.data.batches.materialize import materialize
+from bagel_ds.data.files.filesystems import Unreadable, regular_status, shown
+from bagel_ds.data.formats import SOURCES
+from bagel_ds.data.index.index import DataFile, index_files
+from bagel_ds.data.samples.image_tokens import LayoutOptions
+from tests.small_data import (
     byte_tokenizer,
     conversation,
     group,
@@ -20,12 +26,6 @@ from small_data import (
     write_conversations,
     write_parquet,
 )
-
-from bagel_ds.data.batches.materialize import materialize
-from bagel_ds.data.files.filesystems import Unreadable, regular_status, shown
-from bagel_ds.data.formats import SOURCES
-from bagel_ds.data.index.index import DataFile, index_files
-from bagel_ds.data.samples.image_tokens import LayoutOptions
 
 
 def _make_socket(path: Path) -> None:

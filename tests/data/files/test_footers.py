@@ -9,11 +9,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_data import byte_tokenizer, group, picture, streams_of, t2i_rows, write_parquet
 
 from bagel_ds.data.files import footers
 from bagel_ds.data.files.filesystems import Unreadable
 from bagel_ds.data.files.footers import parquet_layout
+from tests.small_data import byte_tokenizer, group, picture, streams_of, t2i_rows, write_parquet
 
 ROWS = 12_345  # a number whose bytes occur in the footer only as this count
 FILE, FIRST_COLUMN, SECOND_COLUMN, GROUP = range(4)  # places of the count in the footer

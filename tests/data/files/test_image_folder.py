@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_data import picture
 
 from bagel_ds.data.config.dataset_config import load_dataset_config
 from bagel_ds.data.files.image_folder import ImageFolder, RefusedPath
 from bagel_ds.data.formats import SOURCES
 from bagel_ds.data.index.data_file import DataFile
 from bagel_ds.errors import UserError
+from tests.small_data import picture
 
 ROW = {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "It."}], "image": "0.png"}
 

@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 
 import pytest
-from small_data import byte_tokenizer, conversation, group, streams_of
 
 from bagel_ds.data.files import lines as lines_module
 from bagel_ds.data.files.filesystems import Unreadable
@@ -16,6 +15,7 @@ from bagel_ds.data.files.lines import jsonl_lines
 from bagel_ds.data.formats import SOURCES
 from bagel_ds.data.index.data_file import DataFile, layout_of
 from bagel_ds.errors import UserError
+from tests.small_data import byte_tokenizer, conversation, group, streams_of
 
 ROWS = [conversation(f"question {row}", "answer") for row in range(4)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)

@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import fs
-from small_data import byte_tokenizer, group, streams_of, t2i_rows, write_parquet
 
 from bagel_ds.data.batches.materialize import materialize
 from bagel_ds.data.files import filesystems
@@ -21,6 +20,7 @@ from bagel_ds.data.files import rows as raw_rows
 from bagel_ds.data.files.row_cache import GroupKey, Row, RowCache
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.errors import UserError
+from tests.small_data import byte_tokenizer, group, streams_of, t2i_rows, write_parquet
 
 VERSION = ("a", 0, 0)
 ROW_BYTES = 1200  # of a row of `_Reader`, as the cache counts it

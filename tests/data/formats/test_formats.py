@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_data import (
+
+from bagel_ds.data.formats import KINDS
+from bagel_ds.data.formats.record import ParsedRow
+from bagel_ds.data.samples.image_tokens import LayoutOptions
+from bagel_ds.data.samples.sample import TEXT, VAE, VIT, SamplePlan
+from bagel_ds.data.streams.stream import GroupStream
+from bagel_ds.errors import UserError
+from bagel_ds.model_folder.tokenizer import Tokenizer
+from tests.small_data import (
     INTERLEAVE_SCHEMA,
     VIT_ARGS,
     byte_tokenizer,
@@ -26,14 +34,6 @@ from small_data import (
     write_conversations,
     write_parquet,
 )
-
-from bagel_ds.data.formats import KINDS
-from bagel_ds.data.formats.record import ParsedRow
-from bagel_ds.data.samples.image_tokens import LayoutOptions
-from bagel_ds.data.samples.sample import TEXT, VAE, VIT, SamplePlan
-from bagel_ds.data.streams.stream import GroupStream
-from bagel_ds.errors import UserError
-from bagel_ds.model_folder.tokenizer import Tokenizer
 
 
 @pytest.fixture

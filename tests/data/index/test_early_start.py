@@ -15,7 +15,6 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_data import NO_DROPOUT, byte_tokenizer, config_of, conversation, group, picture, t2i_rows, write_parquet
 
 from bagel_ds.data.batches.loader import PackingOptions, PlannedData
 from bagel_ds.data.batches.materialize import LayoutOptions
@@ -28,6 +27,16 @@ from bagel_ds.data.streams.opening import files_ahead, open_streams
 from bagel_ds.data.streams.stream import GroupStream, SampleOptions
 from bagel_ds.errors import UserError
 from bagel_ds.model_folder.tokenizer import Tokenizer
+from tests.small_data import (
+    NO_DROPOUT,
+    byte_tokenizer,
+    config_of,
+    conversation,
+    group,
+    picture,
+    t2i_rows,
+    write_parquet,
+)
 
 FILES, ROWS = 60, 20  # of each of two data sets
 PACKING = PackingOptions(max_num_tokens=400, expected_num_tokens=300, lookahead=32)

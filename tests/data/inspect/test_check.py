@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from small_data import (
+from PIL import Image
+
+from bagel_ds.data.formats.record import UNUSED_IMAGE, UNUSED_TEXT, ParsedRow
+from bagel_ds.data.inspect import check
+from bagel_ds.data.inspect.check import (
+    DAMAGED,
+    DRAWN,
+    GIVEN,
+    NOTES,
+    OUTDATED,
+    SEEN,
+    SPECIAL,
+    TEXTS,
+    TURNED,
+    DatasetCheck,
+    check_streams,
+)
+from bagel_ds.data.inspect.check_report import as_json, as_text, unusable
+from bagel_ds.data.samples.sample import TEXT, VIT, Entry
+from bagel_ds.data.samples.video import Video
+from bagel_ds.data.streams.opening import index_streams
+from bagel_ds.data.streams.stream import GroupStream, SampleOptions
+from bagel_ds.model_folder.tokenizer import Tokenizer
+from tests.small_data import (
     byte_tokenizer,
     config_of,
     conversation,
@@ -20,16 +45,6 @@ from small_data import (
     write_conversations,
     write_parquet,
 )
-
-from bagel_ds.data.formats.record import ParsedRow
-from bagel_ds.data.inspect import check
-from bagel_ds.data.inspect.check import DAMAGED, DRAWN, GIVEN, SEEN, SPECIAL, TEXTS, DatasetCheck, check_streams
-from bagel_ds.data.inspect.check_report import as_json, as_text, unusable
-from bagel_ds.data.samples.sample import TEXT, VIT
-from bagel_ds.data.samples.video import Video
-from bagel_ds.data.streams.opening import index_streams
-from bagel_ds.data.streams.stream import SampleOptions
-from bagel_ds.model_folder.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +137,71 @@ def test_processes_find_what_one_finds(tmp_path: Path, tokenizer: Tokenizer, mon
     assert checked(tmp_path, tokenizer, workers=2) == alone
 
 
+def test_check_believes_what_it_reads_and_repairs_the_index(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Also where no folder's time says so: a picture is overwritten in its place."""
+    lines = [conversation("<image>", "a", image=f"{name}.png") for name in "abc"]
+    paths = write_conversations(tmp_path / "vlm", lines, dict.fromkeys(("a.png", "b.png"), picture(40, 40)))
+    folder = Path(paths["data_dir"])
+
+    def opened() -> list[Any]:
+        config = config_of(tmp_path, {"vlm_sft": group(paths, "talks")})
+        return index_streams(config, tokenizer, SampleOptions(), str(tmp_path / "index"))
+
+    streams = opened()
+    (result,) = check_streams(streams, tokenizer, 1)
+    assert [row.place.row for row in result.unusable] == [3] and not result.notes[OUTDATED]
+    time = folder.stat()
+    (folder / "b.png").write_bytes(picture(80, 40))
+    (folder / "c.png").write_bytes(picture(20, 20))
+    os.utime(folder, ns=(time.st_atime_ns, time.st_mtime_ns))
+    streams = opened()
+    (result,) = check_streams(streams, tokenizer, 1)
+    assert result.usable == 3 and not result.unusable
+    assert [row.place.row for row in result.notes[OUTDATED]] == [2, 3]
+    assert list(zip(result.widths, result.heights, strict=True)) == [(40, 40), (80, 40), (20, 20)]
+    (stream,) = opened()  # a run that comes later
+    assert [entry.width for row in range(3) for entry in _images(stream, row)] == [
+        entry.width for row in range(3) for entry in _images(streams[0], row)
+    ]
+    (again,) = check_streams([stream], tokenizer, 1)
+    assert again.usable == 3 and not again.notes[OUTDATED]
+
+
+def _images(stream: GroupStream, row: int) -> list[Entry]:
+    plan = stream.plan_sample(row, 0)
+    assert plan is not None
+    return [entry for entry in plan.entries if entry.kind == VIT]
+
+
+def test_rows_that_lose_something_are_counted_and_listed(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(turned, "JPEG", exif=exif.tobytes())
+    lines = [
+        conversation("<image>", "fine", image="a.png"),
+        conversation("<Image>", "unseen", image="a.png"),
+        conversation("<image>", "turned", image="turned.jpg"),
+    ]
+    lines.append(conversation("<image>", "a", image="a.png"))
+    lines[3]["conversations"].insert(0, {"from": "system", "value": "Be brief."})
+    paths = write_conversations(tmp_path / "vlm", lines, {"a.png": picture(40, 40), "turned.jpg": turned.getvalue()})
+    (result,) = check_streams(streams_of(tmp_path, {"vlm_sft": group(paths)}, tokenizer), tokenizer, 1)
+    assert result.usable == 4
+    found = {kind: [row.place.row for row in rows] for kind, rows in result.notes.items() if rows}
+    assert found == {UNUSED_IMAGE: [2], TURNED: [3], UNUSED_TEXT: [4]}
+    text = "\n".join(as_text([result]))
+    assert "pictures turned by EXIF (used as they are stored): 1" in text
+    assert "pictures that no turn or item shows (left out): 1" in text and "turns and instructions that are" in text
+
+
 def test_both_reports_say_everything(tmp_path: Path, tokenizer: Tokenizer) -> None:
     results = checked(tmp_path, tokenizer)
     text = "\n".join(as_text(results))
     for result in results:
         data = json.loads(json.dumps(as_json(result)))
         assert len(data["bad_rows"]) == result.rows - result.usable
-        for row in data["bad_rows"] + data["special_token_rows"] + data["damaged_images"]:
+        for row in data["bad_rows"] + [row for kind in NOTES for row in data[kind]]:
             group = row["row_group"]
             place = f"line {row['row']}" if group is None else f"row group {group} row {row['row']}"
             assert f"{row['dataset']}: {row['file']} {place}: {row['reason']}" in text

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_data import byte_tokenizer, mixed_groups, streams_of
 
 from bagel_ds.data.batches.loader import PackingOptions, PlannedData
 from bagel_ds.data.inspect import plan_numbers as plan_numbers_module
@@ -23,6 +22,7 @@ from bagel_ds.data.samples.sample import TEXT, VAE, VIT
 from bagel_ds.model.attention.layout import AttentionLayout
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
 from bagel_ds.model_folder.tokenizer import Tokenizer
+from tests.small_data import byte_tokenizer, mixed_groups, streams_of
 
 DROPOUT = {"text_cond_dropout_prob": 0.2, "vit_cond_dropout_prob": 0.4, "vae_cond_dropout_prob": 0.4}
 LIMIT = 700

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Sequence
 
 import numpy as np
@@ -244,9 +245,8 @@ def test_the_permutation_is_splitmix64_and_never_changes() -> None:
 
 
 _PRINT_PLAN = """
-import hashlib, itertools, sys
-sys.path[:0] = ["."]
-from tests.data.plan.test_planner import Rows, planner_of, packs_of, samples_of
+import hashlib
+from tests.data.plan.test_planner import Rows, packs_of, planner_of
 planner = planner_of([Rows(rows=70, is_mandatory=True), Rows(rows=333, weight=2.0)])
 print(hashlib.sha256(repr(packs_of(planner, 300)).encode()).hexdigest())
 """
@@ -256,6 +256,7 @@ def test_processes_with_other_hash_seeds_plan_the_same() -> None:
     digests = {
         subprocess.run(
             [sys.executable, "-c", _PRINT_PLAN],
+            cwd=Path(__file__).parents[3],
             env={"PYTHONHASHSEED": seed},
             capture_output=True,
             text=True,

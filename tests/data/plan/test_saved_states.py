@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Sequence
 
 import pytest
-from small_data import VIT_ARGS, group, streams_of
 
 from bagel_ds.data.batches.loader import LayoutOptions, PackingOptions, PlannedData
 from bagel_ds.data.plan import planner as module
@@ -27,6 +26,7 @@ from bagel_ds.model_folder import tokenizer as tokenizer_module
 from bagel_ds.model_folder.tokenizer import load_tokenizer
 from tests.data.plan.accounting import Row, rows_used_before
 from tests.data.plan.test_planner import Rows, packs_of, planner_of, samples_of
+from tests.small_data import VIT_ARGS, group, streams_of
 
 SAVED = Path(__file__).parent / "saved_by_algorithm_2"
 RECORDED: dict[str, Any] = json.loads((SAVED / "state.json").read_text())

@@ -1,4 +1,4 @@
-"""Videos: headers alone for the index, the right frames for a sample, and reasons for what cannot be used."""
+"""Videos: only headers for the index, the right frames for a sample, and reasons for what cannot be used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_data import VIT_ARGS, byte_tokenizer, conversation, group, streams_of, write_conversations
 
 from bagel_ds.data.batches.materialize import materialize
 from bagel_ds.data.samples import video
@@ -20,6 +19,7 @@ from bagel_ds.data.samples.sample import TEXT, VIT, BadRow
 from bagel_ds.data.samples.video import FrameSampler, decode_frames, read_header, sample_frames
 from bagel_ds.data.streams.stream import GroupStream
 from bagel_ds.errors import UserError
+from tests.small_data import VIT_ARGS, byte_tokenizer, conversation, group, streams_of, write_conversations
 
 # Codecs that show one picture after another, with and without pictures that depend on later ones, and containers that
 # count their frames or don't.
@@ -65,6 +65,40 @@ def _line(name: str, *turns: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", KINDS)
 def test_headers_tell_size_and_number_of_frames(tmp_path: Path, name: str) -> None:
     assert read_header(write_video(tmp_path / name, 23, KINDS[name])) == (tmp_path / name, 23, 64, 48)
+
+
+@pytest.mark.parametrize("claimed", [0, 2**31 - 1, 2**31, 2**32 - 1])
+def test_a_count_of_frames_that_the_file_is_too_small_for_is_not_believed(tmp_path: Path, claimed: int) -> None:
+    path = write_video(tmp_path / "x.avi", 23)
+    content = bytearray(path.read_bytes())
+    for chunk, offset in ((b"avih", 24), (b"strh", 40)):  # total frames, length of the stream
+        place = content.index(chunk) + offset
+        content[place : place + 4] = claimed.to_bytes(4, "little")
+    path.write_bytes(content)
+    assert read_header(path).frames == 23
+    assert decode_frames(read_header(path), [22]).keys() == {22}
+
+
+def test_a_count_of_frames_that_is_possible_is_believed(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "x.avi", 23)
+    content = bytearray(path.read_bytes())
+    place = content.index(b"strh") + 40
+    content[place : place + 4] = (24).to_bytes(4, "little")
+    path.write_bytes(content)
+    assert read_header(path).frames == 24, "headers are read, frames not counted"
+    with pytest.raises(BadRow, match="x.avi: the video ends before its frame 23"):
+        decode_frames(read_header(path), [23])
+
+
+def test_other_frame_limits_need_no_other_index(tmp_path: Path) -> None:
+    write_video(tmp_path / "images" / "x.mp4")
+    seen = []
+    for least, most in ((3, 3), (5, 5)):
+        stream = _stream(tmp_path, [_line("x.mp4")], min_num_frames=least, max_num_frames=most)
+        plan = stream.plan_sample(0, 0)
+        assert plan is not None and sum(entry.kind == VIT for entry in plan.entries) == least
+        seen.append(stream.uses[0].index.file.key)
+    assert seen[0] == seen[1]
 
 
 @pytest.mark.parametrize("name", KINDS)

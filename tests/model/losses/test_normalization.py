@@ -16,7 +16,7 @@ from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.losses.normalization import LossOptions, LossSums, partial_means, weighted, window_totals
 from bagel_ds.model_folder.tokenizer import SpecialTokens
 
-pytestmark = pytest.mark.usefixtures("one_rank")
+pytestmark = pytest.mark.usefixtures("process_group")
 
 SPECIAL = SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4, end_of_text=0)
 CPU = torch.device("cpu")

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from bagel_ds.data.batches.loader import MicroBatch
-from bagel_ds.model.losses.by_part import LossParts
+from bagel_ds.model.losses.breakdown import LossBreakdown
 from bagel_ds.model.losses.normalization import LossOptions
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.train.metrics import meter as meter_module
-from bagel_ds.train.metrics.log import METRIC_NAMES, METRIC_PREFIXES
 from bagel_ds.train.metrics.meter import StepMeter
 from bagel_ds.train.metrics.throughput import DeviceMemory
 from bagel_ds.train.step import StepResult
+from tests.train.metrics.metric_names import METRIC_NAMES, METRIC_PREFIXES
 from tests.train.metrics.test_throughput import pack, text
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -58,7 +58,7 @@ def test_every_number_has_a_public_name(clock: Clock) -> None:
 
 
 def test_parts_of_the_losses_come_from_all_ranks_in_one_exchange(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = LossParts(["t2i", "vlm"], 1.0, LossOptions())
+    breakdown = LossBreakdown(["t2i", "vlm"], 1.0, LossOptions())
     exchanges = []
 
     def two_ranks(mine: tuple) -> list[tuple]:
@@ -68,11 +68,11 @@ def test_parts_of_the_losses_come_from_all_ranks_in_one_exchange(clock: Clock, m
         return [mine, (*mine[:4], theirs.tolist(), *mine[5:])]
 
     monkeypatch.setattr(meter_module, "everyone", two_ranks)
-    meter = StepMeter(BagelConfig(), 0.0, parts=parts)
-    sums = parts.zeros(torch.device("cpu"))
+    meter = StepMeter(BagelConfig(), 0.0, breakdown=breakdown)
+    sums = breakdown.zeros(torch.device("cpu"))
     sums[:, 0] = torch.tensor([6.0, 2.0])
     sums[:, 3] = torch.tensor([1.0, 4.0])
-    result = RESULT._replace(parts=sums)
+    result = RESULT._replace(breakdown=sums)
     meter.add([micro()], result)
     clock.now += 1
     values = meter.read(1e-4, result)
@@ -122,9 +122,9 @@ def test_a_skipped_row_is_counted_once_and_named_once(
 
 def test_utilisation_is_over_all_ranks(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     def two_ranks(mine: Any) -> list[Any]:
-        flops, device, host, _, parts, skipped = mine
+        flops, device, host, _, breakdown, skipped = mine
         broken = {"row 7": "t2i", "row 8": "t2i"}
-        return [(flops, device, 2.0, "a", parts, skipped), (3 * flops, device, 3.0, "a", parts, broken)]
+        return [(flops, device, 2.0, "a", breakdown, skipped), (3 * flops, device, 3.0, "a", breakdown, broken)]
 
     meter = StepMeter(BagelConfig(), peak_device_tflops=100.0)
     meter.add([micro()], RESULT)

@@ -71,7 +71,7 @@ def test_every_report_of_memory_that_ran_out_is_a_message(name: str) -> None:
     error, memory, words = REPORTS[name]
     message = str(memory_fault(error, 1024, plan()))
     assert message.startswith(f"out of {memory}") and words in message
-    assert "outside of a step" in message and "`bagel-ds memory` compares them" in message
+    assert "outside a step" in message and "`bagel-ds memory` compares them" in message
     assert "\n" not in message
     assert ("a peak of 3.0 GiB on the GPU" in message) is ("GPU" in memory)
     assert ("40.0 GiB on this host" in message) is ("host" in memory)

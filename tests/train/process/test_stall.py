@@ -1,4 +1,4 @@
-"""The stall watch: who is told of, in which words, and when a rank ends.
+"""The stall watch: what it reports, and when it ends a rank.
 
 What ends a process is shown in a process of its own; how ranks describe one another is shown on made-up ranks.
 """
@@ -48,8 +48,8 @@ def test_a_rank_that_has_its_data_is_not_missing() -> None:
 
 def test_a_rank_is_described_in_a_line() -> None:
     assert describe(3, beat(7, "save")) == "rank 3 on one: step 7, save for 12 s"
-    assert describe(3, beat(7, "save", silent=40)).endswith("save for 12 s, not heard of for 40 s")
-    assert describe(3, None) == "rank 3: never heard of"
+    assert describe(3, beat(7, "save", silent=40)).endswith("save for 12 s, silent for 40 s")
+    assert describe(3, None) == "rank 3: has written nothing yet"
 
 
 # -------------------------------------------------------------------------------------------------------- who is ended
@@ -66,8 +66,8 @@ with found.phase(3, "data"):
     )
     output, _ = stalled.communicate(timeout=50)
     assert stalled.returncode == 1
-    assert "[rank 0] stalled: data of step 3 lasts longer than --stall_timeout 0.5 s" in output
-    assert "rank 1: never heard of" in output and "missing: rank 0, rank 1" in output
+    assert "[rank 0] stalled: data of step 3 has taken longer than --stall_timeout 0.5 s" in output
+    assert "rank 1: has written nothing yet" in output and "missing: rank 0, rank 1" in output
     assert "in stuck_here" in output and "most recent call first" in output
 
 
@@ -95,7 +95,7 @@ def test_a_rank_whose_neighbour_has_ended_ends_too(tmp_path: Path) -> None:
     rank = program(
         f"""
 watch._GONE_SECONDS = 0.2
-found = StallWatch(Path({str(tmp_path)!r}), 0, 2, timeout=2, neighbours={{1: {neighbour.pid}}})
+found = StallWatch(Path({str(tmp_path)!r}), 0, 2, timeout=2, neighbors={{1: {neighbour.pid}}})
 for step in range(60):
     with found.phase(step, "step"):
         time.sleep(1)
@@ -107,7 +107,7 @@ for step in range(60):
     neighbour.wait()
     output, _ = rank.communicate(timeout=50)
     assert rank.returncode == 1
-    assert f"rank 1 (process {neighbour.pid}) has ended; so does this rank" in output
+    assert f"rank 1 (process {neighbour.pid}) has ended; ending this rank, too" in output
 
 
 def test_a_stopped_neighbour_is_woken_and_then_killed(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_stopped_neighbour_is_woken_and_then_killed(tmp_path: Path) -> None:
     os.utime(folder / "rank_1.json", (time.time() - 100, time.time() - 100))
     rank = program(
         f"""
-found = StallWatch(Path({str(tmp_path)!r}), 0, 2, timeout=1, neighbours={{1: {neighbour.pid}}})
+found = StallWatch(Path({str(tmp_path)!r}), 0, 2, timeout=1, neighbors={{1: {neighbour.pid}}})
 with found.phase(3, "step"):
     time.sleep(60)
 """
@@ -153,7 +153,7 @@ def test_without_a_folder_a_rank_that_stalls_prints_its_own_stacks_alone(tmp_pat
     )
     output, _ = stalled.communicate(timeout=50)
     assert stalled.returncode == 1
-    assert "[rank 1] stalled: setup of step 0 lasts longer than --stall_timeout 0.5 s" in output
+    assert "[rank 1] stalled: setup of step 0 has taken longer than --stall_timeout 0.5 s" in output
     assert "most recent call first" in output and "missing" not in output and "rank 0" not in output
 
 

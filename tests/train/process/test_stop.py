@@ -66,7 +66,7 @@ time.sleep(60)
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=50, env=environment, check=False
     )
     assert ended.returncode == 128 + signal.SIGINT
-    assert "second signal: stopping at once, without saving" in ended.stderr
+    assert "second signal: stopping immediately, without saving" in ended.stderr
 
 
 @pytest.mark.parametrize("folder", ["results", "checkpoints"])
@@ -124,7 +124,7 @@ def test_the_command_says_where_there_is_nothing_to_stop(
         assert f"no run uses {folder}" in said.err and said.out == ""
         assert not (folder / "stop").exists()
     assert main(["stop", str(tmp_path / "absent")]) == 2
-    assert "is no folder; pass the results_dir or checkpoint_dir" in capsys.readouterr().err
+    assert "is not a folder; pass the results_dir or checkpoint_dir" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

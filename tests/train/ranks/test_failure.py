@@ -29,7 +29,7 @@ from bagel_ds.train.ranks import alarm
 from bagel_ds.train.ranks.agreement import SharedFault
 from bagel_ds.train.ranks.failure import ending_alone
 from bagel_ds.train.ranks.hosts import Hosts
-from tests.train.conftest import rank_on
+from tests.train.ranks.rank_info import rank_on
 
 rank, port = int(sys.argv[1]), int(sys.argv[2])
 store = dist.TCPStore("127.0.0.1", port, 2, rank == 0, timedelta(seconds=100))
@@ -97,7 +97,7 @@ finally:
     assert ("Traceback" in own_output) is (code == 1)
     assert other_code == 1 and "Traceback" not in other_output
     assert f"[rank {1 - failing}] rank {failing} on {'ab'[failing]} has ended (" in other_output
-    assert other_output.rstrip().endswith("so does this rank")
+    assert other_output.rstrip().endswith("ending this rank, too")
     assert shown.removeprefix("ERROR: ").split(": ")[-1][:5] in other_output, "and why"
 
 
@@ -111,7 +111,7 @@ with ending_alone(explain):
     fails = "with ending_alone(explain):\n    raise UserError('the cause')"
     (code_0, output_0), (code_1, output_1) = outcomes(follows, fails)
     assert (code_0, code_1) == (1, 2) and "ERROR: the cause" in output_1
-    assert "[rank 0] rank 1 on b has ended (the cause); so does this rank" in output_0
+    assert "[rank 0] rank 1 on b has ended (the cause); ending this rank, too" in output_0
     assert "Traceback" not in output_0 and "Connection closed" not in output_0
 
 
@@ -121,7 +121,7 @@ def test_the_end_of_the_store_ends_the_ranks_that_it_served() -> None:
             assert process.stdout is not None and process.stdout.readline() == "hangs\n"
         first.kill()
         output, _ = second.communicate(timeout=120)
-        assert second.returncode == 1 and "the process that the ranks met at has ended" in output
+        assert second.returncode == 1 and "the process that connected the ranks has ended" in output
 
 
 def test_a_fault_that_all_ranks_share_unwinds_and_then_they_end_when_they_like() -> None:

@@ -10,7 +10,7 @@ import pytest
 from bagel_ds.errors import UserError
 from bagel_ds.train.ranks import hosts as hosts_module
 from bagel_ds.train.ranks.hosts import Hosts, core_limit, gpu_of, network_interface, threads_of
-from tests.train.conftest import rank_on
+from tests.train.ranks.rank_info import rank_on
 
 
 def of(rank: int, *names: str, **changed: Any) -> Hosts:
@@ -23,7 +23,7 @@ def of(rank: int, *names: str, **changed: Any) -> Hosts:
 def test_hosts_may_have_unequal_numbers_of_ranks() -> None:
     found = of(3, "a", "b", "b", "b")
     assert (found.local_rank, found.local_size, found.here) == (2, 3, [1, 2, 3])
-    assert found.neighbours == {1: 101, 2: 102}
+    assert found.neighbors == {1: 101, 2: 102}
     assert found.sizes == {"a": 1, "b": 3}
     assert "4 rank(s), started by srun, on 2 host(s) (a: 1, b: 3)" == found.describe("srun")
     assert (of(0, "a", "b", "b").local_rank, of(0, "a", "b", "b").local_size) == (0, 1)
@@ -46,7 +46,7 @@ def test_containers_of_one_machine_are_hosts_of_their_own() -> None:
 
 def test_machines_that_have_one_name_are_hosts_of_their_own() -> None:
     found = Hosts(0, (rank_on("localhost", kernel="one"), rank_on("localhost", kernel="two")))
-    assert found.neighbours == {} and not found.on_one_machine
+    assert found.neighbors == {} and not found.on_one_machine
 
 
 def test_a_kernel_that_does_not_tell_shares_writes_with_no_other() -> None:

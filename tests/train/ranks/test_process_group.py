@@ -18,7 +18,7 @@ from bagel_ds.train.ranks.hosts import Hosts
 from bagel_ds.train.ranks.launcher import LauncherProcess, read_launch
 from bagel_ds.train.ranks.process_group import collective_timeout
 from tests.launch import cpu_environment, free_port
-from tests.train.conftest import rank_on
+from tests.train.ranks.rank_info import rank_on
 
 
 @pytest.mark.parametrize(

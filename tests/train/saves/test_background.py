@@ -1,4 +1,4 @@
-"""The thread beside training: jobs in order, faults told when all have ended, given up without waiting for them."""
+"""The background thread: jobs run in order, failures are raised once all have ended, giving up does not wait."""
 
 from __future__ import annotations
 

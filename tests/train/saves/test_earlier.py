@@ -225,7 +225,7 @@ def test_auto_resume_goes_by_number_and_says_where_latest_differs(
     change(earlier)
     assert sound_start_of(tmp_path, auto_resume=True).folder == earlier / "step_36"
     (line,) = caplog.messages
-    assert "auto_resume goes on from step_36, the newest complete" in line and words in line
+    assert "auto_resume resumes from step_36, the newest complete" in line and words in line
 
 
 @pytest.mark.usefixtures("one_rank")

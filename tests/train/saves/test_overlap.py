@@ -1,11 +1,11 @@
-"""Saves are begun after a step, finished before the next update, told once, and fail alone."""
+"""Saves begin after a step and finish before the next update; one that fails costs only itself."""
 
 from __future__ import annotations
 
 import logging
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,33 +15,42 @@ from safetensors.torch import load_file
 
 from bagel_ds.checkpoint.step_folders import checksum_fault, manifest_fault, newest_state, state_files, step_folders
 from bagel_ds.train.process.stall import StallWatch
-from bagel_ds.train.saves import writer as writer_module
-from bagel_ds.train.saves.overlap import Saving
-from bagel_ds.train.saves.writer import CheckpointWriter, SaveFault
+from bagel_ds.train.saves import save as save_module
+from bagel_ds.train.saves.overlap import OverlappedSaves
+from bagel_ds.train.saves.save import SaveFault, SaveOptions
 from bagel_ds.zero.partitions import MASTER
-from tests.train.saves.test_writer import Average, Engine, model_folder, names, trainer_state, writer
-
-__all__ = ["model_folder", "writer"]
+from tests.train.saves.one_rank_engine import Average, Engine, names, trainer_state
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 class Run:
-    """One rank's engine, its average and its saves; `notes` is what was told."""
+    """One rank's engine, its average and its saves."""
 
-    def __init__(self, writer: CheckpointWriter, watch: StallWatch, states_move: str | None = None) -> None:
-        self.engine, self.notes, self.folder = Engine(), [], writer.checkpoint_dir
+    def __init__(self, options: SaveOptions, watch: StallWatch, states_move: str | None = None) -> None:
+        self.engine, self.folder = Engine(), options.checkpoint_dir
         self.engine.states_move = states_move
         engine: Any = self.engine
         average: Any = Average(self.engine)
-        self.saving = Saving(writer, engine, average, watch, self.notes.append, save_every=5)
+        self.saves = OverlappedSaves(options, engine, average, watch, save_every=5)
 
-    def save(self, step: int, must: bool = False) -> None:
-        self.saving.save(step, trainer_state(step), last=must, must=must)
+    def save(self, step: int) -> None:
+        self.saves.begin(step, trainer_state(step), last=False)
+
+    def save_now(self, step: int) -> None:
+        self.saves.save_now(step, trainer_state(step), last=False)
 
     def update(self) -> None:
-        self.saving.finish()
+        self.saves.finish()
         self.engine.partitions.flats[MASTER] += 100
+
+
+@pytest.fixture
+def notes(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What the log says of saves that are complete."""
+    caplog.set_level(logging.INFO, "bagel_ds")
+    logging.getLogger("bagel_ds").propagate = True
+    return lambda: [message for message in caplog.messages if message.startswith("saved ")]
 
 
 @pytest.fixture
@@ -53,49 +62,49 @@ def watch(tmp_path: Path) -> Iterator[StallWatch]:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """The states are written once this is set."""
-    opened, fill = threading.Event(), writer_module.state_files.fill_rank
+    opened, fill = threading.Event(), save_module.state_files.fill_rank
 
     def waiting(*arguments: Any) -> None:
         assert opened.wait(60)
         fill(*arguments)
 
-    monkeypatch.setattr(writer_module.state_files, "fill_rank", waiting)
+    monkeypatch.setattr(save_module.state_files, "fill_rank", waiting)
     return opened
 
 
 def test_a_save_is_complete_before_the_next_update_and_holds_what_was_there_when_it_began(
-    writer: CheckpointWriter, watch: StallWatch, gate: threading.Event
+    options: SaveOptions, watch: StallWatch, gate: threading.Event, notes: Callable[[], list[str]]
 ) -> None:
-    run = Run(writer, watch)
+    run = Run(options, watch)
     before = run.engine.partitions.flats[MASTER].clone()
     run.save(1)
-    assert step_folders(run.folder) == [] and run.notes == [], "the caller goes on while it is written"
+    assert step_folders(run.folder) == [] and notes() == [], "the caller goes on while it is written"
     threading.Timer(0.2, gate.set).start()
     run.update()
     assert load_file(run.folder / "step_1" / "state" / "rank_00000.safetensors")["master/trains"].equal(before)
     assert newest_state(run.folder) == run.folder / "step_1"
     assert manifest_fault(run.folder / "step_1") is None
     assert checksum_fault(run.folder / "step_1", state_files(run.folder / "step_1")) is None
-    (note,) = run.notes
-    seconds = re.fullmatch(rf"saved {run.folder}/step_1 in (.*) s, (.*) s of them without training", note)
+    (note,) = notes()
+    seconds = re.fullmatch(rf"saved {run.folder}/step_1 in (.*) s; training waited (.*) s", note)
     assert seconds is not None and float(seconds[2]) <= float(seconds[1])
     run.update()
-    assert len(run.notes) == 1, "told once"
+    assert len(notes()) == 1, "reported once"
 
 
-def test_a_save_that_must_be_is_complete_at_once(writer: CheckpointWriter, watch: StallWatch) -> None:
-    run = Run(writer, watch)
-    run.save(1, must=True)
-    assert newest_state(run.folder) == run.folder / "step_1" and len(run.notes) == 1
+def test_a_save_of_the_last_step_is_complete_at_once(options: SaveOptions, watch: StallWatch) -> None:
+    run = Run(options, watch)
+    run.save_now(1)
+    assert newest_state(run.folder) == run.folder / "step_1"
 
 
 def test_states_that_move_are_read_before_training_goes_on(
-    writer: CheckpointWriter, watch: StallWatch, caplog: pytest.LogCaptureFixture
+    options: SaveOptions, watch: StallWatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "bagel_ds")
     logging.getLogger("bagel_ds").propagate = True
-    run = Run(writer, watch, states_move="they are on a disk")
-    assert "saves read the states before training goes on" in caplog.text and "they are on a disk" in caplog.text
+    run = Run(options, watch, states_move="they are on a disk")
+    assert "they read the states before training goes on" in caplog.text and "they are on a disk" in caplog.text
     before = run.engine.partitions.flats[MASTER].clone()
     run.save(1)
     run.engine.partitions.flats[MASTER] += 1  # as a swap buffer would
@@ -104,15 +113,15 @@ def test_states_that_move_are_read_before_training_goes_on(
 
 
 @pytest.mark.parametrize("place", ["fill_rank", "copyfile"])
-def test_a_disk_that_fails_under_a_save_costs_that_save_alone(
+def test_a_disk_that_fails_under_a_save_costs_only_that_save(
     place: str,
-    writer: CheckpointWriter,
+    options: SaveOptions,
     watch: StallWatch,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     logging.getLogger("bagel_ds").propagate = True
-    run = Run(writer, watch)
+    run = Run(options, watch)
     run.save(1)
     run.update()
 
@@ -120,14 +129,14 @@ def test_a_disk_that_fails_under_a_save_costs_that_save_alone(
         raise OSError(28, "No space left on device", "the file")
 
     with monkeypatch.context() as patched:
-        patched.setattr(writer_module.state_files if place == "fill_rank" else writer_module.shutil, place, full)
+        patched.setattr(save_module.state_files if place == "fill_rank" else save_module.shutil, place, full)
         run.save(2)
         run.update()
         assert "step_2 could not be saved: the file: No space left on device" in caplog.text
-        assert "Training goes on; the next try is in 5 steps" in caplog.text
-        assert names(run.folder) == ["latest", "step_1"] and len(run.notes) == 1
+        assert "Training goes on; the next attempt is in 5 steps" in caplog.text
+        assert names(run.folder) == ["latest", "step_1"]
         with pytest.raises(SaveFault, match="No space left"):
-            run.save(3, must=True)
+            run.save_now(3)
         assert names(run.folder) == ["latest", "step_1"]
     run.save(3)
     run.update()
@@ -135,28 +144,28 @@ def test_a_disk_that_fails_under_a_save_costs_that_save_alone(
 
 
 def test_a_run_that_ends_by_an_error_leaves_the_save_under_way_unfinished(
-    writer: CheckpointWriter, watch: StallWatch, gate: threading.Event
+    options: SaveOptions, watch: StallWatch, gate: threading.Event
 ) -> None:
-    run = Run(writer, watch)
+    run = Run(options, watch)
     run.save(1)
     threading.Timer(0.2, gate.set).start()
-    run.saving.close()
-    assert names(run.folder) == [".unfinished-step_1"] and run.notes == []
-    run.saving.close()
+    run.saves.close()
+    assert names(run.folder) == [".unfinished-step_1"]
+    run.saves.close()
 
 
-def test_an_update_that_does_not_finish_the_save_before_is_found(writer: CheckpointWriter, watch: StallWatch) -> None:
-    run = Run(writer, watch)
+def test_an_update_that_does_not_finish_the_save_before_is_found(options: SaveOptions, watch: StallWatch) -> None:
+    run = Run(options, watch)
     run.save(1)
     with pytest.raises(AssertionError, match="without `finish`"):
         run.save(2)
-    run.saving.close()
+    run.saves.close()
 
 
 def test_waiting_for_a_save_is_a_phase_of_its_own(
-    writer: CheckpointWriter, watch: StallWatch, gate: threading.Event
+    options: SaveOptions, watch: StallWatch, gate: threading.Event
 ) -> None:
-    run = Run(writer, watch)
+    run = Run(options, watch)
     seen: list[tuple[int, str]] = []
     run.save(1)
 
@@ -166,6 +175,6 @@ def test_waiting_for_a_save_is_a_phase_of_its_own(
 
     threading.Timer(0.2, look).start()
     with watch.phase(7, "step"):
-        run.saving.finish()
+        run.saves.finish()
         seen.append(watch._place)
     assert seen == [(7, "save"), (7, "step")]

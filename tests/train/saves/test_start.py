@@ -22,7 +22,8 @@ from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.ranges import MASTER, Pieces, Range
-from bagel_ds.train.saves.start import StartPoint, find_start, open_start, sound_start
+from bagel_ds.train.saves.restore import open_start
+from bagel_ds.train.saves.start import StartPoint, find_start, sound_start
 
 STATE_FILE = "state/rank_00000.safetensors"
 
@@ -68,7 +69,7 @@ def test_without_auto_resume_checkpoints_are_left_alone(tmp_path: Path) -> None:
 def test_resume_model_only_takes_weights_alone(tmp_path: Path) -> None:
     other = checkpoint(tmp_path / "other", 5)
     found = start_of(tmp_path, resume_from=str(other), resume_model_only=True)
-    assert (found.folder, found.full) == (other, False) and "weights alone" in found.reason
+    assert (found.folder, found.full) == (other, False) and "only the weights" in found.reason
 
 
 def _lost(name: str) -> Callable[[Path], None]:
@@ -103,7 +104,7 @@ def test_a_damaged_checkpoint_that_is_named_is_refused_and_another_offered(
 ) -> None:
     named = checkpoint(tmp_path / "other", 5)
     damage(named)
-    with pytest.raises(UserError, match=rf"--resume_from .*step_5 is damaged: {reason}.*no other one beside it"):
+    with pytest.raises(UserError, match=rf"--resume_from .*step_5 is damaged: {reason}.*no other one next to it"):
         sound_start_of(tmp_path, resume_from=str(named))
     checkpoint(tmp_path / "other", 6)
     (tmp_path / "other" / "step_final").symlink_to("step_5")
@@ -138,10 +139,10 @@ def test_where_every_checkpoint_is_damaged_a_run_does_not_begin_anew(tmp_path: P
 def test_a_folder_without_state_gives_its_weights_and_says_why(tmp_path: Path) -> None:
     given_up = checkpoint(tmp_path / "other", 5, state=False)
     found = sound_start_of(tmp_path, resume_from=str(given_up))
-    assert not found.full and "weights alone, its training state was removed" in found.reason
+    assert not found.full and "only the weights, its training state was removed" in found.reason
     (tmp_path / "model").mkdir()
     found = sound_start_of(tmp_path, resume_from=str(tmp_path / "model"))
-    assert not found.full and "weights alone, it holds no training state" in found.reason
+    assert not found.full and "only the weights, it holds no training state" in found.reason
     (given_up / "model.safetensors").unlink()
     with pytest.raises(UserError, match="step_5 is damaged: model.safetensors is missing"):
         sound_start_of(tmp_path, resume_from=str(given_up))

@@ -7,19 +7,17 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from bagel_ds.checkpoint import step_folders as step_folders_module
 from bagel_ds.checkpoint.export import export_checkpoint
-from bagel_ds.checkpoint.state import EMA, WEIGHT, Held, StateFiles, rank_file, write_rank
+from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
 from bagel_ds.checkpoint.step_folders import (
     check_share,
     checksum_fault,
@@ -35,101 +33,27 @@ from bagel_ds.checkpoint.step_folders import (
 )
 from bagel_ds.errors import UserError
 from bagel_ds.model_folder.tensor_files import TensorFileWriter
-from bagel_ds.ranges import MASTER, Pieces, Range
-from bagel_ds.train.saves import writer as writer_module
-from bagel_ds.train.saves.writer import CheckpointWriter, SaveFault, damage_of, restore_moments
-from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ, Group, PlacedRange, group_pieces
+from bagel_ds.train.saves import save as save_module
+from bagel_ds.train.saves.save import Save, SaveFault, SaveOptions
+from bagel_ds.train.saves.start import damage_of
+from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ
+from tests.train.saves.one_rank_engine import Average, Engine, Network, names, trainer_state
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
-class Network(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.trains = nn.Parameter(torch.arange(6.0).reshape(2, 3))
-        self.table = nn.Parameter(torch.ones(4), requires_grad=False)
-
-
-class OneGroup:
-    """Partitions of one rank that holds everything."""
-
-    def __init__(self, network: Network) -> None:
-        count = network.trains.numel()
-        self.groups = (Group(0, ("trains",), (PlacedRange(Range("trains", 0, count), 0),)),)
-        flat = network.trains.detach().flatten()
-        self.flats = {MASTER: flat + 0.5, EXP_AVG: flat * 10, EXP_AVG_SQ: flat * 100}
-        self.step = 0
-
-    @contextmanager
-    def open(self, group: Group, write: bool, moments: bool) -> Iterator[dict[str, Tensor]]:
-        assert write and moments
-        yield self.flats
-
-    def set_step(self, step: int) -> None:
-        self.step = step
-
-    def pieces(self, key: str) -> Iterator[Pieces]:
-        yield from group_pieces(self.groups[0], self.flats[key])
-
-
-class Engine:
-    """What `CheckpointWriter` asks of a ZeroEngine."""
-
-    states_move: str | None = None
-
-    def __init__(self) -> None:
-        self.module = Network()
-        self.partitions = OneGroup(self.module)
-        self.shapes = {"trains": (2, 3), "table": (4,)}
-        self.device = torch.device("cpu")
-
-
-class Average:
-    """What `CheckpointWriter` asks of a ShardedEMA."""
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.values: Tensor = torch.full((6,), 7.0)
-
-    def pieces(self) -> Iterator[Pieces]:
-        yield from group_pieces(self.engine.partitions.groups[0], self.values)
-
-
-@pytest.fixture
-def model_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for name in ("llm_config.json", "vit_config.json", "tokenizer.json", "ae.safetensors"):
-        (folder / name).write_text(name)
-    return folder
-
-
-@pytest.fixture
-def writer(tmp_path: Path, model_folder: Path) -> CheckpointWriter:
-    (tmp_path / "checkpoints").mkdir()
-    return CheckpointWriter(tmp_path / "checkpoints", model_folder, torch.float32, delete_previous_state=False)
-
-
-def save(writer: CheckpointWriter, step: int, last: bool = False) -> Path:
+def save(options: SaveOptions, step: int, last: bool = False) -> Path:
     engine: Any = Engine()
     average: Any = Average(engine)
-    return writer.save(step, engine, average, trainer_state(step), last=last)
-
-
-def trainer_state(step: int) -> dict[str, Any]:
-    return {"steps_done": step, "plan_state": {"packs": 3}, "world_size": 1}
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    begun = Save(options, engine, average, step, last)
+    begun.begin(trainer_state(step))
+    return begun.finish().folder
 
 
 # ------------------------------------------------------------------------------------------------------ what is saved
 @pytest.mark.parametrize("one_host", [True, False])
-def test_a_checkpoint_holds_weights_average_state_and_the_model_folder(
-    one_host: bool, writer: CheckpointWriter
-) -> None:
-    folder = save(dataclasses.replace(writer, one_host=one_host), 3)
+def test_a_checkpoint_holds_weights_average_state_and_the_model_folder(one_host: bool, options: SaveOptions) -> None:
+    folder = save(dataclasses.replace(options, one_host=one_host), 3)
     assert names(folder) == [
         "README.md",
         "ae.safetensors",
@@ -164,42 +88,42 @@ def test_a_checkpoint_holds_weights_average_state_and_the_model_folder(
     }
 
 
-def test_the_autoencoder_is_not_copied_again(writer: CheckpointWriter, model_folder: Path) -> None:
-    assert (save(writer, 1) / "ae.safetensors").samefile(model_folder / "ae.safetensors")
+def test_the_autoencoder_is_not_copied_again(options: SaveOptions, model_folder: Path) -> None:
+    assert (save(options, 1) / "ae.safetensors").samefile(model_folder / "ae.safetensors")
 
 
-def test_the_last_one_is_linked_relatively(writer: CheckpointWriter, tmp_path: Path) -> None:
-    save(writer, 1)
-    assert names(writer.checkpoint_dir) == ["latest", "step_1"]
-    save(writer, 2, last=True)
-    assert os.readlink(writer.checkpoint_dir / "step_final") == "step_2"
-    writer.checkpoint_dir.rename(tmp_path / "moved")
+def test_the_last_one_is_linked_relatively(options: SaveOptions, tmp_path: Path) -> None:
+    save(options, 1)
+    assert names(options.checkpoint_dir) == ["latest", "step_1"]
+    save(options, 2, last=True)
+    assert os.readlink(options.checkpoint_dir / "step_final") == "step_2"
+    options.checkpoint_dir.rename(tmp_path / "moved")
     assert (tmp_path / "moved" / "step_final" / "model.safetensors").is_file()
     assert (tmp_path / "moved" / "latest").read_text() == "step_2\n"
 
 
-def test_a_step_saved_again_replaces_the_first(writer: CheckpointWriter) -> None:
-    folder = save(writer, 1)
+def test_a_step_saved_again_replaces_the_first(options: SaveOptions) -> None:
+    folder = save(options, 1)
     (folder / "trainer.json").write_text("{}")
-    save(writer, 1)
+    save(options, 1)
     assert read_trainer(folder) == trainer_state(1)
-    assert names(writer.checkpoint_dir) == ["latest", "step_1"]
+    assert names(options.checkpoint_dir) == ["latest", "step_1"]
 
 
-def test_older_states_are_given_up_when_asked_and_weights_stay(writer: CheckpointWriter) -> None:
-    first = save(writer, 1)
-    kept = CheckpointWriter(writer.checkpoint_dir, writer.model_folder, torch.float32, delete_previous_state=True)
+def test_older_states_are_given_up_when_asked_and_weights_stay(options: SaveOptions) -> None:
+    first = save(options, 1)
+    kept = SaveOptions(options.checkpoint_dir, options.model_folder, torch.float32, delete_previous_state=True)
     second = save(kept, 2)
     assert not holds_state(first) and (first / "ema.safetensors").is_file()
     assert manifest_fault(first) is None, "given up on purpose, so not damaged"
-    assert holds_state(second) and newest_state(writer.checkpoint_dir) == second
+    assert holds_state(second) and newest_state(options.checkpoint_dir) == second
 
 
 # ------------------------------------------------------------------------------------------------ complete or absent
-_MOMENTS = [
-    (writer_module.state_files, "fill_rank", 1),
-    (writer_module.state_files, "fill_whole", 1),
-    (writer_module.state_files, "fill_whole", 2),
+_INTERRUPTED = [
+    (save_module.state_files, "fill_rank", 1),
+    (save_module.state_files, "fill_whole", 1),
+    (save_module.state_files, "fill_whole", 2),
     (step_folders_module, "write_json", 1),
     (step_folders_module, "write_json", 2),
     (step_folders_module, "manifest_fault", 1),
@@ -208,12 +132,12 @@ _MOMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("module", "moment", "call"), _MOMENTS)
+@pytest.mark.parametrize(("module", "function", "call"), _INTERRUPTED)
 def test_a_save_that_is_interrupted_leaves_the_older_one_the_newest(
-    module: Any, moment: str, call: int, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+    module: Any, function: str, call: int, options: SaveOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = save(writer, 1)
-    real, calls = getattr(module, moment), []
+    first = save(options, 1)
+    real, calls = getattr(module, function), []
 
     def killed(*arguments: Any, **named: Any) -> Any:
         calls.append(arguments)
@@ -222,20 +146,20 @@ def test_a_save_that_is_interrupted_leaves_the_older_one_the_newest(
         return real(*arguments, **named)
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(module, moment, killed)
-        save(writer, 2)
-    assert newest_state(writer.checkpoint_dir) == first
-    assert (writer.checkpoint_dir / "latest").read_text() == "step_1\n"
-    assert [step for step, _ in step_folders(writer.checkpoint_dir)] == [1]
+        patched.setattr(module, function, killed)
+        save(options, 2)
+    assert newest_state(options.checkpoint_dir) == first
+    assert (options.checkpoint_dir / "latest").read_text() == "step_1\n"
+    assert [step for step, _ in step_folders(options.checkpoint_dir)] == [1]
 
-    sweep(writer.checkpoint_dir)
-    assert names(writer.checkpoint_dir) == ["latest", "step_1"]
-    second = save(writer, 2)
-    assert newest_state(writer.checkpoint_dir) == second
+    sweep(options.checkpoint_dir)
+    assert names(options.checkpoint_dir) == ["latest", "step_1"]
+    second = save(options, 2)
+    assert newest_state(options.checkpoint_dir) == second
 
 
 def test_files_that_did_not_reach_the_disk_whole_are_an_error(
-    writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+    options: SaveOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = step_folders_module.write_json
 
@@ -246,21 +170,21 @@ def test_files_that_did_not_reach_the_disk_whole_are_an_error(
 
     monkeypatch.setattr(step_folders_module, "write_json", truncating)
     with pytest.raises(RuntimeError, match="model.safetensors has 10 bytes"):
-        save(writer, 1)
-    assert step_folders(writer.checkpoint_dir) == []
+        save(options, 1)
+    assert step_folders(options.checkpoint_dir) == []
 
 
 # ------------------------------------------------------------------------------------------------------ found again
-def test_folders_are_sorted_by_number_and_only_complete_ones_count(writer: CheckpointWriter) -> None:
+def test_folders_are_sorted_by_number_and_only_complete_ones_count(options: SaveOptions) -> None:
     for step in (1000, 900, 20):
-        save(writer, step)
-    save(writer, 100, last=True)
-    (writer.checkpoint_dir / "step_5000").mkdir()  # no manifest
-    (writer.checkpoint_dir / "step_x").mkdir()
-    (writer.checkpoint_dir / "step_9999").symlink_to("step_20")
-    (writer.checkpoint_dir / ".unfinished-step_7000").mkdir()
-    assert [step for step, _ in step_folders(writer.checkpoint_dir)] == [20, 100, 900, 1000]
-    newest = newest_state(writer.checkpoint_dir)
+        save(options, step)
+    save(options, 100, last=True)
+    (options.checkpoint_dir / "step_5000").mkdir()  # no manifest
+    (options.checkpoint_dir / "step_x").mkdir()
+    (options.checkpoint_dir / "step_9999").symlink_to("step_20")
+    (options.checkpoint_dir / ".unfinished-step_7000").mkdir()
+    assert [step for step, _ in step_folders(options.checkpoint_dir)] == [20, 100, 900, 1000]
+    newest = newest_state(options.checkpoint_dir)
     assert newest is not None and newest.name == "step_1000"
 
 
@@ -286,13 +210,13 @@ def _empty_manifest(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [_lose_a_file, _truncate_state, _break_manifest, _empty_manifest])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(
-    damage: Any, writer: CheckpointWriter, caplog: pytest.LogCaptureFixture
+    damage: Any, options: SaveOptions, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first, second = save(writer, 1), save(writer, 2)
+    first, second = save(options, 1), save(options, 2)
     damage(second)
     caplog.set_level(logging.WARNING, "bagel_ds")
     logging.getLogger("bagel_ds").propagate = True
-    assert newest_state(writer.checkpoint_dir) == first
+    assert newest_state(options.checkpoint_dir) == first
     assert "step_2 is passed over" in caplog.text
 
 
@@ -304,8 +228,8 @@ def test_a_broken_trainer_json_is_a_message(text: str, tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------- refused, full, thinned
-def test_one_flipped_byte_is_found_and_named(writer: CheckpointWriter) -> None:
-    folder = save(writer, 1)
+def test_one_flipped_byte_is_found_and_named(options: SaveOptions) -> None:
+    folder = save(options, 1)
     assert damage_of(folder) is None
     state = folder / "state" / "rank_00000.safetensors"
     content = bytearray(state.read_bytes())
@@ -318,10 +242,10 @@ def test_one_flipped_byte_is_found_and_named(writer: CheckpointWriter) -> None:
 
 @pytest.mark.parametrize("shares", [1, 2, 3, 7])
 def test_ranks_read_equal_shares_of_the_bytes_and_together_find_one_that_is_flipped(
-    shares: int, writer: CheckpointWriter
+    shares: int, options: SaveOptions
 ) -> None:
     """A state may be one large file: what one rank saved is read by as many as resume from it."""
-    folder = save(writer, 1)
+    folder = save(options, 1)
     files = state_files(folder)
     state = folder / "state" / "rank_00000.safetensors"
     whole = state.read_bytes()
@@ -346,8 +270,8 @@ def test_ranks_read_equal_shares_of_the_bytes_and_together_find_one_that_is_flip
         )
 
 
-def test_a_share_that_no_rank_has_read_is_damage(writer: CheckpointWriter) -> None:
-    folder = save(writer, 1)
+def test_a_share_that_no_rank_has_read_is_damage(options: SaveOptions) -> None:
+    folder = save(options, 1)
     files = state_files(folder)
     shares = [check_share(folder, files, share, 7)[0] for share in range(7)]
     assert sum(bool(share) for share in shares) >= 2, "the header may fill one"
@@ -356,8 +280,8 @@ def test_a_share_that_no_rank_has_read_is_damage(writer: CheckpointWriter) -> No
         assert "holds other bytes than were saved" in str(share_fault(folder, files, parts))
 
 
-def test_a_file_whose_size_the_manifest_lacks_is_damage(writer: CheckpointWriter) -> None:
-    folder = save(writer, 1)
+def test_a_file_whose_size_the_manifest_lacks_is_damage(options: SaveOptions) -> None:
+    folder = save(options, 1)
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["files"]["trainer.json"]
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -366,9 +290,9 @@ def test_a_file_whose_size_the_manifest_lacks_is_damage(writer: CheckpointWriter
 
 @pytest.mark.parametrize("fails_at", [1, 2, 3])
 def test_a_full_disk_is_one_message_and_changes_nothing(
-    fails_at: int, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+    fails_at: int, options: SaveOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = save(writer, 1)
+    first = save(options, 1)
     real, calls = os.posix_fallocate, []
 
     def full(*arguments: Any) -> None:
@@ -379,11 +303,11 @@ def test_a_full_disk_is_one_message_and_changes_nothing(
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(SaveFault, match=r"step_2 could not be saved.*No space left.*GiB needed"):
-        save(writer, 2)
+        save(options, 2)
     monkeypatch.undo()
-    assert newest_state(writer.checkpoint_dir) == first
-    assert names(writer.checkpoint_dir) == ["latest", "step_1"]
-    assert save(writer, 2).is_dir()
+    assert newest_state(options.checkpoint_dir) == first
+    assert names(options.checkpoint_dir) == ["latest", "step_1"]
+    assert save(options, 2).is_dir()
 
 
 @pytest.mark.parametrize(
@@ -398,7 +322,7 @@ def test_a_full_disk_is_one_message_and_changes_nothing(
     ],
 )
 def test_a_save_that_fails_says_what_the_system_said(
-    number: int, remedy: str, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+    number: int, remedy: str, options: SaveOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
@@ -406,35 +330,37 @@ def test_a_save_that_fails_says_what_the_system_said(
     for place in ("fsync", "posix_fallocate"):
         with monkeypatch.context() as patched, pytest.raises(SaveFault) as caught:
             patched.setattr(os, place, refused)
-            save(writer, 2)
+            save(options, 2)
         text = str(caught.value)
         assert os.strerror(number) in text and remedy in text
         assert ("Free space" in text) == ("Free space" in remedy)
         assert "None" not in text
-    assert names(writer.checkpoint_dir) == []
+    assert names(options.checkpoint_dir) == []
 
 
 # --------------------------------------------------------------------------------- conveniences that a save survives
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.EACCES])
 def test_where_no_links_can_be_made_the_final_checkpoint_is_named_in_a_file(
-    number: int, writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    number: int, options: SaveOptions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refused(self: Path, target: str) -> None:
         raise OSError(number, os.strerror(number), target, None, str(self))
 
     logging.getLogger("bagel_ds").propagate = True
     monkeypatch.setattr(Path, "symlink_to", refused)
-    folder = save(writer, 3, last=True)
-    assert (writer.checkpoint_dir / "step_final").read_text() == "step_3\n"
-    assert (writer.checkpoint_dir / "latest").read_text() == "step_3\n"
-    assert names(writer.checkpoint_dir) == ["latest", "step_3", "step_final"]
-    assert newest_state(writer.checkpoint_dir) == folder and manifest_fault(folder) is None
+    folder = save(options, 3, last=True)
+    assert (options.checkpoint_dir / "step_final").read_text() == "step_3\n"
+    assert (options.checkpoint_dir / "latest").read_text() == "step_3\n"
+    assert names(options.checkpoint_dir) == ["latest", "step_3", "step_final"]
+    assert newest_state(options.checkpoint_dir) == folder and manifest_fault(folder) is None
     (line,) = caplog.messages
     assert f"{folder} is the final checkpoint" in line and "text file" in line and os.strerror(number) in line
-    assert export_checkpoint(writer.checkpoint_dir / "step_final", writer.checkpoint_dir.parent / "out", torch.float32)
-    kept = dataclasses.replace(writer, keep_last=1)
+    assert export_checkpoint(
+        options.checkpoint_dir / "step_final", options.checkpoint_dir.parent / "out", torch.float32
+    )
+    kept = dataclasses.replace(options, keep_last=1)
     save(kept, 4)
-    assert names(writer.checkpoint_dir) == ["latest", "step_4"], "the file goes with the checkpoint it names"
+    assert names(options.checkpoint_dir) == ["latest", "step_4"], "the file goes with the checkpoint it names"
 
 
 def _refusing_to_replace(*wanted: str) -> Callable[[Path, Path], Path]:
@@ -449,25 +375,25 @@ def _refusing_to_replace(*wanted: str) -> Callable[[Path, Path], Path]:
 
 
 def test_a_checkpoint_is_saved_although_nothing_can_point_to_it(
-    writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    options: SaveOptions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     logging.getLogger("bagel_ds").propagate = True
     monkeypatch.setattr(Path, "replace", _refusing_to_replace("latest", "step_final"))
-    folder = save(writer, 3, last=True)
-    assert newest_state(writer.checkpoint_dir) == folder and names(writer.checkpoint_dir) == ["step_3"]
+    folder = save(options, 3, last=True)
+    assert newest_state(options.checkpoint_dir) == folder and names(options.checkpoint_dir) == ["step_3"]
     latest, final = caplog.messages
     assert f"{folder} is saved, but latest could not" in latest and "Permission denied" in latest
     assert f"{folder} is the final checkpoint, but step_final could not" in final
 
 
 def test_a_folder_in_the_place_of_step_final_costs_a_line(
-    writer: CheckpointWriter, caplog: pytest.LogCaptureFixture
+    options: SaveOptions, caplog: pytest.LogCaptureFixture
 ) -> None:
     """As `cp -rL` leaves it."""
     logging.getLogger("bagel_ds").propagate = True
-    (writer.checkpoint_dir / "step_final").mkdir()
-    save(writer, 3, last=True)
-    assert names(writer.checkpoint_dir) == ["latest", "step_3", "step_final"]
+    (options.checkpoint_dir / "step_final").mkdir()
+    save(options, 3, last=True)
+    assert names(options.checkpoint_dir) == ["latest", "step_3", "step_final"]
     assert "step_3 is the final checkpoint, but step_final could not" in caplog.text
 
 
@@ -475,7 +401,7 @@ def test_a_folder_in_the_place_of_step_final_costs_a_line(
 def test_folders_that_cannot_be_flushed_cost_no_checkpoint(
     number: int,
     warns: bool,
-    writer: CheckpointWriter,
+    options: SaveOptions,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -484,42 +410,42 @@ def test_folders_that_cannot_be_flushed_cost_no_checkpoint(
 
     def fsync(descriptor: int) -> None:
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        if path == writer.checkpoint_dir or (path.is_dir() and not warns):
+        if path == options.checkpoint_dir or (path.is_dir() and not warns):
             raise OSError(number, os.strerror(number))
         real(descriptor)
 
     logging.getLogger("bagel_ds").propagate = True
     monkeypatch.setattr(os, "fsync", fsync)
-    folder = save(writer, 3)
-    assert newest_state(writer.checkpoint_dir) == folder
+    folder = save(options, 3)
+    assert newest_state(options.checkpoint_dir) == folder
     assert ("loses its power" in caplog.text) == warns
 
 
 def test_older_checkpoints_that_cannot_be_removed_cost_no_new_one(
-    writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    options: SaveOptions, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refused(*_: Any) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted", "step_1")
 
     logging.getLogger("bagel_ds").propagate = True
     monkeypatch.setattr(step_folders_module, "thin_out", refused)
-    assert save(writer, 3).is_dir()
-    assert "step_3 is saved, but older checkpoints could not be thinned out" in caplog.text
+    assert save(options, 3).is_dir()
+    assert "step_3 is saved, but older checkpoints could not be removed" in caplog.text
 
 
 def test_a_file_system_that_cannot_reserve_space_is_written_to(
-    writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch
+    options: SaveOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unsupported(*_: Any) -> None:
         raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(os, "posix_fallocate", unsupported)
-    folder = save(writer, 3)
+    folder = save(options, 3)
     assert manifest_fault(folder) is None and damage_of(folder) is None
 
 
-def test_a_checkpoint_that_cannot_be_replaced_stays(writer: CheckpointWriter, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, real = save(writer, 1), Path.rename
+def test_a_checkpoint_that_cannot_be_replaced_stays(options: SaveOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, real = save(options, 1), Path.rename
 
     def rename(self: Path, target: Path) -> Path:
         if self.name == ".unfinished-step_1":
@@ -528,65 +454,51 @@ def test_a_checkpoint_that_cannot_be_replaced_stays(writer: CheckpointWriter, mo
 
     monkeypatch.setattr(Path, "rename", rename)
     with pytest.raises(SaveFault, match="unfinished-step_1: Permission denied. Make"):
-        save(writer, 1)
-    assert newest_state(writer.checkpoint_dir) == first and names(writer.checkpoint_dir) == ["latest", "step_1"]
+        save(options, 1)
+    assert newest_state(options.checkpoint_dir) == first and names(options.checkpoint_dir) == ["latest", "step_1"]
 
 
-def test_only_the_newest_are_kept_when_asked(writer: CheckpointWriter) -> None:
-    kept = CheckpointWriter(writer.checkpoint_dir, writer.model_folder, torch.float32, False, keep_last=2)
+def test_only_the_newest_are_kept_when_asked(options: SaveOptions) -> None:
+    kept = SaveOptions(options.checkpoint_dir, options.model_folder, torch.float32, False, keep_last=2)
     for step in (1, 2, 3, 10):
         save(kept, step)
-    assert [step for step, _ in step_folders(writer.checkpoint_dir)] == [3, 10]
-
-
-@pytest.mark.parametrize("was_frozen", [False, True])
-def test_moments_come_back_and_are_zero_for_what_was_frozen(was_frozen: bool, tmp_path: Path) -> None:
-    kinds = [WEIGHT] if was_frozen else [MASTER, EXP_AVG, EXP_AVG_SQ]
-    held = [Held(kind, "trains", 0, 6, torch.float32) for kind in kinds]
-    pieces = [(kind, Pieces("trains", [(Range("trains", 0, 6), torch.arange(6.0))])) for kind in kinds]
-    write_rank(rank_file(tmp_path, 0), held, pieces)
-    engine: Any = Engine()
-    restore_moments(engine, StateFiles(tmp_path), 5)
-    expected = torch.zeros(6) if was_frozen else torch.arange(6.0)
-    for kind in (EXP_AVG, EXP_AVG_SQ):
-        assert torch.equal(engine.partitions.flats[kind], expected)
-    assert engine.partitions.step == 5
+    assert [step for step, _ in step_folders(options.checkpoint_dir)] == [3, 10]
 
 
 @pytest.mark.parametrize(("keep_last", "delete_state"), [(1, False), (0, True)])
 def test_what_was_just_saved_stays_also_below_the_highest_number(
-    keep_last: int, delete_state: bool, writer: CheckpointWriter
+    keep_last: int, delete_state: bool, options: SaveOptions
 ) -> None:
     """As after `--resume_from step_1` where step_9 is already there."""
-    newest = save(writer, 9)
-    arguments = (writer.checkpoint_dir, writer.model_folder, torch.float32, delete_state, keep_last)
-    saved = save(CheckpointWriter(*arguments), 2)
+    newest = save(options, 9)
+    arguments = (options.checkpoint_dir, options.model_folder, torch.float32, delete_state, keep_last)
+    saved = save(SaveOptions(*arguments), 2)
     assert holds_state(saved) and holds_state(newest)
-    again = save(CheckpointWriter(*arguments), 3)
+    again = save(SaveOptions(*arguments), 3)
     assert holds_state(again) and holds_state(newest)
     assert saved.is_dir() != bool(keep_last) and not holds_state(saved)
 
 
-def test_step_final_goes_with_the_checkpoint_it_names(writer: CheckpointWriter) -> None:
-    kept = CheckpointWriter(writer.checkpoint_dir, writer.model_folder, torch.float32, False, keep_last=1)
+def test_step_final_goes_with_the_checkpoint_it_names(options: SaveOptions) -> None:
+    kept = SaveOptions(options.checkpoint_dir, options.model_folder, torch.float32, False, keep_last=1)
     save(kept, 1, last=True)
-    assert (writer.checkpoint_dir / "step_final").is_dir()
+    assert (options.checkpoint_dir / "step_final").is_dir()
     save(kept, 2)  # the run was prolonged
-    assert names(writer.checkpoint_dir) == ["latest", "step_2"]
+    assert names(options.checkpoint_dir) == ["latest", "step_2"]
 
 
-def test_the_only_whole_state_is_never_removed(writer: CheckpointWriter) -> None:
-    first, second = save(writer, 1), save(writer, 2)
+def test_the_only_whole_state_is_never_removed(options: SaveOptions) -> None:
+    first, second = save(options, 1), save(options, 2)
     _truncate_state(second)
-    thin_out(writer.checkpoint_dir, keep_last=1, delete_previous_state=True)
-    assert newest_state(writer.checkpoint_dir) == first
+    thin_out(options.checkpoint_dir, keep_last=1, delete_previous_state=True)
+    assert newest_state(options.checkpoint_dir) == first
 
 
-def test_a_checkpoint_about_to_be_replaced_comes_back_after_a_crash(writer: CheckpointWriter) -> None:
-    first = save(writer, 1)
-    first.rename(writer.checkpoint_dir / ".replaced-step_1")
-    sweep(writer.checkpoint_dir)
-    assert newest_state(writer.checkpoint_dir) == first
+def test_a_checkpoint_about_to_be_replaced_comes_back_after_a_crash(options: SaveOptions) -> None:
+    first = save(options, 1)
+    first.rename(options.checkpoint_dir / ".replaced-step_1")
+    sweep(options.checkpoint_dir)
+    assert newest_state(options.checkpoint_dir) == first
 
 
 def test_space_is_reserved_before_anything_is_written(tmp_path: Path) -> None:
@@ -597,13 +509,13 @@ def test_space_is_reserved_before_anything_is_written(tmp_path: Path) -> None:
     writer.close()
 
 
-def test_a_run_whose_model_folder_is_a_checkpoint_may_remove_it(writer: CheckpointWriter) -> None:
+def test_a_run_whose_model_folder_is_a_checkpoint_may_remove_it(options: SaveOptions) -> None:
     """As the message for a lost base model offers: --model_path .../step_1."""
-    first = save(writer, 1)
-    resumed = dataclasses.replace(writer, model_folder=first, keep_last=1)
+    first = save(options, 1)
+    resumed = dataclasses.replace(options, model_folder=first, keep_last=1)
     for step in (2, 3, 4):
         saved = save(resumed, step)
-        thin_out(writer.checkpoint_dir, keep_last=1, delete_previous_state=False, saved=saved)
+        thin_out(options.checkpoint_dir, keep_last=1, delete_previous_state=False, saved=saved)
         assert all((saved / name).read_text() == name for name in ("llm_config.json", "tokenizer.json"))
         assert (saved / "ae.safetensors").is_file() and manifest_fault(saved) is None
     assert not first.exists()

@@ -1,4 +1,4 @@
-"""A pack that a run has kept is shown as the plan's own packs are, from its tensors alone."""
+"""A pack that a run has kept is shown like a planned pack, from its tensors only."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import pytest
 
 from bagel_ds.arguments.run_config import parse_arguments
 from bagel_ds.cli import main
+from bagel_ds.data.batches.batch_file import load_batch, save_batch
 from bagel_ds.data.inspect.packs import ShownPack, first_packs, kept_pack, pack_text
 from bagel_ds.demo import write_demo
 from bagel_ds.inputs.data import open_inputs
-from bagel_ds.train.nonfinite import load_batch, save_batch
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ MSE, CE, BY_TIME = "loss/mse/", "loss/ce/", "loss/mse_t/"  # followed by a datas
 BANDS = 4  # of t after the shift, from 0 (clean) to 1 (noise)
 
 
-class LossParts:
+class LossBreakdown:
     """Adds up one step's weighted losses and their weights in a tensor [2, parts]."""
 
     def __init__(self, datasets: Sequence[str], timestep_shift: float, options: LossOptions):

@@ -15,9 +15,9 @@ from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import VAE, VIT
 from bagel_ds.model.bagel import BagelOutput
 from bagel_ds.model.batch import PackedBatch
-from bagel_ds.model.losses.by_part import LossParts
+from bagel_ds.model.losses.breakdown import LossBreakdown
 from bagel_ds.model.losses.normalization import LossOptions
-from bagel_ds.train.step import optimizer_step
+from bagel_ds.train.step import accumulate, update
 from tests.model.losses.test_normalization import FEATURES, SPECIAL, output_of, text
 
 CPU = torch.device("cpu")
@@ -75,64 +75,64 @@ BY_HAND = {
 }
 
 
-def sums_of(parts: LossParts, batches: list[PackedBatch], outputs: list[BagelOutput]) -> list[list[float]]:
-    sums = parts.zeros(CPU)
+def sums_of(breakdown: LossBreakdown, batches: list[PackedBatch], outputs: list[BagelOutput]) -> list[list[float]]:
+    sums = breakdown.zeros(CPU)
     for batch, said in zip(batches, outputs, strict=True):
-        parts.add(sums, said, batch)
+        breakdown.add(sums, said, batch)
     return sums.tolist()
 
 
 def test_two_ranks_give_the_means_computed_by_hand() -> None:
-    parts = LossParts(DATASETS, 1.0, LossOptions())
-    by_rank = [sums_of(parts, RANK_0, SAID_0), sums_of(parts, RANK_1, SAID_1)]
-    assert parts.means(by_rank) == pytest.approx(BY_HAND, rel=1e-6)
+    breakdown = LossBreakdown(DATASETS, 1.0, LossOptions())
+    by_rank = [sums_of(breakdown, RANK_0, SAID_0), sums_of(breakdown, RANK_1, SAID_1)]
+    assert breakdown.means(by_rank) == pytest.approx(BY_HAND, rel=1e-6)
 
 
 def test_one_rank_with_all_micro_batches_gives_the_same() -> None:
-    parts = LossParts(DATASETS, 1.0, LossOptions())
-    assert parts.means([sums_of(parts, RANK_0 + RANK_1, SAID_0 + SAID_1)]) == pytest.approx(BY_HAND, rel=1e-6)
+    breakdown = LossBreakdown(DATASETS, 1.0, LossOptions())
+    assert breakdown.means([sums_of(breakdown, RANK_0 + RANK_1, SAID_0 + SAID_1)]) == pytest.approx(BY_HAND, rel=1e-6)
 
 
 def test_a_step_has_numbers_only_for_what_it_holds() -> None:
-    parts = LossParts(DATASETS, 1.0, LossOptions())
-    assert parts.means([sums_of(parts, RANK_0[1:], SAID_0[1:])]) == {"loss/ce/chats": 2.0}
-    assert parts.means([sums_of(parts, [pack()], [output(pack(), [], [])])]) == {}
+    breakdown = LossBreakdown(DATASETS, 1.0, LossOptions())
+    assert breakdown.means([sums_of(breakdown, RANK_0[1:], SAID_0[1:])]) == {"loss/ce/chats": 2.0}
+    assert breakdown.means([sums_of(breakdown, [pack()], [output(pack(), [], [])])]) == {}
 
 
 def test_bands_are_of_t_after_the_shift() -> None:
     """A shift of 3 moves 0.1 to 0.25, 0.6 to 0.82."""
-    parts = LossParts(DATASETS, 3.0, LossOptions())
-    found = parts.means([sums_of(parts, RANK_0[:1], SAID_0[:1])])
+    breakdown = LossBreakdown(DATASETS, 3.0, LossOptions())
+    found = breakdown.means([sums_of(breakdown, RANK_0[:1], SAID_0[:1])])
     shifted = 3 * 0.1 / (1 + 2 * 0.1)
     assert shifted == pytest.approx(0.25)
     assert found[BANDS[3]] == 4.0 and BANDS[2] not in found
     for t, band in ((0.24, 0), (0.26, 1), (0.49, 1), (0.51, 2), (0.74, 2), (0.76, 3)):
         batch = pack(("cats", drawn(1, logit(t))))
-        unshifted = LossParts(DATASETS, 1.0, LossOptions())
+        unshifted = LossBreakdown(DATASETS, 1.0, LossOptions())
         assert unshifted.means([sums_of(unshifted, [batch], [output(batch, [], [3.0])])])[BANDS[band]] == 3.0
 
 
 @pytest.mark.parametrize("timestep, band", [(-100.0, 0), (100.0, 3)])
 def test_the_ends_of_time_are_in_the_outer_bands(timestep: float, band: int) -> None:
-    parts, batch = LossParts(DATASETS, 1.0, LossOptions()), pack(("cats", drawn(1, timestep)))
-    assert parts.means([sums_of(parts, [batch], [output(batch, [], [3.0])])])[BANDS[band]] == 3.0
+    breakdown, batch = LossBreakdown(DATASETS, 1.0, LossOptions()), pack(("cats", drawn(1, timestep)))
+    assert breakdown.means([sums_of(breakdown, [batch], [output(batch, [], [3.0])])])[BANDS[band]] == 3.0
 
 
 def test_reweighting_counts_as_in_the_loss() -> None:
-    parts = LossParts(DATASETS, 1.0, LossOptions(ce_loss_reweighting=True))
+    breakdown = LossBreakdown(DATASETS, 1.0, LossOptions(ce_loss_reweighting=True))
     batch = pack(("chats", text(3)), ("chats", text(0)))  # 4 labels of weight 1/2, one of weight 1
-    found = parts.means([sums_of(parts, [batch], [output(batch, [1.0, 2.0, 3.0, 4.0, 10.0], [])])])
+    found = breakdown.means([sums_of(breakdown, [batch], [output(batch, [1.0, 2.0, 3.0, 4.0, 10.0], [])])])
     assert found["loss/ce/chats"] == pytest.approx((10 / 2 + 10) / (4 / 2 + 1))
 
 
 def test_batches_of_unknown_datasets_still_have_bands() -> None:
-    parts = LossParts(DATASETS, 1.0, LossOptions())
+    breakdown = LossBreakdown(DATASETS, 1.0, LossOptions())
     batch = replace(RANK_0[0], datasets=())
-    assert set(parts.means([sums_of(parts, [batch], SAID_0[:1])])) == {BANDS[0], BANDS[2]}
+    assert set(breakdown.means([sums_of(breakdown, [batch], SAID_0[:1])])) == {BANDS[0], BANDS[2]}
 
 
 class _Engine:
-    """What `optimizer_step` asks of an engine, with a network that says what it is told."""
+    """What a step asks of an engine, with a network that says what it is told."""
 
     device = CPU
 
@@ -146,11 +146,14 @@ class _Engine:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def micro_step(self, learning_rate: float, before_update: Any) -> float:
+    def next_micro_batch(self) -> None:
+        pass
+
+    def update(self, learning_rate: float) -> float:
         return 1.0
 
 
-@pytest.mark.usefixtures("one_rank")
+@pytest.mark.usefixtures("process_group")
 def test_a_step_exchanges_no_more_for_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     exchanged: list[int] = []
     real = dist.all_reduce
@@ -160,19 +163,20 @@ def test_a_step_exchanges_no_more_for_its_parts(monkeypatch: pytest.MonkeyPatch)
         real(tensor, *rest)
 
     monkeypatch.setattr(dist, "all_reduce", counted)
-    parts = LossParts(DATASETS, 1.0, LossOptions())
+    breakdown = LossBreakdown(DATASETS, 1.0, LossOptions())
     results, counts = [], []
-    for wanted in (None, parts):
+    for wanted in (None, breakdown):
         exchanged.clear()
         engine: Any = _Engine(SAID_0 + SAID_1)
         window = RANK_0 + RANK_1
-        results.append(optimizer_step(engine, lambda batch: batch.noise, window, 1.0, LossOptions(), parts=wanted))
+        losses = accumulate(engine, lambda batch: batch.noise, window, LossOptions(), wanted)
+        results.append(update(engine, losses, 1.0))
         counts.append(list(exchanged))
     assert counts[0] == counts[1]
-    assert results[0].parts is None and results[0][:-1] == results[1][:-1]
-    sums = results[1].parts
-    assert sums is not None and parts.means([sums.tolist()]) == pytest.approx(BY_HAND, rel=1e-6)
-    # The parts make the whole.
+    assert results[0].breakdown is None and results[0][:-1] == results[1][:-1]
+    sums = results[1].breakdown
+    assert sums is not None and breakdown.means([sums.tolist()]) == pytest.approx(BY_HAND, rel=1e-6)
+    # The breakdown make the whole.
     mse, ce = (sums[:, :3].sum(1), sums[:, 3:6].sum(1))
     assert float(mse[0] / mse[1]) == pytest.approx(results[1].mse, rel=1e-6)
     assert float(ce[0] / ce[1]) == pytest.approx(results[1].ce, rel=1e-6)

@@ -1,0 +1,58 @@
+"""What a run logs before it starts: parameters, data, memory, settings and, if asked for, its next packs."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from bagel_ds.arguments.run_config import RunConfig
+from bagel_ds.data.inspect.packs import first_packs, pack_text
+from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.parts import part_of
+from bagel_ds.train.memory_plan import plan_lines
+from bagel_ds.train.prepare import Prepared, parameter_shapes, trainable
+
+logger = logging.getLogger("bagel_ds")
+
+
+def log_plan(config: RunConfig, prepared: Prepared) -> None:
+    """Log the plan of the run."""
+    parameters = describe_parameters(prepared.model, trainable(config, prepared.model))
+    notes = [*config.notes, *prepared.notes]
+    for line in [*notes, *parameters, *prepared.data.describe(), *plan_lines(prepared.memory)]:
+        logger.info(line)
+    ranks = dist.get_world_size()
+    logger.info(
+        "%d rank(s), ZeRO stage %d, %s; %d packs of up to %s tokens per step",
+        ranks,
+        prepared.ds_config["zero_optimization"]["stage"],
+        config.training.precision,
+        ranks * config.training.gradient_accumulation_steps,
+        f"{config.data.max_num_tokens:,}",
+    )
+
+
+def log_packs(config: RunConfig, prepared: Prepared, plan_state: dict[str, Any] | None) -> None:
+    """Log the next --debug_batches packs of all ranks in readable form, also to results_dir/debug_batches.txt."""
+    lines: list[str] = []
+    for pack in first_packs(prepared.data, config.training.debug_batches, plan_state):
+        lines += [*pack_text(pack, config.training.timestep_shift), ""]
+    logger.info("the next %d packs:\n\n%s", config.training.debug_batches, "\n".join(lines))
+    path = Path(config.training.results_dir, "debug_batches.txt")
+    path.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
+
+
+def describe_parameters(model: BagelConfig, trains: set[str]) -> list[str]:
+    """A table of the network's parts, their sizes and whether they train."""
+    counts: dict[str, int] = {}
+    for name, shape in parameter_shapes(model).items():
+        counts[part_of(name)] = counts.get(part_of(name), 0) + math.prod(shape)
+    total, training = sum(counts.values()), sum(count for part, count in counts.items() if part in trains)
+    lines = [f"parameters: {total:,}, of which {training:,} train"]
+    return lines + [
+        f"  {part:<16} {count:>16,}  {'trains' if part in trains else 'frozen'}" for part, count in counts.items()
+    ]
