@@ -17,7 +17,7 @@ from bagel_ds.arguments.run_config import RunConfig, parse_arguments
 from bagel_ds.cli.launch_line import LaunchLine, Ranks, launched_ranks, read_launch_line
 from bagel_ds.cli.option_values import at_least_one, gibibytes, gibibytes_or_none
 from bagel_ds.errors import UserError
-from bagel_ds.inputs.files import hub_folder, is_hub_id
+from bagel_ds.inputs.files import is_hub_id
 from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.memory.report import not_compared, report_lines, size_options, suggestion_lines
 from bagel_ds.memory.suggestions import resolved, suggestions
@@ -31,7 +31,7 @@ TOO_SMALL = 1  # the exit code of --check
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the planner alone; the trainer's own come besides (`options.training`)."""
+    """The planner's own options; those of the trainer are the rest of the line (`options.training`)."""
     parser.add_argument("--model", help=f"7b, {RELEASED} or another hub id: plan without the model's folder")
     parser.add_argument("--world_size", "--world-size", type=at_least_one, help="ranks (GPUs) in all (default 1)")
     parser.add_argument("--ranks_per_host", "--ranks-per-host", type=at_least_one, help="default: all on one host")
@@ -148,6 +148,8 @@ def _network(model: str | None, config: RunConfig) -> tuple[BagelConfig, VAEConf
     if name.lower() in _RELEASED_NAMES:
         return _released(config), VAEConfig()
     if is_hub_id(name):
+        from bagel_ds.inputs.network import hub_folder
+
         return _from_folder(config, hub_folder(name, "--model" if model else "--model_path", ("*config.json",)))
     if model is not None:
         raise UserError(f"--model {model}: expected 7b or the id of a model on the hub; for a folder pass --model_path")
@@ -171,7 +173,7 @@ def _released(config: RunConfig) -> BagelConfig:
 
 def _from_folder(config: RunConfig, path: Path) -> tuple[BagelConfig, VAEConfig]:
     """The network and autoencoder that the trainer would build from a model folder."""
-    from bagel_ds.inputs.data import bagel_config
+    from bagel_ds.inputs.network import bagel_config
     from bagel_ds.model_folder.folder import VAE, ModelFolder, vae_config
     from bagel_ds.model_folder.tensor_files import TensorFiles
 
