@@ -49,7 +49,7 @@ def plan_numbers(data: PlannedData, world_size: int, steps: int) -> PlanNumbers:
         packs += step.packs
         llm += step.imbalance_llm
         vision += step.imbalance_vision
-    groups = [group for pack in packs for group, *_ in pack.rows]
+    groups = [plan.group for pack in packs for plan in pack.samples]
     dropped, skipped = _audit(planner, packs, step.state)
     return PlanNumbers(
         world_size=world_size,
@@ -99,7 +99,7 @@ def _audit(planner: Planner, packs: list[Pack], state: dict[str, Any]) -> tuple[
             snapshot = step.state["block"]
             break
         tail += step.packs
-    used: set[_Key] = {row[:3] for pack in chain(packs, tail) for row in pack.rows}
+    used: set[_Key] = {(p.group, p.epoch, p.row) for pack in chain(packs, tail) for p in pack.samples}
     used.update((group, epoch, row) for group, epoch, row, _ in snapshot["carried"])
     dropped = skipped = 0
     for group, epoch, row in _passed(planner, snapshot["groups"]):
