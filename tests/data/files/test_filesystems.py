@@ -13,6 +13,7 @@ import pytest
 
 from bagel_ds.data.batches.materialize import materialize
 from bagel_ds.data.files.filesystems import Unreadable, regular_status, shown
+from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats import SOURCES
 from bagel_ds.data.index.index import DataFile, index_files
 from bagel_ds.data.samples.image_tokens import LayoutOptions
@@ -99,7 +100,7 @@ def test_data_files_of_any_name_are_indexed_once_and_read(tmp_path: Path, name: 
     lines = folder / os.fsdecode(NAMES[name] + b".jsonl")
     lines.write_text(json.dumps(conversation("<image> what?", "a thing", image="x.png")) + "\n{\n")
     (folder / "x.png").write_bytes(picture(40, 40))
-    files = [DataFile(str(parquet), SOURCES["t2i"]), DataFile(str(lines), SOURCES["vlm"], str(folder))]
+    files = [DataFile(str(parquet), SOURCES["t2i"]), DataFile(str(lines), SOURCES["vlm"], ImageFolder(str(folder)))]
     cache = None if where == "beside the data" else str(tmp_path / "cache")
     tokenizer = byte_tokenizer(tmp_path / "tokenizer")
     first = index_files(files, tokenizer, cache)

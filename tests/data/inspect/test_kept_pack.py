@@ -45,4 +45,4 @@ def test_the_command_shows_one_and_names_one_that_is_not_there(
     shown = capsys.readouterr().out
     assert all(name in shown for name in pack.batch.samples) and "of 640 tokens" in shown
     assert main.main(["inspect", f"--pack={tmp_path / 'step_8_rank_0_pack_0'}", *words]) == 2
-    assert "step_8_rank_0_pack_0.json is not there" in capsys.readouterr().err
+    assert "step_8_rank_0_pack_0.json does not exist" in capsys.readouterr().err

@@ -168,5 +168,5 @@ def test_the_audit_finds_a_lost_sample(data: PlannedData) -> None:
     steps = list(islice(data.planner.steps(2), 10))
     packs = [pack for step in steps for pack in step.packs]
     assert plan_numbers_module._audit(data.planner, packs, steps[-1].state)[0] == 0
-    lost = packs[3]._replace(samples=packs[3].samples[1:])
+    lost = packs[3]._replace(samples=packs[3].samples[1:], rows=packs[3].rows[1:])
     assert plan_numbers_module._audit(data.planner, [*packs[:3], lost, *packs[4:]], steps[-1].state)[0] == 1
