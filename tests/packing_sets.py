@@ -122,7 +122,7 @@ def _equal(plan: SamplePlan, sample: dict[str, Any], name: str, number: int) -> 
     ours = [(e.kind, e.loss, e.special_label, _droppable(e.kind, e.loss, source)) for e in plan.entries]
     if ours != recorded:
         return None
-    row = source.read([plan])[0]
+    row = source.read(plan)
     assert isinstance(row, ParsedRow)
     texts = [tokenizer().encode(row.texts[e.content]) for e in plan.entries if e.kind == TEXT]
     if texts != sample["text_ids_list"]:

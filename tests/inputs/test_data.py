@@ -17,9 +17,19 @@ from bagel_ds.model_folder.folder import ModelFolder
 
 @pytest.fixture
 def folder(tmp_path: Path) -> ModelFolder:
-    llm = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    llm["num_key_value_heads"] = 2
-    vit = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "patch_size": 14}
+    llm = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    vit = {
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "patch_size": 14,
+    }
     (tmp_path / "llm_config.json").write_text(json.dumps({**llm, "vocab_size": 300, "qk_norm": False}))
     (tmp_path / "vit_config.json").write_text(json.dumps({**vit, "num_hidden_layers": 3}))
     return ModelFolder(tmp_path)
