@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bagel_ds.cli.main import main
-from tests.distributed.cases import Case, arguments, checksums, losses, run_cases
+from tests.distributed.cases import Case, Outcome, arguments, checksums, losses, run_cases
 
 pytestmark = pytest.mark.distributed
 
@@ -20,6 +20,11 @@ interleave_reasoning:
   is_mandatory: true
   weight: 1
 """
+BAD = {
+    "unknown_dataset": VAL.replace("blockmoving_test", "blockmoving_tset"),
+    "no_yaml": "interleave_reasoning: [",
+    "all_too_long": VAL.replace("max_image_size: 64, min_image_size: 32", "max_image_size: 1024, min_image_size: 1024"),
+}
 STEPS = 3
 PRESETS = ["zero0", "zero1", "zero2", "zero3_cpu"]
 
@@ -55,13 +60,32 @@ def assert_training_is_the_same(folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def launched(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Outcome]]]:
     """Runs on two ranks under ZeRO-3 on an odd number of packs, so that the last pack of rank 1 is empty."""
     folder = tmp_path_factory.mktemp("evaluation")
-    outcomes = run_cases(folder / "launch", cases(demo, folder, "zero3", 3), ranks=2)
-    for name, ranks in outcomes.items():
-        assert [rank.code for rank in ranks] == [0, 0], outcomes[name][0].output
-    return folder
+    every = cases(demo, folder, "zero3", 3)
+    for name, text in BAD.items():
+        (folder / f"{name}.yaml").write_text(text)
+        every.append(Case(name, arguments(demo, folder / name, val_config=folder / f"{name}.yaml")))
+    outcomes = run_cases(folder / "launch", every, ranks=2)
+    for name in ("plain", "evaluated", "other"):
+        assert [rank.code for rank in outcomes[name]] == [0, 0], outcomes[name][0].output
+    return folder, outcomes
+
+
+@pytest.fixture
+def runs(launched: tuple[Path, dict[str, list[Outcome]]]) -> Path:
+    return launched[0]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_fault_of_the_held_out_data_ends_all_ranks_before_the_first_step(
+    name: str, launched: tuple[Path, dict[str, list[Outcome]]]
+) -> None:
+    folder, outcomes = launched
+    assert [rank.code for rank in outcomes[name]] == [2, 2]
+    assert f"{name}.yaml" in outcomes[name][0].output and "Traceback" not in outcomes[name][0].output
+    assert not (folder / name / "metrics.jsonl").exists()
 
 
 def test_training_is_the_same_with_and_without_evaluation(runs: Path) -> None:
