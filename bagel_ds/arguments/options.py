@@ -1,8 +1,8 @@
 """Every option of a training run, under the original trainer's name: type, default and one line of help.
 
-Guarantees: three frozen dataclasses hold all options and nothing else; no name occurs twice. How options are read from
-a command line or a YAML file is `command_line.py`'s work, what is refused or explained is `config.py`'s.
-docs/arguments.md is generated from this file. Options that the original trainers don't have say "(ours)".
+Guarantees: three frozen dataclasses hold all options and nothing else; no name occurs twice. `parse.py` reads options
+from a command line or a YAML file, `run_config.py` says which are refused or explained, and `page.py` makes
+docs/arguments.md of this file. Options that the original trainers don't have say "(ours)".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/arguments.md, generated from the dataclasses in `arguments.py`.
+"""docs/arguments.md, generated from the dataclasses in `options.py`.
 
 Guarantees: one row per option, so that the page is complete; `make lint` fails when the file differs from this.
 """

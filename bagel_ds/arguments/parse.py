@@ -1,8 +1,8 @@
 """From words of a command line, or keys of a YAML file, to typed values by option name.
 
 Guarantees: `_` and `-` are the same, `--name value` and `--name=value` too, booleans may stand bare, unambiguous
-prefixes count, the last of repeated options wins; every fault is found in one pass, none is raised here. Whether the
-values make sense together is not looked at (`config.py` does).
+prefixes count, the last of repeated options wins. One pass finds every fault, and the caller raises them together.
+`run_config.py` checks whether the values make sense together.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The configuration of a run: read once, validated once, all faults listed at once.
 
 Guarantees: a `RunConfig` from `parse_arguments` is consistent in itself; its `notes` say in one line each what was
-changed and which options have no effect. It doesn't look at files (`preflight.py` does) nor at the DeepSpeed
-configuration (`zero/config/resolve.py` does), except for a YAML file of options.
+changed and which options have no effect. The only file it reads is a YAML file of options; `inputs/files.py` looks for
+the files that options name, and `zero/config/resolve.py` checks the DeepSpeed configuration.
 """
 
 from __future__ import annotations

@@ -17,11 +17,12 @@ from bagel_ds.arguments.run_config import RunConfig, parse_arguments
 from bagel_ds.cli.launch_line import LaunchLine, Ranks, launched_ranks, read_launch_line
 from bagel_ds.cli.option_values import at_least_one, gibibytes, gibibytes_or_none
 from bagel_ds.errors import UserError
-from bagel_ds.inputs.files import hub_folder, is_hub_id
+from bagel_ds.inputs.files import is_hub_id
 from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.memory.report import not_compared, report_lines, size_options, suggestion_lines
 from bagel_ds.memory.suggestions import resolved, suggestions
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
+from bagel_ds.units import GIB
 from bagel_ds.zero.config.resolve import check_planned_file
 
 RELEASED = "BAGEL-7B-MoT"
@@ -30,7 +31,7 @@ TOO_SMALL = 1  # the exit code of --check
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Options of the planner alone; the trainer's own come besides (`options.training`)."""
+    """The planner's own options; those of the trainer are the rest of the line (`options.training`)."""
     parser.add_argument("--model", help=f"7b, {RELEASED} or another hub id: plan without the model's folder")
     parser.add_argument("--world_size", "--world-size", type=at_least_one, help="ranks (GPUs) in all (default 1)")
     parser.add_argument("--ranks_per_host", "--ranks-per-host", type=at_least_one, help="default: all on one host")
@@ -50,6 +51,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="for scripts: exit code 0 only if it fits, 1 if not, 2 if a size is missing",
     )
+    parser.add_argument("--inference", action="store_true", help="what bagel-ds generate takes with --gpu_memory")
     parser.add_argument("--table", action="store_true", help="print the table of docs/low_memory.md and nothing else")
 
 
@@ -64,6 +66,9 @@ def run(options: argparse.Namespace) -> int:
     config = parse_arguments(line.training, options.own)
     ranks = _ranks(options, line)
     model, vae = _network(options.model, config)
+    if options.inference:
+        print(_inference(model, vae, options.gpu_memory))
+        return 0
     memory = MemoryOptions.of(
         config,
         ranks.all,
@@ -87,6 +92,30 @@ def run(options: argparse.Namespace) -> int:
     else:
         print("\n".join(report_lines(plan) + ([] if plan.fits else suggestion_lines(better))))
     return _checked(plan) if options.check else 0
+
+
+def _inference(model: BagelConfig, vae: VAEConfig, gpu_memory: float | None) -> str:
+    """Where the weights lie when bf16 pictures are drawn on a GPU of so many GiB, and what streaming them costs."""
+    import torch
+
+    from bagel_ds.inference.placement import WORK_BYTES, place_weights
+    from bagel_ds.memory.table import PCIE
+    from bagel_ds.model.vae import AutoEncoder
+
+    with torch.device("meta"):
+        vae_bytes = sum(parameter.nbytes for parameter in AutoEncoder(vae).parameters())
+    placement = place_weights(model, 2, None if gpu_memory is None else int(gpu_memory * GIB), vae_bytes)
+    total = (placement.gpu_bytes + WORK_BYTES) / GIB
+    found = f"inference in bf16: {total:.1f} GiB on the GPU ({WORK_BYTES / GIB:.0f} GiB of it to work in)"
+    if not placement.streamed:
+        return f"{found}, no layer is streamed"
+    calls = 49  # of the network for an image with num_timesteps 50; guidance branches share a call
+    gib, layers = placement.bytes_per_pass / GIB, model.llm.num_hidden_layers
+    return (
+        f"{found}; {len(placement.streamed)} of {layers} layers are streamed from {gib:.1f} GiB of host memory. "
+        f"An image of {calls} steps moves {calls * gib:,.0f} GiB over PCIe: {calls * gib / PCIE:,.0f} s at {PCIE} "
+        "GiB/s, less what the computation hides"
+    )
 
 
 def _checked(plan: MemoryPlan) -> int:
@@ -119,6 +148,8 @@ def _network(model: str | None, config: RunConfig) -> tuple[BagelConfig, VAEConf
     if name.lower() in _RELEASED_NAMES:
         return _released(config), VAEConfig()
     if is_hub_id(name):
+        from bagel_ds.inputs.network import hub_folder
+
         return _from_folder(config, hub_folder(name, "--model" if model else "--model_path", ("*config.json",)))
     if model is not None:
         raise UserError(f"--model {model}: expected 7b or the id of a model on the hub; for a folder pass --model_path")
@@ -142,7 +173,7 @@ def _released(config: RunConfig) -> BagelConfig:
 
 def _from_folder(config: RunConfig, path: Path) -> tuple[BagelConfig, VAEConfig]:
     """The network and autoencoder that the trainer would build from a model folder."""
-    from bagel_ds.inputs.data import bagel_config
+    from bagel_ds.inputs.network import bagel_config
     from bagel_ds.model_folder.folder import VAE, ModelFolder, vae_config
     from bagel_ds.model_folder.tensor_files import TensorFiles
 

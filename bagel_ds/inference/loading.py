@@ -59,6 +59,8 @@ def open_inferencer(
         raise UserError(f"precision {precision!r}: expected bf16 or fp32")
     dtype = DTYPES[precision or ("bf16" if place.type == "cuda" else "fp32")]
     limit = None if max_gpu_memory is None else gpu_limit(max_gpu_memory)
+    if limit is not None and place.type != "cuda":
+        logger.info("max_gpu_memory has no effect on %s", place)
     files = _weight_files(folder, weights)
     vae = folder.load_vae().to(place) if (folder.path / VAE).exists() else None
     lacks = _lacks(files, folder, vae)

@@ -1,12 +1,12 @@
-"""From arguments to the network's shape and the planned data, on one process and without DeepSpeed.
+"""The data that a run is given: opened, indexed and planned, on one process and without DeepSpeed.
 
-Guarantees: training and the commands that look at data (`index`, `check`, `inspect`) open the same things in the same
-way, so that what is shown is what is trained on. No weight is read here, only shapes.
+Guarantees: training and the commands `index`, `check` and `inspect` open the same data in the same way, so that the
+commands show what training uses.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,60 +19,18 @@ from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.streams.opening import open_streams
 from bagel_ds.data.streams.stream import GroupStream, SampleOptions
 from bagel_ds.errors import UserError
-from bagel_ds.inputs.files import check_data_inputs, resolve_model_path
+from bagel_ds.inputs.files import check_data_inputs
+from bagel_ds.inputs.network import bagel_config, open_tokenizer, resolve_model_path
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.model.shape.parts import Freezing
-from bagel_ds.model_folder.folder import VAE, ModelFolder, latent_side, vae_config
+from bagel_ds.model_folder.folder import VAE, ModelFolder, vae_config
 from bagel_ds.model_folder.tensor_files import TensorFiles
-from bagel_ds.model_folder.tokenizer import Tokenizer, load_tokenizer
-
-
-def bagel_config(config: RunConfig, folder: ModelFolder, weights: Path | None, vae: VAEConfig) -> BagelConfig:
-    """The network that `config` asks for; `weights` is the folder whose checkpoint says the latent table's side.
-
-    Without one the side is the argument's, or that of BAGEL-7B-MoT.
-    """
-    arguments, training = config.model, config.training
-    # As in the original, whatever llm_config.json says of it.
-    llm = replace(folder.llm_config(), qk_norm=arguments.llm_qk_norm)
-    vit = folder.vit_config(arguments.vit_select_layer, arguments.vit_max_num_patch_per_side)
-    if vit.patch_size != arguments.vit_patch_size:
-        raise UserError(
-            f"--vit_patch_size {arguments.vit_patch_size} but {folder.path / 'vit_config.json'} says {vit.patch_size}; "
-            f"pass --vit_patch_size {vit.patch_size}"
-        )
-    side = arguments.max_latent_size
-    if side is None:
-        held = latent_side(ModelFolder(weights).open_weights(training.finetune_from_ema)) if weights else None
-        side = held or BagelConfig().max_latent_size
-    return BagelConfig(
-        llm=llm,
-        vit=vit,
-        z_channels=vae.z_channels,
-        latent_patch_size=arguments.latent_patch_size,
-        max_latent_size=side,
-        visual_gen=training.visual_gen,
-        visual_und=training.visual_und,
-        timestep_shift=training.timestep_shift,
-        freeze_und=training.freeze_und,
-        attention=config.attention,
-    )
+from bagel_ds.model_folder.tokenizer import Tokenizer
 
 
 def open_datasets(config: RunConfig) -> DatasetConfig:
     """The dataset YAML of the run."""
     return load_dataset_config(config.data.dataset_config_file, config.data.dataset_info)
-
-
-def open_tokenizer(folder: Path, model: BagelConfig) -> Tokenizer:
-    """The folder's tokenizer. Raises `UserError` where the network's vocabulary is too small for it."""
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.size > model.llm.vocab_size:
-        raise UserError(
-            f"the tokenizer of {folder} has {tokenizer.size} tokens, its llm_config.json only vocab_size="
-            f"{model.llm.vocab_size}; they do not belong together. Download or copy the folder again."
-        )
-    return tokenizer
 
 
 def layout_options(config: RunConfig, model: BagelConfig, vae: VAEConfig) -> LayoutOptions:
@@ -111,7 +69,7 @@ def open_data(
     progress: bool,
     start: dict[str, Any] | None = None,
 ) -> PlannedData:
-    """The data of the run, indexed where it is needed and not yet, and its plan; `start`: the state it goes on from."""
+    """The data of the run, indexed where needed, and its plan; `start` is the saved state that the run resumes from."""
     tokenizer = open_tokenizer(folder, model)
     options = sample_options(config, model, vae)
     cursors = start["block"]["groups"] if start else None
@@ -139,14 +97,17 @@ def open_held_out(config: RunConfig, folder: Path, model: BagelConfig, vae: VAEC
     datasets = load_dataset_config(config.training.val_config, config.data.dataset_info)
     tokenizer = open_tokenizer(folder, model)
     options = held_out_options(sample_options(config, model, vae))
-    streams = open_streams(datasets, tokenizer, options, config.data.index_cache, progress)
+    try:
+        streams = open_streams(datasets, tokenizer, options, config.data.index_cache, progress)
+    except UserError as fault:
+        raise UserError(f"--val_config {config.training.val_config}: {fault}") from None
     budget, most = config.data.max_num_tokens, config.training.val_max_batches
     return HeldOut(streams, tokenizer, options.layout, budget, most)
 
 
 @dataclass(frozen=True)
 class DataInputs:
-    """What the commands that look at data open from a run's arguments."""
+    """What the commands for data open from a run's arguments."""
 
     config: RunConfig
     datasets: DatasetConfig

@@ -1,8 +1,7 @@
 """The files that the arguments name, looked for before a run starts.
 
-Guarantees: everything that is missing is found at once and reported in one message that says how to get it; nothing is
-downloaded, but a model that was named by its hub id. Whether the files hold what they should is for those who read them
-to say; what the machine lacks is found by `doctor/environment.py`.
+Guarantees: one message lists everything that is missing and says how to get it. Nothing is opened or downloaded: the
+code that reads a file checks what it holds, and `doctor/environment.py` finds what the machine lacks.
 """
 
 from __future__ import annotations
@@ -12,8 +11,6 @@ from pathlib import Path
 
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.errors import UserError, all_faults
-from bagel_ds.machine.liveness import timed_elsewhere
-from bagel_ds.machine.waiting import waiting_for
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -29,7 +26,7 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def check_data_inputs(config: RunConfig) -> None:
-    """The same for commands that look at data only: they start from nothing and read no weights."""
+    """The same for commands for data, which need no weights and no DeepSpeed configuration."""
     faults = _folder_faults(config, weights=False) + _data_faults(config)
     all_faults(config.placed(faults), "What is missing:")
 
@@ -42,56 +39,18 @@ def parts_of(config: RunConfig) -> tuple[Path, Path, Path]:
 
 
 def starts_from_parts(config: RunConfig) -> bool:
-    """Whether the run begins with a separate language model, ViT and autoencoder: not told otherwise, and all there."""
+    """Whether the run starts from a separate language model, ViT and autoencoder: nothing else is given, all exist."""
     from bagel_ds.model_folder.pretrained import missing_parts
 
     training = config.training
     return not training.finetune_from_hf and training.resume_from is None and not missing_parts(*parts_of(config))
 
 
-def resolve_model_path(config: RunConfig) -> Path:
-    """The model folder: model_path, where the hub's files lie after a download, or one assembled from the parts.
-
-    Raises UserError.
-    """
-    from bagel_ds.model_folder.pretrained import assemble_folder
-
-    if starts_from_parts(config):
-        with waiting_for("the model folder to be assembled from its parts", "its autoencoder may be copied"):
-            return assemble_folder(Path(config.training.results_dir) / "parts", *parts_of(config))
-    path = Path(config.model.model_path)
-    if path.is_dir() or not is_hub_id(config.model.model_path):
-        return path
-    try:
-        return hub_folder(config.model.model_path, "--model_path")
-    except UserError as fault:
-        offer = _instead_of_base_model(config)
-        raise UserError(f"{fault}. {offer}" if offer else str(fault)) from None
-
-
-def hub_folder(name: str, option: str, patterns: tuple[str, ...] | None = None) -> Path:
-    """Where the files of a model on the hub lie after a download: all of them, or those that match.
-
-    Raises UserError, which names `option`.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        usual = "30 GB for the 7B, once; it goes on where it was cut off"
-        with timed_elsewhere(), waiting_for(f"{name} to be downloaded", usual):
-            return Path(snapshot_download(name, allow_patterns=patterns and list(patterns)))
-    except Exception as fault:  # the hub's own errors, and those of whatever http library it brings
-        raise UserError(
-            f"{option} {name}: no such folder here, and the hub gave no model of that id "
-            f"({type(fault).__name__}: {' '.join(str(fault).split())[:300]}); check the network, or pass a folder"
-        ) from None
-
-
 def is_hub_id(name: str) -> bool:
-    """Whether a model_path that is no folder can be meant as `owner/model` on the hub.
+    """Whether a model_path that isn't a folder can mean `owner/model` on the hub.
 
-    The folders of the original's scripts (hf/BAGEL-7B-MoT, models/BAGEL-7B-MoT) look the same and are not; nor is a
-    path below a folder that exists.
+    The folders of the original's scripts (hf/BAGEL-7B-MoT, models/BAGEL-7B-MoT) look the same but are local paths, and
+    so is a path below an existing folder.
     """
     owner, slash, model = name.partition("/")
     looks_so = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
@@ -141,15 +100,15 @@ def _folder_faults(config: RunConfig, weights: bool) -> list[str]:
     path = Path(name)
     if path.is_dir():
         missing = missing_model_files(path, weights)
-        remedy = _instead_of_base_model(config) or DOWNLOAD
+        remedy = instead_of_base_model(config) or DOWNLOAD
         return [f"--model_path {name}: the folder lacks {', '.join(missing)}. {remedy}"] if missing else []
     if is_hub_id(name):
         return []
-    return [f"--model_path {name}: no such folder. {_instead_of_base_model(config) or DOWNLOAD}"]
+    return [f"--model_path {name}: no such folder. {instead_of_base_model(config) or DOWNLOAD}"]
 
 
-def _instead_of_base_model(config: RunConfig) -> str:
-    """A run that resumes can do without its base model: the checkpoint is a model folder, too."""
+def instead_of_base_model(config: RunConfig) -> str:
+    """The remedy for a run that resumes without its base model: a checkpoint is a model folder too."""
     from bagel_ds.checkpoint.step_folders import meant_checkpoint, step_folders
 
     training = config.training
@@ -157,7 +116,7 @@ def _instead_of_base_model(config: RunConfig) -> str:
     if training.resume_from is not None:
         held.append(meant_checkpoint(Path(training.resume_from)))
     whole = next((path for path in held if not missing_model_files(path, weights=False)), None)
-    return "" if whole is None else f"A checkpoint is a model folder, too: pass --model_path {whole} to resume with it."
+    return "" if whole is None else f"A checkpoint is a model folder too: pass --model_path {whole} to resume with it."
 
 
 def _holds_checkpoints(folder: str) -> bool:

@@ -25,8 +25,9 @@ from bagel_ds.data.batches.loader import PlannedData
 from bagel_ds.data.config.dataset_config import DatasetConfig
 from bagel_ds.doctor.environment import compiler_finding, installed_version, refuse_faults
 from bagel_ds.errors import UserError
-from bagel_ds.inputs.data import bagel_config, open_data, open_datasets, open_held_out
-from bagel_ds.inputs.files import check_inputs, parts_of, resolve_model_path, starts_from_parts
+from bagel_ds.inputs.data import open_data, open_datasets, open_held_out
+from bagel_ds.inputs.files import check_inputs, parts_of, starts_from_parts
+from bagel_ds.inputs.network import bagel_config, resolve_model_path
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.memory.planner import MemoryPlan
 from bagel_ds.model.bagel import Bagel

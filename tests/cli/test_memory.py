@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +244,20 @@ def test_what_trains_after_a_suggestion_counts_what_is_frozen_already(capsys: py
     found = said(f"{SEVEN_B} --freeze_vit True --gpu_memory 24 --host_memory 40 --nvme 0", capsys)
     (frozen,) = {each["trains"] for each in found["suggestions"] if "--freeze_llm True" in each["settings"]}
     assert frozen.startswith("the connector, ") and frozen.endswith(" million of 14.6 billion parameters")
+
+
+def test_inference_says_what_is_streamed_and_what_it_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    def line(gib: str) -> str:
+        assert main(["memory", "--model", "7b", "--inference", *gib.split()]) == 0
+        return capsys.readouterr().out
+
+    assert "no layer is streamed" in line("") and "no layer is streamed" in line("--gpu_memory 40")
+    streamed = line("--gpu_memory 24")
+    pattern = r"(\d+) of 28 layers are streamed from ([\d.]+) GiB .* moves (\d+) GiB over PCIe: (\d+) s"
+    found = re.search(pattern, streamed)
+    assert found is not None, streamed
+    layers, held, moved, seconds = (float(number) for number in found.groups())
+    assert held == pytest.approx(layers * 0.868, rel=0.02)  # a decoder layer of the 7B in bf16
+    assert moved == pytest.approx(49 * held, rel=0.01) and seconds == pytest.approx(moved / 20, rel=0.02)
+    assert main("memory --model 7b --inference --gpu_memory 4".split()) == 2
+    assert "too small for this network" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from bagel_ds.train.main import main  # noqa: E402
 
 class ShownTrainer(trainer.Trainer):
     def run(self) -> None:
-        print("autoencoder:", *dict(self.vae.named_children()))
+        print("autoencoder:", *dict(self.prepared.vae.named_children()))
         super().run()
 
 

@@ -504,7 +504,7 @@ def test_without_a_launcher_the_message_shows_the_command(demo: Path, tmp_path: 
         timeout=300,
         check=False,
     )
-    _assert_one_message(ran.stderr, ["no rank of a launch", "deepspeed --num_gpus 1 launch/train.py"])
+    _assert_one_message(ran.stderr, ["no launcher has started", "deepspeed --num_gpus 1 launch/train.py"])
     assert ran.returncode == 2
 
 

@@ -51,7 +51,7 @@ def test_a_forgotten_auto_resume_is_refused(outcomes: tuple[Path, dict[str, Outc
 def test_a_total_below_the_steps_done_is_refused(outcomes: tuple[Path, dict[str, Outcome]]) -> None:
     too_few = outcomes[1]["too_few"]
     assert too_few.code == 2 and "Traceback" not in too_few.output
-    assert "--total_steps 3: " in too_few.output and "has 4 steps behind it" in too_few.output
+    assert "--total_steps 3: " in too_few.output and "has already done 4 steps" in too_few.output
     assert "stopped" not in too_few.output
 
 
@@ -67,7 +67,7 @@ def test_a_resume_says_once_what_changed(outcomes: tuple[Path, dict[str, Outcome
     assert changed.code == 0, changed.output
     assert "changed since step_4 was saved:" in changed.output
     assert "--freeze_llm: False -> True" in changed.output and "--total_steps: 4 -> 5" in changed.output
-    assert changed.output.count("the data plan changed since the checkpoint") == 1
+    assert changed.output.count("data plan changed since the checkpoint") == 1
     assert "tokenizer" not in changed.output and "dropout" not in changed.output
     assert "resumed after step 4" in changed.output
 

@@ -71,7 +71,7 @@ def test_signals_to_launcher_group_and_rank_save_and_the_run_goes_on_exactly(dem
         assert f"resumed after step {done}" in run.output
         done = assert_saved_where_it_stopped(run)
         traceback = run.output.index("\nKeyboardInterrupt\n")  # of the launcher, in one piece
-        assert traceback < run.output.index("is its own, and no error of this run")
+        assert traceback < run.output.index("comes from the launcher, not from this run")
         assert traceback < run.output.index("stopping after")
     with StartedRun(words, stopped) as run:  # a cluster's warning to one process
         run.until_step(done + 1)

@@ -151,3 +151,11 @@ def test_the_weights_of_a_short_run_and_the_average_of_a_long_one(
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match="holds no model.safetensors"):
         bias(weights="model")
+
+
+def test_max_gpu_memory_is_checked_and_says_that_a_cpu_ignores_it(demo: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "bagel_ds"):
+        open_inferencer(demo, "cpu", max_gpu_memory="24GiB")
+    assert "max_gpu_memory has no effect on cpu" in caplog.text
+    with pytest.raises(UserError, match="expected a size"):
+        open_inferencer(demo, "cpu", max_gpu_memory="plenty")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from bagel_ds.arguments.run_config import make_config
-from bagel_ds.inputs.data import bagel_config, sample_options
+from bagel_ds.inputs.data import sample_options
+from bagel_ds.inputs.network import bagel_config
 from bagel_ds.model.attention.backends import BACKENDS
 from bagel_ds.model.shape.config import VAEConfig
 from bagel_ds.model_folder.folder import ModelFolder

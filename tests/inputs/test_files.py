@@ -8,7 +8,7 @@ import pytest
 
 from bagel_ds.arguments.run_config import RunConfig, parse_arguments
 from bagel_ds.errors import UserError
-from bagel_ds.inputs import files
+from bagel_ds.inputs import files, network
 
 NO_MODEL_WORDS = ("hf download ByteDance-Seed/BAGEL-7B-MoT", "bagel-ds demo --out demo")
 
@@ -48,7 +48,7 @@ def test_a_complete_set_of_inputs_passes(tmp_path: Path) -> None:
     (tmp_path / "data.yaml").touch()
     line = "--model_path model --dataset_config_file data.yaml --finetune_from_hf True"
     files.check_inputs(config(line))
-    assert files.resolve_model_path(config(line)) == Path("model")
+    assert network.resolve_model_path(config(line)) == Path("model")
 
 
 @pytest.mark.parametrize("name", ["llm_config.json", "vit_config.json", "ae.safetensors", "ema.safetensors"])
@@ -124,7 +124,7 @@ def test_a_base_model_that_lost_files_is_replaced_by_the_checkpoint_too(
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(UserError, match="--model_path checkpoints/step_10"):
-        files.resolve_model_path(config(f"--model_path some/model {resume}"))
+        network.resolve_model_path(config(f"--model_path some/model {resume}"))
 
 
 def test_a_missing_checkpoint_names_those_that_are_there(tmp_path: Path) -> None:
@@ -169,11 +169,11 @@ def test_a_hub_model_is_downloaded_and_a_failure_is_one_message(
 
     run = config("--model_path ByteDance-Seed/BAGEL-7B-MoT")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: str(tmp_path / name))
-    assert files.resolve_model_path(run) == tmp_path / "ByteDance-Seed/BAGEL-7B-MoT"
+    assert network.resolve_model_path(run) == tmp_path / "ByteDance-Seed/BAGEL-7B-MoT"
 
     def offline(name: str, allow_patterns: None) -> str:
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(UserError, match="no route to host"):
-        files.resolve_model_path(run)
+        network.resolve_model_path(run)

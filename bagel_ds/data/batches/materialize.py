@@ -172,4 +172,4 @@ class _Sample:
 
 
 def _changed(what: str) -> str:
-    return f"{what}: the file has changed since it was indexed"
+    return f"{what}: the file has changed since it was indexed; `bagel-ds check` repairs the index"

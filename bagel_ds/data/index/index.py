@@ -92,7 +92,7 @@ class FileIndex:
         return NONE_BAD if self._records is None else self._records.bad
 
     def load(self) -> bool:
-        """Take the records that another process has kept by now; whether the file is indexed."""
+        """Take records that another process kept meanwhile; whether the file is indexed."""
         if not self.is_indexed and self.entry is not None and (kept := cache.load(self.entry, self.path)) is not None:
             if kept.layout.digest != self.layout.digest:
                 raise _changed(self.path)

@@ -1,7 +1,6 @@
-"""Progress over rows or files: a bar on a terminal, a line in the log now and then elsewhere.
+"""Progress over rows or files: a bar on a terminal, elsewhere lines in the log.
 
-Guarantees: what is written to a file stays readable: whole lines, at most one per `EVERY` seconds. Shows nothing when
-it is told so.
+Guarantees: a log file stays readable: whole lines, at most one per `EVERY` seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ EVERY = 15.0  # seconds between two lines
 
 
 class RowProgress:
-    """A context manager; `update` by rows (or another `unit`) done."""
+    """A context manager; `update` by rows (or another `unit`) done. Shows nothing unless `shown`."""
 
     def __init__(self, total: int, what: str, shown: bool, unit: str = "row") -> None:
         self._total, self._what, self._unit = total, what, unit
@@ -30,15 +29,15 @@ class RowProgress:
         self._bar = tqdm(total=total, unit=unit, desc=what, disable=not (shown and terminal), leave=False)
         self._in_lines = shown and not terminal
         self._done = 0
-        self._began = self._told = time.monotonic()
+        self._began = self._last_line = time.monotonic()
 
     def update(self, done: int) -> None:
         going_on()
         self._done += done
         self._bar.update(done)
         now = time.monotonic()
-        if self._in_lines and now - self._told >= EVERY:
-            self._told = now
+        if self._in_lines and now - self._last_line >= EVERY:
+            self._last_line = now
             speed = self._done / (now - self._began)
             share = self._done / max(self._total, 1)
             logger.info(

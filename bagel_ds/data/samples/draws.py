@@ -1,4 +1,4 @@
-"""Counter-based randomness: a draw depends on what it is for, never on who makes it or what was drawn before.
+"""Counter-based randomness: a draw depends on what it is for, not on the process or on earlier draws.
 
 Guarantees: equal (seed, names, counters) give equal draws in any process, at any time, on any number of ranks. Choices
 come from BLAKE2b (one hash gives eight draws in a microsecond, so planning a million samples stays cheap), normal
@@ -46,15 +46,15 @@ class Draws:
 
 
 def normals(shape: tuple[int, ...], *key: int | str) -> np.ndarray:
-    """float32 standard normals of `shape`, a function of `key` alone.
+    """float32 standard normals of `shape`, a function of `key` only.
 
-    By Box and Muller (1958) from Philox's bits, half as long as numpy's own way and independent of its version; the
-    largest possible is 5.9.
+    By Box and Muller (1958) from Philox's bits: twice as fast as numpy's method and independent of its version. The
+    largest possible value is 5.9.
     """
     count = int(np.prod(shape))
     generator = np.random.Philox(key=int.from_bytes(draw_key(*key), "little"))
     words = torch.from_numpy(generator.random_raw((count + 1) // 2).view(np.int32))
-    # the upper 24 bits, as the middles of 2**24 equal parts of 0..1: never 0, of which there is no logarithm
+    # the upper 24 bits, as the middles of 2**24 equal intervals of 0..1: never 0, whose logarithm is not finite
     uniform = (words.bitwise_right_shift(8).bitwise_and_(2**24 - 1).float() + 0.5) * 2.0**-24
     half = len(uniform) // 2
     radius, angle = uniform[:half].log_().mul_(-2).sqrt_(), uniform[half:].mul_(2 * math.pi)

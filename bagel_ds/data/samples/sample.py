@@ -1,8 +1,8 @@
 """SamplePlan: one sample with every random choice made, and nothing read yet.
 
-Guarantees: `length` is exactly the number of tokens the sample will fill in a pack, dropout included; two equal plans
-materialise to equal tensors. What makes plans is `sources/`, what packs them is `plan.py` (which looks only at the
-integers here), what turns them into tensors is `materialize.py`.
+Guarantees: `length` is exactly the number of tokens that the sample fills in a pack, dropout included; equal plans give
+equal tensors. `streams/stream.py` makes plans, `plan/planner.py` packs them (it uses only the integers here), and
+`batches/materialize.py` turns them into tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Entry(NamedTuple):
     """One piece of a sample's sequence (names as in the original's sequence_plan)."""
 
     kind: str  # TEXT, VIT or VAE
-    content: int  # which text or image of the row; its meaning belongs to the source that made the plan
+    content: int  # which text or image of the row, as its format's `parse` numbers them
     tokens: int  # text ids, ViT patches or latent tokens, without the two markers around them
     loss: bool = False
     dropped: bool = False  # condition dropped: no tokens; an image still advances the position by one
@@ -66,4 +66,4 @@ class Stream(Protocol):
 
 
 class BadRow(ValueError):
-    """A row that cannot be used. The message is the reason, without the place: who catches it knows file and row."""
+    """A row that cannot be used. The message is the reason without the row's place, which the caller knows."""

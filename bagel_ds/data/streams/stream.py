@@ -34,7 +34,7 @@ _KNOWN_SIZES = 100_000
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """What planning a sample depends on besides its row; probabilities 0 to 1."""
+    """What planning a sample depends on, apart from its row; probabilities 0 to 1."""
 
     max_num_tokens_per_sample: int = 16384
     text_cond_dropout_prob: float = 0.1

@@ -114,7 +114,8 @@ def _end_with_parent(alive: int) -> None:
 
 def _wait(report: int, group: int, reports: bool) -> int:
     """In the process that the launcher started: forward signals and wait for the rank's exit code."""
-    lines = os.fdopen(report)
+    # Unbuffered, so that `select` sees the exit code also if it was written before the pid was read.
+    lines = os.fdopen(report, "rb", buffering=0)
     rank = int(lines.readline())
     launcher = _Launcher(reports)
     # Not the ignored ones: nohup ignores SIGHUP.
@@ -132,7 +133,7 @@ def _wait(report: int, group: int, reports: bool) -> int:
             say("the launcher is gone: stopping after this step")
             passed_on.append(signal.SIGTERM)
             _pass_on(rank, signal.SIGTERM)
-    code = lines.readline().strip() if select.select([lines], [], [], 0)[0] else ""
+    code = lines.readline() if select.select([lines], [], [], 0)[0] else b""
     if code:
         return int(code)
     with suppress(ProcessLookupError):

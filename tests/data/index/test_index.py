@@ -117,8 +117,8 @@ def test_each_unusable_row_is_named_once_with_its_reason(tmp_path: Path, tokeniz
     ("rows", "reason"),
     [
         ([{"picture": b"x", "captions": "{}"}], "columns image are missing; the file has picture, captions"),
-        ([{"image": "text", "captions": "{}"}], "image is str, expected the bytes"),
-        ([{"image": 3, "captions": "{}"}], "image is int"),
+        ([{"image": "text", "captions": "{}"}], "expected the bytes of an image file"),
+        ([{"image": 3, "captions": "{}"}], "image is 3, expected the bytes"),
     ],
 )
 def test_wrong_columns_are_a_reason_not_a_crash(
@@ -272,8 +272,8 @@ def test_bad_lines_and_pictures_are_named(tmp_path: Path, tokenizer: Tokenizer) 
         6: "<image> 2 times, the row has 1 images",
         7: "nothing to learn",
         8: "no such file",
-        9: "conversations is NoneType",
-        10: "value of a gpt turn is float",
+        9: "the row has no conversations",
+        10: "the value of turn 0 is nan, expected text",
         11: "expected a JSON object",
         12: "not valid JSON",
         13: "not valid Unicode",
@@ -291,7 +291,7 @@ def test_bad_lines_and_pictures_are_named(tmp_path: Path, tokenizer: Tokenizer) 
         ({"instruction_list": [[]]}, "at least one text"),
         ({"instruction_list": [[None]]}, "at least one text"),
         ({"image_list": [picture(8, 8), b"broken"]}, "unknown format"),
-        ({"image_list": None}, "image_list is NoneType"),
+        ({"image_list": None}, "expected a list"),
         ({"image_list": [None, None]}, "no image bytes"),
     ],
 )
@@ -311,9 +311,9 @@ def test_unusable_edit_rows(tmp_path: Path, tokenizer: Tokenizer, change: dict[s
         (interleave_row(["q"], []), "solution_interleave is empty"),
         (
             {**interleave_row(["q", 0], ["s"]), "question_images": []},
-            "question_interleave[1] names image 0, the row has 0",
+            "question_interleave[1] has index 0, but question_images has 0 images",
         ),
-        (interleave_row(["q"], [-1]), "names image -1"),
+        (interleave_row(["q"], [-1]), "has index -1, but solution_images has 0 images"),
         (
             {**interleave_row(["q"], ["s"]), "solution_interleave": [{"type": "image", "content": "", "index": None}]},
             "image without an index",

@@ -109,6 +109,21 @@ def test_the_waiting_process_ends_with_the_ranks_code(
     assert found == code and said in output
 
 
+def test_a_code_that_was_written_before_the_pid_was_read_counts_although_a_thread_still_holds_the_pipe() -> None:
+    code = """
+import os, subprocess
+from bagel_ds.train.process.detach import _wait
+ended = subprocess.Popen(["true"])
+ended.wait()
+read, write = os.pipe()
+os.write(write, f"{ended.pid}\\n7\\n".encode())  # and `write` stays open
+print(_wait(read, ended.pid, False))
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout == "7\n"
+
+
 def test_the_rank_is_in_a_session_and_a_group_of_its_own(tmp_path: Path, programs: list[Program]) -> None:
     programs.append(Program(tmp_path, "return 0"))
     programs[0].end()
@@ -184,7 +199,7 @@ def test_what_a_killed_rank_had_started_ends_with_it(tmp_path: Path, programs: l
 
 
 @pytest.mark.parametrize("launcher", ["deepspeed.py", "another.py"])
-def test_after_ctrl_c_the_run_speaks_when_deepspeeds_launcher_has_ended_its_traceback(
+def test_after_ctrl_c_the_run_reports_after_the_traceback_of_deepspeeds_launcher(
     launcher: str, tmp_path: Path, programs: list[Program]
 ) -> None:
     body = "signal.signal(signal.SIGINT, lambda *_: (print('stopping', flush=True), end_at_once(3)))\n"
@@ -196,9 +211,9 @@ def test_after_ctrl_c_the_run_speaks_when_deepspeeds_launcher_has_ended_its_trac
     code, output = programs[0].end()
     assert code == 3 and "KeyboardInterrupt" in output and "stopping" in output
     if launcher == "deepspeed.py":
-        assert output.index("KeyboardInterrupt\n") < output.index("no error of this run") < output.index("stopping")
+        assert output.index("KeyboardInterrupt\n") < output.index("not from this run") < output.index("stopping")
     else:
-        assert "no error of this run" not in output, "no one else prints a traceback then"
+        assert "not from this run" not in output, "no one else prints a traceback then"
 
 
 def test_a_rank_is_asked_to_stop_when_deepspeeds_launcher_is_gone(tmp_path: Path, programs: list[Program]) -> None:

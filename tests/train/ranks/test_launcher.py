@@ -140,10 +140,13 @@ def test_ranks_of_one_host_need_no_address(variables: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({}, "no rank of a launch.*deepspeed --num_gpus 1"),
+        ({}, "no launcher has started.*deepspeed --num_gpus 1"),
         ({"RANK": "0"}, "WORLD_SIZE is not: set WORLD_SIZE"),
-        ({"SLURM_PROCID": "0"}, "SLURM_PROCID.*not how many.*WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"),
-        ({"PMI_RANK": "0"}, "PMI_RANK.*not how many"),
+        (
+            {"SLURM_PROCID": "0"},
+            "SLURM_PROCID.*not the number of ranks.*WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER",
+        ),
+        ({"PMI_RANK": "0"}, "PMI_RANK.*not the number of ranks"),
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK must be a whole number, found 'one'"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "rank 2 of 2 ranks"),
         *(
