@@ -110,6 +110,12 @@ class TrainingArguments:
     keep_last: int = option(0, "(ours) after a save, delete all but the N newest checkpoints; 0 keeps all")
     debug_batches: int = option(0, "show the first N packs before training")
 
+    val_config: str | None = option(None, "(ours) dataset YAML of a held-out split to evaluate on during training")
+    val_every: int = option(500, "(ours) optimizer steps between evaluations; the last step is always evaluated")
+    val_max_batches: int = option(
+        0, "(ours) evaluate at most so many packs over all ranks, spread over the split; 0 takes all"
+    )
+
     stop_after: str | None = option(
         None, "(ours) save and stop after this long, such as 3h50m: before a time limit of the cluster"
     )

@@ -23,7 +23,7 @@ from bagel_ds.machine.user_folders import expanded
 from bagel_ds.model.attention.backends import BACKENDS, DEFAULT_BACKEND
 
 _PATHS = """model_path llm_path vit_path vae_path dataset_config_file dataset_info index_cache results_dir
-    checkpoint_dir resume_from ds_config nvme_path""".split()
+    checkpoint_dir resume_from val_config ds_config nvme_path""".split()
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,10 @@ def _wanted_attention(config: RunConfig) -> str:
 # ------------------------------------------------------------------------------------------------ what is refused
 _AT_LEAST_ONE = """max_num_tokens_per_sample expected_num_tokens max_num_tokens prefetch_factor total_steps log_every
     save_every gradient_accumulation_steps latent_patch_size vit_patch_size vit_max_num_patch_per_side max_latent_size
-    num_replicate num_shard ema_every""".split()
+    num_replicate num_shard ema_every val_every""".split()
 _NOT_NEGATIVE = """num_workers prefer_buffer_before max_buffer_size data_seed global_seed debug_batches warmup_steps lr
-    min_lr eps max_grad_norm mse_weight ce_weight peak_device_tflops keep_last stall_timeout max_nonfinite""".split()
+    min_lr eps max_grad_norm mse_weight ce_weight peak_device_tflops keep_last stall_timeout max_nonfinite
+    val_max_batches""".split()
 _PROBABILITIES = ["text_cond_dropout_prob", "vae_cond_dropout_prob", "vit_cond_dropout_prob"]
 _DECAYS = ["beta1", "beta2", "ema"]
 
@@ -230,6 +231,9 @@ def _effectless_notes(config: RunConfig) -> list[str]:
         notes.append("min_lr has no effect: lr_scheduler is constant")
     if "prefetch_factor" in given and config.data.num_workers == 0:
         notes.append("prefetch_factor has no effect: num_workers is 0")
+    validation = sorted({"val_every", "val_max_batches"} & given)
+    if validation and config.training.val_config is None:
+        notes.append(f"{', '.join(validation)} without effect: val_config is not given")
     return notes
 
 

@@ -54,7 +54,7 @@ def open_inferencer(
     incomplete or not a BAGEL model, and for a limit that is too small.
     """
     folder = ModelFolder(Path(path))
-    place = _device(device)
+    place = torch_device(device)
     if precision not in (None, *DTYPES):
         raise UserError(f"precision {precision!r}: expected bf16 or fp32")
     dtype = DTYPES[precision or ("bf16" if place.type == "cuda" else "fp32")]
@@ -171,7 +171,8 @@ def _lacks(files: TensorFiles, folder: ModelFolder, vae: AutoEncoder | None) -> 
     return None
 
 
-def _device(name: str | None) -> torch.device:
+def torch_device(name: str | None) -> torch.device:
+    """The device of that name, or the default one. Raises `UserError`."""
     kind = device_type() if name is None else name
     try:
         device = torch.device(kind)

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from bagel_ds.arguments.run_config import RunConfig
+from bagel_ds.data.batches.held_out import HeldOut, held_out_options
 from bagel_ds.data.batches.loader import PackingOptions, PlannedData
 from bagel_ds.data.config.dataset_config import DatasetConfig, load_dataset_config
 from bagel_ds.data.plan.cost import CostModel
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.streams.opening import open_streams
 from bagel_ds.data.streams.stream import GroupStream, SampleOptions
+from bagel_ds.errors import UserError
 from bagel_ds.inputs.files import check_data_inputs
 from bagel_ds.inputs.network import bagel_config, open_tokenizer, resolve_model_path
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
@@ -87,6 +89,20 @@ def plan_data(
     cost = CostModel.of(model, vae, Freezing(config.training.freeze_llm, config.training.freeze_vit))
     layout = layout_options(config, model, vae)
     return PlannedData(streams, tokenizer, layout, packing, config.training.global_seed, cost)
+
+
+def open_held_out(config: RunConfig, folder: Path, model: BagelConfig, vae: VAEConfig, progress: bool) -> HeldOut:
+    """The split of --val_config, indexed and packed. Raises `UserError`."""
+    assert config.training.val_config is not None
+    datasets = load_dataset_config(config.training.val_config, config.data.dataset_info)
+    tokenizer = open_tokenizer(folder, model)
+    options = held_out_options(sample_options(config, model, vae))
+    try:
+        streams = open_streams(datasets, tokenizer, options, config.data.index_cache, progress)
+    except UserError as fault:
+        raise UserError(f"--val_config {config.training.val_config}: {fault}") from None
+    budget, most = config.data.max_num_tokens, config.training.val_max_batches
+    return HeldOut(streams, tokenizer, options.layout, budget, most)
 
 
 @dataclass(frozen=True)

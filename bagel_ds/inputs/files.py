@@ -131,6 +131,11 @@ def _data_faults(config: RunConfig) -> list[str]:
             f"--dataset_config_file {name}: no such file. Write one as docs/data.md shows, or make small data sets "
             "with `bagel-ds demo --out demo` and pass --dataset_config_file demo/example.yaml"
         )
+    validation = config.training.val_config
+    if validation is not None and not Path(validation).is_file():
+        faults.append(
+            f"--val_config {validation}: no such file. Write a dataset YAML of the held-out rows (docs/inference.md)"
+        )
     info = config.data.dataset_info
     if info is not None and not Path(info).is_file():
         faults.append(f"--dataset_info {info}: no such file; pass a .yaml, .json or .py file with DATASET_INFO")

@@ -25,6 +25,10 @@ def log_plan(config: RunConfig, prepared: Prepared) -> None:
     notes = [*config.notes, *prepared.notes]
     for line in [*notes, *parameters, *prepared.data.describe(), *plan_lines(prepared.memory)]:
         logger.info(line)
+    if (held_out := prepared.held_out) is not None:
+        every, name = config.training.val_every, config.training.val_config
+        packs = len(held_out.packs)
+        logger.info("held-out data: %d rows of %s in %d packs, every %d steps", held_out.rows, name, packs, every)
     ranks = dist.get_world_size()
     logger.info(
         "%d rank(s), ZeRO stage %d, %s; %d packs of up to %s tokens per step",

@@ -20,11 +20,12 @@ import torch.distributed as dist
 import bagel_ds
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.checkpoint.step_folders import read_trainer, sweep
+from bagel_ds.data.batches.held_out import HeldOut
 from bagel_ds.data.batches.loader import PlannedData
 from bagel_ds.data.config.dataset_config import DatasetConfig
 from bagel_ds.doctor.environment import compiler_finding, installed_version, refuse_faults
 from bagel_ds.errors import UserError
-from bagel_ds.inputs.data import open_data, open_datasets
+from bagel_ds.inputs.data import open_data, open_datasets, open_held_out
 from bagel_ds.inputs.files import check_inputs, parts_of, starts_from_parts
 from bagel_ds.inputs.network import bagel_config, resolve_model_path
 from bagel_ds.machine.waiting import waiting_for
@@ -70,6 +71,7 @@ class Prepared:
     model: BagelConfig
     vae: AutoEncoder  # its encoder
     data: PlannedData
+    held_out: HeldOut | None  # of --val_config
     described_data: dict[str, str]  # for trainer.json; a resumed run compares it with its own
     start: StartPoint
     weights: StartWeights
@@ -105,6 +107,12 @@ def prepare(config: RunConfig) -> Prepared:
     data = one_per_host_first(
         lambda: _open_data(config, datasets, model_folder, model, vae, place), "indexing the data"
     )
+    held_out = None
+    if config.training.val_config is not None:
+        held_out = one_per_host_first(
+            lambda: _open_held_out(config, model_folder, model, vae), "indexing the held-out data"
+        )
+        check_equal({"the held-out data (files, rows, options)": held_out.fingerprint})
     described = describe_data(data)
     if saved is not None and is_main() and (differences := changes(saved, config.values(), described)):
         logger.info("changed since %s was saved:\n  %s", start.folder.name, "\n  ".join(differences))
@@ -113,7 +121,9 @@ def prepare(config: RunConfig) -> Prepared:
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
     notes = [*ds_notes, *_crowding(config)]
     notes += together(lambda: _set_aside(config, saved, start) if is_main() else [])
-    return Prepared(ds_config, notes, memory, model_folder, model, vae, data, described, start, weights, claimed)
+    return Prepared(
+        ds_config, notes, memory, model_folder, model, vae, data, held_out, described, start, weights, claimed
+    )
 
 
 def _ready_folders(config: RunConfig, claimed: Claim | None) -> None:
@@ -217,6 +227,11 @@ def _open_data(
 ) -> PlannedData:
     with waiting_for("the data to be opened and planned", "files are indexed once"):
         return open_data(config, datasets, folder, model, vae.config, is_main(), place)
+
+
+def _open_held_out(config: RunConfig, folder: Path, model: BagelConfig, vae: AutoEncoder) -> HeldOut:
+    with waiting_for("the held-out data to be opened", "files are indexed only once"):
+        return open_held_out(config, folder, model, vae.config, is_main())
 
 
 def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[BagelConfig, AutoEncoder]:

@@ -30,6 +30,7 @@ from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.losses.breakdown import LossBreakdown
 from bagel_ds.model.losses.normalization import LossOptions
 from bagel_ds.train.build import DTYPES, build_engine, image_encoder, load
+from bagel_ds.train.evaluation import Evaluation
 from bagel_ds.train.memory_plan import outcome
 from bagel_ds.train.metrics.log import MetricsLog
 from bagel_ds.train.metrics.meter import StepMeter
@@ -100,6 +101,7 @@ class Trainer:
         model, data = self.prepared.model, self.prepared.data
         self.breakdown = LossBreakdown(data.datasets, model.timestep_shift, self.loss_options)
         self.meter = StepMeter(model, self.args.peak_device_tflops, data.unusable_rows, self.breakdown)
+        self.evaluation = Evaluation(config, self.prepared, self.engine, self.encode)
         self.guard = NonFiniteGuard(Path(self.args.results_dir), dist.get_rank(), self.args.max_nonfinite)
 
     def run(self) -> None:
@@ -168,8 +170,14 @@ class Trainer:
 
         def log(step: Step) -> None:
             self.meter.add(step.window, step.result)
-            if step.number % self.args.log_every == 0 or step.ends_run:
-                metrics.log(step.number, self.meter.read(self._learning_rate(step.number), step.result))
+            evaluates = self.evaluation.is_due(self.progress.steps_done, self._is_complete())
+            if step.number % self.args.log_every == 0 or step.ends_run or evaluates:
+                values = self.meter.read(self._learning_rate(step.number), step.result)
+                if evaluates:
+                    with self.watch.phase(step.number, "evaluate"):
+                        values |= self.evaluation.run()
+                    self.meter.restart()
+                metrics.log(step.number, values)
             metrics.advance()
 
         def save(step: Step) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Callable, NamedTuple
 
 import deepspeed
@@ -81,6 +83,17 @@ class ZeroEngine:
 
     def forward(self, *inputs: Any) -> Any:
         return self._engine(*inputs)
+
+    @contextmanager
+    def forward_only(self) -> Iterator[None]:
+        """Around forward passes between two steps, without gradients. They change no state of training.
+
+        Every rank must make the same number of them.
+        """
+        with torch.no_grad():
+            yield
+        if self.stage == 3:  # DeepSpeed gathers the weights of the backward pass ahead; release them
+            self._engine.optimizer.parameter_offload.get_param_coordinator().reset_step()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of `loss`, averaged over ranks."""

@@ -23,11 +23,11 @@ prefetch_factor num_workers max_num_tokens_per_sample expected_num_tokens max_nu
 max_buffer_size data_seed visual_gen visual_und results_dir checkpoint_dir enable_wandb wandb_project wandb_name
 wandb_runid wandb_resume wandb_offline global_seed auto_resume start_anew resume_from resume_model_only
 finetune_from_ema finetune_from_hf log_every save_every total_steps del_previous_state keep_last debug_batches
-stop_after stall_timeout max_nonfinite warmup_steps lr_scheduler lr min_lr beta1 beta2 eps ema max_grad_norm
-timestep_shift mse_weight ce_weight ce_loss_reweighting gradient_accumulation_steps peak_device_tflops freeze_llm
-freeze_vit freeze_vae freeze_und copy_init_moe use_flex num_replicate num_shard sharding_strategy backward_prefetch
-cpu_offload ds_config nvme_path ignore_memory_plan ema_every ema_dtype attn precision activation_checkpointing
-save_dtype
+val_config val_every val_max_batches stop_after stall_timeout max_nonfinite warmup_steps lr_scheduler lr min_lr beta1
+beta2 eps ema max_grad_norm timestep_shift mse_weight ce_weight ce_loss_reweighting gradient_accumulation_steps
+peak_device_tflops freeze_llm freeze_vit freeze_vae freeze_und copy_init_moe use_flex num_replicate num_shard
+sharding_strategy backward_prefetch cpu_offload ds_config nvme_path ignore_memory_plan ema_every ema_dtype attn
+precision activation_checkpointing save_dtype
 """.split()
 
 

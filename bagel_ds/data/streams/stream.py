@@ -193,6 +193,12 @@ class GroupStream:
         parts = zip(self.uses, self._starts, stops, strict=True)
         return [range(start, stop) for use, start, stop in parts if use.dataset == dataset]
 
+    @property
+    def distinct_rows(self) -> list[range]:
+        """Row numbers of each file once, even where the configuration uses a file several times."""
+        parts = zip(self.uses, self._starts, self._first_uses, strict=True)
+        return [range(start, start + use.index.rows) for use, start, first in parts if start == first]
+
     def address(self, row: int) -> RowAddress:
         """How to read a row in any process."""
         number, local = self._use(row)

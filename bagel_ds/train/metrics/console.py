@@ -31,6 +31,8 @@ _LINE_FIELDS = (
     ("memory/host_gib", "Host GiB: {:.2f}"),
     ("data/packing_efficiency", "Packing: {:.3f}"),
     ("data/imbalance", "Imbalance: {:.3f}"),
+    ("val/mse", "Val mse: {:.4f}"),
+    ("val/ce", "Val ce: {:.4f}"),
 )
 
 logger = logging.getLogger("bagel_ds")

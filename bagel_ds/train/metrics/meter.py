@@ -41,9 +41,10 @@ class StepMeter:
         self._newly_broken: dict[str, str] = {}  # met by this rank since the last logged step
         self.device_peak: float | None = None  # GiB that torch reserved, up to the last logged step
         self.host_peak = 0.0
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Measure speeds from here on; `read` ends with it."""
         self._began = time.monotonic()
         self._steps, self._tokens, self._flops = 0, 0, 0.0
         self._window: Sequence[MicroBatch] = ()
@@ -90,7 +91,7 @@ class StepMeter:
         skipped.update(self._all_broken([broken for *_, broken in ranks]).values())
         names = [*self._window[-1].epochs, *skipped]
         values.update({f"data/skipped/{name}": float(skipped[name]) for name in names})
-        self._restart()
+        self.restart()
         return values
 
     def _all_broken(self, by_rank: Sequence[Mapping[str, str]]) -> Mapping[str, str]:

@@ -1,0 +1,128 @@
+"""`bagel-ds evaluate`: the losses of checkpoints on a held-out split, side by side.
+
+Guarantees: the numbers are those that training logs as val/... for the same weights; all checkpoints are compared at
+the same settings. One process, no DeepSpeed. The table goes to stdout, progress to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from bagel_ds.arguments.run_config import RunConfig, make_config, parse_arguments
+from bagel_ds.errors import UserError, all_faults
+from bagel_ds.machine.output import log_to_stderr
+
+if TYPE_CHECKING:
+    from bagel_ds.model.batch import PackedBatch
+
+logger = logging.getLogger("bagel_ds")
+
+_STEMS = {"average": "ema", "weights": "model"}
+
+
+class Row(NamedTuple):
+    """The scores of one weight file."""
+
+    checkpoint: str
+    weights: str  # "average" or "weights"
+    scores: dict[str, float]
+
+
+def add_command(commands: Any) -> None:
+    """Add it to the subcommands of `bagel-ds`; the trainer's arguments come as `options.training`."""
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="losses of checkpoints on a held-out split, in one table",
+        epilog="All arguments of the trainer are also understood (docs/arguments.md). Budgets, precision and switches "
+        "that are not given are those of the run that wrote the first checkpoint.",
+        allow_abbrev=False,
+    )
+    evaluate.set_defaults(run=run, training=[])
+    add = evaluate.add_argument
+    add("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="checkpoint, export or model folder")
+    add("--val_config", "--val-config", required=True, help="dataset YAML of the held-out split")
+    add("--weights", choices=("both", *_STEMS), default="both", help="which of a folder's weight files (default both)")
+    add("--device", default=None, help="cpu, cuda or cuda:N (default: the first GPU, if there is one)")
+    add("--json", action="store_true", help="print one JSON object")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Evaluate; the exit code. Raises `UserError` before the first evaluation where a folder is not usable."""
+    log_to_stderr()
+    wanted = list(_STEMS) if options.weights == "both" else [options.weights]
+    found = _weight_files(options.checkpoints, wanted)
+    config = _settings(options)
+    from bagel_ds.inference.evaluate import evaluate_folder
+    from bagel_ds.inference.loading import torch_device
+
+    device = torch_device(options.device)
+    rows = []
+    for checkpoint, kind in found:
+        logger.info("%s: %s", checkpoint, kind)
+        scores = evaluate_folder(checkpoint, _STEMS[kind], config, device, _bar)
+        rows.append(Row(str(checkpoint), kind, scores))
+    if options.json:
+        print(json.dumps({"val_config": options.val_config, "results": [row._asdict() for row in rows]}, indent=1))
+    else:
+        print("\n".join(table(rows)))
+    return 0
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Lines of columns, one per score that any row has; "-" where a row lacks it."""
+    names = list(dict.fromkeys(name for row in rows for name in row.scores))
+    head = ["checkpoint", "weights", *(name.removeprefix("val/") for name in names)]
+    cells = [head]
+    for row in rows:
+        scores = [f"{row.scores[name]:.4f}" if name in row.scores else "-" for name in names]
+        cells.append([row.checkpoint, row.weights, *scores])
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells]
+
+
+def _weight_files(checkpoints: Sequence[Path], wanted: Sequence[str]) -> list[tuple[Path, str]]:
+    """(folder, "average" or "weights") of every wanted weight file. Raises `UserError` for a folder without any."""
+    from bagel_ds.model_folder.folder import ModelFolder
+
+    found, faults = [], []
+    for path in checkpoints:
+        if not path.is_dir():
+            faults.append(f"{path}: no such folder; pass a checkpoint such as results/checkpoints/step_1000")
+            continue
+        own = [(path, kind) for kind in wanted if ModelFolder(path).weight_files(_STEMS[kind])]
+        found += own
+        if not own:
+            names = " and ".join(f"{_STEMS[kind]}.safetensors" for kind in wanted)
+            faults.append(f"{path} lacks {names}; pass a checkpoint or a model folder")
+    all_faults(faults, "These checkpoints can't be evaluated:")
+    return found
+
+
+def _settings(options: argparse.Namespace) -> RunConfig:
+    """The trainer's arguments as given, then as the first checkpoint's run had them."""
+    from bagel_ds.inference.evaluate import recorded_settings
+
+    given = parse_arguments([*options.training, "--val_config", options.val_config], options.own)
+    trainer = options.checkpoints[0] / "trainer.json"
+    recorded: dict[str, Any] = {}
+    if trainer.is_file():
+        try:
+            recorded = recorded_settings(json.loads(trainer.read_text())["arguments"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{trainer} can't be read ({type(error).__name__}: {error}), and it holds the settings of the run. "
+                "Copy the checkpoint again, or remove the file and pass the settings."
+            ) from None
+    recorded = {name: value for name, value in recorded.items() if name not in given.explicit}
+    return make_config(given.values() | recorded, given.explicit, given.places)
+
+
+def _bar(batches: Iterable[PackedBatch], count: int) -> Iterable[PackedBatch]:
+    from tqdm import tqdm
+
+    return tqdm(batches, total=count, desc="evaluating", unit="pack", disable=None)

@@ -1,0 +1,127 @@
+"""Losses on a held-out split, during training and afterwards.
+
+Guarantees: every token weighs the same, whichever rank or pack holds it. Forward passes only. The caller hands in the
+network and the sum over ranks, so this file knows neither a trainer nor DeepSpeed.
+
+`validate` computes the numbers; `evaluate_folder` does so for the weights of a model folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bagel_ds.arguments.run_config import RunConfig
+from bagel_ds.data.batches.held_out import HeldOut
+from bagel_ds.inference.loading import DTYPES, load_bagel
+from bagel_ds.inputs.data import open_held_out, open_inputs
+from bagel_ds.machine.liveness import going_on
+from bagel_ds.model.bagel import BagelOutput
+from bagel_ds.model.batch import PackedBatch
+from bagel_ds.model.losses.breakdown import BY_TIME, CE, LossBreakdown
+from bagel_ds.model.losses.normalization import LossOptions
+from bagel_ds.model.vae import encode_images
+from bagel_ds.model_folder.folder import ModelFolder
+from bagel_ds.model_folder.tensor_files import TensorFiles
+
+logger = logging.getLogger("bagel_ds")
+
+Forward = Callable[[PackedBatch], BagelOutput]  # a batch on the device -> its losses
+AddUp = Callable[[Tensor], Tensor]  # the sum over all ranks
+Scores = dict[str, float]
+
+
+def validate(
+    batches: Iterable[PackedBatch],
+    forward: Forward,
+    device: torch.device,
+    datasets: list[str],
+    timestep_shift: float,
+    add_up: AddUp = lambda sums: sums,
+) -> Scores:
+    """Mean losses over `batches` of all ranks: val/ce, val/mse, each by dataset, and val/mse_t/ by band of t.
+
+    Every rank must have the same number of batches. A kind without tokens has no entry. Rows that can't be read are
+    left out, with a warning.
+    """
+    # Without the options of training, so that runs with different ones compare.
+    breakdown = LossBreakdown(datasets, timestep_shift, LossOptions())
+    sums = breakdown.zeros(device)
+    for batch in batches:
+        for dataset, reason in batch.skipped:
+            logger.warning("held-out data: %s: a row is left out (%s)", dataset, reason)
+        batch = batch.to(device)
+        with torch.no_grad():
+            breakdown.add(sums, forward(batch), batch)
+        going_on()
+    sums = add_up(sums)
+    scores = {f"val/{kind}": _mean(breakdown, sums, prefix) for kind, prefix in (("ce", CE), ("mse", BY_TIME))}
+    by_part = breakdown.means([sums.tolist()])
+    return {name: mean for name, mean in scores.items() if mean is not None} | {
+        name.replace("loss/", "val/", 1): mean for name, mean in by_part.items()
+    }
+
+
+def _mean(breakdown: LossBreakdown, sums: Tensor, prefix: str) -> float | None:
+    """Over the parts whose names begin with `prefix`; None without tokens."""
+    places = [place for place, name in enumerate(breakdown.names) if name.startswith(prefix)]
+    loss, weight = sums[:, places].sum(dim=1).tolist()
+    return loss / weight if weight else None
+
+
+def evaluate_folder(
+    path: Path,
+    stem: str,
+    config: RunConfig,
+    device: torch.device,
+    progress: Callable[[Iterable[PackedBatch], int], Iterable[PackedBatch]] = lambda batches, count: batches,
+) -> Scores:
+    """The scores of a model folder's "ema" or "model" weights on the split of --val_config, in one process.
+
+    `config` gives budgets, precision and switches. `progress(batches, count)` may show a bar. Raises `UserError`.
+    """
+    inputs = open_inputs(_for_folder(config, path))
+    held_out: HeldOut = open_held_out(inputs.config, inputs.folder, inputs.model, inputs.vae, progress=True)
+    dtype = DTYPES[config.training.precision]
+    model_folder = ModelFolder(inputs.folder)
+    vae = model_folder.load_vae(decodes=False).to(device)
+    files = TensorFiles(model_folder.weight_files(stem))
+    model = load_bagel(inputs.model, files, f"{inputs.folder} ({stem}.safetensors)", device, dtype)
+
+    def forward(batch: PackedBatch) -> BagelOutput:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            patch = inputs.model.latent_patch_size
+            latents = encode_images(vae, batch.images, batch.latent_shapes, batch.posterior_eps, patch)
+        output: BagelOutput = model(batch, latents)
+        return output
+
+    batches = progress(held_out.batches(), held_out.count(1))
+    return validate(batches, forward, device, held_out.datasets, inputs.model.timestep_shift)
+
+
+def _for_folder(config: RunConfig, path: Path) -> RunConfig:
+    """The same settings for another model folder; the held-out split is all the data there is."""
+    validation = config.training.val_config
+    assert validation is not None
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, model_path=str(path), max_latent_size=None),
+        data=dataclasses.replace(config.data, dataset_config_file=validation),
+        training=dataclasses.replace(config.training, finetune_from_hf=True, resume_from=None, auto_resume=False),
+    )
+
+
+def recorded_settings(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a run's recorded arguments (trainer.json): those that decide what its val/ numbers were."""
+    return {name: arguments[name] for name in _RECORDED if name in arguments}
+
+
+_RECORDED = """max_num_tokens max_num_tokens_per_sample expected_num_tokens timestep_shift visual_gen visual_und
+    precision interpolate_pos latent_patch_size vit_patch_size vit_max_num_patch_per_side vit_select_layer
+    llm_qk_norm""".split()

@@ -1,0 +1,67 @@
+"""`bagel-ds evaluate`: the table, and mistakes that are reported before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bagel_ds.cli.evaluate import Row, table
+from bagel_ds.cli.main import main
+from bagel_ds.demo import write_demo
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    write_demo(folder, seed=0)
+    return folder
+
+
+def error(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    capsys.readouterr()
+    assert main(["evaluate", *map(str, words)]) == 2
+    return capsys.readouterr().err
+
+
+def test_the_table_has_a_column_for_every_score_of_any_row() -> None:
+    rows = [Row("step_10", "average", {"val/ce": 1.5, "val/mse": 0.25}), Row("step_9", "weights", {"val/mse": 0.125})]
+    assert table(rows) == [
+        "checkpoint  weights  ce      mse",
+        "step_10     average  1.5000  0.2500",
+        "step_9      weights  -       0.1250",
+    ]
+
+
+def test_mistakes_are_reported_together_before_anything_is_loaded(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    text = error(capsys, tmp_path / "absent", tmp_path / "empty", "--val_config", demo / "example.yaml")
+    assert "absent: no such folder" in text and "empty lacks ema.safetensors and model.safetensors" in text
+    assert "--val_config nowhere.yaml: no such file" in error(capsys, demo / "model", "--val_config", "nowhere.yaml")
+    assert "--val_every" in error(capsys, demo / "model", "--val_config", demo / "example.yaml", "--val_evry", 3)
+
+
+def test_settings_come_from_the_run_and_then_from_the_command(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "step_7"
+    shutil.copytree(demo / "model", folder)
+    words = [folder, "--val_config", demo / "example.yaml", "--val_max_batches", 2, "--device", "cpu", "--json"]
+
+    def scores(*more: object) -> dict[str, float]:
+        capsys.readouterr()
+        assert main(["evaluate", *map(str, [*words, *more])]) == 0
+        (row,) = json.loads(capsys.readouterr().out)["results"]
+        return dict(row["scores"])
+
+    given = scores("--max_num_tokens", 700, "--timestep_shift", 3, "--precision", "fp32")
+    recorded = {"arguments": {"max_num_tokens": 700, "timestep_shift": 3.0, "precision": "fp32", "ema": 0.9}}
+    (folder / "trainer.json").write_text(json.dumps({**recorded, "steps_done": 7}))
+    assert scores() == given
+    assert scores("--timestep_shift", 1) != given
+    (folder / "trainer.json").write_text("{")
+    assert "trainer.json can't be read" in error(capsys, *words)
