@@ -168,7 +168,7 @@ def test_signals_within_five_seconds_are_one_and_a_later_second_one_ends_at_once
         time.sleep(6)
         send(run.ranks(), signal.SIGTERM)
         assert run.end(60) != 0
-        assert "second signal: stopping at once" in run.output
+        assert "second signal: stopping immediately" in run.output
         assert saved_steps(results) == []
 
 
