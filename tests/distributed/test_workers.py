@@ -40,7 +40,7 @@ def test_a_worker_that_is_killed_at_its_first_batch_ends_the_job(demo: Path, tmp
     with StartedRun(words_of(demo, tmp_path, stall_timeout=3600), tmp_path, faults=faults) as run:
         assert run.end() != 0
     assert "ERROR: data worker 0 (process" in run.output
-    assert "was ended by SIGKILL (the kernel does so where memory runs out" in run.output
+    assert "was ended by SIGKILL (the kernel kills processes when memory runs out" in run.output
     assert "while it made a pack of " in run.output and "stalled" not in run.output
 
 
