@@ -77,12 +77,11 @@ def _one(options: argparse.Namespace, common: dict[str, Any]) -> int:
 
     from bagel_ds.inference.jobs import write_image
     from bagel_ds.inference.pictures import opened
-    from bagel_ds.inference.reasoning import reason
 
     images = [opened(path) for path in options.image or []]
     _writable(options.out)
     inferencer = _opened(options)
-    mode = common.pop("mode", None) or ("edit" if images else "t2i")
+    mode = common.pop("mode", None)
     request = inferencer.request(options.prompt or "", images or None, mode, seed=options.seed, **common)
     inferencer.check([request])
     with tqdm(total=None, desc="drawing", unit="step", disable=None) as bar:
@@ -92,7 +91,7 @@ def _one(options: argparse.Namespace, common: dict[str, Any]) -> int:
             bar.update(done - bar.n)
 
         if mode == "interleave":
-            items = reason(inferencer.network, [(request.inputs, request.settings, request.seed)], on_step)[0]
+            items = inferencer.reason([request], on_step)[0]
         else:
             result = inferencer.run([request], on_step)[0]
             items = [item for item in (result.text, result.image) if item is not None]

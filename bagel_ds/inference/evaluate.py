@@ -26,7 +26,7 @@ from bagel_ds.model.bagel import BagelOutput
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.losses.breakdown import BY_TIME, CE, LossBreakdown
 from bagel_ds.model.losses.normalization import LossOptions
-from bagel_ds.model.vae import encode_images
+from bagel_ds.model.vae import encode_batch
 from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.model_folder.tensor_files import TensorFiles
 
@@ -95,9 +95,7 @@ def evaluate_folder(
     model = load_bagel(inputs.model, files, f"{inputs.folder} ({stem}.safetensors)", device, dtype)
 
     def forward(batch: PackedBatch) -> BagelOutput:
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-            patch = inputs.model.latent_patch_size
-            latents = encode_images(vae, batch.images, batch.latent_shapes, batch.posterior_eps, patch)
+        latents = encode_batch(vae, batch, inputs.model.latent_patch_size, dtype == torch.bfloat16)
         output: BagelOutput = model(batch, latents)
         return output
 

@@ -22,7 +22,8 @@ from bagel_ds.data.samples.sample import TEXT
 from bagel_ds.errors import UserError
 from bagel_ds.inference import pictures
 from bagel_ds.inference.network import Network
-from bagel_ds.inference.sampler import Branches, Drawing, OnStep, draw
+from bagel_ds.inference.reasoning import reason
+from bagel_ds.inference.sampler import Branches, Drawing, OnStep, begin_drawing, draw
 from bagel_ds.inference.settings import DEFAULTS, Settings, default_settings
 from bagel_ds.inference.text import Text, generate_texts, written
 
@@ -104,15 +105,11 @@ class Inferencer:
         seeds = list(seed) if isinstance(seed, Sequence) else [seed + number for number in range(len(prompt))]
         if not len(prompt) == len(images) == len(seeds):
             raise UserError(f"{len(prompt)} prompts, {len(images)} images and {len(seeds)} seeds: pass one for each")
-        requests, modes = [], []
-        for text, picture, own_seed in zip(prompt, images, seeds):
-            modes.append(mode or ("t2i" if picture is None else "edit"))
-            requests.append(self.request(text, picture, modes[-1], think, own_seed, **options))
-        if mode == "interleave":
-            from bagel_ds.inference.reasoning import reason
-
-            return reason(self.network, [(own.inputs, own.settings, own.seed) for own in requests])
-        return self.run(requests)
+        requests = [
+            self.request(text, picture, mode, think, own_seed, **options)
+            for text, picture, own_seed in zip(prompt, images, seeds)
+        ]
+        return self.reason(requests) if mode == "interleave" else self.run(requests)
 
     def __call__(
         self,
@@ -152,13 +149,17 @@ class Inferencer:
         self,
         prompt: str,
         image: Any = None,
-        mode: str = "t2i",
+        mode: str | None = None,
         think: bool = False,
         seed: int = 0,
         think_prompt: str | None = None,
         **options: Any,
     ) -> Request:
-        """A request by mode. Raises `UserError` where prompt, image and mode don't go together."""
+        """A request by mode; without one, edit where there is an image, else t2i.
+
+        Raises `UserError` where prompt, image and mode don't go together.
+        """
+        mode = mode or ("t2i" if image is None else "edit")
         images = [pictures.opened(one) for one in _listed(image)]
         settings = default_settings(mode, bool(images)).changed(options)
         if not (isinstance(prompt, str) and prompt.strip()) and not (mode == "vqa" and images):
@@ -179,6 +180,10 @@ class Inferencer:
         draw(self.network, drawings, on_step)
         drawn = {id(work): self.finish(one) for work, one in zip(drawing, drawings)}
         return [Result(drawn.get(id(work)), work.text) for work in works]
+
+    def reason(self, requests: Sequence[Request], on_step: OnStep = lambda done, total: None) -> list[list[Item]]:
+        """Interleaved reasoning: the texts and images that answer each request, in order."""
+        return reason(self.network, [(own.inputs, own.settings, own.seed) for own in requests], on_step)
 
     def contexts(self, requests: Sequence[Request]) -> list[_Work]:
         """Each request's contexts after all its inputs, thinking prompt included.
@@ -225,9 +230,7 @@ class Inferencer:
 
     def begin(self, work: _Work) -> Drawing:
         """The request's picture as pure noise, drawn after whatever its inputs drew."""
-        height, width = work.size
-        start = pictures.noise(self.network, pictures.tokens_of(self.network, height, width), work.generator)
-        return Drawing(work.branches, work.request.settings, height, width, start.to(self.network.device))
+        return begin_drawing(self.network, work.branches, work.request.settings, work.size, work.generator)
 
     def finish(self, drawing: Drawing) -> Image.Image:
         """The picture of a drawing's clean latents."""

@@ -112,7 +112,7 @@ def run_jobs(
     made = 0
     for start in range(0, len(waiting), batch_size):
         asked: list[tuple[Job, Request]] = []
-        interleaved: list[Job] = []
+        interleaved: list[tuple[Job, Request]] = []
         for job in waiting[start : start + batch_size]:
             try:
                 request = inferencer.request(**_arguments(job.words))
@@ -120,14 +120,11 @@ def run_jobs(
             except UserError as fault:
                 faults.append(f"{job.place}: {fault}")
                 continue
-            if job.words.get("mode") == "interleave":
-                interleaved.append(job)
-            else:
-                asked.append((job, request))
+            (interleaved if job.words.get("mode") == "interleave" else asked).append((job, request))
         for (job, _), result in zip(asked, inferencer.run([request for _, request in asked]) if asked else []):
             _keep(out, job, result)
-        for job in interleaved:
-            _keep_items(out, job, inferencer.generate(**_arguments(job.words)))
+        for (job, _), items in zip(interleaved, inferencer.reason([request for _, request in interleaved])):
+            _keep_items(out, job, items)
         made += len(asked) + len(interleaved)
         done(len(waiting[start : start + batch_size]))
     return made, len(jobs) - len(waiting)
@@ -136,7 +133,6 @@ def run_jobs(
 def _arguments(words: dict[str, Any]) -> dict[str, Any]:
     """A job's words as arguments of `Inferencer.request`."""
     words = {"prompt": "", **words}
-    words["mode"] = words.get("mode") or ("edit" if words.get("image") is not None else "t2i")
     if isinstance(words.get("image"), dict):  # a hub dataset's struct
         words["image"] = words["image"].get("bytes") or words["image"].get("path")
     if isinstance(words.get("image"), bytes):

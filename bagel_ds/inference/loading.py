@@ -20,6 +20,7 @@ from bagel_ds.inference.generation import Inferencer
 from bagel_ds.inference.network import Network
 from bagel_ds.inference.placement import gpu_limit, place_weights
 from bagel_ds.inference.streaming import StreamedLayers
+from bagel_ds.inputs.network import open_tokenizer
 from bagel_ds.machine.device import device_type
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.shape.config import BagelConfig
@@ -29,7 +30,6 @@ from bagel_ds.model_folder.average import average_or_weights
 from bagel_ds.model_folder.finite import CheckedWeights
 from bagel_ds.model_folder.folder import VAE, BagelWeights, ModelFolder, latent_side
 from bagel_ds.model_folder.tensor_files import TensorFiles
-from bagel_ds.model_folder.tokenizer import load_tokenizer
 from bagel_ds.units import GIB
 
 logger = logging.getLogger("bagel_ds")
@@ -63,13 +63,13 @@ def open_inferencer(
         logger.info("max_gpu_memory has no effect on %s", place)
     files = _weight_files(folder, weights)
     vae = folder.load_vae().to(place) if (folder.path / VAE).exists() else None
-    lacks = _lacks(files, folder, vae)
+    generates = any(part_of(name) in GENERATION for name in files.names)
     config = BagelConfig(
         llm=folder.llm_config(),
         vit=folder.vit_config(),
         max_latent_size=latent_side(files) or BagelConfig().max_latent_size,
         z_channels=vae.config.z_channels if vae is not None else BagelConfig().z_channels,
-        visual_gen=lacks is None or "ae.safetensors" in lacks,
+        visual_gen=generates,
     )
     vae_bytes = sum(parameter.nbytes for parameter in vae.parameters()) if vae is not None else 0
     placement = place_weights(config, dtype.itemsize, limit if place.type == "cuda" else None, vae_bytes)
@@ -83,12 +83,7 @@ def open_inferencer(
             placement.gpu_bytes / GIB,
             placement.bytes_per_pass / GIB,
         )
-    tokenizer = load_tokenizer(folder.path)
-    if tokenizer.size > config.llm.vocab_size:
-        raise UserError(
-            f"the tokenizer of {folder.path} has {tokenizer.size} tokens, its llm_config.json only vocab_size="
-            f"{config.llm.vocab_size}; they do not belong together. Download or copy the folder again."
-        )
+    tokenizer = open_tokenizer(folder.path, config)
     options = LayoutOptions(
         vit_patch_size=config.vit.patch_size,
         latent_patch_size=config.latent_patch_size,
@@ -108,7 +103,7 @@ def open_inferencer(
         ImageTransform(options.vit_patch_size, *vit_sizes),
         place,
     )
-    return Inferencer(network, lacks)
+    return Inferencer(network, _lacks(folder, generates, vae))
 
 
 def load_bagel(
@@ -162,9 +157,9 @@ def _weight_files(folder: ModelFolder, weights: str | None) -> TensorFiles:
     return TensorFiles(found)
 
 
-def _lacks(files: TensorFiles, folder: ModelFolder, vae: AutoEncoder | None) -> str | None:
+def _lacks(folder: ModelFolder, generates: bool, vae: AutoEncoder | None) -> str | None:
     """Why the folder's model can't draw; None where it can."""
-    if not any(part_of(name) in GENERATION for name in files.names):
+    if not generates:
         return f"{folder.path} holds no weights that generate images (*_moe_gen, vae2llm, llm2vae, time_embedder)"
     if vae is None:
         return f"{folder.path / VAE} does not exist"

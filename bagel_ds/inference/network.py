@@ -21,7 +21,7 @@ from bagel_ds.data.samples.sample import TEXT
 from bagel_ds.inference.cache import KeyValueCache
 from bagel_ds.model.bagel import Bagel, Prediction
 from bagel_ds.model.batch import CAUSAL, PackedBatch
-from bagel_ds.model.vae import AutoEncoder, encode_images
+from bagel_ds.model.vae import AutoEncoder, encode_batch
 from bagel_ds.model_folder.tokenizer import Tokenizer
 
 
@@ -73,7 +73,7 @@ class Network:
         """One more token of each sequence: logits of the next, [sequences, V] fp32, and the contexts after it."""
         numbers = torch.arange(len(ids))
         batch = replace(
-            self.laid_out([], []),
+            layout([], self.tokenizer.special, self.layout),
             sample_lens=(1,) * len(ids),
             split_lens=(1,) * len(ids),
             attn_modes=(CAUSAL,) * len(ids),
@@ -109,18 +109,17 @@ class Network:
         firsts = [context.position for context in contexts]
         return layout(entries, self.tokenizer.special, self.layout, first_positions=firsts).to(self.device)
 
-    def autocast(self) -> torch.autocast:
-        """The autoencoder's precision: bf16 arithmetic where the network's weights are bf16, as in training."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.model.dtype == torch.bfloat16)
+    @property
+    def in_bf16(self) -> bool:
+        """Whether the network's weights are bf16; the autoencoder computes in the same precision, as in training."""
+        return self.model.dtype == torch.bfloat16
 
     def _latents(self, batch: PackedBatch) -> Tensor:
         """Clean latent tokens of the batch's images."""
         if not batch.images:
             return batch.posterior_eps
         assert self.vae is not None, "an image to edit needs the autoencoder"
-        patch = self.model.config.latent_patch_size
-        with self.autocast():
-            return encode_images(self.vae, batch.images, batch.latent_shapes, batch.posterior_eps, patch)
+        return encode_batch(self.vae, batch, self.model.config.latent_patch_size, self.in_bf16)
 
 
 def _positions(entries: Sequence[Loaded]) -> int:

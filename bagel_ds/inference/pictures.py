@@ -64,7 +64,7 @@ def decoded(network: Network, latents_MF: Tensor, height: int, width: int) -> Im
     assert network.vae is not None, "drawing needs the autoencoder"
     stride, patch = network.layout.latent_stride, network.layout.latent_patch_size
     latent = unpatchify(latents_MF, height // stride, width // stride, patch)[None]
-    with torch.no_grad(), network.autocast():
+    with torch.no_grad(), torch.autocast(network.device.type, torch.bfloat16, enabled=network.in_bf16):
         pixels = network.vae.decode(latent)[0].float()
     pixels = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())

@@ -18,7 +18,7 @@ from bagel_ds.data.batches.layout import Loaded
 from bagel_ds.data.samples.sample import TEXT
 from bagel_ds.inference import pictures
 from bagel_ds.inference.network import Network
-from bagel_ds.inference.sampler import Branches, Drawing, OnStep, draw
+from bagel_ds.inference.sampler import Branches, OnStep, begin_drawing, draw
 from bagel_ds.inference.settings import Settings
 from bagel_ds.inference.text import Text, generate_texts, written
 
@@ -113,11 +113,8 @@ def _say(network: Network, works: Sequence[Reasoning]) -> list[Item]:
 
 
 def _draw(network: Network, works: Sequence[Reasoning], on_step: OnStep) -> list[Item]:
-    drawings = []
+    drawings = [begin_drawing(network, work.branches, work.settings, work.size, work.generator) for work in works]
     for work in works:
-        height, width = work.size
-        start = pictures.noise(network, pictures.tokens_of(network, height, width), work.generator)
-        drawings.append(Drawing(work.branches, work.settings, height, width, start.to(network.device)))
         work.draws_next = False
     draw(network, drawings, on_step)
     return [pictures.decoded(network, one.latents, one.height, one.width) for one in drawings]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bagel_ds.data.batches.layout import Loaded
 from bagel_ds.data.samples.sample import VAE
+from bagel_ds.inference import pictures
 from bagel_ds.inference.network import Context, Network
 from bagel_ds.inference.settings import Settings
 from bagel_ds.model.batch import PackedBatch
@@ -88,6 +89,15 @@ class Drawing:
         if self.settings.cfg_text_scale <= 1 or not low < float(self.times[step]) <= high:
             return ["gen"]
         return ["gen", "cfg_text"] + (["cfg_img"] if self.settings.cfg_img_scale > 1 else [])
+
+
+def begin_drawing(
+    network: Network, branches: Branches, settings: Settings, size: tuple[int, int], generator: torch.Generator
+) -> Drawing:
+    """A picture of `size` (height, width) in pixels, as pure noise from `generator`."""
+    height, width = size
+    start = pictures.noise(network, pictures.tokens_of(network, height, width), generator)
+    return Drawing(branches, settings, height, width, start.to(network.device))
 
 
 def guided(velocities: dict[str, Tensor], settings: Settings) -> Tensor:

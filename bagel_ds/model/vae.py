@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bagel_ds.model.batch import normalize_pixels, patchify
+from bagel_ds.model.batch import PackedBatch, normalize_pixels, patchify
 from bagel_ds.model.shape.config import VAEConfig
 
 GROUPS = 32
@@ -177,6 +177,12 @@ class AutoEncoder(nn.Module):
         """Inverse of `sample`, then the decoder: [B, 16, h, w] -> [B, 3, H, W], nominally -1..1."""
         assert hasattr(self, "decoder"), "made with decodes=False"
         return self.decoder(latents / self.config.scale_factor + self.config.shift_factor)
+
+
+def encode_batch(vae: AutoEncoder, batch: PackedBatch, patch: int, bf16: bool) -> Tensor:
+    """A batch's images as clean latent tokens [G, F] fp32; with `bf16` in the arithmetic of a network in bf16."""
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=bf16):
+        return encode_images(vae, batch.images, batch.latent_shapes, batch.posterior_eps, patch)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.shape.activations import arena_bytes
 from bagel_ds.model.shape.parts import part_of
-from bagel_ds.model.vae import encode_images
+from bagel_ds.model.vae import encode_batch
 from bagel_ds.model_folder.finite import CheckedWeights
 from bagel_ds.train.prepare import Prepared, trainable
 from bagel_ds.train.ranks.agreement import together
@@ -79,7 +79,6 @@ def image_encoder(config: RunConfig, prepared: Prepared, device: torch.device) -
     vae, patch, bf16 = prepared.vae.to(device), prepared.model.latent_patch_size, config.training.precision == "bf16"
 
     def encode(batch: PackedBatch) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            return encode_images(vae, batch.images, batch.latent_shapes, batch.posterior_eps, patch)
+        return encode_batch(vae, batch, patch, bf16)
 
     return encode

@@ -2,42 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bagel_ds.errors import UserError
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.train import nonfinite
 from bagel_ds.train.nonfinite import NonFiniteGuard
 from bagel_ds.train.step import StepResult
+from tests.data.stand_in import odd_batch
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture
 def batch() -> PackedBatch:
-    """Any tensors will do; the two images are one, as where an image is read and drawn."""
-    image = torch.arange(3 * 16 * 16, dtype=torch.uint8).reshape(3, 16, 16)
-    values: dict[str, Any] = {
-        "sample_lens": (4, 3),
-        "split_lens": (4, 3),
-        "attn_modes": ("causal", "noise"),
-        "vit_seqlens": (2,),
-        "latent_shapes": ((1, 1), (1, 1)),
-        "images": (image, image),
-        "samples": ("t2i: a.parquet row group 0 row 1", "edit: b.parquet row group 2 row 3"),
-        "skipped": (("vlm", "c.jsonl: cut short"),),
-        "timesteps": torch.tensor([-math.inf, 0.25]),
-        "noise": torch.full((2, 64), math.nan),
-    }
-    names = [field.name for field in dataclasses.fields(PackedBatch) if field.name not in values]
-    return PackedBatch(**values, **{name: torch.arange(5) for name in names})
+    return odd_batch()
 
 
 def result(grad_norm: float) -> StepResult:
