@@ -2,8 +2,8 @@
 
 One command: `python bench/data_plan.py [--json]`. The data are synthetic indexes (image sizes and text lengths,
 nothing to decode) of a mix like bagel_example: t2i of 512-1344 px, edit pairs and chains, vlm with 1-4 turns; samples
-of about 1,000 to 11,000 tokens, t2i and vlm mandatory, equal weights. The original's rules (REFERENCE 7) live here
-only, for comparison.
+of about 1,000 to 11,000 tokens, t2i and vlm mandatory, equal weights; once 60,000 rows, once 660. Only this file has
+the original's rules (REFERENCE 7), for comparison.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import resource
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Any, Iterator, NamedTuple, Protocol, Sequence
+from typing import Any, Callable, Iterator, NamedTuple, Protocol, Sequence
 
 import numpy as np
 
@@ -27,7 +27,8 @@ from bagel_ds.data.plan.planner import PackingOptions, Planner, imbalance
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, Entry, SamplePlan
 
 BUDGETS = ((10240, 11520, 10240), (32768, 36864, 16384))  # expected, max, per sample
-UNIT_ROWS = 100  # rows per row group
+SMALL_ROWS = (200, 160, 300)
+UNIT_ROWS = 100  # rows per row group, at most
 SPEED_TITLES = ("samples", "limit", "seconds", "cpu s", "us/sample", "peak MiB", "index MiB")
 LEGEND = """fill: tokens / max_num_tokens
 llm, vision: the slowest rank's cost / the mean cost - 1, mean over steps
@@ -56,10 +57,12 @@ class SyntheticGroup:
     sizes: np.ndarray  # [rows, 2] image sides in pixels before any resize
     texts: np.ndarray  # [rows, pieces] token counts, 0 where there is none
     frames: np.ndarray  # [rows] images of an edit chain
+    group: int  # counts the groups
 
     def __post_init__(self) -> None:
         rows = len(self.sizes)
-        self._units = [range(start, min(start + UNIT_ROWS, rows)) for start in range(0, rows, UNIT_ROWS)]
+        unit = min(UNIT_ROWS, rows // 16)  # the original gives whole row groups to ranks
+        self._units = [range(start, min(start + unit, rows)) for start in range(0, rows, unit)]
         self._vae = resized(self.sizes, 16, 1024, 512)
         vit = (14, 980, 378) if self.name == "vlm_sft" else (14, 518, 224)
         self._vit = resized(self._vae if self.name == "unified_edit" else self.sizes, *vit)
@@ -85,7 +88,7 @@ class SyntheticGroup:
                 for step in range(int(self.frames[row]) - 1):
                     entries += [clean, vit] if step else []
                     entries += [Entry(TEXT, step, texts[step]), noised]
-        plan = SamplePlan(0, epoch, row, tuple(entries))
+        plan = SamplePlan(self.group, epoch, row, tuple(entries))
         return plan if plan.length <= self.limit else None
 
 
@@ -96,22 +99,31 @@ def stable_draw(row: int, epoch: int) -> float:
 
 def mix(samples: int, limit: int, seed: int = 0) -> list[SyntheticGroup]:
     """Three groups of equal size, `samples` rows together."""
+    return groups_of((samples // 3,) * 3, limit, [2, 2, 2, 3, 4], seed)
+
+
+def small_mix(limit: int, seed: int = 0) -> list[SyntheticGroup]:
+    """660 rows, as in a small fine-tuning set: 200 t2i, 160 edits of 2 to 4 pictures, 300 conversations."""
+    return groups_of(SMALL_ROWS, limit, [2, 3, 4], seed)
+
+
+def groups_of(rows: tuple[int, int, int], limit: int, frames: list[int], seed: int) -> list[SyntheticGroup]:
+    """t2i, edits and conversations; `frames` are the numbers of pictures of an edit, all equally likely."""
     draw = np.random.default_rng(seed)
-    rows = samples // 3
+    t2i, edits, talks = rows
 
-    def sizes() -> np.ndarray:
-        return draw.integers(512, 1345, (rows, 2), np.int32)
+    def sizes(count: int, shortest: int = 512) -> np.ndarray:
+        return draw.integers(shortest, 1345, (count, 2), np.int32)
 
-    turns = draw.integers(1, 5, rows)
-    vlm_texts = draw.integers(20, 400, (rows, 8), np.int32) * (np.arange(8) < 2 * turns[:, None])
-    frames = draw.choice([2, 2, 2, 3, 4], rows)
-    captions, instructions = draw.integers(20, 200, (rows, 1), np.int32), draw.integers(8, 60, (rows, 3), np.int32)
-    none = np.zeros(rows, np.int32)
-    vlm_sizes = draw.integers(280, 1345, (rows, 2), np.int32)
+    turns = draw.integers(1, 5, talks)
+    talk_texts = draw.integers(20, 400, (talks, 8), np.int32) * (np.arange(8) < 2 * turns[:, None])
+    pictures = draw.choice(frames, edits)
+    captions, instructions = draw.integers(20, 200, (t2i, 1), np.int32), draw.integers(8, 60, (edits, 3), np.int32)
+    talk_sizes = sizes(talks, 280)
     return [
-        SyntheticGroup("t2i_pretrain", 1.0, True, limit, sizes(), captions, none),
-        SyntheticGroup("unified_edit", 1.0, False, limit, sizes(), instructions, frames),
-        SyntheticGroup("vlm_sft", 1.0, True, limit, vlm_sizes, vlm_texts, none),
+        SyntheticGroup("t2i_pretrain", 1.0, True, limit, sizes(t2i), captions, np.zeros(t2i, np.int32), 0),
+        SyntheticGroup("unified_edit", 1.0, False, limit, sizes(edits), instructions, pictures, 1),
+        SyntheticGroup("vlm_sft", 1.0, True, limit, talk_sizes, talk_texts, np.zeros(talks, np.int32), 2),
     ]
 
 
@@ -227,11 +239,11 @@ def priced(plans: list[SamplePlan], cost: CostModel) -> Pack:
     return Pack(tuple(plans), length, sum(c.llm for c in costs), sum(c.vision for c in costs), 0, 0)
 
 
-def compare(samples: int, packs: int, worlds: Sequence[int]) -> list[Line]:
-    """Both rules at both budgets on the same rows."""
+def compare(make: Callable[[int], list[SyntheticGroup]], packs: int, worlds: Sequence[int]) -> list[Line]:
+    """Both rules at both budgets on the same rows; `make` gives the groups for a limit of tokens per sample."""
     lines, cost = [], CostModel.of()
     for budgets in BUDGETS:
-        groups = mix(samples, budgets[2])
+        groups = make(budgets[2])
         settings = [group.weight for group in groups], [group.is_mandatory for group in groups]
         for world in worlds:
             ranks = [
@@ -269,12 +281,14 @@ def speed(samples: int, budgets: tuple[int, int, int]) -> dict[str, float]:
     }
 
 
-def show(lines: list[Line], speeds: list[dict[str, float]]) -> None:
-    """The results as two tables."""
+def show(lines: list[Line], small: list[Line], speeds: list[dict[str, float]]) -> None:
+    """The results as tables."""
     titles = ("rules", "limit", "ranks", "fill", "llm", "vision", "short", "lacking", "lost", "wait")
-    print("{:9}{:>6}{:>6}{:>9}{:>9}{:>9}{:>8}{:>8}{:>6}{:>6}".format(*titles))
-    for line in lines:
-        print("{:9}{:6}{:6}{:9.2%}{:9.2%}{:9.2%}{:8.2%}{:8.2%}{:6}{:6}".format(*line))
+    for name, table in (("60,000 rows", lines), (f"{sum(SMALL_ROWS)} rows", small)):
+        print(name)
+        print("{:9}{:>6}{:>6}{:>9}{:>9}{:>9}{:>8}{:>8}{:>6}{:>6}".format(*titles))
+        for line in table:
+            print("{:9}{:6}{:6}{:9.2%}{:9.2%}{:9.2%}{:8.2%}{:8.2%}{:6}{:6}".format(*line))
     print(LEGEND)
     print("{:>9}{:>7}{:>9}{:>9}{:>10}{:>10}{:>10}".format(*SPEED_TITLES))
     for run in speeds:
@@ -290,7 +304,8 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, nargs="+", default=[4, 8], help="numbers of ranks")
     parser.add_argument("--sizes", type=int, nargs="*", default=[60_000, 600_000], help="samples to time, e.g. 6000000")
     arguments = parser.parse_args()
-    lines = compare(60_000, arguments.packs, arguments.worlds)
+    lines = compare(lambda limit: mix(60_000, limit), arguments.packs, arguments.worlds)
+    small = compare(small_mix, arguments.packs // 8, arguments.worlds)
     # A fresh process each, so that peak memory is that run's own.
     context = multiprocessing.get_context("spawn")
     speeds = []
@@ -298,9 +313,12 @@ def main() -> None:
         with context.Pool(1) as pool:
             speeds.append(pool.apply(speed, (size, budgets)))
     if arguments.json:
-        print(json.dumps({"packing": [line._asdict() for line in lines], "speed": speeds}))
+        found = {"packing": lines, "packing of 660 rows": small}
+        print(
+            json.dumps({name: [line._asdict() for line in lines] for name, lines in found.items()} | {"speed": speeds})
+        )
     else:
-        show(lines, speeds)
+        show(lines, small, speeds)
 
 
 if __name__ == "__main__":
