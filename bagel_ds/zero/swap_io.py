@@ -193,17 +193,18 @@ class _SwapFile:
 
     def _some(self, memory: memoryview, position: int, write: bool) -> int:
         call = os.pwritev if write else os.preadv
+        direct = self.direct  # as it is for this call: another thread may give it up before the call fails
         try:
             return call(self._descriptor, [memory], position)
         except OSError as error:
-            if error.errno != errno.EINVAL or not self.direct:
+            if error.errno != errno.EINVAL or not direct:
                 raise
         with self._lock:  # other threads may use the descriptor: it keeps its number
             if self.direct:
-                self._give_up_direct()
                 plain = os.open(self.path, self._flags, 0o600)
                 os.dup2(plain, self._descriptor)
                 os.close(plain)
+                self._give_up_direct()  # last: a call that finds it given up has the plain file
         return call(self._descriptor, [memory], position)
 
     def _give_up_direct(self) -> None:

@@ -10,6 +10,8 @@ import errno
 import gc
 import os
 import resource
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,6 +171,30 @@ def test_transfers_in_small_steps_are_completed(
 
 
 # ---------------------------------------------------------------------------------------- file systems without O_DIRECT
+def test_a_call_that_fails_after_another_gave_up_direct_access_is_made_again(
+    tmp_path: Path, handle: SwapHandle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two requests of one file are refused; the second learns so when the first has been made again."""
+    import fcntl
+
+    refused, both, real_write = iter(range(2)), threading.Barrier(2), os.pwritev
+
+    def checked(descriptor: int, *arguments: Any) -> int:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT and (number := next(refused, None)) is not None:
+            both.wait(60)
+            while number == 1 and str(tmp_path) not in swap_io._without_direct:
+                time.sleep(0.01)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real_write(descriptor, *arguments)
+
+    monkeypatch.setattr(os, "pwritev", checked)
+    content = some_bytes(2 * REQUEST)
+    handle.async_pwrite(content, str(tmp_path / "a.swp"))
+    assert handle.wait() == 1
+    assert (tmp_path / "a.swp").read_bytes()[: 2 * REQUEST] == bytes(content.numpy())
+    assert next(refused, None) is None, "both were refused"
+
+
 @pytest.mark.parametrize("refused", ["open", "transfer"])
 def test_without_direct_access_swapping_goes_on_and_says_so_once(
     tmp_path: Path, handle: SwapHandle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, refused: str
