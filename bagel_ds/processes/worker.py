@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -36,6 +37,7 @@ _NO_THREADS |= {"TOKENIZERS_PARALLELISM": "false", "JE_ARROW_MALLOC_CONF": "back
 _MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**22), "MALLOC_ARENA_MAX": "2"}
 _NO_PROCESS = "no process can be started: {}. Limits are the number of processes (`ulimit -u`) and memory."
 _OUT_OF_MEMORY = " (the kernel kills processes when memory runs out; `dmesg` shows it; fewer workers need less)"
+_STACKS_SECONDS = 0.2  # for one process to print its stacks before the next begins
 _DYING_SECONDS = 5.0  # from when a worker closes its socket until it ends
 
 
@@ -232,6 +234,7 @@ def show_stacks() -> list[str]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
             os.kill(pid, SHOW_STACKS)
+        time.sleep(_STACKS_SECONDS)  # their stacks would mix: faulthandler writes in small pieces
     return list(found.values())
 
 
