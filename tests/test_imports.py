@@ -24,6 +24,7 @@ ROOMS = (
     "processes",
     "zero",
     "checkpoint",
+    "lora",
     "model_folder",
     "arguments",
     "model",
