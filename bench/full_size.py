@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -42,9 +43,10 @@ from bagel_ds.ranges import MASTER, TensorInfo  # noqa: E402
 from bagel_ds.train.metrics.throughput import host_gib  # noqa: E402
 from bagel_ds.train.step import accumulate, update  # noqa: E402
 from bagel_ds.units import GIB  # noqa: E402
-from bagel_ds.zero.config.nvme import LARGEST_7B, check_nvme, clean_nvme, fit_buffers  # noqa: E402
+from bagel_ds.zero.config.nvme import check_nvme, fit_buffers  # noqa: E402
 from bagel_ds.zero.config.resolve import resolve_ds_config  # noqa: E402
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine  # noqa: E402
+from bagel_ds.zero.swap_folders import sweep_folders  # noqa: E402
 from bagel_ds.zero.weights import frozen_pieces  # noqa: E402
 
 TRAINED = "vae2llm"  # at the network's entrance, so that the backward pass goes through every layer
@@ -138,9 +140,9 @@ def run(nvme_path: Path, layers: int) -> dict[str, object]:
     # No recomputation: DeepSpeed would hold a layer's frozen weights all at once, and 16 buffers of 1.1 GB are too many
     # for this machine. The pack is so small that its activations don't matter. 5 buffers are the least that works.
     ds_config["zero_optimization"]["offload_param"]["buffer_count"] = 5
-    fit_buffers(ds_config, LARGEST_7B, 1)
+    fit_buffers(ds_config, max(math.prod(shape) for shape in shapes.values()), 1)
     check_nvme(ds_config, 2 * parameters)
-    clean_nvme(ds_config)
+    sweep_folders(nvme_path)
     peak, weights, phases = HostPeak(), RandomWeights(shapes), {}
 
     def phase(name: str, began: float) -> None:
@@ -168,7 +170,7 @@ def run(nvme_path: Path, layers: int) -> dict[str, object]:
         phase("export", began)
         engine.close()
     finally:
-        clean_nvme(ds_config)
+        sweep_folders(nvme_path)
     return {
         "parameters": parameters,
         "layers": layers,

@@ -7,8 +7,6 @@ the same collective calls.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Iterable, Mapping
 
 import torch
@@ -19,14 +17,6 @@ from bagel_ds.model_folder.tensor_files import TensorFileWriter
 from bagel_ds.ranges import Pieces, Range, TensorInfo
 
 CHUNK_BYTES = 2**26
-
-
-def export_tensors(
-    path: Path, tensors: Mapping[str, TensorInfo], pieces: Iterable[Pieces], device: torch.device
-) -> None:
-    """Write `path` on rank 0; call on every rank. Arguments as in `stream_tensors`."""
-    with TensorFileWriter(path, tensors) if dist.get_rank() == 0 else nullcontext() as writer:
-        stream_tensors(writer, tensors, pieces, device)
 
 
 def stream_tensors(

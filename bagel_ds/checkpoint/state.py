@@ -39,13 +39,6 @@ def rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:05d}.safetensors"
 
 
-def write_rank(path: Path, held: Iterable[Held], pieces: Iterable[tuple[str, Pieces]]) -> None:
-    """Write one rank's state. `held` announces every range; `pieces` then brings them, by kind, in any order."""
-    held = list(held)
-    with open_rank(path, held) as writer:
-        fill_rank(writer, held, pieces)
-
-
 def open_rank(path: Path, held: Iterable[Held]) -> TensorFileWriter:
     """The file of one rank with its space reserved; OSError where there is too little."""
     tensors = {f"{part.kind}/{part.name}": TensorInfo(part.dtype, (part.numel,)) for part in held}

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bagel_ds.checkpoint.serving import checkpoint_readme
-from bagel_ds.checkpoint.state import Held, write_rank
+from bagel_ds.checkpoint.state import Held
 from bagel_ds.checkpoint.step_folders import write_json, write_manifest
 from bagel_ds.cli import main
 from bagel_ds.demo.model import network_config, write_model
@@ -30,6 +30,7 @@ from bagel_ds.model.shape.config import BagelConfig, LLMConfig, ViTConfig
 from bagel_ds.model_folder.average import average_or_weights
 from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.ranges import Pieces, Range
+from tests.weight_files import write_rank
 
 Tensors = dict[str, Tensor]
 LATENT, VIT = "latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"

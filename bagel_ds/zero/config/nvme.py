@@ -15,10 +15,9 @@ from typing import Any
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.units import GIB, MIB
 from bagel_ds.zero.config.draft import Draft, offload_device
-from bagel_ds.zero.swap_folders import is_run_folder, run_folder
+from bagel_ds.zero.swap_folders import run_folder
 
 MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs", "overlay-tmpfs")
-LARGEST_7B = 152064 * 3584  # embedding of BAGEL-7B-MoT, its largest parameter
 SWAPPED_FROM_BYTES = MIB  # of one rank's share of a tensor; what is smaller stays in memory (DeepSpeed 0.19.8)
 LAYER_WEIGHTS = 14  # matrices of one decoder layer: q, k, v, o, gate, up and down of each expert
 
@@ -130,13 +129,6 @@ def check_nvme(ds: dict[str, Any], bytes_needed: int) -> list[str]:
     faults += _silent_faults(ds)
     all_faults(faults, "Offload to NVMe can't work as configured:")
     return notes
-
-
-def clean_nvme(ds: dict[str, Any]) -> None:
-    """Remove the swap files of a run that holds no folder; only folders that `run_folder` named are touched."""
-    for folder in nvme_folders(ds):
-        if is_run_folder(folder):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def file_system(path: Path) -> str:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from bagel_ds.arguments.options import TrainingArguments
-from bagel_ds.checkpoint.state import EMA, WEIGHT, Held, rank_file, write_rank
+from bagel_ds.checkpoint.state import EMA, WEIGHT, Held, rank_file
 from bagel_ds.checkpoint.step_folders import write_manifest
 from bagel_ds.demo import write_demo
 from bagel_ds.errors import UserError
@@ -24,6 +24,7 @@ from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.ranges import MASTER, Pieces, Range
 from bagel_ds.train.saves.restore import open_start
 from bagel_ds.train.saves.start import StartPoint, find_start, sound_start
+from tests.weight_files import write_rank
 
 STATE_FILE = "state/rank_00000.safetensors"
 

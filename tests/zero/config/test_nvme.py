@@ -10,17 +10,19 @@ import pytest
 
 from bagel_ds.arguments.run_config import parse_arguments
 from bagel_ds.errors import UserError
+from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.parameters import parameter_sizes
 from bagel_ds.zero.config.nvme import (
-    LARGEST_7B,
     average_folder,
     check_nvme,
-    clean_nvme,
     file_system,
     fit_buffers,
     nvme_bytes,
     nvme_folders,
 )
 from bagel_ds.zero.config.resolve import resolve_ds_config
+
+LARGEST_7B = max(parameter.numel for parameter in parameter_sizes(BagelConfig()))
 
 
 def resolved(preset: str, path: Path, world: int = 2) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def test_a_disk_that_is_memory_is_refused() -> None:
     ds = resolved("zero3_nvme", Path("/dev/shm"))
     with pytest.raises(UserError, match="which is memory"):
         check_nvme(ds, 0)
-    clean_nvme(ds)
+    nvme_folders(ds)[0].rmdir()
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
@@ -119,18 +121,6 @@ def test_settings_that_keep_all_in_memory_or_crash_are_caught(
 ) -> None:
     with pytest.raises(UserError, match=word):
         check_nvme(changed(preset, tmp_path, section, **values), 0)
-
-
-def test_cleaning_removes_the_runs_folder_and_nothing_else(tmp_path: Path) -> None:
-    ds = resolved("zero3_nvme", tmp_path)
-    (folder,) = nvme_folders(ds)
-    (folder / "zero_stage_3").mkdir(parents=True)
-    (tmp_path / "mine").mkdir()
-    clean_nvme(ds)
-    assert not folder.exists() and (tmp_path / "mine").is_dir()
-    ds["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(tmp_path / "mine")
-    clean_nvme(ds)
-    assert (tmp_path / "mine").is_dir()
 
 
 def test_bytes_on_nvme(tmp_path: Path) -> None:
