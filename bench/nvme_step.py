@@ -108,7 +108,7 @@ def train(elements: int, folder: Path, steps: int, between: Callable[[Step], Non
         if step >= 2:  # the first writes moments for the first time, the second reads them for the first time
             between(Step(seconds, meter.waiting, meter.read, meter.written))
     engine.close()
-    sweep_folders(folder)
+    sweep_folders(str(folder))
 
 
 def copy_seconds(folder: Path, read: int, written: int) -> float:
