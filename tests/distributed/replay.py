@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 
 from bagel_ds.arguments.run_config import make_config
-from bagel_ds.checkpoint.gather import export_tensors
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.losses.normalization import LossOptions
 from bagel_ds.model.recompute import recompute_mode
@@ -29,6 +28,7 @@ from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.ema import EMAOptions
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.weights import frozen_pieces
+from tests.checkpoint.written import export_tensors
 from tests.recordings import bagel_config, read_json, recorded_batch, reference, tensors, weights_of
 
 

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagel_ds.arguments.run_config import make_config
-from bagel_ds.checkpoint.gather import export_tensors
 from bagel_ds.data.batches.layout import Loaded, layout
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT
@@ -38,6 +37,7 @@ from bagel_ds.zero.config.nvme import clean_nvme, fit_buffers
 from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.weights import frozen_pieces
+from tests.checkpoint.written import export_tensors
 from tests.recordings import bagel_config, weights_of
 
 SIDES = ((4, 6), (5, 3))  # latent tokens of a batch's images: rows, columns
