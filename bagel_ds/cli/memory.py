@@ -174,7 +174,8 @@ def _released(config: RunConfig) -> BagelConfig:
 def _from_folder(config: RunConfig, path: Path) -> tuple[BagelConfig, VAEConfig]:
     """The network and autoencoder that the trainer would build from a model folder."""
     from bagel_ds.inputs.network import bagel_config
-    from bagel_ds.model_folder.folder import VAE, ModelFolder, vae_config
+    from bagel_ds.model_folder.autoencoder import vae_config
+    from bagel_ds.model_folder.folder import VAE, ModelFolder
     from bagel_ds.model_folder.tensor_files import TensorFiles
 
     folder = ModelFolder(path)

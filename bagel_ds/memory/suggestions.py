@@ -1,9 +1,8 @@
 """Which settings would make a run fit, best first.
 
-Guarantees: every suggestion was planned and fits; none is worse than another in all it changes (the same with fewer
-tokens, or with a setting that is not needed), so that the list shows different ways out. "Best" is the least harm to
-the result and then to the speed: offload before a moving average in bf16, that before fewer tokens, those before no
-moving average, that before frozen parts, and those before bf16 masters; NVMe costs more than host memory.
+Guarantees: every suggestion was planned and fits, and no suggestion is dominated by another (such as the same with
+fewer tokens), so the list shows different ways out. The order is by harm to the result, then to speed: offload, a
+moving average in bf16, fewer tokens, no moving average, frozen parts, bf16 masters. NVMe ranks behind host memory.
 """
 
 from __future__ import annotations
@@ -51,9 +50,9 @@ PLACEHOLDER = "nvme"  # stands for --nvme_path while only planning
 
 @dataclass(frozen=True)
 class Suggestion:
-    settings: tuple[str, ...]  # as arguments of the trainer
+    settings: tuple[str, ...]  # arguments of the trainer
     plan: MemoryPlan
-    trains: str = ""  # where they freeze something: what still trains
+    trains: str = ""  # what still trains; "" if the settings freeze nothing
 
     def to_json(self) -> dict[str, Any]:
         keys = ("gpu_peak_gib", "host_peak_gib", "nvme_gib", "step_traffic_gib")
@@ -64,7 +63,7 @@ class Suggestion:
 def resolved(
     name: str, config: RunConfig, model: BagelConfig, world_size: int, ranks_per_host: int | None = None
 ) -> ZeroSettings:
-    """The settings of a run that is only planned: `--nvme_path` may be missing."""
+    """The settings of a run that is only planned, so `--nvme_path` may be missing."""
     if config.training.nvme_path is None:
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, nvme_path=PLACEHOLDER))
     ds, _ = resolve_ds_config(name, config, world_size, ranks_per_host)
@@ -74,7 +73,7 @@ def resolved(
 def suggestions(model: BagelConfig, config: RunConfig, run: MemoryOptions, count: int = 5) -> list[Suggestion]:
     """Up to `count` changed runs that fit the budgets of `run`, best first.
 
-    `run` is `MemoryOptions.of(config, ...)`: its budgets and its machine are kept, the rest follows what is changed.
+    `run` is `MemoryOptions.of(config, ...)`. Its budgets and its machine are kept; the rest follows the changes.
     """
     found: list[tuple[tuple[_Change, ...], Suggestion]] = []
     as_it_is, *candidates = sorted(itertools.product(*_axes(model, config, run)), key=_harm)
@@ -94,17 +93,17 @@ def suggestions(model: BagelConfig, config: RunConfig, run: MemoryOptions, count
 
 
 class _Change(NamedTuple):
-    """One choice about one thing; `cost` orders it among the other choices: worse in no place is no worse."""
+    """A change of one setting, or none."""
 
-    settings: dict[str, Any]  # the trainer's options; empty for as it is
-    cost: tuple[float, ...]
+    settings: dict[str, Any]  # the trainer's options; empty: unchanged
+    cost: tuple[float, ...]  # harm, for example to speed and to accuracy; compared entry by entry
 
 
 _AS_IT_IS = _Change({}, (0.0,))
 
 
 def _axes(model: BagelConfig, config: RunConfig, run: MemoryOptions) -> list[list[_Change]]:
-    """What may be changed, and to what; each list begins with the run as it is."""
+    """The possible changes of each setting; each list begins with no change."""
     return [
         _presets(config.training.ds_config),
         _tokens(run.max_num_tokens),
@@ -140,7 +139,7 @@ def _averages(run: MemoryOptions) -> list[_Change]:
 
 
 def _freezings(model: BagelConfig, run: MemoryOptions) -> list[_Change]:
-    """What could be frozen besides what is. Only what leaves something to train."""
+    """What else could be frozen such that something still trains."""
     found = [_AS_IT_IS]
     if model.visual_gen and not model.freeze_und and not run.freeze_llm:
         found.append(_Change({"freeze_und": True}, (10.0,)))
@@ -178,7 +177,7 @@ def _plan(model: BagelConfig, config: RunConfig, run: MemoryOptions, changes: tu
 
 
 def _still_trains(model: BagelConfig, run: MemoryOptions, changes: Iterable[_Change]) -> str:
-    """ "the ViT and the connector: 0.4 of 14.6 billion parameters", or nothing where the changes freeze nothing."""
+    """ "the ViT and the connector: 0.4 of 14.6 billion parameters", or "" if the changes freeze nothing."""
     frozen = {name for change in changes for name in change.settings if name.startswith("freeze")}
     if not frozen:
         return ""

@@ -25,7 +25,7 @@ from bagel_ds.data.config.dataset_config import DatasetConfig
 from bagel_ds.doctor.environment import compiler_finding, installed_version, refuse_faults
 from bagel_ds.errors import UserError
 from bagel_ds.inputs.data import open_data, open_datasets, open_held_out
-from bagel_ds.inputs.files import check_inputs, parts_of, starts_from_parts
+from bagel_ds.inputs.files import check_inputs, pretrained_of, starts_from_pretrained
 from bagel_ds.inputs.network import bagel_config, resolve_model_path
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.memory.planner import MemoryPlan
@@ -93,8 +93,8 @@ def prepare(config: RunConfig) -> Prepared:
     claimed = _take_checkpoint_dir(config)
     one_per_host_first(lambda: build(needed_ops(ds_config)), "compiling C++ parts of DeepSpeed, once")
     model_folder = one_per_host_first(lambda: resolve_model_path(config), "fetching or assembling the model")
-    parts = parts_of(config)[:2] if starts_from_parts(config) else None
-    start = sound_start(config.training, model_folder, parts)
+    pretrained = pretrained_of(config)[:2] if starts_from_pretrained(config) else None
+    start = sound_start(config.training, model_folder, pretrained)
     model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start), "opening the model folder")
     world, here = dist.get_world_size(), hosts().local_size
     zero = together(lambda: fit_to_network(ds_config, model, config.training, world))
@@ -131,7 +131,7 @@ def _ready_folders(config: RunConfig, claimed: Claim | None) -> None:
     """Refuse to replace an earlier run's checkpoints before touching anything there; then tidy up."""
     training = config.training
     folders = [Path(training.checkpoint_dir), Path(training.results_dir)]
-    named = [training.resume_from, config.model.model_path, *parts_of(config)]
+    named = [training.resume_from, config.model.model_path, *pretrained_of(config)]
     try:
         check_unoccupied(training, [Path(name) for name in named if name is not None])
     except UserError:
@@ -223,9 +223,9 @@ def _open_held_out(config: RunConfig, folder: Path, model: BagelConfig, vae: Aut
 def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[BagelConfig, AutoEncoder]:
     folder = ModelFolder(path)
     vae = folder.load_vae(decodes=False)
-    if start.parts is not None and config.model.max_latent_size is None:  # the original's default
+    if start.pretrained is not None and config.model.max_latent_size is None:  # the original's default
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_latent_size=32))
-    return bagel_config(config, folder, None if start.parts else start.folder, vae.config), vae
+    return bagel_config(config, folder, None if start.pretrained else start.folder, vae.config), vae
 
 
 def trainable(config: RunConfig, model: BagelConfig) -> set[str]:

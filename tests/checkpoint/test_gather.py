@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from bagel_ds.checkpoint import gather
 from bagel_ds.ranges import Pieces, Range, TensorInfo
-from tests.weight_files import export_tensors
+from tests.checkpoint.written import export_tensors
 
 CPU = torch.device("cpu")
 

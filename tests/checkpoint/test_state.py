@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from bagel_ds.checkpoint.state import EMA, WEIGHT, Held, StateFiles, rank_file
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import Pieces, Range
-from tests.weight_files import write_rank
+from tests.checkpoint.written import write_rank
 
 SIZES = {"a.weight": 37, "b": 1, "c.weight": 64}
 MASTER = "master"

@@ -25,7 +25,7 @@ from bagel_ds.train.ranks.launcher import read_launch
 from bagel_ds.train.ranks.process_group import join_ranks
 from bagel_ds.train.trainer import Trainer
 from bagel_ds.zero.weights import frozen_pieces
-from tests.weight_files import export_tensors
+from tests.checkpoint.written import export_tensors
 
 
 def export(trainer: Trainer, folder: Path) -> None:

@@ -29,8 +29,8 @@ from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.ema import EMAOptions
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.weights import frozen_pieces
+from tests.checkpoint.written import export_tensors
 from tests.recordings import bagel_config, read_json, recorded_batch, reference, tensors, weights_of
-from tests.weight_files import export_tensors
 
 
 def main(cases_file: str, results: str) -> None:

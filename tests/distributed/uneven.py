@@ -38,8 +38,8 @@ from bagel_ds.zero.config.nvme import fit_buffers
 from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.weights import frozen_pieces
+from tests.checkpoint.written import export_tensors
 from tests.recordings import bagel_config, weights_of
-from tests.weight_files import export_tensors
 
 SIDES = ((4, 6), (5, 3))  # latent tokens of a batch's images: rows, columns
 MIXED = "mixed"

@@ -16,7 +16,7 @@ from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from bagel_ds.memory.phases import _NORM, _ON_ITS_WAY, _TO_NVME, _reduction
+from bagel_ds.memory.phases import _IN_TRANSIT, _NORM, _TO_NVME, _reduction
 from bagel_ds.memory.states import Sharding, backward_states, states, window_gradients
 from bagel_ds.memory.traffic import offloaded_gradient_bytes
 from bagel_ds.model.shape.parameters import ParameterSize
@@ -226,7 +226,7 @@ def test_gradients_on_their_way_take_what_they_take_of_the_gpu(window: Window) -
     with TwoPlaces():
         _, peak, stays = (stage3_window if window.stage == 3 else stage12_window)(window)
     parts = {state.name: state.size for state in [*_reduction(sharding, 0), *window_gradients(sharding)]}
-    planned = sum(parts.get(name, 0) for name in (_NORM, _ON_ITS_WAY, _TO_NVME, "gradients"))
+    planned = sum(parts.get(name, 0) for name in (_NORM, _IN_TRANSIT, _TO_NVME, "gradients"))
     # Beside a few scalars; and not all of the fp32 copies are there when the last norm is taken.
     assert peak <= planned + 4096 and planned <= 1.4 * peak
     assert stays == pytest.approx(parts.get("gradients", 0), abs=4096)
