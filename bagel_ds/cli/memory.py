@@ -23,7 +23,7 @@ from bagel_ds.memory.report import not_compared, report_lines, size_options, sug
 from bagel_ds.memory.suggestions import resolved, suggestions
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.units import GIB
-from bagel_ds.zero.config.resolve import check_planned_file
+from bagel_ds.zero.config.check import check_file_if_possible
 
 RELEASED = "BAGEL-7B-MoT"
 _RELEASED_NAMES = ("7b", RELEASED.lower(), f"bytedance-seed/{RELEASED.lower()}")
@@ -80,10 +80,10 @@ def run(options: argparse.Namespace) -> int:
         host_memory=options.host_memory,
         nvme=options.nvme,
     )
-    if remark := check_planned_file(config.training.ds_config):
+    if remark := check_file_if_possible(config.training.ds_config):
         print(f"bagel-ds: {remark}", file=sys.stderr)
-    ds_config = resolved(config.training.ds_config, config, model, ranks.all, ranks.per_host)
-    plan = plan_memory(model, ds_config, memory)
+    settings = resolved(config.training.ds_config, config, model, ranks.all, ranks.per_host)
+    plan = plan_memory(model, settings, memory)
     better = [] if plan.fits else suggestions(model, config, memory)
     if options.json:
         unknown = {place: round(size, 2) for place, size in not_compared(plan).items()}
@@ -174,7 +174,8 @@ def _released(config: RunConfig) -> BagelConfig:
 def _from_folder(config: RunConfig, path: Path) -> tuple[BagelConfig, VAEConfig]:
     """The network and autoencoder that the trainer would build from a model folder."""
     from bagel_ds.inputs.network import bagel_config
-    from bagel_ds.model_folder.folder import VAE, ModelFolder, vae_config
+    from bagel_ds.model_folder.autoencoder import vae_config
+    from bagel_ds.model_folder.folder import VAE, ModelFolder
     from bagel_ds.model_folder.tensor_files import TensorFiles
 
     folder = ModelFolder(path)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import COPIED_ELEMENTS, WeightSource
-from bagel_ds.zero.config.resolve import offload_device, zero_stage
+from bagel_ds.zero.config.settings import ZeroSettings
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.partitions import Partitions, load_masters
 from bagel_ds.zero.swap_io import use_checked_swapping
@@ -36,18 +36,13 @@ class AdamOptions(NamedTuple):
     weight_decay: float = 0.0
 
 
-def run_dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    """The dtype weights and activations have under this configuration."""
-    return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
-
-
 class ZeroEngine:
     """One network under DeepSpeed. `build` makes the module (its weights are not initialised, so none are wasted)."""
 
     def __init__(self, build: Callable[[], nn.Module], trainable: Callable[[str], bool], ds_config: dict[str, Any]):
-        self.stage = zero_stage(ds_config)
-        self.ds_config = ds_config
-        if "nvme" in (offload_device(ds_config, "optimizer"), offload_device(ds_config, "param")):
+        self._settings, self._ds_config = ZeroSettings.of(ds_config), ds_config
+        self.stage = self._settings.stage
+        if self._settings.swap_folders:
             use_checked_swapping()
         self.module = self._construct(build)
         for name, parameter in self.module.named_parameters():
@@ -69,7 +64,7 @@ class ZeroEngine:
                 "Turn one of them off."
             )
         self._engine, *_ = deepspeed.initialize(
-            model=self.module, optimizer=self._adam(parameters, adam), config=self.ds_config
+            model=self.module, optimizer=self._adam(parameters, adam), config=self._ds_config
         )
         self.partitions = Partitions(self._engine)
         load_masters(self.partitions, weights)
@@ -105,8 +100,8 @@ class ZeroEngine:
         """Why masters, moments and weights can't be read while a step computes, or None: nothing but the update moves
         or changes them (a backward pass writes gradients alone, which lie apart in every stage and offload but NVMe).
         """
-        for part, what in (("optimizer", "the optimizer"), ("param", "weights")):
-            if offload_device(self.ds_config, part) == "nvme":
+        for part, what in ((self._settings.optimizer, "the optimizer"), (self._settings.param, "weights")):
+            if part.device == "nvme":
                 return f"{what} on NVMe and gradients pass through the same buffers"
         return None
 
@@ -124,7 +119,7 @@ class ZeroEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._unpartitioned_norm() if self.stage == 0 else None
-        if norm is not None and not torch.isfinite(norm) and run_dtype(self.ds_config) == torch.float32:
+        if norm is not None and not torch.isfinite(norm) and not self._settings.bf16:
             self._drop_gradients()  # every other optimizer of DeepSpeed skips such an update by itself
         self._engine.step()
         found = float(norm if norm is not None else self._engine.get_global_grad_norm())
@@ -139,12 +134,12 @@ class ZeroEngine:
     def _construct(self, build: Callable[[], nn.Module]) -> nn.Module:
         if self.stage == 3:
             # The dtype comes from the configuration: zero.Init's own argument is ignored where fp16 is unsupported.
-            with deepspeed.zero.Init(config_dict_or_path=self.ds_config):
+            with deepspeed.zero.Init(config_dict_or_path=self._ds_config):
                 module = build()
             _partition_rest(module)
             return module
         before = torch.get_default_dtype()
-        torch.set_default_dtype(run_dtype(self.ds_config))
+        torch.set_default_dtype(torch.bfloat16 if self._settings.bf16 else torch.float32)
         try:
             with torch.device(deepspeed.get_accelerator().current_device_name()):
                 return build()
@@ -154,11 +149,10 @@ class ZeroEngine:
     def _adam(self, parameters: list[nn.Parameter], adam: AdamOptions) -> torch.optim.Optimizer:
         options: dict[str, Any] = {"lr": 0.0, "betas": adam.betas, "eps": adam.eps}
         options["weight_decay"] = adam.weight_decay
-        if offload_device(self.ds_config, "optimizer") != "none":
+        if self._settings.optimizer.device != "none":
             from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles its kernel on first use
 
-            in_fp32 = not self.ds_config.get("bf16", {}).get("bf16_optimizer_states", False)
-            return DeepSpeedCPUAdam(parameters, **options, fp32_optimizer_states=in_fp32)
+            return DeepSpeedCPUAdam(parameters, **options, fp32_optimizer_states=self._settings.moment_bytes == 4)
         return torch.optim.AdamW(parameters, **options, fused=self.device.type == "cuda")
 
     def _drop_gradients(self) -> None:

@@ -23,7 +23,7 @@ from bagel_ds.errors import UserError
 from bagel_ds.machine.liveness import timed_elsewhere
 from bagel_ds.machine.user_folders import extensions_folder
 from bagel_ds.machine.waiting import waiting_for
-from bagel_ds.zero.config.draft import offload_device
+from bagel_ds.zero.config.settings import offload_device
 
 logger = logging.getLogger("bagel_ds")
 

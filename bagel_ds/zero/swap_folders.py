@@ -84,10 +84,12 @@ def leave_folders() -> None:
         _remove_unheld(folder)
 
 
-def sweep_folders(nvme_path: Path) -> list[Path]:
-    """Remove the folders that no living rank holds; returns them. Not while this process holds one itself."""
+def sweep_folders(nvme_path: str | None) -> list[Path]:
+    """Remove the folders below --nvme_path that no living rank holds; returns them. Call it while holding none."""
     assert not _held, "closing a second descriptor of a locked file would release the lock"
-    folders = sorted(filter(is_run_folder, nvme_path.glob(f"{_PREFIX}*")))
+    if nvme_path is None:
+        return []
+    folders = sorted(filter(is_run_folder, Path(nvme_path).glob(f"{_PREFIX}*")))
     removed = [folder for folder in folders if not folder.is_symlink() and _remove_unheld(folder)]
     for folder in removed:
         logger.info("removed %s, left by a run that has ended", folder)

@@ -26,13 +26,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bagel_ds.arguments.run_config import make_config
-from bagel_ds.checkpoint.gather import export_tensors
 from bagel_ds.ranges import MASTER, TensorInfo
 from bagel_ds.train.saves.restore import restore_moments
 from bagel_ds.zero.config.nvme import clean_nvme, fit_buffers
 from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.partitions import MOMENTS
+from tests.checkpoint.written import export_tensors
 
 UPDATES = 3
 # On both sides of stage3_param_persistence_threshold (100,000); sizes that no number of ranks divides.

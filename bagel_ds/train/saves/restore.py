@@ -19,8 +19,9 @@ from bagel_ds.lora.fingerprint import base_fingerprint
 from bagel_ds.lora.peft_files import AdapterFolder, holds_adapter
 from bagel_ds.lora.weights import NewAdapters, WithAdapters
 from bagel_ds.model.shape.lora import LoRA, is_adapter
-from bagel_ds.model_folder.folder import BagelWeights, ModelFolder
-from bagel_ds.model_folder.pretrained import PartsWeights
+from bagel_ds.model_folder.folder import ModelFolder
+from bagel_ds.model_folder.pretrained import PretrainedWeights
+from bagel_ds.model_folder.weights import BagelWeights
 from bagel_ds.ranges import MASTER, WeightSource, copy_range
 from bagel_ds.train.ranks.agreement import together
 from bagel_ds.train.saves.start import StartPoint
@@ -63,10 +64,10 @@ def open_start(
         if training.ema > 0 and not had_ema:
             lines.append("the checkpoint holds no moving average: it starts at the weights")
         return StartWeights(state.source(shapes, MASTER, WEIGHT), averages if had_ema else None, state, lines)
-    if start.parts is not None:
-        made = PartsWeights(*start.parts, shapes, training.copy_init_moe, training.global_seed)
+    if start.pretrained is not None:
+        made = PretrainedWeights(*start.pretrained, shapes, training.copy_init_moe, training.global_seed)
         return StartWeights(
-            made, None, None, [f"starting from {' and '.join(map(str, start.parts))}", *made.description()]
+            made, None, None, [f"starting from {' and '.join(map(str, start.pretrained))}", *made.description()]
         )
     folder = ModelFolder(start.folder)
     files = folder.open_weights(training.finetune_from_ema)
@@ -95,7 +96,7 @@ def _open_adapters(
     fingerprint = base_fingerprint(base, base.loaded)
     lines = [f"base model: {model_folder} (fingerprint {fingerprint})", *_loaded(base)]
     if not holds_adapter(start.folder):
-        if start.parts is not None or start.folder.resolve() != model_folder.resolve():
+        if start.pretrained is not None or start.folder.resolve() != model_folder.resolve():
             raise UserError(
                 f"--lora_rank: {start.folder} holds no adapter. To train adapters on top of it, pass it as "
                 "--model_path with --finetune_from_hf True"

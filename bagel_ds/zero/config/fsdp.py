@@ -7,8 +7,8 @@ After `settle_sharding` the draft says its ZeRO stage, and no offload section ha
 
 from __future__ import annotations
 
-from bagel_ds.zero.config.draft import AUTO, Draft, offload_device, same
-from bagel_ds.zero.config.nvme import settle_nvme
+from bagel_ds.zero.config.draft import AUTO, Draft, same
+from bagel_ds.zero.config.settings import offload_device
 
 _STAGE_OF_STRATEGY = {
     "FULL_SHARD": 3,
@@ -86,11 +86,9 @@ def _settle_offload(draft: Draft) -> None:
 
 def _check_offload(draft: Draft, key: str, device: str, least_stage: int) -> None:
     stage = draft.section("zero_optimization")["stage"]
-    if device == "nvme" and stage == 3:
-        settle_nvme(draft, key.removeprefix("offload_"))
-    elif device == "nvme":
+    if device == "nvme" and stage != 3:
         draft.fault(f"{key}.device nvme needs ZeRO stage 3, found stage {stage}; use cpu, or raise the stage")
-    elif device not in ("none", "cpu"):
+    elif device not in ("none", "cpu", "nvme"):
         draft.fault(f"{key}.device must be none, cpu or nvme, found {device!r}")
     elif device == "cpu" and stage < least_stage:
         draft.fault(

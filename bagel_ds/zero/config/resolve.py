@@ -1,45 +1,26 @@
-"""The DeepSpeed configuration of a run: found by path or name, "auto" filled in, contradictions refused.
+"""The DeepSpeed configuration of a run: "auto" is filled in from the arguments, contradictions are refused.
 
 Guarantees: what is returned holds no "auto" and says explicitly what DeepSpeed's defaults would decide silently
 (clipping, batch sizes, precision). A contradiction is an error only for lr, betas, eps, clipping, accumulation,
 micro-batch and precision, plus for what this trainer would not do as written; everything else in the file holds as it
-stands. The FSDP options of the original's scripts act only where given and left open in the file. Needs no deepspeed,
-except to check a file's keys (`check_*`).
+stands. Needs no deepspeed.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import io
-import logging
-import sys
-from contextlib import redirect_stdout
 from typing import Any
 
+from bagel_ds.arguments.options import TrainingArguments
 from bagel_ds.arguments.run_config import RunConfig
-from bagel_ds.errors import UserError, all_faults
-from bagel_ds.zero.config.draft import (
-    AUTO,
-    Draft,
-    ds_configs_folder,
-    find_ds_config,
-    offload_device,
-    read_ds_config,
-    zero_stage,
-)
+from bagel_ds.errors import all_faults
+from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.parameters import parameter_sizes
+from bagel_ds.model.shape.parts import Freezing, trainable_parts
+from bagel_ds.zero.config.draft import AUTO, Draft
+from bagel_ds.zero.config.files import ds_configs_folder, find_ds_config, read_ds_config
 from bagel_ds.zero.config.fsdp import settle_sharding
-
-__all__ = [
-    "check_file_with_deepspeed",
-    "check_planned_file",
-    "check_with_deepspeed",
-    "ds_configs_folder",
-    "find_ds_config",
-    "offload_device",
-    "read_ds_config",
-    "resolve_ds_config",
-    "zero_stage",
-]
+from bagel_ds.zero.config.nvme import fit_buffers, settle_nvme
+from bagel_ds.zero.config.settings import ZeroSettings, offload_device
 
 
 def resolve_ds_config(
@@ -57,6 +38,8 @@ def resolve_ds_config(
     if path.parent.resolve() != presets.resolve() and (presets / path.name).is_file():
         draft.notes.append(f"ds_config is the file {path}, not the preset of the same name")
     settle_sharding(draft)
+    if draft.ds["zero_optimization"]["stage"] == 3:
+        settle_nvme(draft)
     _settle_batch(draft)
     _settle_precision(draft)
     _check_optimizer(draft)
@@ -67,41 +50,21 @@ def resolve_ds_config(
     return draft.ds, draft.notes
 
 
-def check_file_with_deepspeed(name_or_path: str) -> None:
-    """Raise UserError with every key of a file that DeepSpeed doesn't know or can't read. Imports deepspeed."""
-    from bagel_ds.zero.config.known_keys import check_keys
-
-    check_keys(read_ds_config(find_ds_config(name_or_path)))
-
-
-def check_planned_file(name_or_path: str) -> str | None:
-    """`check_file_with_deepspeed` for commands that work without DeepSpeed; a remark where it could not be checked.
-
-    Presets are known to be right, so only files of a user's own cost the seconds that importing deepspeed takes.
-    """
-    path = find_ds_config(name_or_path)
-    if path.parent.resolve() == ds_configs_folder().resolve():
-        return None
-    if importlib.util.find_spec("deepspeed") is None:
-        return f"the keys of {path} are not checked, as deepspeed is not installed: DeepSpeed ignores misspelled ones"
-    if "deepspeed" not in sys.modules:
-        with redirect_stdout(io.StringIO()):  # it logs to stdout, which belongs to the command's result
-            import deepspeed  # noqa: F401
-        logging.getLogger("DeepSpeed").handlers[:] = [logging.lastResort]  # type: ignore[list-item]
-    check_file_with_deepspeed(name_or_path)
-    return None
+def fit_to_network(
+    ds: dict[str, Any], model: BagelConfig, training: TrainingArguments, world_size: int
+) -> ZeroSettings:
+    """Settle what depends on the network in a resolved configuration, and hand over its values. Raises UserError."""
+    trains = trainable_parts(model, Freezing(training.freeze_llm, training.freeze_vit))
+    has_frozen = model.lora is not None or not {"und_expert", "gen_expert", "vit"} <= trains
+    largest = max(parameter.numel for parameter in parameter_sizes(model))
+    fit_buffers(ds, largest, world_size, has_frozen and training.activation_checkpointing != "none")
+    return ZeroSettings.of(ds)
 
 
-def check_with_deepspeed(ds: dict[str, Any]) -> None:
-    """Let DeepSpeed read a resolved configuration, for what concerns several keys together."""
-    from deepspeed.runtime.config import DeepSpeedConfigError, _reject_removed_config_keys
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    try:
-        _reject_removed_config_keys(ds)
-        DeepSpeedZeroConfig(**ds.get("zero_optimization", {}))
-    except (ValueError, AssertionError, DeepSpeedConfigError) as fault:
-        raise UserError(f"ds_config: DeepSpeed refuses it: {fault}") from None
+def same_on_all_hosts(ds: dict[str, Any]) -> dict[str, Any]:
+    """A resolved configuration without what differs between hosts: the folders of swap files."""
+    kept = {key: value for key, value in ds.items() if key != "nvme_path"}
+    return {key: same_on_all_hosts(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 # ------------------------------------------------------------------------------------- batch, clipping and precision
