@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Iterable, Mapping
+from typing import Any, Mapping, NamedTuple
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from bagel_ds.ranges import TensorInfo
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMA_FOLDER = "ema"  # in a checkpoint: an adapter folder that holds the moving average
+_FINGERPRINT = "base_fingerprint"  # key of the metadata
 _ROOT = "base_model.model."
 _LANGUAGE_MODEL = "language_model."
 
@@ -31,25 +32,37 @@ def peft_name(parameter: str) -> str:
     return f"{_ROOT}{parameter}.weight"
 
 
-def adapter_config(lora: LoRA, layers: Iterable[str], base: str) -> str:
-    """The text of adapter_config.json; `layers` are the adapted ones, `base` is the model folder or its hub id."""
-    content = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": sorted(layers),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "use_rslora": False,
-        "use_dora": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-    }
-    return json.dumps(content, indent=2) + "\n"
+class AdapterRecord(NamedTuple):
+    """What is written beside an adapter's weights."""
+
+    lora: LoRA
+    layers: frozenset[str]  # the adapted ones
+    base: str  # the base model: its folder or hub id
+    fingerprint: str  # of the base model's weights
+
+    def config(self) -> str:
+        """The text of adapter_config.json."""
+        content = {
+            "peft_type": "LORA",
+            "task_type": None,
+            "base_model_name_or_path": self.base,
+            "r": self.lora.rank,
+            "lora_alpha": self.lora.alpha,
+            "lora_dropout": self.lora.dropout,
+            "target_modules": sorted(self.layers),
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "use_rslora": False,
+            "use_dora": False,
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "modules_to_save": None,
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+    def metadata(self) -> dict[str, str]:
+        """For the header of the weights: peft warns about keys of adapter_config.json that it doesn't know."""
+        return {"format": "pt", _FINGERPRINT: self.fingerprint}
 
 
 def adapter_readme(has_average: bool) -> str:
@@ -103,6 +116,11 @@ class AdapterFolder:
     def base(self) -> str | None:
         """The base model that the folder names."""
         return self.config.get("base_model_name_or_path")
+
+    @property
+    def fingerprint(self) -> str | None:
+        """Of the base model's weights; None if another program wrote the folder."""
+        return self._files.metadata.get(_FINGERPRINT)
 
     def scale(self, layer: str) -> float:
         """What B A is multiplied with."""

@@ -70,8 +70,10 @@ class WithAdapters:
 class MergedWeights:
     """A base model's weights, with the products of one or more adapter folders added: fp32 where something is added."""
 
-    def __init__(self, base: WeightSource, adapters: Sequence[AdapterFolder]):
-        self._base, self._adapters = base, adapters
+    def __init__(self, base: WeightSource, adapters: Sequence[AdapterFolder], dtype: torch.dtype = torch.float32):
+        """`dtype` is what readers round to; it only matters to `rounded_away`."""
+        self._base, self._adapters, self._dtype = base, adapters, dtype
+        self._added = self._lost = 0.0  # sums of squares, of what was read
 
     def __contains__(self, name: str) -> bool:
         return name in self._base
@@ -82,13 +84,22 @@ class MergedWeights:
 
     def read(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
         values = self._base.read(name, start, numel)
-        for adapter in self._changing(name):
+        if not (changing := self._changing(name)):
+            return values
+        before = values = values.float()
+        for adapter in changing:
             layer = name.removesuffix(".weight")
             width = self._base.info(name).shape[-1]
             first, last = start // width, -(-(start + len(values)) // width)  # the rows that the range touches
             delta = (adapter.rows_of_b(layer, first, last) @ adapter.a(layer)).mul_(adapter.scale(layer)).flatten()
-            values = values.float() + delta[start - first * width :][: len(values)]
+            values = values + delta[start - first * width :][: len(values)]
+        self._added += float((values - before).square().sum())
+        self._lost += float((values.to(self._dtype).float() - values).square().sum())
         return values
+
+    def rounded_away(self) -> float:
+        """Size of what rounding to `dtype` changed, relative to what was added; of what was read so far."""
+        return math.sqrt(self._lost / self._added) if self._added else 0.0
 
     def _changing(self, name: str) -> list[AdapterFolder]:
         layer = name.removesuffix(".weight")

@@ -25,7 +25,7 @@ from bagel_ds.checkpoint.step_folders import mark_final, read_trainer
 from bagel_ds.data.batches.loader import MicroBatch, primed
 from bagel_ds.data.index.background import BackgroundIndex, index_in_background
 from bagel_ds.errors import UserError
-from bagel_ds.lora.peft_files import adapter_config
+from bagel_ds.lora.peft_files import AdapterRecord
 from bagel_ds.machine.device import uses_cuda
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.model.batch import PackedBatch
@@ -208,7 +208,6 @@ class Trainer:
             "arguments": self.config.values(),
             "versions": versions(),
             "data": self.prepared.described_data,
-            "base": self.prepared.weights.base,
         }
         save = saves.save_now if now else saves.begin
         save(progress.steps_done, trainer, self._is_complete())
@@ -267,15 +266,15 @@ class Trainer:
             self.args.del_previous_state,
             self.args.keep_last,
             one_host=on_one_host(),
-            adapter_config=self._adapter_config(),
+            adapter=self._adapter(),
         )
         return OverlappedSaves(options, self.engine, self.ema, self.watch, self.args.save_every)
 
-    def _adapter_config(self) -> str | None:
-        model = self.prepared.model
-        if model.lora is None:
+    def _adapter(self) -> AdapterRecord | None:
+        model, fingerprint = self.prepared.model, self.prepared.weights.base
+        if model.lora is None or fingerprint is None:
             return None
-        return adapter_config(model.lora, adapted_layers(model), self.config.model.model_path)
+        return AdapterRecord(model.lora, adapted_layers(model), self.config.model.model_path, fingerprint)
 
     def _listen_for_stops(self) -> StopRequest:
         folders = [Path(self.args.results_dir), Path(self.args.checkpoint_dir)]

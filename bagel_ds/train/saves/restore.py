@@ -13,9 +13,9 @@ from typing import Mapping
 
 from bagel_ds.arguments.options import TrainingArguments
 from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
-from bagel_ds.checkpoint.step_folders import STATE, read_trainer
+from bagel_ds.checkpoint.step_folders import STATE
 from bagel_ds.errors import UserError, all_faults
-from bagel_ds.lora.fingerprint import base_fingerprint
+from bagel_ds.lora.base import base_fingerprint
 from bagel_ds.lora.peft_files import AdapterFolder, holds_adapter
 from bagel_ds.lora.weights import NewAdapters, WithAdapters
 from bagel_ds.model.shape.lora import LoRA, is_adapter
@@ -93,7 +93,7 @@ def _open_adapters(
     files = ModelFolder(model_folder).open_weights(training.finetune_from_ema)
     weights = {name: shape for name, shape in shapes.items() if name not in adapters}
     base = BagelWeights(files, weights, training.copy_init_moe, str(files.paths[0]))
-    fingerprint = base_fingerprint(base, base.loaded)
+    fingerprint = base_fingerprint(files)
     lines = [f"base model: {model_folder} (fingerprint {fingerprint})", *_loaded(base)]
     if not holds_adapter(start.folder):
         if start.pretrained is not None or start.folder.resolve() != model_folder.resolve():
@@ -109,12 +109,11 @@ def _open_adapters(
     _check_adapters(held, adapters, lora)
     if not start.full:
         return StartWeights(WithAdapters(base, held), None, None, lines, fingerprint)
-    saved = read_trainer(start.folder).get("base")
-    if saved != fingerprint:
+    if held.fingerprint != fingerprint:
         raise UserError(
             f"--model_path {model_folder} is not the model that the adapters of {start.folder} were trained on "
-            f"(fingerprint {fingerprint}, expected {saved}); pass {held.base} or wherever that model is now, or "
-            "--resume_model_only True to train these adapters further on another model"
+            f"(fingerprint {fingerprint}, expected {held.fingerprint}); pass {held.base} or wherever that "
+            "model is now, or --resume_model_only True to train these adapters further on another model"
         )
     state = StateFiles(start.folder / STATE)
     masters, averages = (state.source(adapters, kind) for kind in (MASTER, EMA))

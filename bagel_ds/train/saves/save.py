@@ -32,7 +32,7 @@ from bagel_ds.checkpoint.gather import stream_tensors
 from bagel_ds.checkpoint.serving import checkpoint_readme
 from bagel_ds.checkpoint.state import Held
 from bagel_ds.lora.peft_files import CONFIG as ADAPTER_CONFIG
-from bagel_ds.lora.peft_files import EMA_FOLDER, adapter_readme, peft_name
+from bagel_ds.lora.peft_files import EMA_FOLDER, AdapterRecord, adapter_readme, peft_name
 from bagel_ds.lora.peft_files import WEIGHTS as ADAPTER
 from bagel_ds.model.shape.lora import is_adapter
 from bagel_ds.model_folder.folder import CONFIG_FILES, EMA, MODEL, TOKENIZER_FILES, VAE
@@ -70,7 +70,7 @@ class SaveOptions:
     delete_previous_state: bool
     keep_last: int = 0
     one_host: bool = True  # all ranks run on one host
-    adapter_config: str | None = None  # the text of adapter_config.json: only adapters are saved
+    adapter: AdapterRecord | None = None  # then only adapters are saved
 
 
 class Save:
@@ -83,7 +83,8 @@ class Save:
         self._options, self._engine, self._ema, self._last = options, engine, ema, last
         self._folder = options.checkpoint_dir / f"step_{step}"
         self._unfinished = step_folders.unfinished_folder(self._folder)
-        self._adapts = options.adapter_config is not None
+        self._adapts = options.adapter is not None
+        self._metadata = {} if options.adapter is None else options.adapter.metadata()
         self._infos = {
             self._stored_name(name): TensorInfo(options.dtype, shape)
             for name, shape in engine.shapes.items()
@@ -164,7 +165,7 @@ class Save:
         self._files[path] = state_files.open_rank(path, held)
         if is_main():
             for weights in self._weight_files():
-                self._files[weights] = TensorFileWriter(weights, self._infos)
+                self._files[weights] = TensorFileWriter(weights, self._infos, self._metadata)
 
     # ------------------------------------------------------------------------------------------------ weights
     def _weight_files(self) -> list[Path]:
@@ -193,7 +194,7 @@ class Save:
     def _join_weights(self) -> None:
         for path in self._shared:
             if path not in self._files:
-                self._files[path] = TensorFileWriter(path, self._infos, joins=True)
+                self._files[path] = TensorFileWriter(path, self._infos, self._metadata, joins=True)
 
     def _write_weights(self, path: Path, pieces: Iterable[Pieces]) -> None:
         if self._options.one_host:
@@ -214,9 +215,9 @@ class Save:
     # --------------------------------------------------------------------------------------------------- rest
     def _write_rest(self, trainer: dict[str, Any]) -> None:
         step_folders.write_json(self._unfinished / step_folders.TRAINER, trainer)
-        if self._options.adapter_config is not None:
+        if self._options.adapter is not None:
             for path in self._weight_files():
-                (path.parent / ADAPTER_CONFIG).write_text(self._options.adapter_config)
+                (path.parent / ADAPTER_CONFIG).write_text(self._options.adapter.config())
             (self._unfinished / step_folders.README).write_text(adapter_readme(self._ema is not None))
             return
         source = self._source_of_rest()
