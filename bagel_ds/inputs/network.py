@@ -12,12 +12,10 @@ from pathlib import Path
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.errors import UserError
 from bagel_ds.inputs.files import instead_of_base_model, is_hub_id, pretrained_of, starts_from_pretrained
+from bagel_ds.lora.targets import with_adapters
 from bagel_ds.machine.liveness import timed_elsewhere
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
-from bagel_ds.model.shape.lora import LoRA
-from bagel_ds.model.shape.parameters import adapted_layers, linear_layers
-from bagel_ds.model.shape.parts import PARTS, Freezing, trainable_parts
 from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.model_folder.pretrained import assemble_folder
 from bagel_ds.model_folder.tokenizer import Tokenizer, load_tokenizer
@@ -90,33 +88,7 @@ def bagel_config(config: RunConfig, folder: ModelFolder, weights: Path | None, v
         freeze_und=training.freeze_und,
         attention=config.attention,
     )
-    return replace(network, lora=_lora(config, network)) if training.lora_rank else network
-
-
-def _lora(config: RunConfig, network: BagelConfig) -> LoRA:
-    """The adapters of a run. Raises `UserError` where no layer gets one."""
-    training = config.training
-    trained = trainable_parts(network, Freezing(training.freeze_llm, training.freeze_vit))
-    lora = LoRA(
-        rank=training.lora_rank,
-        alpha=2.0 * training.lora_rank if training.lora_alpha is None else training.lora_alpha,
-        dropout=training.lora_dropout,
-        targets=training.lora_targets,
-        frozen_parts=frozenset(PARTS - trained),
-    )
-    if not adapted_layers(replace(network, lora=lora)):
-        without = adapted_layers(replace(network, lora=replace(lora, frozen_parts=frozenset())))
-        if without:
-            raise UserError(
-                f"--lora_targets {training.lora_targets} names only layers that the freeze_* arguments, visual_und or "
-                f"visual_gen keep from training ({min(without)}, ...); turn one of those off, or name other layers"
-            )
-        names = linear_layers(network)
-        raise UserError(
-            f"--lora_targets {training.lora_targets} matches no linear layer; pass gen, und, both, or a regular "
-            f"expression that matches whole names, such as those of {names[0]} or {names[-1]}"
-        )
-    return lora
+    return with_adapters(training, network)
 
 
 def open_tokenizer(folder: Path, model: BagelConfig) -> Tokenizer:
