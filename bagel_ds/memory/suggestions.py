@@ -87,6 +87,8 @@ def suggestions(
     for changes in candidates:
         if any(_is_no_worse(better, changes) for better, _ in found):
             continue
+        if _adds_adapters(changes) and any(_adds_adapters(better) for better, _ in found):
+            continue  # their variants would hide the other ways
         try:
             plan = _plan(model, config, run, changes)
         except UserError:
@@ -145,17 +147,24 @@ def _averages(run: MemoryOptions) -> list[_Change]:
 
 
 def _trained(model: BagelConfig, run: MemoryOptions, adapters: bool) -> list[_Change]:
-    """Adapters instead of the weights, or what else could be frozen such that something still trains."""
+    """Adapters instead of the weights, or what else could be frozen such that something still trains.
+
+    Neither of the two kinds is worse than the other in every way.
+    """
+    found = [_Change({}, (0.0, 0.0))]
     if model.lora is not None:
-        return [_AS_IT_IS]
-    found = [_AS_IT_IS]
+        return found
     if adapters:
-        found.append(_Change({"lora_rank": LORA_RANK}, (LORA_HARM,)))
+        found.append(_Change({"lora_rank": LORA_RANK}, (LORA_HARM, 0.0)))
     if model.visual_gen and not model.freeze_und and not run.freeze_llm:
-        found.append(_Change({"freeze_und": True}, (10.0,)))
+        found.append(_Change({"freeze_und": True}, (0.0, 10.0)))
     if not run.freeze_llm and (model.visual_gen or (model.visual_und and not model.freeze_und)):
-        found.append(_Change({"freeze_llm": True}, (30.0,)))
+        found.append(_Change({"freeze_llm": True}, (0.0, 30.0)))
     return found
+
+
+def _adds_adapters(changes: Iterable[_Change]) -> bool:
+    return any("lora_rank" in change.settings for change in changes)
 
 
 def _harm(changes: Iterable[_Change]) -> float:
