@@ -41,8 +41,8 @@ def check_space(folders: Sequence[Path], needed: int) -> None:
     for folder in folders:
         if (free := free_bytes(folder)) < needed:
             raise UserError(
-                f"--nvme_path: {folder} has {_size(free)} free, this run needs {_size(needed)}; free some there, "
-                "take another disk, or a preset that keeps more in memory (zero3_cpu)"
+                f"--nvme_path: {folder} has {_size(free)} free, this run needs {_size(needed)}; free space there, "
+                "or pass another --nvme_path or a preset that keeps more in memory (zero3_cpu)"
             )
 
 

@@ -123,7 +123,7 @@ def test_a_full_disk_is_named_with_its_remedies(
 
     monkeypatch.setattr(os, "pwritev", full)
     handle.async_pwrite(torch.ones(2**20), str(tmp_path / "a.swp"))
-    with pytest.raises(UserError, match="No space left on device. Free some there"):
+    with pytest.raises(UserError, match="No space left on device. Free space there"):
         handle.wait()
 
 

@@ -22,22 +22,22 @@ _LEAST_PARAM_BUFFERS, _PARAM_BUFFERS, _OPTIMIZER_BUFFERS = 5, 8, 4  # the last: 
 
 def settle_nvme(draft: Draft) -> None:
     """Fill in the folders, and refuse settings that don't work, where the optimizer or the weights go to NVMe."""
-    parts = [part for part in ("optimizer", "param") if offload_device(draft.ds, part) == "nvme"]
-    if not parts:
+    swapped = [what for what in ("optimizer", "param") if offload_device(draft.ds, what) == "nvme"]
+    if not swapped:
         return
     training = draft.config.training
-    for part in parts:
-        section = draft.section("zero_optimization", f"offload_{part}")
+    for what in swapped:
+        section = draft.section("zero_optimization", f"offload_{what}")
         if section.get("nvme_path", AUTO) != AUTO:
             continue
         if training.nvme_path is None:
-            draft.fault(f"offload_{part} goes to NVMe: pass --nvme_path with a folder on a local SSD")
+            draft.fault(f"offload_{what} goes to NVMe: pass --nvme_path with a folder on a local SSD")
         else:
             section["nvme_path"] = str(run_folder(Path(training.nvme_path), training.checkpoint_dir))
     _settle_transfers(draft)
-    if "param" in parts:
+    if "param" in swapped:
         _settle_param(draft)
-    if "optimizer" in parts:
+    if "optimizer" in swapped:
         _check_optimizer(draft)
 
 

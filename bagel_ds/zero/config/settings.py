@@ -35,6 +35,8 @@ class Gathering(NamedTuple):
 
 @dataclass(frozen=True)
 class ZeroSettings:
+    """How a run shards and offloads its states."""
+
     stage: int
     bf16: bool  # weights and activations; else fp32
     accumulation: int  # micro-batches per optimizer step
@@ -81,7 +83,7 @@ class ZeroSettings:
     @property
     def swap_folders(self) -> list[Path]:
         """Folders of swap files on this host; none where nothing is on NVMe."""
-        return sorted({part.folder for part in (self.optimizer, self.param) if part.folder is not None})
+        return sorted({each.folder for each in (self.optimizer, self.param) if each.folder is not None})
 
     def average_folder(self, rank: int) -> Path | None:
         """Where the moving average lies: beside an optimizer on NVMe, else in memory (None)."""
@@ -89,22 +91,22 @@ class ZeroSettings:
         return None if folder is None else folder / "ema" / f"rank{rank}"
 
 
-def offload_device(ds: dict[str, Any], part: str) -> str:
-    """Where `part` ("optimizer" or "param") lives: "none" (the GPU), "cpu" or "nvme"."""
-    section = ds.get("zero_optimization", {}).get(f"offload_{part}")
+def offload_device(ds: dict[str, Any], what: str) -> str:
+    """Where "optimizer" or "param" is: on "none" (the GPU), "cpu" or "nvme"."""
+    section = ds.get("zero_optimization", {}).get(f"offload_{what}")
     return str(section.get("device", "none")) if isinstance(section, dict) else "none"
 
 
-def _offload(ds: dict[str, Any], part: str) -> Offload:
-    device = offload_device(ds, part)
+def _offload(ds: dict[str, Any], what: str) -> Offload:
+    device = offload_device(ds, what)
     if device == "none":
         return Offload()
-    section = ds["zero_optimization"][f"offload_{part}"]
+    section = ds["zero_optimization"][f"offload_{what}"]
     return Offload(
         device,
         pinned=section.get("pin_memory") is True,
         folder=Path(section["nvme_path"]) if device == "nvme" else None,
-        buffers=int(section.get("buffer_count", 4 if part == "optimizer" else 5)),
+        buffers=int(section.get("buffer_count", 4 if what == "optimizer" else 5)),
         buffer_elements=_int(section.get("buffer_size", 1e8)),
     )
 
