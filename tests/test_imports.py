@@ -52,6 +52,7 @@ INSIDE = {
         "ops",
         "nvme_check",
         "config",
+        "swap_patches",
         "swap_io",
         "swap_folders",
     ),

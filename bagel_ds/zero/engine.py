@@ -22,7 +22,7 @@ from bagel_ds.ranges import COPIED_ELEMENTS, WeightSource
 from bagel_ds.zero.config.settings import ZeroSettings
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.partitions import Partitions, load_masters
-from bagel_ds.zero.swap_io import use_checked_swapping
+from bagel_ds.zero.swap_patches import use_checked_swapping
 from bagel_ds.zero.weights import full_shape, load_weights
 
 logger = logging.getLogger("bagel_ds")

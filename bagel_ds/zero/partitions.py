@@ -23,7 +23,7 @@ MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 
 
 class PlacedRange(NamedTuple):
-    """A range and where it lies in its group's flat tensors."""
+    """A range and its place in its group's flat tensors."""
 
     range: Range
     offset: int

@@ -18,9 +18,9 @@ from bagel_ds.model.shape.parameters import parameter_sizes
 from bagel_ds.model.shape.parts import Freezing, trainable_parts
 from bagel_ds.zero.config.draft import AUTO, Draft
 from bagel_ds.zero.config.files import ds_configs_folder, find_ds_config, read_ds_config
-from bagel_ds.zero.config.fsdp import settle_sharding
 from bagel_ds.zero.config.nvme import fit_buffers, settle_nvme
 from bagel_ds.zero.config.settings import ZeroSettings, offload_device
+from bagel_ds.zero.config.sharding import settle_sharding
 
 
 def resolve_ds_config(

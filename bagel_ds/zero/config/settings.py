@@ -14,7 +14,7 @@ _TYPE_BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "bf16": 2, "float16": 2, "bfl
 
 
 class Offload(NamedTuple):
-    """Where optimizer states, or the weights, lie between uses."""
+    """Where the optimizer's states, or the weights, are kept between uses."""
 
     device: str = "none"  # "none" is the GPU, else "cpu" or "nvme"
     pinned: bool = False  # page-locked where in host memory
@@ -86,7 +86,7 @@ class ZeroSettings:
         return sorted({each.folder for each in (self.optimizer, self.param) if each.folder is not None})
 
     def average_folder(self, rank: int) -> Path | None:
-        """Where the moving average lies: beside an optimizer on NVMe, else in memory (None)."""
+        """Of the moving average, beside an optimizer on NVMe; None if the average is in memory."""
         folder = self.optimizer.folder
         return None if folder is None else folder / "ema" / f"rank{rank}"
 
