@@ -1,8 +1,8 @@
 """What is replaced in DeepSpeed's NVMe swapping (0.19.8): its reads and writes, and three methods around them.
 
-Guarantees: swap files are read and written through `SwapHandle`; no element of a gradient is lost, and no whole gradient
-stays on the device; no weight is read after its buffer was given to another; write buffers are large enough for every
-group.
+Guarantees: swap files are read and written through `SwapHandle`; no element of a gradient is lost, and no whole
+gradient stays on the device; no weight is read after its buffer was given to another; write buffers are large enough
+for every group.
 """
 
 from __future__ import annotations
