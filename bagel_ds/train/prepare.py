@@ -89,7 +89,7 @@ def prepare(config: RunConfig) -> Prepared:
     check_equal({f"{name} of the ds_config": value for name, value in ds_config.items()})
     together(lambda: refuse_faults([compiler_finding(needed_ops(ds_config))] if local_rank() == 0 else []))
     claimed = _take_checkpoint_dir(config)
-    one_per_host_first(lambda: build(needed_ops(ds_config)), "compiling C++ parts of DeepSpeed, once")
+    one_per_host_first(lambda: build(needed_ops(ds_config)), "compiling DeepSpeed's C++ ops, once")
     model_folder = one_per_host_first(lambda: resolve_model_path(config), "fetching or assembling the model")
     pretrained = pretrained_of(config)[:2] if starts_from_pretrained(config) else None
     start = sound_start(config.training, model_folder, pretrained)
