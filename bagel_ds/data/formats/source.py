@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats.record import ParsedRow, Record
 from bagel_ds.data.samples.draws import Draws
+from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.data.samples.sample import BadRow
 from bagel_ds.data.samples.video import FrameSampler
 from bagel_ds.errors import shown
@@ -41,6 +42,9 @@ class Source(ABC):
     kinds: ClassVar[tuple[str, ...]]  # names in dataset configs, the original's first
     version: ClassVar[int]  # raise it when `parse` changes what is indexed
     losses: ClassVar[frozenset[str]]  # CE, MSE
+    # The published sizes of images to draw and to read, used if a dataset config gives none; None: there are no such.
+    vae_transform: ClassVar[ImageTransform | None]
+    vit_transform: ClassVar[ImageTransform | None]
     conditions_drop: ClassVar[bool]  # texts and clean images are dropped with the *_cond_dropout_prob
     jsonl: ClassVar[bool] = False  # rows are lines of a jsonl file rather than of parquet
     images_share_pixels: ClassVar[bool] = False  # a row's images (or its video's frames) share max_pixels
