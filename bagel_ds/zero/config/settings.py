@@ -61,9 +61,10 @@ class ZeroSettings:
         is_bf16 = bool(bf16.get("enabled"))
         weight_bytes = 2 if is_bf16 else 4
         gradients, messages = ds.get("data_types", {}).get("grad_accum_dtype"), ds.get("communication_data_type")
+        stage, overlaps = int(zero.get("stage", 0)), zero.get("overlap_comm")
         limits = {name: zero.get(f"stage3_{name}", zero.get(name)) for name in Gathering._fields}
         return cls(
-            stage=int(zero.get("stage", 0)),
+            stage=stage,
             bf16=is_bf16,
             accumulation=int(ds.get("gradient_accumulation_steps", 1)),
             weight_bytes=weight_bytes,
@@ -75,7 +76,7 @@ class ZeroSettings:
             param=_offload(ds, "param"),
             gathering=Gathering(**{name: _int(value) for name, value in limits.items() if value is not None}),
             sub_group_size=_int(zero.get("sub_group_size", 1e9)),
-            overlap_comm=bool(zero.get("overlap_comm")),
+            overlap_comm=stage == 3 if overlaps is None else bool(overlaps),
             contiguous_gradients=bool(zero.get("contiguous_gradients", True)),
             hpz_group=int(zero.get("zero_hpz_partition_size", 1)),
         )
