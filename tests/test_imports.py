@@ -53,6 +53,7 @@ INSIDE = {
         "ops",
         "nvme_check",
         "config",
+        "swap_patches",
         "swap_io",
         "swap_folders",
     ),

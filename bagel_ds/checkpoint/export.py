@@ -111,22 +111,22 @@ def export_checkpoint(
     if fault is not None:
         raise UserError(f"{checkpoint} is damaged: {fault}. Export another checkpoint.")
     # An existing `out` may be a mount point: only inside it are files sure to be on the same file system.
-    beside = out / _UNFINISHED if out.is_dir() else out.with_name(f"{_UNFINISHED}-{out.name}")
+    staging = out / _UNFINISHED if out.is_dir() else out.with_name(f"{_UNFINISHED}-{out.name}")
     try:
-        shutil.rmtree(beside, ignore_errors=True)  # left by a killed export
-        beside.mkdir(parents=True)
-        written = _write_model(plan, beside, shard_bytes)
+        shutil.rmtree(staging, ignore_errors=True)  # left by a killed export
+        staging.mkdir(parents=True)
+        written = _write_model(plan, staging, shard_bytes)
         served = {} if program is None else {"for": program, EMA: plan.layout.reason}
-        said = {"checkpoint": str(checkpoint), "dtype": str(dtype).removeprefix("torch."), "files": _files(beside)}
-        write_json(beside / EXPORTED, said | served)
-        flush_all(beside)
-        _move(beside, out)
+        record = {"checkpoint": str(checkpoint), "dtype": str(dtype).removeprefix("torch."), "files": _files(staging)}
+        write_json(staging / EXPORTED, record | served)
+        flush_all(staging)
+        _move(staging, out)
     except OSError as error:
         raise UserError(
             f"{checkpoint} could not be exported to {out}: {disk_fault(error, 'pass another --out')}"
         ) from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     if program is not None:
         logger.info("%s %s", out / EMA, plan.layout.reason)
     for stem, source in plan.sources.items():
@@ -137,7 +137,7 @@ def export_checkpoint(
                 str(dtype).removeprefix("torch."),
                 100 * share,
             )
-    return [out / path.relative_to(beside) for path in written]
+    return [out / path.relative_to(staging) for path in written]
 
 
 def _check_options(out: Path, shard_bytes: int | None, program: str | None) -> None:
@@ -270,20 +270,20 @@ def _exported(out: Path) -> list[str]:
     return [path.as_posix() for path in paths if not path.is_absolute() and ".." not in path.parts]
 
 
-def _move(beside: Path, out: Path) -> None:
+def _move(staging: Path, out: Path) -> None:
     """Rename the written folder to `out`, or replace the files of an earlier export in `out`.
 
     Until it returns, `out` may lack weights. It never mixes old and new ones, and never has an index before its shards.
     """
     if not out.exists():
-        beside.rename(out)
+        staging.rename(out)
         return
     for name in _exported(out):
         if ".safetensors" in name:
             (out / name).unlink(missing_ok=True)
-    for name in sorted(_files(beside), key=lambda name: (name != EXPORTED, name.endswith(".index.json"))):
+    for name in sorted(_files(staging), key=lambda name: (name != EXPORTED, name.endswith(".index.json"))):
         (out / name).parent.mkdir(exist_ok=True)
-        (beside / name).replace(out / name)
+        (staging / name).replace(out / name)
     with suppress(OSError):
         (out / NOT_SERVED).rmdir()  # empty if this export has another layout
 

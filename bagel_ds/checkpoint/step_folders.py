@@ -61,7 +61,7 @@ def taken_names(checkpoint_dir: Path) -> dict[int, str]:
 
 def run_entries(checkpoint_dir: Path) -> list[Path]:
     """Everything that the saves of a run have written into a checkpoint_dir, interrupted ones included."""
-    known = {LATEST, FINAL, _beside(LATEST), _beside(FINAL)}
+    known = {LATEST, FINAL, _temporary_name(LATEST), _temporary_name(FINAL)}
     return [
         path
         for path in _entries(checkpoint_dir)
@@ -366,21 +366,21 @@ def _remove(folder: Path, aside: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _beside(name: str) -> str:
+def _temporary_name(name: str) -> str:
     """The name under which a small file is written before it replaces `name`."""
     return f".{name}.new"
 
 
 def _replace(path: Path, write: Any) -> None:
-    beside = path.with_name(_beside(path.name))
-    beside.unlink(missing_ok=True)
+    temporary = path.with_name(_temporary_name(path.name))
+    temporary.unlink(missing_ok=True)
     try:
-        write(beside)
-        if not beside.is_symlink():
-            _flush(beside)
-        beside.replace(path)
+        write(temporary)
+        if not temporary.is_symlink():
+            _flush(temporary)
+        temporary.replace(path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

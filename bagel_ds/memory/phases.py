@@ -27,7 +27,7 @@ class Phase(NamedTuple):
 
 
 class StepShape(NamedTuple):
-    """What the phases depend on besides the sharding."""
+    """What the phases depend on, apart from the sharding."""
 
     config: BagelConfig
     freezing: Freezing

@@ -1,9 +1,9 @@
 """The memory planner: what a run will need on each GPU, host and NVMe, before anything is loaded.
 
-Guarantees: pure arithmetic on the network's shape, the resolved DeepSpeed configuration and the run's options; creates
-no tensor and queries no device. Host memory is tested against measured runs on CPU (within 10 %). GPU-only terms
-(context, NCCL, fragmentation) are allowances, each listed as its own item. A run on CPU (`device="cpu"`) has its device
-memory in host memory.
+Guarantees: pure arithmetic on the network's shape, the settings of ZeRO and the run's options; creates no tensor and
+queries no device. Host memory is tested against measured runs on CPU (within 10 %). GPU-only terms (context, NCCL,
+fragmentation) are allowances, each listed as its own item. A run on CPU (`device="cpu"`) has its device memory in host
+memory.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def _item_lines(items: Sequence[MemoryItem], total: int) -> Iterator[str]:
         if item.bytes < _SMALL * total:
             small += item.bytes
             continue
-        when = f"  (only in the peak phase, {item.phase})" if item.phase else ""
+        when = f"  (only during {item.phase})" if item.phase else ""
         yield f"  {item.bytes / GIB:8.2f}  {item.name}{when}"
     if small:
         yield f"  {small / GIB:8.2f}  the rest"

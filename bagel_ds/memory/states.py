@@ -40,9 +40,9 @@ class Sharding(ZeroSettings):
     def over(cls, settings: ZeroSettings, parameters: tuple[ParameterSize, ...], world: int, on_cpu: bool) -> Sharding:
         return cls(**vars(settings), parameters=parameters, world=world, on_cpu=on_cpu)
 
-    def place(self, part: Offload) -> str:
+    def place(self, offload: Offload) -> str:
         """Where the optimizer's states (`self.optimizer`) or the weights (`self.param`) are."""
-        return _PLACE[part.device]
+        return _PLACE[offload.device]
 
     @property
     def sums_on_device(self) -> bool:
@@ -84,8 +84,8 @@ class Sharding(ZeroSettings):
         """Unpartitioned elements of the largest of those groups."""
         return max(self.sub_groups()) * self.world
 
-    def pinned(self, part: Offload, blocks: int = 1) -> int:
-        return blocks if part.pinned and not self.on_cpu else 0
+    def pinned(self, offload: Offload, blocks: int = 1) -> int:
+        return blocks if offload.pinned and not self.on_cpu else 0
 
 
 def states(sharding: Sharding, ema_bytes: int, ema_place: str | None) -> list[State]:

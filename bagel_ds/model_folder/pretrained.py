@@ -71,14 +71,14 @@ def assemble_folder(out: Path, llm: Path, vit: Path, vae: Path) -> Path:
     _write(out / "llm_config.json", {**_config(llm), "vocab_size": max(_rows(llm), tokenizer.size)})
     found = _config(vit)
     _write(out / "vit_config.json", found.get("vision_config", found))
-    beside = out / f".{VAE}.{os.getpid()}"  # replaces the one of an earlier run with another vae_path
-    beside.unlink(missing_ok=True)
+    temporary = out / f".{VAE}.{os.getpid()}"  # replaces the one of an earlier run with another vae_path
+    temporary.unlink(missing_ok=True)
     try:
-        os.link(vae.resolve(), beside)
+        os.link(vae.resolve(), temporary)
     except OSError:
-        shutil.copyfile(vae, beside)
-    os.replace(beside, out / VAE)
-    beside.unlink(missing_ok=True)  # if both were links to one file already, POSIX keeps both names
+        shutil.copyfile(vae, temporary)
+    os.replace(temporary, out / VAE)
+    temporary.unlink(missing_ok=True)  # if both were links to one file already, POSIX keeps both names
     return out
 
 
@@ -233,6 +233,6 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 def _put(path: Path, content: bytes) -> None:
     """Write a file in one step, because ranks on other hosts may already read it."""
-    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    beside.write_bytes(content)
-    beside.replace(path)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -83,16 +83,11 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Check and open everything on all ranks. Raises the same `UserError` on each."""
-    packages = ("torch", "deepspeed", "transformers", "numpy", "pillow", "tokenizers")
-    versions = {"bagel_ds": bagel_ds.__version__, **{name: installed_version(name) for name in packages}}
-    check_equal({f"the version of {name}": version for name, version in versions.items()})
-    check_equal({f"--{name}": value for name, value in config.values().items()})
+    _compare_hosts(config)
     together(lambda: check_inputs(config))
-    ds_config, ds_notes = together(lambda: _ds_config(config))
-    check_equal({f"{name} of the ds_config": value for name, value in same_on_all_hosts(ds_config).items()})
-    together(lambda: refuse_faults([compiler_finding(needed_ops(ds_config))] if local_rank() == 0 else []))
+    ds_config, ds_notes = _ds_config(config)
     claimed = _take_checkpoint_dir(config)
-    one_per_host_first(lambda: build(needed_ops(ds_config)), "compiling C++ parts of DeepSpeed, once")
+    one_per_host_first(lambda: build(needed_ops(ds_config)), "compiling DeepSpeed's C++ ops, once")
     model_folder = one_per_host_first(lambda: resolve_model_path(config), "fetching or assembling the model")
     pretrained = pretrained_of(config)[:2] if starts_from_pretrained(config) else None
     start = sound_start(config.training, model_folder, pretrained)
@@ -109,12 +104,7 @@ def prepare(config: RunConfig) -> Prepared:
     data = one_per_host_first(
         lambda: _open_data(config, datasets, model_folder, model, vae, place), "indexing the data"
     )
-    held_out = None
-    if config.training.val_config is not None:
-        held_out = one_per_host_first(
-            lambda: _open_held_out(config, model_folder, model, vae), "indexing the held-out data"
-        )
-        check_equal({"the held-out data (files, rows, options)": held_out.fingerprint})
+    held_out = _open_held_out(config, model_folder, model, vae)
     described = describe_data(data)
     if saved is not None and is_main() and (differences := changes(saved, config.values(), described)):
         logger.info("changed since %s was saved:\n  %s", start.folder.name, "\n  ".join(differences))
@@ -126,6 +116,14 @@ def prepare(config: RunConfig) -> Prepared:
     return Prepared(
         ds_config, zero, notes, memory, model_folder, model, vae, data, held_out, described, start, weights, claimed
     )
+
+
+def _compare_hosts(config: RunConfig) -> None:
+    """Refuse hosts with other packages or other arguments than rank 0's."""
+    packages = ("torch", "deepspeed", "transformers", "numpy", "pillow", "tokenizers")
+    versions = {"bagel_ds": bagel_ds.__version__, **{name: installed_version(name) for name in packages}}
+    check_equal({f"the version of {name}": version for name, version in versions.items()})
+    check_equal({f"--{name}": value for name, value in config.values().items()})
 
 
 def _ready_folders(config: RunConfig, claimed: Claim | None) -> None:
@@ -180,9 +178,17 @@ def _take_checkpoint_dir(config: RunConfig) -> Claim | None:
 
 
 def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
-    check_file(config.training.ds_config)
-    ds_config, notes = resolve_ds_config(config.training.ds_config, config, dist.get_world_size(), hosts().group)
-    check_resolved(ds_config)
+    """The configuration, the same on all ranks, and remarks for the log. Each host can compile the ops it needs."""
+
+    def resolve() -> tuple[dict[str, Any], list[str]]:
+        check_file(config.training.ds_config)
+        resolved = resolve_ds_config(config.training.ds_config, config, dist.get_world_size(), hosts().group)
+        check_resolved(resolved[0])
+        return resolved
+
+    ds_config, notes = together(resolve)
+    check_equal({f"{name} of the ds_config": value for name, value in same_on_all_hosts(ds_config).items()})
+    together(lambda: refuse_faults([compiler_finding(needed_ops(ds_config))] if local_rank() == 0 else []))
     return ds_config, notes
 
 
@@ -216,9 +222,18 @@ def _open_data(
         return open_data(config, datasets, folder, model, vae.config, is_main(), place)
 
 
-def _open_held_out(config: RunConfig, folder: Path, model: BagelConfig, vae: AutoEncoder) -> HeldOut:
-    with waiting_for("the held-out data to be opened", "files are indexed only once"):
-        return open_held_out(config, folder, model, vae.config, is_main())
+def _open_held_out(config: RunConfig, folder: Path, model: BagelConfig, vae: AutoEncoder) -> HeldOut | None:
+    """The data of --val_config, the same on all ranks; None without one."""
+    if config.training.val_config is None:
+        return None
+
+    def open_it() -> HeldOut:
+        with waiting_for("the held-out data to be opened", "files are indexed only once"):
+            return open_held_out(config, folder, model, vae.config, is_main())
+
+    held_out = one_per_host_first(open_it, "indexing the held-out data")
+    check_equal({"the held-out data (files, rows, options)": held_out.fingerprint})
+    return held_out
 
 
 def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[BagelConfig, AutoEncoder]:

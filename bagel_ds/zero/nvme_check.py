@@ -1,6 +1,6 @@
 """The drive that a run swaps to: can it be written, is it a drive at all, and does it have the space?
 
-Guarantees: what can't work is one `UserError` with the folder and the remedy, before training.
+Guarantees: a drive that can't work is one `UserError` with the folder and the remedy, before training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs", "devtmpfs", "overlay-tmpfs")
 
 
 def check_drives(folders: Sequence[Path]) -> list[str]:
-    """Raise `UserError` unless each folder can be written and lies on a drive; makes them. Lines for the log."""
+    """Make the folders. Raise `UserError` unless each can be written and is on a drive. Returns lines for the log."""
     notes, faults = [], []
     for folder in folders:
         try:
@@ -30,7 +30,7 @@ def check_drives(folders: Sequence[Path]) -> list[str]:
             continue
         kind = file_system(folder)
         if kind in MEMORY_FILE_SYSTEMS:
-            faults.append(f"--nvme_path: {folder} lies on {kind}, which is memory; pass a folder on a local SSD")
+            faults.append(f"--nvme_path: {folder} is on a {kind}, which is memory; pass a folder on a local SSD")
         notes.append(f"NVMe: {folder} ({kind}), {_size(free_bytes(folder))} free")
     all_faults(faults, "Offload to NVMe can't work:")
     return notes
@@ -41,18 +41,18 @@ def check_space(folders: Sequence[Path], needed: int) -> None:
     for folder in folders:
         if (free := free_bytes(folder)) < needed:
             raise UserError(
-                f"--nvme_path: {folder} has {_size(free)} free, this run needs {_size(needed)}; free some there, "
-                "take another disk, or a preset that keeps more in memory (zero3_cpu)"
+                f"--nvme_path: {folder} has {_size(free)} free, this run needs {_size(needed)}; free space there, "
+                "or pass another --nvme_path or a preset that keeps more in memory (zero3_cpu)"
             )
 
 
 def free_bytes(folder: Path) -> int:
-    """Of the drive that the folder lies on."""
+    """On the folder's drive."""
     return shutil.disk_usage(folder).free
 
 
 def file_system(path: Path) -> str:
-    """Type of the file system that `path` lies on, as the kernel names it."""
+    """Type of the file system of `path`, as the kernel names it."""
     best, kind = "", "unknown"
     resolved = str(path.resolve())
     for line in Path("/proc/mounts").read_text(encoding="utf-8", errors="surrogateescape").splitlines():

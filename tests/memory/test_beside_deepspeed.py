@@ -21,7 +21,7 @@ from bagel_ds.memory.states import Sharding, backward_states, states, window_gra
 from bagel_ds.memory.traffic import offloaded_gradient_bytes
 from bagel_ds.model.shape.parameters import ParameterSize
 from bagel_ds.zero.config.settings import ZeroSettings
-from bagel_ds.zero.swap_io import _cut_gradients
+from bagel_ds.zero.swap_patches import _cut_gradients
 from tests.two_places import TwoPlaces
 
 NUMEL, COUNT = 2**19, 4  # of the parameters
@@ -234,7 +234,7 @@ def test_gradients_on_their_way_take_what_they_take_of_the_gpu(window: Window) -
 
 @pytest.mark.parametrize("numel", [2**19, 2**19 + 512, 2**19 + 1, 2**18 - 1, 1024])
 def test_gradients_that_are_not_swapped_leave_the_gpu(numel: int) -> None:
-    """Small ones and the ends of others (zero/swap_io.py); DeepSpeed itself keeps whole gradients for them."""
+    """Small ones and the ends of others (zero/swap_patches.py); DeepSpeed itself keeps whole gradients for them."""
     window = Window(3, "nvme", numel=numel)
     with TwoPlaces():
         moved, _, left = stage3_window(window)

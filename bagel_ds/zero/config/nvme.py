@@ -22,22 +22,22 @@ _LEAST_PARAM_BUFFERS, _PARAM_BUFFERS, _OPTIMIZER_BUFFERS = 5, 8, 4  # the last: 
 
 def settle_nvme(draft: Draft) -> None:
     """Fill in the folders, and refuse settings that don't work, where the optimizer or the weights go to NVMe."""
-    parts = [part for part in ("optimizer", "param") if offload_device(draft.ds, part) == "nvme"]
-    if not parts:
+    swapped = [what for what in ("optimizer", "param") if offload_device(draft.ds, what) == "nvme"]
+    if not swapped:
         return
     training = draft.config.training
-    for part in parts:
-        section = draft.section("zero_optimization", f"offload_{part}")
+    for what in swapped:
+        section = draft.section("zero_optimization", f"offload_{what}")
         if section.get("nvme_path", AUTO) != AUTO:
             continue
         if training.nvme_path is None:
-            draft.fault(f"offload_{part} goes to NVMe: pass --nvme_path with a folder on a local SSD")
+            draft.fault(f"offload_{what} goes to NVMe: pass --nvme_path with a folder on a local SSD")
         else:
             section["nvme_path"] = str(run_folder(Path(training.nvme_path), training.checkpoint_dir))
     _settle_transfers(draft)
-    if "param" in parts:
+    if "param" in swapped:
         _settle_param(draft)
-    if "optimizer" in parts:
+    if "optimizer" in swapped:
         _check_optimizer(draft)
 
 
@@ -46,7 +46,7 @@ def _settle_transfers(draft: Draft) -> None:
     if aio.get("intra_op_parallelism", AUTO) == AUTO:
         # DeepSpeed lays tensors out at multiples of 1024 bytes times this number; 4096 is a whole sector (swap_io.py).
         aio["intra_op_parallelism"] = 4
-    if aio.get("use_gds", AUTO) not in (AUTO, False):
+    if aio.get("use_gds", AUTO) not in (AUTO, False, None):
         draft.fault("aio.use_gds is not supported: a failed transfer would go unnoticed; remove the key")
     block = _number(aio, "block_size", MIB)
     if block > SWAPPED_FROM_BYTES:
@@ -72,13 +72,13 @@ def _check_optimizer(draft: Draft) -> None:
             f"{_OPTIMIZER_BUFFERS}; write {_OPTIMIZER_BUFFERS}"
         )
     for key in ("pipeline_read", "pipeline_write"):
-        if section.get(key, AUTO) not in (AUTO, False):
+        if section.get(key, AUTO) not in (AUTO, False, None):
             draft.fault(f"offload_optimizer.{key} crashes in DeepSpeed 0.19; write false")
 
 
 def _number(section: dict[str, Any], key: str, default: int) -> int:
     value = section.get(key, AUTO)
-    return default if value == AUTO else int(float(value))
+    return default if value in (AUTO, None) else int(float(value))
 
 
 def fit_buffers(ds: dict[str, Any], largest_parameter: int, world_size: int, recomputes_frozen: bool = False) -> None:

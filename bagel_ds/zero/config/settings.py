@@ -14,7 +14,7 @@ _TYPE_BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "bf16": 2, "float16": 2, "bfl
 
 
 class Offload(NamedTuple):
-    """Where optimizer states, or the weights, lie between uses."""
+    """Where the optimizer's states, or the weights, are kept between uses."""
 
     device: str = "none"  # "none" is the GPU, else "cpu" or "nvme"
     pinned: bool = False  # page-locked where in host memory
@@ -35,6 +35,8 @@ class Gathering(NamedTuple):
 
 @dataclass(frozen=True)
 class ZeroSettings:
+    """How a run shards and offloads its states."""
+
     stage: int
     bf16: bool  # weights and activations; else fp32
     accumulation: int  # micro-batches per optimizer step
@@ -59,9 +61,10 @@ class ZeroSettings:
         is_bf16 = bool(bf16.get("enabled"))
         weight_bytes = 2 if is_bf16 else 4
         gradients, messages = ds.get("data_types", {}).get("grad_accum_dtype"), ds.get("communication_data_type")
+        stage, overlaps = int(zero.get("stage", 0)), zero.get("overlap_comm")
         limits = {name: zero.get(f"stage3_{name}", zero.get(name)) for name in Gathering._fields}
         return cls(
-            stage=int(zero.get("stage", 0)),
+            stage=stage,
             bf16=is_bf16,
             accumulation=int(ds.get("gradient_accumulation_steps", 1)),
             weight_bytes=weight_bytes,
@@ -73,7 +76,7 @@ class ZeroSettings:
             param=_offload(ds, "param"),
             gathering=Gathering(**{name: _int(value) for name, value in limits.items() if value is not None}),
             sub_group_size=_int(zero.get("sub_group_size", 1e9)),
-            overlap_comm=bool(zero.get("overlap_comm")),
+            overlap_comm=stage == 3 if overlaps is None else bool(overlaps),
             contiguous_gradients=bool(zero.get("contiguous_gradients", True)),
             hpz_group=int(zero.get("zero_hpz_partition_size", 1)),
         )
@@ -81,30 +84,30 @@ class ZeroSettings:
     @property
     def swap_folders(self) -> list[Path]:
         """Folders of swap files on this host; none where nothing is on NVMe."""
-        return sorted({part.folder for part in (self.optimizer, self.param) if part.folder is not None})
+        return sorted({each.folder for each in (self.optimizer, self.param) if each.folder is not None})
 
     def average_folder(self, rank: int) -> Path | None:
-        """Where the moving average lies: beside an optimizer on NVMe, else in memory (None)."""
+        """Of the moving average, beside an optimizer on NVMe; None if the average is in memory."""
         folder = self.optimizer.folder
         return None if folder is None else folder / "ema" / f"rank{rank}"
 
 
-def offload_device(ds: dict[str, Any], part: str) -> str:
-    """Where `part` ("optimizer" or "param") lives: "none" (the GPU), "cpu" or "nvme"."""
-    section = ds.get("zero_optimization", {}).get(f"offload_{part}")
+def offload_device(ds: dict[str, Any], what: str) -> str:
+    """Where "optimizer" or "param" is: on "none" (the GPU), "cpu" or "nvme"."""
+    section = ds.get("zero_optimization", {}).get(f"offload_{what}")
     return str(section.get("device", "none")) if isinstance(section, dict) else "none"
 
 
-def _offload(ds: dict[str, Any], part: str) -> Offload:
-    device = offload_device(ds, part)
+def _offload(ds: dict[str, Any], what: str) -> Offload:
+    device = offload_device(ds, what)
     if device == "none":
         return Offload()
-    section = ds["zero_optimization"][f"offload_{part}"]
+    section = ds["zero_optimization"][f"offload_{what}"]
     return Offload(
         device,
         pinned=section.get("pin_memory") is True,
         folder=Path(section["nvme_path"]) if device == "nvme" else None,
-        buffers=int(section.get("buffer_count", 4 if part == "optimizer" else 5)),
+        buffers=int(section.get("buffer_count", 4 if what == "optimizer" else 5)),
         buffer_elements=_int(section.get("buffer_size", 1e8)),
     )
 
