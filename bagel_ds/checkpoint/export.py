@@ -39,7 +39,7 @@ from bagel_ds.checkpoint.step_folders import (
 )
 from bagel_ds.errors import UserError, disk_fault
 from bagel_ds.lora.base import base_files
-from bagel_ds.lora.peft_files import EMA_FOLDER, AdapterFolder, holds_adapter
+from bagel_ds.lora.peft_files import EMA_FOLDER, AdapterFolder, adapter_files, holds_adapter
 from bagel_ds.lora.weights import MergedWeights
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.model_folder.average import averaging_of
@@ -97,7 +97,8 @@ def export_checkpoint(
     _check_options(out, shard_bytes, program)
     if base is None:
         _check_checkpoint(checkpoint)
-    fault = manifest_fault(checkpoint) if base is None or (checkpoint / MANIFEST).is_file() else None
+    from_peft = base is not None and not (checkpoint / MANIFEST).is_file()  # which writes no checksums
+    fault = None if from_peft else manifest_fault(checkpoint)
     if fault is None:
         plan = (
             _plan(checkpoint, dtype, program, serve)
@@ -105,9 +106,9 @@ def export_checkpoint(
             else _merged_plan(checkpoint, base, dtype, program, serve)
         )
         _check_replaceable(out, plan)
-        names = state_files(checkpoint) if base is None else []
-        with waiting_for(f"the checksums of {checkpoint}'s training state", "the export begins after that"):
-            fault = checksum_fault(checkpoint, names)
+        names = state_files(checkpoint) if base is None else adapter_files(checkpoint)
+        with waiting_for(f"the checksums of {checkpoint}", "the export begins after that"):
+            fault = None if from_peft else checksum_fault(checkpoint, names)
     if fault is not None:
         raise UserError(f"{checkpoint} is damaged: {fault}. Export another checkpoint.")
     # An existing `out` may be a mount point: only inside it are files sure to be on the same file system.

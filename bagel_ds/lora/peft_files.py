@@ -85,6 +85,11 @@ def holds_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file()
 
 
+def adapter_files(folder: Path) -> list[str]:
+    """The weight files of a folder and of the average in it, relative to the folder."""
+    return [name for name in (WEIGHTS, f"{EMA_FOLDER}/{WEIGHTS}") if (folder / name).is_file()]
+
+
 class AdapterFolder:
     """An adapter's weights by layer, all of them opened and checked. Raises `UserError` for one that can't be used."""
 
