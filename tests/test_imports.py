@@ -20,6 +20,7 @@ ROOMS = (
     "inputs",
     "memory",
     "doctor",
+    "convert",
     "data",
     "processes",
     "zero",
