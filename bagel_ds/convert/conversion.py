@@ -12,12 +12,11 @@ import json
 import logging
 import os
 import re
-import shutil
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -305,15 +304,18 @@ def _check_same(folder: Path, earlier: Progress, new: Progress) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Only one process converts into a folder. A new one goes when nothing was written to it."""
+    """Only one process converts into a folder. A folder that nothing was written to is removed."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is converting into {folder}; wait for it, or pass another --name"
+            ) from None
         yield
-    except BlockingIOError:
-        raise UserError(f"another process is converting into {folder}; wait for it, or pass another --name") from None
+        with suppress(OSError):  # it is not empty
+            folder.rmdir()
     finally:
         os.close(descriptor)
-        if not any(folder.iterdir()):
-            shutil.rmtree(folder, ignore_errors=True)
