@@ -314,8 +314,10 @@ def _locked(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"another process is converting into {folder}; wait for it, or pass another --name"
             ) from None
-        yield
-        with suppress(OSError):  # it is not empty
-            folder.rmdir()
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
     finally:
         os.close(descriptor)

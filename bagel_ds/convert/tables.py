@@ -17,6 +17,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from bagel_ds.data.files.filesystems import regular_status
@@ -68,13 +69,13 @@ class LineTable(Table):
         super().__init__([path], path.parent)
         self.path = path
         self.places, _ = jsonl_lines(str(path))
-        self.numbers = [number for number, (_, length) in enumerate(self.places) if length]
+        self.numbers = np.flatnonzero(self.places[:, 1])
         self.count = len(self.numbers)
         some = (row.values for number, row in zip(range(_LOOKED_AT), self.rows(0, ())))
         self.columns = list(dict.fromkeys(key for values in some for key in values))
 
     def rows(self, start: int, columns: Sequence[str]) -> Iterator[Row]:
-        for number in self.numbers[start:]:
+        for number in map(int, self.numbers[start:]):
             offset, length = map(int, self.places[number])
             place = f"{self.path.name}, line {number + 1}"
             try:

@@ -31,6 +31,7 @@ from bagel_ds.data.inspect.check import check_streams
 from bagel_ds.data.inspect.check_report import as_json, unusable
 from bagel_ds.data.streams.opening import index_streams
 from bagel_ds.data.streams.stream import SampleOptions
+from bagel_ds.demo import write_demo
 from bagel_ds.errors import UserError
 from bagel_ds.model_folder.tokenizer import Tokenizer
 from tests.small_data import byte_tokenizer, picture
@@ -440,6 +441,39 @@ def test_bad_lines_of_a_csv_cost_only_themselves(tmp_path: Path) -> None:
     assert [json.loads(row["captions"])["caption"] for row in rows_of(result.config)] == ["one", "two"]
 
 
+def test_bad_pictures_of_a_folder(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "in")
+    for name, text in zip(NAMES[:3], (b"fine", b"\xff", b" "), strict=True):
+        (tmp_path / "in" / name).with_suffix(".txt").write_bytes(text)
+    (tmp_path / "in" / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "in" / "phone.txt").write_text("x")
+    result = converted("captions", tmp_path / "in", tmp_path / "out")
+    report = [json.loads(line) for line in result.bad_rows.read_text(encoding="utf-8").splitlines()]
+    assert result.usable == 1
+    # b.png and a.png differ in length: a.txt belongs to a.png, b.png has no text.
+    assert [(row["place"], row["reason"].removeprefix(f"{tmp_path / 'in'}/")) for row in report] == [
+        ("b.png", "no caption: b.txt does not exist"),
+        ("phone.HEIC", "phone.HEIC: not a readable image (unknown format)"),
+        ("sub folder/a.jpg", "a.txt is not UTF-8 (byte 1)"),
+        ("子/猫.webp", "text holds no text"),
+    ]
+
+
+def test_a_damaged_row_group_costs_only_its_rows(tmp_path: Path) -> None:
+    rows = [{"image": PICTURES[i % 4], "text": f"text {i}"} for i in range(9)]
+    source = write_table(tmp_path / "in.parquet", rows)
+    column = pq.read_metadata(source).row_group(1).column(0)
+    with open(source, "r+b") as file:
+        file.seek(column.dictionary_page_offset or column.data_page_offset)
+        file.write(b"\xff" * column.total_compressed_size)
+    result = converted("captions", source, tmp_path / "out")
+    report = [json.loads(line) for line in result.bad_rows.read_text().splitlines()]
+    assert [row["place"] for row in report] == [f"in.parquet, row {i}" for i in (3, 4, 5)]
+    assert all("row group 1 can't be read" in row["reason"] for row in report)
+    texts = [json.loads(row["captions"])["caption"] for row in rows_of(result.config)]
+    assert texts == [f"text {i}" for i in (0, 1, 2, 6, 7, 8)]
+
+
 def test_nothing_usable_is_exit_code_2_and_the_next_try_begins_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -483,7 +517,7 @@ from bagel_ds.convert import conversion, outputs
 outputs.LINES_PER_SHARD = 7
 add = outputs.BadRows.add
 outputs.BadRows.add = lambda *given: (time.sleep(0.3), add(*given))
-conversion.convert(conversion.Options(*sys.argv[1:4], rows_per_file=7))
+conversion.convert(conversion.Options(*sys.argv[1:4], rows_per_file=7, workers=3))
 """
 
 
@@ -596,6 +630,26 @@ def test_a_changed_caption_and_a_removed_shard_are_refused(tmp_path: Path) -> No
 
 
 # ------------------------------------------------------------------------------------------------- the command line
+def test_check_and_inspect_take_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All three kinds in one folder, joined in one YAML, with the tiny BAGEL of the demo."""
+    write_demo(tmp_path / "demo")
+    groups: dict[str, Any] = {}
+    for kind in ("captions", "edit", "chat"):
+        result = converted(kind, many(tmp_path / kind, kind), tmp_path / "data", name=f"my {kind}")
+        groups |= yaml.safe_load(result.config.read_text())
+    config = tmp_path / "data" / "all.yaml"
+    config.write_text(yaml.safe_dump(groups))
+    words = ["--model_path", str(tmp_path / "demo" / "model"), "--dataset_config_file", str(config)]
+    words += ["--max_num_tokens", "11520", "--max_num_tokens_per_sample", "10240", "--expected_num_tokens", "10240"]
+    words += ["--interpolate_pos", "True"]  # the demo's position tables are small
+    assert main(["check", *words, "--workers", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["datasets"]
+    usable = {each["dataset"]: (each["rows"], each["usable"]) for each in found}
+    assert usable == {f"my {kind}": (51, 51) for kind in ("captions", "edit", "chat")}
+    assert main(["inspect", *words, "--steps", "20", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["samples_by_group"]) == set(groups)
+
+
 def test_nothing_of_the_user_is_overwritten(tmp_path: Path) -> None:
     source = many(tmp_path / "pictures", "captions")
     out = tmp_path / "out"
