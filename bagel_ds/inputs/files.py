@@ -15,7 +15,7 @@ from bagel_ds.errors import UserError, all_faults
 
 def check_inputs(config: RunConfig) -> None:
     """Raise UserError listing every file or folder that the arguments name and that is not there."""
-    from bagel_ds.zero.config.resolve import find_ds_config
+    from bagel_ds.zero.config.files import find_ds_config
 
     faults = _model_faults(config) + _data_faults(config)
     try:

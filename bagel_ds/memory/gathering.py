@@ -11,29 +11,13 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model.shape.parameters import Call, ParameterSize, parameter_sizes, step_calls
 from bagel_ds.model.shape.parts import Freezing
+from bagel_ds.zero.config.settings import Gathering
 
 PHASES = ("vit", "embedding", "layer", "head")
-
-
-class GatherOptions(NamedTuple):
-    """Numbers of elements, under DeepSpeed's names without `stage3_`."""
-
-    prefetch_bucket_size: int = 50_000_000
-    param_persistence_threshold: int = 100_000
-    max_live_parameters: int = 1_000_000_000
-    max_reuse_distance: int = 1_000_000_000
-    reduce_bucket_size: int = 500_000_000
-
-    @classmethod
-    def of(cls, ds_config: dict) -> GatherOptions:
-        zero = ds_config.get("zero_optimization", {})
-        found = {name: zero.get(f"stage3_{name}", zero.get(name)) for name in cls._fields}
-        return cls(**{name: int(float(value)) for name, value in found.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -52,7 +36,7 @@ class Gathered:
 
 
 @lru_cache(maxsize=64)
-def gathered(config: BagelConfig, freezing: Freezing, recompute: bool, options: GatherOptions) -> Gathered:
+def gathered(config: BagelConfig, freezing: Freezing, recompute: bool, options: Gathering) -> Gathered:
     """Replay one micro-batch of this network under ZeRO-3."""
     parameters = parameter_sizes(config, freezing)
     persistent = sum(p.numel for p in parameters if p.numel <= options.param_persistence_threshold)
@@ -63,7 +47,7 @@ def gathered(config: BagelConfig, freezing: Freezing, recompute: bool, options: 
 
 
 class _Replay:
-    def __init__(self, parameters: tuple[ParameterSize, ...], calls: tuple[Call, ...], options: GatherOptions):
+    def __init__(self, parameters: tuple[ParameterSize, ...], calls: tuple[Call, ...], options: Gathering):
         self._sizes = sizes = [parameter.numel for parameter in parameters]
         self._trains = [parameter.trains for parameter in parameters]
         self._calls, self._options = calls, options

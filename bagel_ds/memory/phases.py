@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bagel_ds.memory.gathering import Gathered, GatherOptions, gathered
+from bagel_ds.memory.gathering import Gathered, gathered
 from bagel_ds.memory.states import DEVICE, HOST, NVME, Sharding, State, backward_states, window_gradients
 from bagel_ds.model.shape.activations import Activations, PackShape, activations, arena_bytes, vae_bytes
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
@@ -54,10 +54,10 @@ def phases(sharding: Sharding, shape: StepShape) -> list[Phase]:
 
 def gathering(sharding: Sharding, shape: StepShape) -> Gathered | None:
     """What ZeRO-3 gathers. None in other stages, and on a single rank with its weights on the device."""
-    if sharding.stage != 3 or (sharding.world == 1 and sharding.place("param") == DEVICE):
+    if sharding.stage != 3 or (sharding.world == 1 and sharding.place(sharding.param) == DEVICE):
         return None
     recompute = shape.checkpointing != "none"
-    return gathered(shape.config, shape.freezing, recompute, GatherOptions.of(sharding.ds))
+    return gathered(shape.config, shape.freezing, recompute, sharding.gathering)
 
 
 def _vae(s: Sharding, shape: StepShape) -> Phase:
@@ -174,7 +174,7 @@ def _reduction(s: Sharding, large: int, waiting: int | None = None) -> list[Stat
         copy = 0 if is_beyond and large % s.world == 0 and size == s.weight_bytes else size * waiting
         return [State(_REDUCED, DEVICE, own + copy), *_partitioning3(s, -(-whole // s.world), share)]
     copy, norm = size * waiting, 8 * min(whole, -(-trainable // s.world))
-    if s.place("optimizer") == DEVICE or copy > norm:
+    if s.place(s.optimizer) == DEVICE or copy > norm:
         return [State(_REDUCED, DEVICE, own + copy)]
     return [State(_REDUCED, DEVICE, own), State(_NORM, DEVICE, norm)]  # norms follow when the copy is freed
 
@@ -187,12 +187,12 @@ def _partitioning3(s: Sharding, single: int, share: int) -> list[State]:
     found = []
     if s.gradient_bytes != s.communication_bytes:
         found.append(State(_SUMS, DEVICE, s.gradient_bytes * share))
-    if s.place("optimizer") == DEVICE:
+    if s.place(s.optimizer) == DEVICE:
         return found
     found.append(State(_NORM, DEVICE, 8 * min(NORM_ELEMENTS, single)))
     if not s.on_cpu:
         found.append(State(_IN_TRANSIT, DEVICE, s.gradient_bytes * single))
-    if s.place("optimizer") == NVME and not s.keeps_fp32_gradients:
+    if s.place(s.optimizer) == NVME and not s.keeps_fp32_gradients:
         found.append(State(_TO_NVME, DEVICE, 4 * share))
     return found
 
@@ -204,7 +204,7 @@ def _largest_in_layers(s: Sharding) -> int:
 def _optimizer(s: Sharding) -> Phase:
     """The update. torch's AdamW needs two more vectors on a CPU; its fused version and DeepSpeed's own need none."""
     held = [state for state in backward_states(s) if state.name != "communication buckets"]
-    if s.place("optimizer") != DEVICE:
+    if s.place(s.optimizer) != DEVICE:
         return Phase("optimizer step", held)
     own = 8 if s.on_cpu else 0
     largest = max((p.numel for p in s.parameters if p.trains), default=0)
@@ -234,16 +234,16 @@ def _load(s: Sharding, shape: StepShape) -> Phase:
     memory all this takes less than Adam's moments, which are allocated later.)
     """
     size = 0
-    if s.stage == 3 and s.place("param") == DEVICE:
+    if s.stage == 3 and s.place(s.param) == DEVICE:
         size = s.weight_bytes * s.share(True)
     elif s.stage in (1, 2) and shape.gpu_bytes is not None:
         weights = s.weight_bytes * s.elements(False)
         size = 2 * weights if 2 * weights > 0.95 * shape.gpu_bytes else 0
-    if s.place("optimizer") == HOST:
+    if s.place(s.optimizer) == HOST:
         size -= (s.master_bytes + 2 * s.moment_bytes) * s.share(True)  # counted as states, but allocated after this
     held = [State("weights in transit to the GPU", HOST, size)] if size > 0 and not s.on_cpu else []
-    if s.place("optimizer") == NVME:
-        copied = s.gradient_bytes * s.share(True) if s.pinned("optimizer") else 0
+    if s.place(s.optimizer) == NVME:
+        copied = s.gradient_bytes * s.share(True) if s.pinned(s.optimizer) else 0
         zeros = s.master_bytes * max(s.sub_groups())
         held.append(State("gradients being laid out", HOST, max(copied, zeros)))
     return Phase("load", held)

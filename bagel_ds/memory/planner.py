@@ -1,9 +1,9 @@
 """The memory planner: what a run will need on each GPU, host and NVMe, before anything is loaded.
 
-Guarantees: pure arithmetic on the network's shape, the resolved DeepSpeed configuration and the run's options; creates
-no tensor and queries no device. Host memory is tested against measured runs on CPU (within 10 %). GPU-only terms
-(context, NCCL, fragmentation) are allowances, each listed as its own item. A run on CPU (`device="cpu"`) has its device
-memory in host memory.
+Guarantees: pure arithmetic on the network's shape, the settings of ZeRO and the run's options; creates no tensor and
+queries no device. Host memory is tested against measured runs on CPU (within 10 %). GPU-only terms (context, NCCL,
+fragmentation) are allowances, each listed as its own item. A run on CPU (`device="cpu"`) has its device memory in host
+memory.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.model.shape.parameters import parameter_sizes, vae_encoder_parameters
 from bagel_ds.model.shape.parts import Freezing
 from bagel_ds.units import GIB, MIB
+from bagel_ds.zero.config.settings import ZeroSettings
 
 # Measured on CPU (torch 2.13, deepspeed 0.19.8): the launcher's two processes; a rank's libraries and data plan; the
 # server that forks its data workers; a worker without its packs; oneDNN's cache of kernels, one per pack length.
@@ -152,16 +153,13 @@ class MemoryPlan:
         }
 
 
-def plan_memory(model: BagelConfig, ds_config: dict[str, Any], run: MemoryOptions) -> MemoryPlan:
-    """Predict the peaks of a run. `ds_config` must be resolved (`resolve_ds_config`), without "auto".
-
-    Raises UserError if nothing would train.
-    """
+def plan_memory(model: BagelConfig, settings: ZeroSettings, run: MemoryOptions) -> MemoryPlan:
+    """Predict the peaks of a run. Raises UserError if nothing would train."""
     parameters = parameter_sizes(model, run.freezing)
     if not any(parameter.trains for parameter in parameters):
         raise UserError("nothing to train: the freeze_* arguments with visual_und/visual_gen leave no parameter")
     on_cpu = run.device == "cpu"
-    sharding = Sharding(ds_config, parameters, run.world_size, on_cpu)
+    sharding = Sharding.over(settings, parameters, run.world_size, on_cpu)
     shape = StepShape(
         model,
         run.freezing,
@@ -233,7 +231,7 @@ def _process_states(run: MemoryOptions, on_cpu: bool, bf16: bool) -> list[State]
 
 
 def _excess(sharding: Sharding, found: list[State], run: MemoryOptions) -> int:
-    trains = [p.numel for p in sharding.parameters if p.trains and sharding.pinned("param")]
+    trains = [p.numel for p in sharding.parameters if p.trains and sharding.pinned(sharding.param)]
     partitions = [sharding.weight_bytes * -(-numel // sharding.world) for numel in trains]
     return pinned_excess(found, partitions, math.inf if run.rounds_pinned_memory else EXACT_ABOVE_MIB * MIB)
 

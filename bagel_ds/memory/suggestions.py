@@ -18,8 +18,8 @@ from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model.shape.parameters import parameter_sizes
 from bagel_ds.model.shape.parts import trainable_parts
-from bagel_ds.zero.config.nvme import fit_buffers
-from bagel_ds.zero.config.resolve import resolve_ds_config
+from bagel_ds.zero.config.resolve import fit_to_network, resolve_ds_config
+from bagel_ds.zero.config.settings import ZeroSettings
 
 # Presets with what they cost in speed and in accuracy. bf16 masters lose most of an update at BAGEL's learning rate
 # (bench/bf16_masters.py), so frozen parts come before them.
@@ -62,17 +62,12 @@ class Suggestion:
 
 def resolved(
     name: str, config: RunConfig, model: BagelConfig, world_size: int, ranks_per_host: int | None = None
-) -> dict[str, Any]:
-    """The resolved DeepSpeed configuration of a run that is only planned, so `--nvme_path` may be missing."""
+) -> ZeroSettings:
+    """The settings of a run that is only planned, so `--nvme_path` may be missing."""
     if config.training.nvme_path is None:
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, nvme_path=PLACEHOLDER))
     ds, _ = resolve_ds_config(name, config, world_size, ranks_per_host)
-    training = config.training
-    freezes = training.freeze_llm or training.freeze_vit or model.freeze_und
-    frozen = freezes or not (model.visual_gen and model.visual_und)
-    largest = max(parameter.numel for parameter in parameter_sizes(model))
-    fit_buffers(ds, largest, world_size, frozen and training.activation_checkpointing != "none")
-    return ds
+    return fit_to_network(ds, model, config.training, world_size)
 
 
 def suggestions(model: BagelConfig, config: RunConfig, run: MemoryOptions, count: int = 5) -> list[Suggestion]:
@@ -177,8 +172,8 @@ def _plan(model: BagelConfig, config: RunConfig, run: MemoryOptions, changes: tu
     model = dataclasses.replace(model, freeze_und=model.freeze_und or config.training.freeze_und)
     changed = MemoryOptions.of(config, run.world_size)
     run = dataclasses.replace(run, **{name: getattr(changed, name) for name in _FOLLOWING})
-    ds_config = resolved(config.training.ds_config, config, model, run.world_size, run.ranks_per_host)
-    return plan_memory(model, ds_config, run)
+    settings = resolved(config.training.ds_config, config, model, run.world_size, run.ranks_per_host)
+    return plan_memory(model, settings, run)
 
 
 def _still_trains(model: BagelConfig, run: MemoryOptions, changes: Iterable[_Change]) -> str:

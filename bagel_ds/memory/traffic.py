@@ -37,16 +37,16 @@ def step_traffic(s: Sharding, live: Gathered | None, ranks: int, layer_inputs: i
     if s.stage in (0, 1, 2):
         network += others * s.weight_bytes * trainable  # updated weights (stage 0: the other half of the all-reduce)
     pcie, nvme = 2 * layer_inputs * accumulation, 0
-    if s.place("param") != DEVICE:
+    if s.place(s.param) != DEVICE:
         pcie += s.weight_bytes * gathers // s.world
-    if s.place("optimizer") != DEVICE:
+    if s.place(s.optimizer) != DEVICE:
         pcie += offloaded_gradient_bytes(s) * share
-        if s.place("param") == DEVICE:
+        if s.place(s.param) == DEVICE:
             pcie += s.weight_bytes * share
-    if s.place("optimizer") == NVME:
+    if s.place(s.optimizer) == NVME:
         states = (s.master_bytes + 2 * s.moment_bytes) * share
         nvme += 2 * states + 2 * s.master_bytes * share  # masters and moments, and gradients in fp32, in and out
-    if s.place("param") == NVME:
+    if s.place(s.param) == NVME:
         nvme += s.weight_bytes * (gathers // s.world + share)
     return Traffic(int(network * ranks), int(pcie * ranks), int(nvme * ranks))
 

@@ -148,13 +148,13 @@ def _files(folder: Path) -> tuple[Path, ...]:
 def _from_library(call: Callable[[], T], *files: Path) -> T:
     """The result of `call`. Raises `UserError` about `files` if the library fails.
 
-    It raises bare Exceptions, and its Rust code panics with a BaseException.
+    It raises bare Exceptions, and its Rust code panics with a BaseException that can't be imported.
     """
     try:
         return call()
-    except (KeyboardInterrupt, SystemExit):
-        raise
     except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         named = " and ".join(map(str, files))
         again = "the file" if len(files) == 1 else "them"
         raise UserError(f"{named} can't be read as a tokenizer: {error}. Download {again} again.") from None

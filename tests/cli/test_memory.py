@@ -187,7 +187,7 @@ def test_a_folder_of_the_released_models_name_that_is_not_here_is_planned_as_tha
     expected = said(SEVEN_B, capsys)
     assert main([*SEVEN_B.replace("--model 7b", "--model_path /models/BAGEL-7B-MoT").split(), "--json"]) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out) == expected and "is not there: planned for the released" in printed.err
+    assert json.loads(printed.out) == expected and "does not exist: planning for the released" in printed.err
 
 
 LAUNCH = (

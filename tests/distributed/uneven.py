@@ -9,6 +9,7 @@ micro-batches. Mixed batches hold text, an image to read and an image to generat
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from itertools import chain
 from pathlib import Path
@@ -33,7 +34,7 @@ from bagel_ds.model_folder.tokenizer import load_tokenizer
 from bagel_ds.ranges import MASTER, TensorInfo
 from bagel_ds.train.ranks.agreement import everyone
 from bagel_ds.train.step import accumulate, update
-from bagel_ds.zero.config.nvme import clean_nvme, fit_buffers
+from bagel_ds.zero.config.nvme import fit_buffers
 from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.weights import frozen_pieces
@@ -109,7 +110,7 @@ def train(case: dict, steps: int, folder: Path, results: Path) -> None:
         (results / f"{case['name']}.json").write_text(json.dumps(values))
         (results / f"{case['name']}.parts.json").write_text(json.dumps(by_part))
     engine.close()
-    clean_nvme(ds_config)
+    shutil.rmtree(nvme, ignore_errors=True)
 
 
 def main(model: str, cases_file: str, results: str) -> None:

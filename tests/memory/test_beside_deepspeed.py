@@ -20,7 +20,8 @@ from bagel_ds.memory.phases import _IN_TRANSIT, _NORM, _TO_NVME, _reduction
 from bagel_ds.memory.states import Sharding, backward_states, states, window_gradients
 from bagel_ds.memory.traffic import offloaded_gradient_bytes
 from bagel_ds.model.shape.parameters import ParameterSize
-from bagel_ds.zero.swap_io import _cut_gradients
+from bagel_ds.zero.config.settings import ZeroSettings
+from bagel_ds.zero.swap_patches import _cut_gradients
 from tests.two_places import TwoPlaces
 
 NUMEL, COUNT = 2**19, 4  # of the parameters
@@ -47,11 +48,11 @@ class Window(NamedTuple):
             "bf16": {"enabled": self.precision == "bf16"},
             "data_types": {"grad_accum_dtype": self.sums},
             "gradient_accumulation_steps": self.micro_batches,
-            "zero_optimization": {**zero, "offload_optimizer": {"device": self.device}},
-            "aio": {"block_size": 2**20, "intra_op_parallelism": 2},
+            "zero_optimization": {**zero, "offload_optimizer": {"device": self.device, "nvme_path": "nvme"}},
         }
         names = [f"model.layers.{index}.weight" for index in range(COUNT)]
-        return Sharding(ds, tuple(ParameterSize(name, self.numel, True) for name in names), 1, on_cpu=False)
+        sizes = tuple(ParameterSize(name, self.numel, True) for name in names)
+        return Sharding.over(ZeroSettings.of(ds), sizes, 1, on_cpu=False)
 
 
 class _GPU:
@@ -111,7 +112,7 @@ def swapper(master: torch.Tensor, window: Window) -> Any:
         for tensor in tensor_list:
             torch.empty(tensor.shape).copy_(tensor)
 
-    aio = window.sharding.ds["aio"]
+    aio = {"block_size": 2**20, "intra_op_parallelism": 2}
     return with_attributes(
         PartitionedOptimizerSwapper,
         min_aio_bytes=aio["block_size"],
@@ -233,7 +234,7 @@ def test_gradients_on_their_way_take_what_they_take_of_the_gpu(window: Window) -
 
 @pytest.mark.parametrize("numel", [2**19, 2**19 + 512, 2**19 + 1, 2**18 - 1, 1024])
 def test_gradients_that_are_not_swapped_leave_the_gpu(numel: int) -> None:
-    """Small ones and the ends of others (zero/swap_io.py); DeepSpeed itself keeps whole gradients for them."""
+    """Small ones and the ends of others (zero/swap_patches.py); DeepSpeed itself keeps whole gradients for them."""
     window = Window(3, "nvme", numel=numel)
     with TwoPlaces():
         moved, _, left = stage3_window(window)

@@ -126,9 +126,9 @@ def test_fp32_gradients_wait_for_nvme_on_the_gpu() -> None:
 
 def test_hpz_keeps_a_second_copy_per_group() -> None:
     run = config("zero3.json", num_shard=4, sharding_strategy="HYBRID_SHARD")
-    ds = resolved("zero3.json", run, MODEL, 8)
-    assert ds["zero_optimization"]["zero_hpz_partition_size"] == 4
-    found = plan_memory(MODEL, ds, MemoryOptions.of(run, 8))
+    settings = resolved("zero3.json", run, MODEL, 8)
+    assert settings.hpz_group == 4
+    found = plan_memory(MODEL, settings, MemoryOptions.of(run, 8))
     (copy,) = items(found, "weights, second copy within the group (hpZ)")
     assert copy.bytes == 2 * PARAMETERS // 4
 

@@ -1,9 +1,9 @@
 """What a data format is to the rest of the package: it parses a row and arranges a sample.
 
-Guarantees: a format is one small class that knows its columns and the order of a sample's pieces; sizes, token counts,
-dropout, modality switches and reading are common code elsewhere. `parse` numbers the texts and images of a row in one
-fixed order, and all later steps (index, plan, `materialize`) name them by that number. Whatever a row holds, `parse`
-gives a `ParsedRow` or raises; `BadRow` says in words what was found and what was expected.
+Guarantees: a format is one small class that knows its columns, the order of a sample's pieces and the default sizes of
+its images. Resizing, token counts, dropout, modality switches and reading are common code elsewhere. `parse` numbers
+the texts and images of a row in one fixed order, and all later steps (index, plan, `materialize`) use these numbers.
+Whatever a row holds, `parse` gives a `ParsedRow` or raises `BadRow`, which says what was found and what was expected.
 """
 
 from __future__ import annotations
