@@ -546,12 +546,14 @@ def test_a_killed_conversion_continues_to_the_same_files(
     checks_well(result.config, tokenizer, 51)
 
 
+@pytest.mark.parametrize("kind", ["captions", "edit", "chat"])
 def test_what_a_kill_leaves_after_the_last_complete_shard_is_done_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A kill between a shard's rename and the note of it, with a half-written shard and reports beyond it."""
-    source = many(tmp_path / "pictures", "captions")
-    converted("captions", source, tmp_path / "whole", rows_per_file=7)
+    monkeypatch.setattr(outputs, "LINES_PER_SHARD", 7)
+    source = many(tmp_path / "pictures", kind)
+    converted(kind, source, tmp_path / "whole", rows_per_file=7)
     saves = []
 
     def fail(progress: outputs.Progress, folder: Path) -> None:
@@ -564,9 +566,9 @@ def test_what_a_kill_leaves_after_the_last_complete_shard_is_done_again(
     with monkeypatch.context() as patched:
         patched.setattr(outputs.Progress, "save", fail)
         with pytest.raises(KeyboardInterrupt):
-            converted("captions", source, tmp_path / "cut", rows_per_file=7)
+            converted(kind, source, tmp_path / "cut", rows_per_file=7)
     (tmp_path / "cut" / "in" / ".00003.parquet.part").write_bytes(b"half")
-    converted("captions", source, tmp_path / "cut", rows_per_file=7)
+    converted(kind, source, tmp_path / "cut", rows_per_file=7)
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
 
