@@ -567,7 +567,8 @@ def test_what_a_kill_leaves_after_the_last_complete_shard_is_done_again(
         patched.setattr(outputs.Progress, "save", fail)
         with pytest.raises(KeyboardInterrupt):
             converted(kind, source, tmp_path / "cut", rows_per_file=7)
-    (tmp_path / "cut" / "in" / ".00003.parquet.part").write_bytes(b"half")
+    if kind != "chat":
+        (tmp_path / "cut" / "in" / ".00003.parquet.part").write_bytes(b"half")
     converted(kind, source, tmp_path / "cut", rows_per_file=7)
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
 
