@@ -25,6 +25,7 @@ ROOMS = (
     "inputs",
     "memory",
     "doctor",
+    "convert",
     "data",
     "processes",
     "zero",
