@@ -23,7 +23,7 @@ from bagel_ds.machine.user_folders import expanded
 from bagel_ds.model.attention.backends import BACKENDS, DEFAULT_BACKEND
 
 _PATHS = """model_path llm_path vit_path vae_path dataset_config_file dataset_info index_cache results_dir
-    checkpoint_dir resume_from val_config ds_config nvme_path""".split()
+    checkpoint_dir resume_from val_config sample_prompts ds_config nvme_path""".split()
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _wanted_attention(config: RunConfig) -> str:
 # ------------------------------------------------------------------------------------------------ what is refused
 _AT_LEAST_ONE = """max_num_tokens_per_sample expected_num_tokens max_num_tokens prefetch_factor total_steps log_every
     save_every gradient_accumulation_steps latent_patch_size vit_patch_size vit_max_num_patch_per_side max_latent_size
-    num_replicate num_shard ema_every val_every""".split()
+    num_replicate num_shard ema_every val_every sample_every""".split()
 _NOT_NEGATIVE = """num_workers prefer_buffer_before max_buffer_size data_seed global_seed debug_batches warmup_steps lr
     min_lr eps max_grad_norm mse_weight ce_weight peak_device_tflops keep_last stall_timeout max_nonfinite
     val_max_batches""".split()
@@ -169,6 +169,11 @@ def _faults(config: RunConfig) -> list[str]:
         faults.append(
             "--auto_resume True goes on with the run in checkpoint_dir, --start_anew True moves it aside; leave out "
             "one of the two"
+        )
+    if values["sample_prompts"] is not None and values["sample_weights"] != "weights" and not values["ema"]:
+        faults.append(
+            f"--sample_weights {values['sample_weights']} needs the moving average, and --ema 0 turns it off; leave "
+            "out one of the two"
         )
     if values["stop_after"] is not None and duration_seconds(values["stop_after"]) is None:
         faults.append(f"--stop_after {values['stop_after']}: expected a duration such as 3h50m, 90m, 45s or seconds")
@@ -234,6 +239,9 @@ def _effectless_notes(config: RunConfig) -> list[str]:
     validation = sorted({"val_every", "val_max_batches"} & given)
     if validation and config.training.val_config is None:
         notes.append(f"{', '.join(validation)} without effect: val_config is not given")
+    samples = sorted({"sample_every", "sample_weights"} & given)
+    if samples and config.training.sample_prompts is None:
+        notes.append(f"{', '.join(samples)} without effect: sample_prompts is not given")
     return notes
 
 

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from bagel_ds.data.batches.layout import Loaded
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT
 from bagel_ds.errors import UserError
 from bagel_ds.inference import pictures
@@ -145,8 +146,8 @@ class Inferencer:
         result = self.run([request])[0]
         return [item for item in (result.text, result.image) if item is not None]
 
+    @staticmethod
     def request(
-        self,
         prompt: str,
         image: Any = None,
         mode: str | None = None,
@@ -257,19 +258,24 @@ class Inferencer:
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raises `UserError` for what this model can't do."""
-        stride, side = self.network.layout.latent_stride, self.network.layout.max_latent_size
-        for request in requests:
-            if not request.inputs:
-                raise UserError("nothing to read: pass a prompt, an image or both")
-            if request.answers:
-                continue
-            if self.cannot_draw is not None:
-                raise UserError(f"this model can't draw: {self.cannot_draw}. It answers questions (mode vqa).")
-            height, width = request.settings.image_shapes
-            if height % stride or width % stride or max(height, width) > side * stride:
-                raise UserError(
-                    f"image_shapes {height} x {width}: both must be multiples of {stride}, at most {side * stride}"
-                )
+        check_requests(requests, self.network.layout, self.cannot_draw)
+
+
+def check_requests(requests: Sequence[Request], layout: LayoutOptions, cannot_draw: str | None) -> None:
+    """Raises `UserError` for what a model of this layout can't do; `cannot_draw` says why it can't draw."""
+    stride, side = layout.latent_stride, layout.max_latent_size
+    for request in requests:
+        if not request.inputs:
+            raise UserError("nothing to read: pass a prompt, an image or both")
+        if request.answers:
+            continue
+        if cannot_draw is not None:
+            raise UserError(f"this model can't draw: {cannot_draw}. It answers questions (mode vqa).")
+        height, width = request.settings.image_shapes
+        if height % stride or width % stride or max(height, width) > side * stride:
+            raise UserError(
+                f"image_shapes {height} x {width}: both must be multiples of {stride}, at most {side * stride}"
+            )
 
 
 def _seed(seed: int | Sequence[int]) -> int:

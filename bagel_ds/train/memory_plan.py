@@ -18,6 +18,7 @@ from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.data.config.dataset_config import DatasetConfig
 from bagel_ds.errors import UserError
 from bagel_ds.machine.device import device_type, uses_cuda
+from bagel_ds.memory.between_steps import SampleShape
 from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.memory.report import report_lines, suggestion_lines, verdict
 from bagel_ds.memory.suggestions import suggestions
@@ -37,6 +38,7 @@ def plan_run(
     ds_config: dict[str, Any],
     world_size: int,
     ranks_here: int,
+    samples: SampleShape | None = None,
 ) -> MemoryPlan:
     """The plan of this run, with this host's memory and its `ranks_here` ranks as the budget.
 
@@ -53,6 +55,7 @@ def plan_run(
         gpu_memory=torch.cuda.mem_get_info()[1] / GIB if uses_cuda() else None,
         host_memory=host_memory_gib(),
         nvme=_free_gib(ds_config),
+        samples=samples,
         rounds_pinned_memory=uses_cuda() and rounds_pinned_memory(),
     )
     plan = plan_memory(model, ds_config, options)

@@ -25,13 +25,14 @@ from bagel_ds.data.batches.loader import PlannedData
 from bagel_ds.data.config.dataset_config import DatasetConfig
 from bagel_ds.doctor.environment import compiler_finding, installed_version, refuse_faults
 from bagel_ds.errors import UserError
-from bagel_ds.inputs.data import open_data, open_datasets, open_held_out
+from bagel_ds.inference.prompts import Prompts, open_prompts
+from bagel_ds.inputs.data import layout_options, open_data, open_datasets, open_held_out
 from bagel_ds.inputs.files import check_inputs, parts_of, starts_from_parts
 from bagel_ds.inputs.network import bagel_config, resolve_model_path
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.memory.planner import MemoryPlan
 from bagel_ds.model.bagel import Bagel
-from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.vae import AutoEncoder
 from bagel_ds.model_folder.folder import ModelFolder
@@ -69,9 +70,10 @@ class Prepared:
     memory: MemoryPlan
     model_folder: Path
     model: BagelConfig
-    vae: AutoEncoder  # its encoder
+    vae: AutoEncoder  # its encoder, and its decoder where this rank draws samples
     data: PlannedData
     held_out: HeldOut | None  # of --val_config
+    prompts: Prompts | None  # of --sample_prompts
     described_data: dict[str, str]  # for trainer.json; a resumed run compares it with its own
     start: StartPoint
     weights: StartWeights
@@ -99,7 +101,14 @@ def prepare(config: RunConfig) -> Prepared:
     )
     datasets = together(lambda: open_datasets(config))
     world, here = dist.get_world_size(), hosts().local_size
-    memory = together(lambda: plan_run(config, datasets, model, vae.config, ds_config, world, here))
+    prompts = together(lambda: _open_prompts(config, model, vae.config))
+    if prompts is not None:
+        check_equal({"the prompts of --sample_prompts": [job.key for job in prompts.jobs]})
+        if prompts.draws(dist.get_rank(), world):
+            vae = ModelFolder(model_folder).load_vae()
+    from_average = config.training.sample_weights != "weights"
+    samples = None if prompts is None else prompts.memory(world, from_average)
+    memory = together(lambda: plan_run(config, datasets, model, vae.config, ds_config, world, here, samples))
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
     saved = together(lambda: _saved_run(config, start))
@@ -122,7 +131,7 @@ def prepare(config: RunConfig) -> Prepared:
     notes = [*ds_notes, *_crowding(config)]
     notes += together(lambda: _set_aside(config, saved, start) if is_main() else [])
     return Prepared(
-        ds_config, notes, memory, model_folder, model, vae, data, held_out, described, start, weights, claimed
+        ds_config, notes, memory, model_folder, model, vae, data, held_out, prompts, described, start, weights, claimed
     )
 
 
@@ -232,6 +241,13 @@ def _open_data(
 def _open_held_out(config: RunConfig, folder: Path, model: BagelConfig, vae: AutoEncoder) -> HeldOut:
     with waiting_for("the held-out data to be opened", "files are indexed only once"):
         return open_held_out(config, folder, model, vae.config, is_main())
+
+
+def _open_prompts(config: RunConfig, model: BagelConfig, vae: VAEConfig) -> Prompts | None:
+    if config.training.sample_prompts is None:
+        return None
+    layout = layout_options(config, model, vae)
+    return open_prompts(Path(config.training.sample_prompts), model, layout, config.data.max_num_tokens)
 
 
 def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[BagelConfig, AutoEncoder]:

@@ -71,11 +71,11 @@ def load_weights(module: nn.Module, source: WeightSource) -> int:
             read += copy_range(tensor[: held.numel], held, source.read)
             tensor[held.numel :].zero_()
         if is_partitioned(parameter):
-            _forget_second_copy(parameter)
+            forget_second_copy(parameter)
     return read
 
 
-def _forget_second_copy(parameter: Any) -> None:
+def forget_second_copy(parameter: Any) -> None:
     """Drop what hpZ keeps per group: it is of what the module was built with.
 
     The first step would compute with it, and with frozen parameters' for ever. DeepSpeed makes it anew once a parameter

@@ -96,3 +96,9 @@ def vae_bytes(vae: VAEConfig, pixels: int, bf16: bool, on_cpu: bool) -> int:
     """
     rate = 20.5 if not bf16 else 10.5 if on_cpu else 16.0
     return int(rate * vae.channels * pixels)
+
+
+def decoder_bytes(vae: VAEConfig, pixels: int, bf16: bool, on_cpu: bool) -> int:
+    """Peak of decoding one image, counted like `vae_bytes`; the largest level has twice its channels on its way in."""
+    rate = 32.5 if not bf16 else 16.5 if on_cpu else 26.0
+    return int(rate * vae.channels * pixels)
