@@ -8,6 +8,7 @@ else is refused. Paths in the written files are relative to the folder, which ca
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 from tqdm import tqdm
@@ -15,6 +16,7 @@ from tqdm import tqdm
 from bagel_ds.errors import UserError
 
 MARK = "# Written by `bagel-ds demo`."
+METRIC = "exact_answer.py"
 _EXAMPLE = "data/bagel_example"
 
 DATASET_INFO = f"""{MARK} Where the data sets of both configs are; paths are relative to this file.
@@ -123,7 +125,7 @@ data_names:
 
 
 def write_demo(out: Path, seed: int = 0) -> None:
-    """Write `out`/model, data, example.yaml, dataset_info.yaml and blockmoving_sft.yaml.
+    """Write `out`/model, data, example.yaml, dataset_info.yaml, blockmoving_sft.yaml and exact_answer.py.
 
     About 30 MB, nearly all of it the autoencoder, whose normalisation in 32 groups needs 32 channels at the least.
     An earlier demo there is overwritten. Raises UserError when `out` holds anything else or can't be written.
@@ -138,6 +140,7 @@ def write_demo(out: Path, seed: int = 0) -> None:
             ("blockmoving_sft.yaml", BLOCKMOVING),
         ):
             (out / name).write_text(text)
+        shutil.copyfile(Path(__file__).with_name(METRIC), out / METRIC)
         _write_data_and_model(out, seed)
     except OSError as fault:
         raise UserError(

@@ -9,7 +9,7 @@ Source: the original's InterleaveInferencer, its options and the three contexts 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,13 @@ class Request:
     think_prompt: str | None = None  # instead of this project's
     settings: Settings = Settings()
     seed: int = 0
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """All that is read: the thinking prompt, then the inputs."""
+        if not self.think:
+            return self.inputs
+        return (self.think_prompt or (THINK_TO_ANSWER if self.answers else THINK_TO_DRAW), *self.inputs)
 
 
 @dataclass(frozen=True)
@@ -202,7 +209,7 @@ class Inferencer:
             gen: list[Loaded] = []
             text: list[Loaded] = []
             snapshot = 0  # entries of gen that cfg_text has
-            for item in self._with_think_prompt(request):
+            for item in request.items:
                 if isinstance(item, str):
                     snapshot = len(gen)
                     entry = self.text_entry(item)
@@ -250,11 +257,6 @@ class Inferencer:
         thoughts = [[self.text_entry(work.text or "")] for work in thinking]
         for work, context in zip(thinking, self.network.read([work.branches.gen for work in thinking], thoughts)):
             work.branches.gen = context
-
-    def _with_think_prompt(self, request: Request) -> Iterable[Item]:
-        if request.think:
-            yield request.think_prompt or (THINK_TO_ANSWER if request.answers else THINK_TO_DRAW)
-        yield from request.inputs
 
     def check(self, requests: Sequence[Request]) -> None:
         """Raises `UserError` for what this model can't do."""

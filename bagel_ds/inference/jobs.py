@@ -136,14 +136,28 @@ def run_jobs(
 
 def make(inferencer: Inferencer, asked: Sequence[tuple[Job, Request]]) -> list[Made]:
     """The results of a batch of jobs, in their order."""
-    reasoned = [number for number, (job, _) in enumerate(asked) if interleaves(job)]
-    others = [number for number, (job, _) in enumerate(asked) if not interleaves(job)]
+    names = [Path(job.name).name for job, _ in asked]
+    return answers_of(inferencer, [request for _, request in asked], [interleaves(job) for job, _ in asked], names)
+
+
+def answers_of(
+    inferencer: Inferencer, requests: Sequence[Request], reasons: Sequence[bool], names: Sequence[str] = ()
+) -> list[Made]:
+    """The results of a batch of requests, in their order; those that `reason` are answered in texts and pictures.
+
+    Their texts call the pictures `names`_0.png, ...
+    """
+    others = [number for number, reasoned in enumerate(reasons) if not reasoned]
+    reasoning = [number for number, reasoned in enumerate(reasons) if reasoned]
     found: dict[int, Made] = {}
-    for number, result in zip(others, inferencer.run([asked[number][1] for number in others]) if others else []):
+    for number, result in zip(others, inferencer.run([requests[number] for number in others]) if others else []):
         found[number] = Made([] if result.image is None else [result.image], result.text)
-    for number, items in zip(reasoned, inferencer.reason([asked[number][1] for number in reasoned])):
-        found[number] = _interleaved(asked[number][0], items)
-    return [found[number] for number in range(len(asked))]
+    for number, items in zip(reasoning, inferencer.reason([requests[number] for number in reasoning])):
+        images = [item for item in items if not isinstance(item, str)]
+        places = (f"![]({name}.png)" for name in _numbered(names[number] if names else "picture", len(images)))
+        said = [item if isinstance(item, str) else next(places) for item in items]
+        found[number] = Made(images, "\n\n".join(said))
+    return [found[number] for number in range(len(requests))]
 
 
 def interleaves(job: Job) -> bool:
@@ -151,16 +165,8 @@ def interleaves(job: Job) -> bool:
     return bool(job.words.get("mode") == "interleave")
 
 
-def _interleaved(job: Job, items: list[Any]) -> Made:
-    images = [item for item in items if not isinstance(item, str)]
-    names = (f"![]({name}.png)" for name in _names(job, len(images)))
-    return Made(images, "\n\n".join(item if isinstance(item, str) else next(names) for item in items))
-
-
-def _names(job: Job, images: int) -> list[str]:
-    """The last part of each picture's name, without ending."""
-    own = Path(job.name).name
-    return [f"{own}_{number}" for number in range(images)] if interleaves(job) else [own] * images
+def _numbered(name: str, images: int) -> list[str]:
+    return [f"{name}_{number}" for number in range(images)]
 
 
 def request_of(job: Job) -> Request:
@@ -243,10 +249,9 @@ def _finished(out: Path) -> dict[str, str]:
 
 def keep(out: Path, job: Job, made: Made) -> None:
     """Write a result's pictures and its line in results.jsonl."""
-    folder = (out / job.name).parent
-    files = [
-        write_image(folder / f"{name}.png", image) for name, image in zip(_names(job, len(made.images)), made.images)
-    ]
+    path = out / job.name
+    names = _numbered(path.name, len(made.images)) if interleaves(job) else [path.name] * len(made.images)
+    files = [write_image(path.with_name(f"{name}.png"), image) for name, image in zip(names, made.images)]
     _record(out, job, files, made.text)
 
 

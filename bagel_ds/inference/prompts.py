@@ -14,6 +14,7 @@ from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.inference.generation import Request, check_requests
 from bagel_ds.inference.jobs import Job, interleaves, read_jobs, request_of
+from bagel_ds.inference.loading import image_transforms
 from bagel_ds.inference.workload import Workload, batched, together, workload
 from bagel_ds.memory.between_steps import SampleShape
 from bagel_ds.model.shape.config import BagelConfig
@@ -82,7 +83,8 @@ def open_prompts(path: Path, model: BagelConfig, layout: LayoutOptions, max_toke
     all_faults(faults, f"{OPTION} {path} can't be used:")
     if not jobs:
         raise UserError(f'{OPTION} {path} holds no prompts; write one per line, such as {{"prompt": "a red teapot"}}')
-    works = [workload(request, layout, interleaves(job)) for job, request in zip(jobs, requests)]
+    transforms = image_transforms(layout)
+    works = [workload(request, layout, transforms, interleaves(job)) for job, request in zip(jobs, requests)]
     return Prompts(tuple(jobs), tuple(requests), tuple(works), max_tokens)
 
 

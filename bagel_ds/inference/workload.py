@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.inference.generation import Request
-from bagel_ds.inference.loading import image_transforms
+from bagel_ds.inference.loading import ImageTransforms
 
 MARKERS = 2  # around a text or image
 
@@ -33,13 +33,14 @@ class Workload(NamedTuple):
         return self.reads + self.words + self.steps + self.reasoning
 
 
-def workload(request: Request, layout: LayoutOptions, interleaves: bool = False) -> Workload:
-    """Of one request by itself."""
+def workload(
+    request: Request, layout: LayoutOptions, transforms: ImageTransforms, interleaves: bool = False
+) -> Workload:
+    """Of one request by itself; `transforms` resize the images that it reads."""
     settings = request.settings
-    transforms = image_transforms(layout)
     height, width = settings.image_shapes
     texts = images = seen = 0
-    for item in request.inputs:
+    for item in request.items:
         if isinstance(item, str):
             texts += len(item.encode()) + MARKERS
             continue
@@ -51,13 +52,13 @@ def workload(request: Request, layout: LayoutOptions, interleaves: bool = False)
     read = texts + images
     words = settings.max_think_token_n if request.answers or request.think or interleaves else 0
     if request.answers:
-        return Workload(2, words, 0, 0, read, read + words, 0, 0)
+        return Workload(2, words, 0, 0, read, 2 * read + words, 0, 0)  # and what was read before the last text
     branches = 1 if settings.cfg_text_scale <= 1 else 2 if settings.cfg_img_scale <= 1 else 3
     drawn = _tokens((width, height), layout.latent_stride)
     steps, pixels = settings.num_timesteps - 1, width * height
     if not interleaves:
-        # Texts are in two of the branches, and so are images (`Inferencer.contexts`). A thought is read once more.
-        tokens, context = max(read, words, branches * drawn), 2 * (read + words)
+        # A text is in up to three branches, an image in two (`Inferencer.contexts`). A thought is read once more.
+        tokens, context = max(read, 2 * texts, words + MARKERS, branches * drawn), 3 * texts + 2 * images + 2 * words
         return Workload(3 if words else 2, words, steps, 0, tokens, context, pixels, seen)
     heard = 2 * (drawn + _tokens(transforms.vit.size(width, height), layout.vit_patch_size))  # into two contexts
     turns = settings.max_iterations

@@ -99,6 +99,9 @@ def vae_bytes(vae: VAEConfig, pixels: int, bf16: bool, on_cpu: bool) -> int:
 
 
 def decoder_bytes(vae: VAEConfig, pixels: int, bf16: bool, on_cpu: bool) -> int:
-    """Peak of decoding one image, counted like `vae_bytes`; the largest level has twice its channels on its way in."""
-    rate = 32.5 if not bf16 else 16.5 if on_cpu else 26.0
+    """Peak of decoding one image, counted like `vae_bytes`.
+
+    It is in the first block at full size, which has twice the channels: its input, the norm's output and silu's.
+    """
+    rate = 24.5 if not bf16 else 12.5 if on_cpu else 20.5
     return int(rate * vae.channels * pixels)
