@@ -2,7 +2,7 @@
 
 Guarantees: answers are deterministic (the likeliest token of each text, seeds that follow from the row) and depend on
 the weights and settings only. A row's question is what comes before the first piece that training learns; images are
-resized as in training. A row that can't be read is left out with a warning.
+resized as in training, and pictures get the size of the row's own. A row that can't be read is left out with a warning.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ class TaskMetric:
         has_image = any(not isinstance(item, str) for item in inputs)
         draws = plan.entries[learned].kind == VAE
         mode = ("edit" if has_image else "t2i") if draws else "interleave" if _interleaves(plan) else "vqa"
-        settings = default_settings(mode, has_image).changed({**self.settings, "do_sample": False})
+        drawn = next((entry for entry in plan.entries if entry.loss and entry.kind == VAE), None)
+        size = {} if drawn is None else {"image_shapes": (drawn.height, drawn.width)}
+        settings = default_settings(mode, has_image).changed({**size, **self.settings, "do_sample": False})
         return Request(tuple(inputs), answers=mode == "vqa", settings=settings, seed=SEED + plan.row)
 
     def _judged(self, stream: GroupStream, plan: SamplePlan, made: Made) -> float:

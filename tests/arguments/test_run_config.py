@@ -430,3 +430,12 @@ def test_a_duration_is_written_as_it_is_read(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
     read = duration_seconds(text)
     assert read is not None and abs(read - seconds) <= (30 if seconds < 86_000 else 3600)
+
+
+def test_samples_of_an_average_that_is_off_are_refused_and_options_without_prompts_explained() -> None:
+    with pytest.raises(UserError, match="--sample_weights both needs the moving average, and --ema 0 turns it off"):
+        parse_arguments(["--sample_prompts", "p.jsonl", "--sample_weights", "both", "--ema", "0"])
+    with pytest.raises(UserError, match="--sample_every 0: expected at least 1"):
+        parse_arguments(["--sample_prompts", "p.jsonl", "--sample_every", "0"])
+    notes = parse_arguments(["--sample_every", "5", "--sample_weights", "both"]).notes
+    assert any("sample_every, sample_weights without effect: sample_prompts is not given" in note for note in notes)
