@@ -13,5 +13,5 @@ def exact_answer(prediction, row):
 
 
 def words(text):
-    """Without case, punctuation around words, and spacing."""
-    return [word.strip(".,:;!?*`'\"") for word in text.lower().split()]
+    """Without case, spacing, and punctuation around the text."""
+    return text.lower().strip(" .:!*\n").split()

@@ -80,7 +80,7 @@ def open_prompts(path: Path, model: BagelConfig, layout: LayoutOptions, max_toke
         else:
             jobs.append(job)
             requests.append(request)
-    all_faults(faults, f"{OPTION} {path} can't be used:")
+    all_faults([f"{OPTION} {fault}" for fault in faults], "These prompts can't be used:")
     if not jobs:
         raise UserError(f'{OPTION} {path} holds no prompts; write one per line, such as {{"prompt": "a red teapot"}}')
     transforms = image_transforms(layout)

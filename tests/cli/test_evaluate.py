@@ -77,7 +77,7 @@ def test_a_metric_of_the_users_gets_a_column(demo: Path, capsys: pytest.CaptureF
     (demo / "length.py").write_text("def length(prediction, row):\n    return len(prediction.text)\n")
     assert "no such file" in error(capsys, *words, "--metric", "nowhere.py:f")
     assert "pass --metric, too" in error(capsys, *words, "--num_timesteps", 3)
-    metric = ["--metric", f"{demo / 'length.py'}:length", "--max_think_token_n", 4, "--weights", "weights"]
+    metric = ["--metric", f"{demo / 'length.py'}:length", "--max_think_token_n", 4, "--weights", "average"]
     assert main(["evaluate", *map(str, [*words, *metric])]) == 0
     head, line = capsys.readouterr().out.splitlines()
     assert head.split()[-1] == "length" and float(line.split()[-1]) > 0

@@ -29,7 +29,7 @@ BAD = {
 }
 SAYS = {
     "no_image": "no_image.jsonl line 2: image",
-    "bad_line": "bad_line.jsonl line 2: settings that can't be used: cfg_text_scal is not a setting",
+    "bad_line": "bad_line.jsonl line 2: cfg_text_scal is not a setting; did you mean cfg_text_scale?",
     "taylor": "taylor.jsonl line 1: enable_taylorseer",
 }
 STEPS, SAVED = 3, 2

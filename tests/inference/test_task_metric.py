@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from bagel_ds.arguments.run_config import make_config
 from bagel_ds.data.batches.held_out import HeldOut
+from bagel_ds.demo import exact_answer as exact_answer_module
 from bagel_ds.demo import write_demo
 from bagel_ds.demo.exact_answer import exact_answer
 from bagel_ds.errors import UserError
@@ -42,7 +44,7 @@ vlm_sft:
   dataset_names: [llava_ov]
   image_transform_args: {image_stride: 14, max_image_size: 56, min_image_size: 28}
   frame_sampler_args: {max_num_frames: 12, min_num_frames: 8}
-  num_used_data: [3]
+  num_used_data: [60]
   weight: 1
 """
 
@@ -84,7 +86,7 @@ def judged(demo: Path, inferencer: Inferencer) -> list[tuple[Made, dict[str, Any
         found.append((prediction, row))
         return len(found)
 
-    split = held_out(demo, 12)
+    split = held_out(demo, 7)
     assert metric(judge).mean(inferencer, split) == pytest.approx((split.rows + 1) / 2), "the mean over all rows"
     return found
 
@@ -112,7 +114,7 @@ def test_answers_are_deterministic_and_do_not_depend_on_the_batch(
 ) -> None:
     texts: list[str | None] = []
     one = TaskMetric("own", "own.py:own", lambda made, row: texts.append(made.text) or 0.0, SETTINGS, batch_size=1)
-    one.mean(inferencer, held_out(demo, 12))
+    one.mean(inferencer, held_out(demo, 7))
     assert texts == [made.text for made, _ in judged]
 
 
@@ -129,10 +131,8 @@ def test_a_metric_that_fails_names_the_row(demo: Path, inferencer: Inferencer) -
 
 def test_a_metric_is_loaded_by_file_and_name(demo: Path, tmp_path: Path) -> None:
     found = load_metric(f"{demo / 'exact_answer.py'}:exact_answer", {})
-    assert (found.name, found.function(Made([], "The answer is: red up."), {"answer": "red up"})) == (
-        "exact_answer",
-        1.0,
-    )
+    assert found.name == "exact_answer"
+    assert found.function(Made([], "The answer is: red up."), {"answer": "red up"}) == 1.0
     (tmp_path / "broken.py").write_text("import nothing_of_this_name")
     for word, words in {
         "exact_answer": "expected FILE.py:function",
@@ -161,10 +161,15 @@ def test_exact_answer(text: str | None, right: float) -> None:
     assert exact_answer(Made([], text), {"answer": "red up, blue left"}) == right
 
 
+def test_the_documented_example_is_the_one_that_the_demo_writes() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "inference.md").read_text()
+    assert inspect.getsource(exact_answer_module).partition("def exact_answer")[2].strip() in page
+
+
 def test_the_mean_is_among_the_scores(demo: Path) -> None:
     values = {"model_path": str(demo / "model"), "finetune_from_hf": True, "precision": "fp32", "num_workers": 0}
     values |= {"val_config": str(demo / "val.yaml"), "max_num_tokens": 400, "val_max_batches": 1}
     scores = evaluate_folder(
-        demo / "model", "model", make_config(values), torch.device("cpu"), metric=metric(lambda made, row: 0.25)
+        demo / "model", "ema", make_config(values), torch.device("cpu"), metric=metric(lambda made, row: 0.25)
     )
     assert scores["val/own"] == 0.25 and "val/mse" in scores
