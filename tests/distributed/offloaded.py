@@ -33,6 +33,7 @@ from bagel_ds.zero.engine import AdamOptions, ZeroEngine, run_dtype
 from bagel_ds.zero.partitions import MOMENTS
 from bagel_ds.zero.weights import held_weight
 from bench.random_tables import RandomSource, Tables
+from tests.distributed.adam import held_weights
 
 LEARNING_RATE = 1e-3
 
@@ -90,22 +91,13 @@ def train(case: dict[str, Any], results: Path) -> None:
     dist.barrier()
 
 
-def weights_of(engine: ZeroEngine) -> dict[str, Tensor]:
-    """This rank's share of every weight, padding left out."""
-    found = {}
-    for name, parameter in engine.module.named_parameters():
-        with held_weight(name, parameter) as (place, values):
-            found[name] = values[: place.numel].cpu().clone()
-    return found
-
-
 def check_average_in_place(engine: ZeroEngine, average: ShardedEMA) -> None:
     """The network computes with the average, and with the very weights of before afterwards."""
-    before, seed = weights_of(engine), 77
+    before, seed = held_weights(engine), 77
     with engine.forward_only():
         value = engine.forward(seed).item()
     with engine.average_in_place(average), engine.forward_only():
-        inside, found = weights_of(engine), engine.forward(seed).item()
+        inside, found = held_weights(engine), engine.forward(seed).item()
     # What the network computes with, from the shards of the average on all ranks.
     expected = torch.zeros(1, dtype=torch.float64, device=engine.device)
     dtype = run_dtype(engine.ds_config)
@@ -119,7 +111,7 @@ def check_average_in_place(engine: ZeroEngine, average: ShardedEMA) -> None:
     dist.all_reduce(expected)
     assert abs(found / expected.item() - 1) < (1e-5 if dtype == torch.float32 else 1e-2), (found, expected)
     assert found != value
-    after = weights_of(engine)
+    after = held_weights(engine)
     assert all(torch.equal(after[name], before[name]) for name in before), "not the weights of before"
     with engine.forward_only():
         assert engine.forward(seed).item() == value, "what was gathered is not of the weights of before"
