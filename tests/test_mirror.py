@@ -56,6 +56,8 @@ COVERED_BY: dict[str, tuple[str, str]] = {
     "train/plan_log.py": ("distributed/test_launchers.py", "needs a launch"),
     "train/prepare.py": ("distributed/test_bad_input.py", "needs a launch"),
     "train/ranks/alarm.py": ("train/ranks/test_failure.py", "an alarm sounds when a rank fails"),
+    "train/metrics/shown.py": ("train/metrics/test_log.py", "a record that a log shows"),
+    "train/sampling.py": ("distributed/test_sampling.py", "needs a launch"),
     "train/step.py": ("model/losses/test_breakdown.py", "also by every recording in distributed/test_trajectories.py"),
     "train/trainer.py": ("distributed/test_resume.py", "needs a launch"),
     "units.py": ("memory/test_planner.py", "three constants"),

@@ -81,7 +81,7 @@ class TrainingArguments:
     visual_gen: bool = option(True, "train image generation")
     visual_und: bool = option(True, "train image understanding")
 
-    results_dir: str = option("results", "folder of log.txt, metrics.jsonl and TensorBoard files")
+    results_dir: str = option("results", "folder of log.txt, metrics.jsonl, TensorBoard files and samples")
     checkpoint_dir: str = option("results/checkpoints", "folder of the step_N checkpoints")
 
     enable_wandb: bool | None = option(
@@ -114,6 +114,16 @@ class TrainingArguments:
     val_every: int = option(500, "(ours) optimizer steps between evaluations; the last step is always evaluated")
     val_max_batches: int = option(
         0, "(ours) evaluate at most so many packs over all ranks, spread over the split; 0 takes all"
+    )
+
+    sample_prompts: str | None = option(
+        None, "(ours) JSONL or parquet of prompts, as for `bagel-ds generate`, to draw and answer during training"
+    )
+    sample_every: int = option(500, "(ours) optimizer steps between samples; the last step always gives samples")
+    sample_weights: str = option(
+        "weights",
+        "(ours) what the samples come from: the weights, their moving average, or both",
+        choices=("weights", "average", "both"),
     )
 
     stop_after: str | None = option(

@@ -23,7 +23,7 @@ from bagel_ds.machine.user_folders import expanded
 from bagel_ds.model.attention.backends import BACKENDS, DEFAULT_BACKEND
 
 _PATHS = """model_path llm_path vit_path vae_path dataset_config_file dataset_info index_cache results_dir
-    checkpoint_dir resume_from val_config ds_config nvme_path""".split()
+    checkpoint_dir resume_from val_config sample_prompts ds_config nvme_path""".split()
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _wanted_attention(config: RunConfig) -> str:
 # ------------------------------------------------------------------------------------------------ what is refused
 _AT_LEAST_ONE = """max_num_tokens_per_sample expected_num_tokens max_num_tokens prefetch_factor total_steps log_every
     save_every gradient_accumulation_steps latent_patch_size vit_patch_size vit_max_num_patch_per_side max_latent_size
-    num_replicate num_shard ema_every val_every""".split()
+    num_replicate num_shard ema_every val_every sample_every""".split()
 _NOT_NEGATIVE = """num_workers prefer_buffer_before max_buffer_size data_seed global_seed debug_batches warmup_steps lr
     min_lr eps max_grad_norm mse_weight ce_weight peak_device_tflops keep_last stall_timeout max_nonfinite
     val_max_batches weight_decay lora_rank""".split()
@@ -169,6 +169,11 @@ def _faults(config: RunConfig) -> list[str]:
         faults.append(
             "--auto_resume True continues the run in checkpoint_dir, --start_anew True moves it aside; leave out one "
             "of the two"
+        )
+    if values["sample_prompts"] is not None and values["sample_weights"] != "weights" and not values["ema"]:
+        faults.append(
+            f"--sample_weights {values['sample_weights']} needs the moving average, and --ema 0 turns it off; leave "
+            "out one of the two"
         )
     if values["stop_after"] is not None and duration_seconds(values["stop_after"]) is None:
         faults.append(f"--stop_after {values['stop_after']}: expected a duration such as 3h50m, 90m, 45s or seconds")
@@ -243,10 +248,13 @@ def _effectless_notes(config: RunConfig) -> list[str]:
         notes.append("prefetch_factor has no effect: num_workers is 0")
     lora = sorted({"lora_alpha", "lora_dropout", "lora_targets"} & given)
     if lora and not config.training.lora_rank:
-        notes.append(f"{', '.join(lora)} without effect: lora_rank is 0")
+        notes.append(f"no effect: {', '.join(lora)}, because lora_rank is 0")
     validation = sorted({"val_every", "val_max_batches"} & given)
     if validation and config.training.val_config is None:
         notes.append(f"no effect: {', '.join(validation)}, because val_config is not given")
+    samples = sorted({"sample_every", "sample_weights"} & given)
+    if samples and config.training.sample_prompts is None:
+        notes.append(f"no effect: {', '.join(samples)}, because sample_prompts is not given")
     return notes
 
 

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bagel_ds.arguments.run_config import RunConfig, make_config, parse_arguments
+from bagel_ds.cli.option_values import at_least_one
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.machine.output import log_to_stderr
 
 if TYPE_CHECKING:
-    from bagel_ds.model.batch import PackedBatch
+    from bagel_ds.inference.task_metric import TaskMetric
 
 logger = logging.getLogger("bagel_ds")
 
+_SETTINGS = ("num_timesteps", "max_think_token_n", "max_iterations")
 _STEMS = {"average": "ema", "weights": "model"}
 
 
@@ -47,6 +49,10 @@ def add_command(commands: Any) -> None:
     add("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="checkpoint, export or model folder")
     add("--val_config", "--val-config", required=True, help="dataset YAML of the held-out split")
     add("--weights", choices=("both", *_STEMS), default="both", help="which of a folder's weight files (default both)")
+    add("--metric", metavar="FILE.py:FUNCTION", help="also answer every row; FUNCTION(prediction, row) judges each")
+    for name in _SETTINGS:
+        add(f"--{name}", type=at_least_one, default=None, help="of --metric's answers, as in bagel-ds generate")
+    add("--batch_size", "--batch-size", type=at_least_one, default=4, help="rows answered at a time (default 4)")
     add("--device", default=None, help="cpu, cuda or cuda:N (default: the first GPU, if there is one)")
     add("--json", action="store_true", help="print one JSON object")
 
@@ -60,11 +66,12 @@ def run(options: argparse.Namespace) -> int:
     from bagel_ds.inference.evaluate import evaluate_folder
     from bagel_ds.inference.loading import torch_device
 
+    metric = _metric(options)
     device = torch_device(options.device)
     rows = []
     for checkpoint, kind in found:
         logger.info("%s: %s", checkpoint, kind)
-        scores = evaluate_folder(checkpoint, _STEMS[kind], config, device, _bar)
+        scores = evaluate_folder(checkpoint, _STEMS[kind], config, device, _bar, metric)
         rows.append(Row(str(checkpoint), kind, scores))
     if options.json:
         print(json.dumps({"val_config": options.val_config, "results": [row._asdict() for row in rows]}, indent=1))
@@ -103,6 +110,19 @@ def _weight_files(checkpoints: Sequence[Path], wanted: Sequence[str]) -> list[tu
     return found
 
 
+def _metric(options: argparse.Namespace) -> TaskMetric | None:
+    settings = {name: value for name in _SETTINGS if (value := getattr(options, name)) is not None}
+    if options.metric is None:
+        if settings:
+            raise UserError(f"--{next(iter(settings))} is for the answers that --metric judges; pass --metric, too")
+        return None
+    from bagel_ds.inference.settings import Settings
+    from bagel_ds.inference.task_metric import load_metric
+
+    Settings().changed(settings)
+    return load_metric(options.metric, settings, options.batch_size)
+
+
 def _settings(options: argparse.Namespace) -> RunConfig:
     """The trainer's arguments as given, then as the first checkpoint's run had them."""
     from bagel_ds.inference.evaluate import recorded_settings
@@ -122,7 +142,7 @@ def _settings(options: argparse.Namespace) -> RunConfig:
     return make_config(given.values() | recorded, given.explicit, given.places)
 
 
-def _bar(batches: Iterable[PackedBatch], count: int) -> Iterable[PackedBatch]:
+def _bar(items: Iterable[Any], count: int) -> Iterable[Any]:
     from tqdm import tqdm
 
-    return tqdm(batches, total=count, desc="evaluating", unit="pack", disable=None)
+    return tqdm(items, total=count, desc="evaluating", disable=None)

@@ -19,6 +19,7 @@ from bagel_ds.cli.option_values import at_least_one, gibibytes, gibibytes_or_non
 from bagel_ds.errors import UserError
 from bagel_ds.inputs.files import is_hub_id
 from bagel_ds.lora.targets import with_adapters
+from bagel_ds.memory.between_steps import SampleShape
 from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.memory.report import not_compared, report_lines, size_options, suggestion_lines
 from bagel_ds.memory.suggestions import resolved, suggestions
@@ -77,6 +78,7 @@ def run(options: argparse.Namespace) -> int:
         device=options.device,
         image_pixels=options.max_image_size**2,
         vae=vae,
+        samples=_samples(config, model, vae, ranks.all),
         gpu_memory=options.gpu_memory,
         host_memory=options.host_memory,
         nvme=options.nvme,
@@ -117,6 +119,18 @@ def _inference(model: BagelConfig, vae: VAEConfig, gpu_memory: float | None) -> 
         f"An image of {calls} steps moves {calls * gib:,.0f} GiB over PCIe: {calls * gib / PCIE:,.0f} s at {PCIE} "
         "GiB/s, minus what overlaps with computation"
     )
+
+
+def _samples(config: RunConfig, model: BagelConfig, vae: VAEConfig, world_size: int) -> SampleShape | None:
+    """What the run's own prompts take. Raises `UserError` for those that it would refuse."""
+    if config.training.sample_prompts is None:
+        return None
+    from bagel_ds.inference.prompts import open_prompts
+    from bagel_ds.inputs.data import layout_options
+
+    layout = layout_options(config, model, vae)
+    prompts = open_prompts(Path(config.training.sample_prompts), model, layout, config.data.max_num_tokens)
+    return prompts.memory(world_size, average=config.training.sample_weights != "weights")
 
 
 def _checked(plan: MemoryPlan) -> int:

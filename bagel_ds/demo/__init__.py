@@ -10,6 +10,7 @@ autoencoder.py its VAE, tokenizer.py its tokenizer. summary.py and gallery.py sh
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from bagel_ds.errors import UserError
 
 MARK = "# Written by `bagel-ds demo`."
+METRIC = "exact_answer.py"
 _EXAMPLE = "data/bagel_example"
 
 DATASET_INFO = f"""{MARK} Where the data sets of both configs are; paths are relative to this file.
@@ -125,7 +127,7 @@ data_names:
 
 
 def write_demo(out: Path, seed: int = 0) -> None:
-    """Write `out`/model, data, example.yaml, dataset_info.yaml and blockmoving_sft.yaml.
+    """Write `out`/model, data, example.yaml, dataset_info.yaml, blockmoving_sft.yaml and exact_answer.py.
 
     About 30 MB, nearly all of it the autoencoder, whose normalization in 32 groups needs at least 32 channels. An
     earlier demo there is overwritten. Raises UserError if `out` holds anything else or can't be written.
@@ -140,6 +142,7 @@ def write_demo(out: Path, seed: int = 0) -> None:
             ("blockmoving_sft.yaml", BLOCKMOVING),
         ):
             (out / name).write_text(text)
+        shutil.copyfile(Path(__file__).with_name(METRIC), out / METRIC)
         _write_data_and_model(out, seed)
     except OSError as fault:
         raise UserError(

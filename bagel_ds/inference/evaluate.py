@@ -19,8 +19,11 @@ from torch import Tensor
 
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.data.batches.held_out import HeldOut
-from bagel_ds.inference.loading import DTYPES, load_bagel
-from bagel_ds.inputs.data import open_held_out, open_inputs
+from bagel_ds.inference.generation import Inferencer
+from bagel_ds.inference.loading import DTYPES, image_transforms, load_bagel
+from bagel_ds.inference.network import Network
+from bagel_ds.inference.task_metric import Progress, TaskMetric
+from bagel_ds.inputs.data import layout_options, open_held_out, open_inputs
 from bagel_ds.machine.liveness import going_on
 from bagel_ds.model.bagel import BagelOutput
 from bagel_ds.model.batch import PackedBatch
@@ -80,17 +83,19 @@ def evaluate_folder(
     stem: str,
     config: RunConfig,
     device: torch.device,
-    progress: Callable[[Iterable[PackedBatch], int], Iterable[PackedBatch]] = lambda batches, count: batches,
+    progress: Progress = lambda items, count: items,
+    metric: TaskMetric | None = None,
 ) -> Scores:
     """The scores of a model folder's "ema" or "model" weights on the split of --val_config, in one process.
 
-    `config` gives budgets, precision and switches. `progress(batches, count)` may show a bar. Raises `UserError`.
+    `config` gives budgets, precision and switches. `progress(items, count)` may show a bar over packs and, for
+    `metric`, over rows. Raises `UserError`.
     """
     inputs = open_inputs(_for_folder(config, path))
     held_out: HeldOut = open_held_out(inputs.config, inputs.folder, inputs.model, inputs.vae, progress=True)
     dtype = DTYPES[config.training.precision]
     model_folder = ModelFolder(inputs.folder)
-    vae = model_folder.load_vae(decodes=False).to(device)
+    vae = model_folder.load_vae(decodes=metric is not None).to(device)
     files = TensorFiles(model_folder.weight_files(stem))
     model = load_bagel(inputs.model, files, f"{inputs.folder} ({stem}.safetensors)", device, dtype)
 
@@ -100,7 +105,14 @@ def evaluate_folder(
         return output
 
     batches = progress(held_out.batches(), held_out.count(1))
-    return validate(batches, forward, device, held_out.datasets, inputs.model.timestep_shift)
+    scores = validate(batches, forward, device, held_out.datasets, inputs.model.timestep_shift)
+    if metric is not None:
+        layout = layout_options(inputs.config, inputs.model, inputs.vae)
+        network = Network(model, vae, inputs.tokenizer, layout, *image_transforms(layout), device=device)
+        cannot_draw = None if inputs.model.visual_gen else "--visual_gen False leaves out what generates images"
+        mean = metric.mean(Inferencer(network, cannot_draw), held_out, progress)
+        scores |= {} if mean is None else {f"val/{metric.name}": mean}
+    return scores
 
 
 def _for_folder(config: RunConfig, path: Path) -> RunConfig:

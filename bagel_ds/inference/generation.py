@@ -9,7 +9,7 @@ Source: the original's InterleaveInferencer, its options and the three contexts 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from bagel_ds.data.batches.layout import Loaded
+from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT
 from bagel_ds.errors import UserError
 from bagel_ds.inference import pictures
@@ -50,6 +51,13 @@ class Request:
     think_prompt: str | None = None  # instead of this project's
     settings: Settings = Settings()
     seed: int = 0
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """All that is read: the thinking prompt, then the inputs."""
+        if not self.think:
+            return self.inputs
+        return (self.think_prompt or (THINK_TO_ANSWER if self.answers else THINK_TO_DRAW), *self.inputs)
 
 
 @dataclass(frozen=True)
@@ -145,8 +153,8 @@ class Inferencer:
         result = self.run([request])[0]
         return [item for item in (result.text, result.image) if item is not None]
 
+    @staticmethod
     def request(
-        self,
         prompt: str,
         image: Any = None,
         mode: str | None = None,
@@ -201,7 +209,7 @@ class Inferencer:
             gen: list[Loaded] = []
             text: list[Loaded] = []
             snapshot = 0  # entries of gen that cfg_text has
-            for item in self._with_think_prompt(request):
+            for item in request.items:
                 if isinstance(item, str):
                     snapshot = len(gen)
                     entry = self.text_entry(item)
@@ -250,26 +258,26 @@ class Inferencer:
         for work, context in zip(thinking, self.network.read([work.branches.gen for work in thinking], thoughts)):
             work.branches.gen = context
 
-    def _with_think_prompt(self, request: Request) -> Iterable[Item]:
-        if request.think:
-            yield request.think_prompt or (THINK_TO_ANSWER if request.answers else THINK_TO_DRAW)
-        yield from request.inputs
-
     def check(self, requests: Sequence[Request]) -> None:
         """Raises `UserError` for what this model can't do."""
-        stride, side = self.network.layout.latent_stride, self.network.layout.max_latent_size
-        for request in requests:
-            if not request.inputs:
-                raise UserError("nothing to read: pass a prompt, an image or both")
-            if request.answers:
-                continue
-            if self.cannot_draw is not None:
-                raise UserError(f"this model can't draw: {self.cannot_draw}. It answers questions (mode vqa).")
-            height, width = request.settings.image_shapes
-            if height % stride or width % stride or max(height, width) > side * stride:
-                raise UserError(
-                    f"image_shapes {height} x {width}: both must be multiples of {stride}, at most {side * stride}"
-                )
+        check_requests(requests, self.network.layout, self.cannot_draw)
+
+
+def check_requests(requests: Sequence[Request], layout: LayoutOptions, cannot_draw: str | None) -> None:
+    """Raises `UserError` for what a model of this layout can't do; `cannot_draw` says why it can't draw."""
+    stride, side = layout.latent_stride, layout.max_latent_size
+    for request in requests:
+        if not request.inputs:
+            raise UserError("nothing to read: pass a prompt, an image or both")
+        if request.answers:
+            continue
+        if cannot_draw is not None:
+            raise UserError(f"this model can't draw: {cannot_draw}. It answers questions (mode vqa).")
+        height, width = request.settings.image_shapes
+        if height % stride or width % stride or max(height, width) > side * stride:
+            raise UserError(
+                f"image_shapes {height} x {width}: both must be multiples of {stride}, at most {side * stride}"
+            )
 
 
 def _seed(seed: int | Sequence[int]) -> int:

@@ -16,16 +16,23 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from bagel_ds.errors import UserError
-from bagel_ds.inference.generation import Inferencer, Request, Result
+from bagel_ds.inference.generation import Inferencer, Request
 
 logger = logging.getLogger("bagel_ds")
 
 RESULTS = "results.jsonl"
+
+
+class Made(NamedTuple):
+    """What a request gave: `images`, and the answer, thought or interleaved text, which names the images' files."""
+
+    images: list[Image.Image]
+    text: str | None
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,14 @@ class Job:
         return hashlib.sha256(json.dumps(self.words, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def read_jobs(path: Path, common: dict[str, Any], seed: int, faults: list[str]) -> list[Job]:
+def read_jobs(path: Path, common: dict[str, Any], seed: int, faults: list[str], option: str = "--prompts") -> list[Job]:
     """A job per line of a JSONL or row of a parquet file; what can't be one goes into `faults`.
 
     A line holds `prompt` and, if need be, image, mode, seed, think and settings by name; `common` holds for lines that
-    don't say otherwise. Without a seed a line gets `seed` plus its number.
+    don't say otherwise. Without a seed a line gets `seed` plus its number. Messages name the file's `option`.
     """
     jobs = []
-    for number, place, row in _rows(path, faults):
+    for number, place, row in _rows(path, faults, option):
         row = {name: value for name, value in row.items() if value is not None}
         if isinstance(row.get("image"), str):
             row["image"] = str((path.parent / row["image"]).resolve())
@@ -112,22 +119,59 @@ def run_jobs(
     made = 0
     for start in range(0, len(waiting), batch_size):
         asked: list[tuple[Job, Request]] = []
-        interleaved: list[tuple[Job, Request]] = []
         for job in waiting[start : start + batch_size]:
             try:
-                request = inferencer.request(**_arguments(job.words))
+                request = request_of(job)
                 inferencer.check([request])
             except UserError as fault:
                 faults.append(f"{job.place}: {fault}")
                 continue
-            (interleaved if job.words.get("mode") == "interleave" else asked).append((job, request))
-        for (job, _), result in zip(asked, inferencer.run([request for _, request in asked]) if asked else []):
-            _keep(out, job, result)
-        for (job, _), items in zip(interleaved, inferencer.reason([request for _, request in interleaved])):
-            _keep_items(out, job, items)
-        made += len(asked) + len(interleaved)
+            asked.append((job, request))
+        for (job, _), result in zip(asked, make(inferencer, asked)):
+            keep(out, job, result)
+        made += len(asked)
         done(len(waiting[start : start + batch_size]))
     return made, len(jobs) - len(waiting)
+
+
+def make(inferencer: Inferencer, asked: Sequence[tuple[Job, Request]]) -> list[Made]:
+    """The results of a batch of jobs, in their order."""
+    names = [Path(job.name).name for job, _ in asked]
+    return answers_of(inferencer, [request for _, request in asked], [interleaves(job) for job, _ in asked], names)
+
+
+def answers_of(
+    inferencer: Inferencer, requests: Sequence[Request], reasons: Sequence[bool], names: Sequence[str] = ()
+) -> list[Made]:
+    """The results of a batch of requests, in their order; those that `reason` are answered in texts and pictures.
+
+    Their texts call the pictures `names`_0.png, ...
+    """
+    others = [number for number, reasoned in enumerate(reasons) if not reasoned]
+    reasoning = [number for number, reasoned in enumerate(reasons) if reasoned]
+    found: dict[int, Made] = {}
+    for number, result in zip(others, inferencer.run([requests[number] for number in others]) if others else []):
+        found[number] = Made([] if result.image is None else [result.image], result.text)
+    for number, items in zip(reasoning, inferencer.reason([requests[number] for number in reasoning])):
+        images = [item for item in items if not isinstance(item, str)]
+        places = (f"![]({name}.png)" for name in _numbered(names[number] if names else "picture", len(images)))
+        said = [item if isinstance(item, str) else next(places) for item in items]
+        found[number] = Made(images, "\n\n".join(said))
+    return [found[number] for number in range(len(requests))]
+
+
+def interleaves(job: Job) -> bool:
+    """Whether a job's answer is made of texts and pictures in turn."""
+    return bool(job.words.get("mode") == "interleave")
+
+
+def _numbered(name: str, images: int) -> list[str]:
+    return [f"{name}_{number}" for number in range(images)]
+
+
+def request_of(job: Job) -> Request:
+    """Raises `UserError` for what is no request, and for an image that can't be read."""
+    return Inferencer.request(**_arguments(job.words))
 
 
 def _arguments(words: dict[str, Any]) -> dict[str, Any]:
@@ -149,28 +193,28 @@ def _decoded(content: bytes) -> Image.Image:
         raise UserError(f"image: {fault}") from None
 
 
-def _rows(path: Path, faults: list[str]) -> Iterator[tuple[int, str, dict[str, Any]]]:
+def _rows(path: Path, faults: list[str], option: str = "--prompts") -> Iterator[tuple[int, str, dict[str, Any]]]:
     """(number, place, row) of a JSONL file, a JSON list or a parquet file."""
     if not path.is_file():
-        raise UserError(f"--prompts {path}: no such file")
+        raise UserError(f"{option} {path}: no such file")
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
         try:
             rows = pq.read_table(path).to_pylist()
         except (OSError, ValueError) as error:
-            raise UserError(f"--prompts {path} can't be read as parquet: {error}") from None
+            raise UserError(f"{option} {path} can't be read as parquet: {error}") from None
         yield from ((number, f"{path} row {number}", row) for number, row in enumerate(rows))
         return
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError) as error:
-        raise UserError(f"--prompts {path} can't be read as UTF-8 text: {error}") from None
+        raise UserError(f"{option} {path} can't be read as UTF-8 text: {error}") from None
     if text.lstrip().startswith("["):
         try:
             listed = json.loads(text)
         except ValueError as error:
-            raise UserError(f"--prompts {path} is not a JSON list: {error}") from None
+            raise UserError(f"{option} {path} is not a JSON list: {error}") from None
         lines = [(f"{path} item {number}", item) for number, item in enumerate(listed)]
     else:
         lines = [(f"{path} line {number}", line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
@@ -203,23 +247,12 @@ def _finished(out: Path) -> dict[str, str]:
     return found
 
 
-def _keep(out: Path, job: Job, result: Result) -> None:
-    files = []
-    if result.image is not None:
-        files.append(write_image(out / f"{job.name}.png", result.image))
-    _record(out, job, files, result.text)
-
-
-def _keep_items(out: Path, job: Job, items: list[Any]) -> None:
-    """An interleaved answer: its pictures as files, its text with their names in between."""
-    files, said = [], []
-    for number, item in enumerate(items):
-        if isinstance(item, str):
-            said.append(item)
-        else:
-            files.append(write_image(out / f"{job.name}_{number}.png", item))
-            said.append(f"![]({files[-1].name})")
-    _record(out, job, files, "\n\n".join(said))
+def keep(out: Path, job: Job, made: Made) -> None:
+    """Write a result's pictures and its line in results.jsonl."""
+    path = out / job.name
+    names = _numbered(path.name, len(made.images)) if interleaves(job) else [path.name] * len(made.images)
+    files = [write_image(path.with_name(f"{name}.png"), image) for name, image in zip(names, made.images)]
+    _record(out, job, files, made.text)
 
 
 def _record(out: Path, job: Job, files: list[Path], text: str | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -41,6 +42,13 @@ logger = logging.getLogger("bagel_ds")
 # The original app's; a network with smaller position tables gets what these allow.
 VAE_SIZES, VIT_SIZES = (1024, 512), (980, 224)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class ImageTransforms(NamedTuple):
+    """Of an image to read: for the autoencoder, whose picture the ViT then gets in its own size."""
+
+    vae: ImageTransform
+    vit: ImageTransform
 
 
 def open_inferencer(
@@ -101,18 +109,18 @@ def open_inferencer(
         vit_max_num_patch_per_side=config.vit.max_patches_per_side,
         latent_channels=config.z_channels,
     )
+    transforms = image_transforms(options)
+    network = Network(model, vae, tokenizer, options, transforms.vae, transforms.vit, place)
+    return Inferencer(network, _lacks(folder, generates, vae))
+
+
+def image_transforms(options: LayoutOptions) -> ImageTransforms:
+    """The rules by which images to read are resized."""
     vae_sizes = [min(size, options.max_latent_size * options.latent_stride) for size in VAE_SIZES]
     vit_sizes = [min(size, options.vit_max_num_patch_per_side * options.vit_patch_size) for size in VIT_SIZES]
-    network = Network(
-        model,
-        vae,
-        tokenizer,
-        options,
-        ImageTransform(options.latent_stride, *vae_sizes),
-        ImageTransform(options.vit_patch_size, *vit_sizes),
-        place,
+    return ImageTransforms(
+        ImageTransform(options.latent_stride, *vae_sizes), ImageTransform(options.vit_patch_size, *vit_sizes)
     )
-    return Inferencer(network, _lacks(folder, generates, vae))
 
 
 def load_bagel(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +20,27 @@ from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.data.samples.sample import TEXT
 from bagel_ds.inference.cache import KeyValueCache
-from bagel_ds.model.bagel import Bagel, Prediction
+from bagel_ds.model.bagel import Prediction
 from bagel_ds.model.batch import CAUSAL, PackedBatch
+from bagel_ds.model.mot import LayerCache
+from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model.vae import AutoEncoder, encode_batch
 from bagel_ds.model_folder.tokenizer import Tokenizer
+
+
+class Predictor(Protocol):
+    """What inference needs of a network: a `Bagel`, or what stands for one (`joint_calls.py`)."""
+
+    config: BagelConfig
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __call__(
+        self, batch: PackedBatch, latents_GF: Tensor, t_G: Tensor, caches: Sequence[LayerCache], cached: Sequence[int]
+    ) -> Prediction: ...
+
+    def velocity_of(self, last_MC: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -42,7 +60,7 @@ class Context:
 class Network:
     """The network with all it takes to turn texts and images into its input. `vae` None: it can't see edits or draw."""
 
-    model: Bagel
+    model: Predictor
     vae: AutoEncoder | None
     tokenizer: Tokenizer
     layout: LayoutOptions

@@ -138,6 +138,9 @@ def _data_faults(config: RunConfig) -> list[str]:
         faults.append(
             f"--val_config {validation}: no such file. Write a dataset YAML of the held-out rows (docs/inference.md)"
         )
+    prompts = config.training.sample_prompts
+    if prompts is not None and not Path(prompts).is_file():
+        faults.append(f"--sample_prompts {prompts}: no such file. Write a prompt per line as docs/inference.md shows")
     info = config.data.dataset_info
     if info is not None and not Path(info).is_file():
         faults.append(f"--dataset_info {info}: no such file; pass a .yaml, .json or .py file with DATASET_INFO")

@@ -14,6 +14,7 @@ from typing import Any
 
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.errors import UserError
+from bagel_ds.memory.between_steps import SampleShape, decoder, evaluation, samples
 from bagel_ds.memory.phases import Phase, StepShape, arena, gathering, offloaded_inputs, phases
 from bagel_ds.memory.states import DEVICE, EXACT_ABOVE_MIB, HOST, NVME, Sharding, State, pinned_excess, states
 from bagel_ds.memory.traffic import Traffic, step_traffic
@@ -60,6 +61,8 @@ class MemoryOptions:
     # torch rounds page-locked blocks up to powers of two and keeps freed ones; the trainer exempts large blocks
     rounds_pinned_memory: bool = False
     vae: VAEConfig = VAEConfig()
+    evaluates: bool = False
+    samples: SampleShape | None = None
     gpu_memory: float | None = None
     host_memory: float | None = None
     nvme: float | None = None
@@ -78,6 +81,7 @@ class MemoryOptions:
             ema_bytes=2 if training.ema_dtype == "bf16" else 4,
             num_workers=data.num_workers,
             prefetch_factor=data.prefetch_factor,
+            evaluates=training.val_config is not None,
             **others,
         )
 
@@ -170,11 +174,19 @@ def plan_memory(model: BagelConfig, settings: ZeroSettings, run: MemoryOptions) 
         gpu_bytes=None if run.gpu_memory is None else run.gpu_memory * GIB,
     )
     ranks = run.ranks_per_host or run.world_size
-    always = [*_rank_states(sharding, shape, run), *_process_states(run, on_cpu, sharding.bf16)]
+    always = [
+        *_rank_states(sharding, shape, run),
+        *decoder(shape, run.samples),
+        *_process_states(run, on_cpu, sharding.bf16),
+    ]
     if not on_cpu:
         pinned = [*always, *arena(sharding, shape)]
         always.append(State("page-locked memory: rounding and cache", HOST, _excess(sharding, pinned, run)))
     peaks = phases(sharding, shape)
+    if run.evaluates:
+        peaks.append(evaluation(sharding, shape, _data_states(run)))
+    if run.samples is not None:
+        peaks.append(samples(sharding, shape, run.samples))
     if on_cpu:
         always = [_moved(state) for state in always]
         peaks = [Phase(phase.name, [_moved(state) for state in phase.states]) for phase in peaks]
@@ -217,17 +229,24 @@ def _rank_states(sharding: Sharding, shape: StepShape, run: MemoryOptions) -> li
 
 
 def _process_states(run: MemoryOptions, on_cpu: bool, bf16: bool) -> list[State]:
-    packs = run.num_workers * run.prefetch_factor if run.num_workers else 1
     found = [
         State("processes of the ranks", HOST, RANK + (CPU_KERNELS[bf16] if on_cpu else CUDA_HOST)),
-        State("data workers", HOST, WORKER_SERVER + run.num_workers * WORKER if run.num_workers else 0),
-        State("prepared packs", HOST, packs * run.max_num_tokens * PACK_BYTES_PER_TOKEN),
+        State("server of data workers", HOST, WORKER_SERVER if run.num_workers else 0),
+        *_data_states(run),
     ]
     if not on_cpu:
         found.append(State("CUDA context", DEVICE, CUDA_CONTEXT))
         if run.world_size > 1:
             found.append(State("NCCL buffers", DEVICE, NCCL))
     return found
+
+
+def _data_states(run: MemoryOptions) -> list[State]:
+    packs = run.num_workers * run.prefetch_factor if run.num_workers else 1
+    return [
+        State("data workers", HOST, run.num_workers * WORKER),
+        State("prepared packs", HOST, packs * run.max_num_tokens * PACK_BYTES_PER_TOKEN),
+    ]
 
 
 def _excess(sharding: Sharding, found: list[State], run: MemoryOptions) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Iterator, Sequence
 
+from bagel_ds.memory.between_steps import EVALUATION, SAMPLES
 from bagel_ds.memory.planner import MemoryItem, MemoryPlan
 from bagel_ds.memory.states import DEVICE, HOST, NVME
 from bagel_ds.memory.suggestions import Suggestion
@@ -27,9 +28,21 @@ def report_lines(plan: MemoryPlan) -> list[str]:
             budget = f" of {budgets[place]:g}" if budgets[place] is not None else ""
             lines.append(f"{title}: {peaks[place] / GIB:.1f}{budget} GiB")
             lines += _item_lines([item for item in plan.items if item.place == place], peaks[place])
+    lines += _between_steps(plan)
     moved = [f"{name} {size / GIB:.0f} GiB" for name, size in plan.traffic._asdict().items() if size]
     lines.append("moved per host and step: " + (", ".join(moved) or "nothing"))
     return lines + [verdict(plan)]
+
+
+def _between_steps(plan: MemoryPlan) -> list[str]:
+    """What evaluations and samples take; rarely the peak, so their items are not among those above."""
+    lines = []
+    for name in (EVALUATION, SAMPLES):
+        by_place = {"GPU": dict(plan.gpu_phases), "host": dict(plan.host_phases)}
+        found = [f"{place} {sizes[name] / GIB:.1f} GiB" for place, sizes in by_place.items() if name in sizes]
+        if found:
+            lines.append(f"during {name}: {', '.join(found)}")
+    return lines
 
 
 def verdict(plan: MemoryPlan) -> str:

@@ -141,7 +141,7 @@ def _averages(run: MemoryOptions) -> list[_Change]:
     found: list[_Change] = [_AS_IT_IS]
     if run.ema and run.ema_bytes > 2:
         found.append(_Change({"ema_dtype": "bf16"}, (2.25,)))
-    if run.ema:
+    if run.ema and not (run.samples is not None and run.samples.average):  # these need it
         found.append(_Change({"ema": 0}, (4.5,)))
     return found
 

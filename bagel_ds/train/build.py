@@ -72,8 +72,9 @@ def _load_average(engine: ZeroEngine, config: RunConfig, prepared: Prepared, upd
 
 
 def image_encoder(config: RunConfig, prepared: Prepared, device: torch.device) -> Callable[[PackedBatch], Tensor]:
-    """The autoencoder on `device`, in the run's precision: a pack's images as clean latent tokens [G, F]."""
-    vae, patch, bf16 = prepared.vae.to(device), prepared.model.latent_patch_size, config.training.precision == "bf16"
+    """The autoencoder's encoder on `device`, in the run's precision: a pack's images as clean latent tokens [G, F]."""
+    prepared.vae.encoder.to(device)
+    vae, patch, bf16 = prepared.vae, prepared.model.latent_patch_size, config.training.precision == "bf16"
 
     def encode(batch: PackedBatch) -> Tensor:
         return encode_batch(vae, batch, patch, bf16)

@@ -16,6 +16,7 @@ from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.data.config.dataset_config import DatasetConfig
 from bagel_ds.errors import UserError
 from bagel_ds.machine.device import device_type, uses_cuda
+from bagel_ds.memory.between_steps import SampleShape
 from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.memory.report import report_lines, suggestion_lines, verdict
 from bagel_ds.memory.suggestions import suggestions
@@ -36,6 +37,7 @@ def plan_run(
     settings: ZeroSettings,
     world_size: int,
     ranks_here: int,
+    samples: SampleShape | None = None,
 ) -> MemoryPlan:
     """The plan of this run, with this host's memory and its `ranks_here` ranks as the budget.
 
@@ -52,6 +54,7 @@ def plan_run(
         gpu_memory=torch.cuda.mem_get_info()[1] / GIB if uses_cuda() else None,
         host_memory=host_memory_gib(),
         nvme=min(map(free_bytes, settings.swap_folders)) / GIB if settings.swap_folders else None,
+        samples=samples,
         rounds_pinned_memory=uses_cuda() and rounds_pinned_memory(),
     )
     plan = plan_memory(model, settings, options)

@@ -30,6 +30,9 @@ def log_plan(config: RunConfig, prepared: Prepared) -> None:
         every, name = config.training.val_every, config.training.val_config
         packs = len(held_out.packs)
         logger.info("held-out data: %d rows of %s in %d packs, every %d steps", held_out.rows, name, packs, every)
+    if (prompts := prepared.prompts) is not None:
+        every, name = config.training.sample_every, config.training.sample_prompts
+        logger.info("samples: %d prompts of %s, every %d steps", len(prompts.jobs), name, every)
     ranks = dist.get_world_size()
     logger.info(
         "%d rank(s), ZeRO stage %d, %s; %d packs of up to %s tokens per step",

@@ -24,14 +24,15 @@ from bagel_ds.data.batches.loader import PlannedData
 from bagel_ds.data.config.dataset_config import DatasetConfig
 from bagel_ds.doctor.environment import compiler_finding, installed_version, refuse_faults
 from bagel_ds.errors import UserError
-from bagel_ds.inputs.data import open_data, open_datasets, open_held_out
+from bagel_ds.inference.prompts import Prompts, open_prompts
+from bagel_ds.inputs.data import layout_options, open_data, open_datasets, open_held_out
 from bagel_ds.inputs.files import check_inputs, pretrained_of, starts_from_pretrained
 from bagel_ds.inputs.network import bagel_config, resolve_model_path
 from bagel_ds.lora.peft_files import holds_adapter
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.memory.planner import MemoryPlan
 from bagel_ds.model.bagel import Bagel
-from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.model.shape.parts import Freezing, trains_by_name
 from bagel_ds.model.vae import AutoEncoder
 from bagel_ds.model_folder.folder import ModelFolder
@@ -72,9 +73,10 @@ class Prepared:
     memory: MemoryPlan
     model_folder: Path
     model: BagelConfig
-    vae: AutoEncoder  # its encoder
+    vae: AutoEncoder  # its encoder, and its decoder where this rank draws samples
     data: PlannedData
     held_out: HeldOut | None  # of --val_config
+    prompts: Prompts | None  # of --sample_prompts
     described_data: dict[str, str]  # for trainer.json; a resumed run compares it with its own
     start: StartPoint
     weights: StartWeights
@@ -96,7 +98,14 @@ def prepare(config: RunConfig) -> Prepared:
     zero = together(lambda: fit_to_network(ds_config, model, config.training, world))
     drive_notes = one_per_host_first(lambda: _ready_nvme(config, zero), "preparing its folder on NVMe")
     datasets = together(lambda: open_datasets(config))
-    memory = together(lambda: plan_run(config, datasets, model, vae.config, zero, world, here))
+    prompts = together(lambda: _open_prompts(config, model, vae.config))
+    if prompts is not None:
+        check_equal({"the prompts of --sample_prompts": [job.key for job in prompts.jobs]})
+        if prompts.draws(dist.get_rank(), world):
+            vae = ModelFolder(model_folder).load_vae()
+    from_average = config.training.sample_weights != "weights"
+    samples = None if prompts is None else prompts.memory(world, from_average)
+    memory = together(lambda: plan_run(config, datasets, model, vae.config, zero, world, here, samples))
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model), model_folder, model.lora))
     saved = together(lambda: _saved_run(config, start))
@@ -114,7 +123,20 @@ def prepare(config: RunConfig) -> Prepared:
     notes = [*ds_notes, *drive_notes, *_crowding(config)]
     notes += together(lambda: _set_aside(config, saved, start) if is_main() else [])
     return Prepared(
-        ds_config, zero, notes, memory, model_folder, model, vae, data, held_out, described, start, weights, claimed
+        ds_config=ds_config,
+        zero=zero,
+        notes=notes,
+        memory=memory,
+        model_folder=model_folder,
+        model=model,
+        vae=vae,
+        data=data,
+        held_out=held_out,
+        prompts=prompts,
+        described_data=described,
+        start=start,
+        weights=weights,
+        claim=claimed,
     )
 
 
@@ -234,6 +256,13 @@ def _open_held_out(config: RunConfig, folder: Path, model: BagelConfig, vae: Aut
     held_out = one_per_host_first(open_it, "indexing the held-out data")
     check_equal({"the held-out data (files, rows, options)": held_out.fingerprint})
     return held_out
+
+
+def _open_prompts(config: RunConfig, model: BagelConfig, vae: VAEConfig) -> Prompts | None:
+    if config.training.sample_prompts is None:
+        return None
+    layout = layout_options(config, model, vae)
+    return open_prompts(Path(config.training.sample_prompts), model, layout, config.data.max_num_tokens)
 
 
 def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[BagelConfig, AutoEncoder]:

@@ -47,6 +47,7 @@ from bagel_ds.train.process.stop import StopRequest
 from bagel_ds.train.ranks import alarm
 from bagel_ds.train.ranks.agreement import barrier, check_equal, is_main, local_rank, on_one_host, together
 from bagel_ds.train.ranks.failure import ending_alone
+from bagel_ds.train.sampling import Sampling
 from bagel_ds.train.saves.changes import keep_config, versions
 from bagel_ds.train.saves.overlap import OverlappedSaves
 from bagel_ds.train.saves.save import SaveOptions
@@ -105,6 +106,7 @@ class Trainer:
         self.breakdown = LossBreakdown(data.datasets, model.timestep_shift, self.loss_options)
         self.meter = StepMeter(model, self.args.peak_device_tflops, data.unusable_rows, self.breakdown)
         self.evaluation = Evaluation(config, self.prepared, self.engine, self.encode)
+        self.sampling = Sampling(config, self.prepared, self.engine, self.ema)
         self.guard = NonFiniteGuard(Path(self.args.results_dir), dist.get_rank(), self.args.max_nonfinite)
 
     def run(self) -> None:
@@ -185,6 +187,13 @@ class Trainer:
                 metrics.log(step.number, values)
             metrics.advance()
 
+        def sample(step: Step) -> None:
+            # No save is under way here: the step finished the last one, and `save` comes after this.
+            if self.sampling.is_due(self.progress.steps_done, self._is_complete()):
+                with self.watch.phase(step.number, "sample"):
+                    metrics.show(step.number, self.sampling.run(self.progress.steps_done))
+                self.meter.restart()
+
         def save(step: Step) -> None:
             if step.result.stop:
                 stop.remove_files()
@@ -192,7 +201,7 @@ class Trainer:
                 with self.watch.phase(step.number, "save"):
                     self._save(saves, now=step.ends_run)
 
-        return [check, log, save]
+        return [check, log, sample, save]
 
     def _save(self, saves: OverlappedSaves, now: bool) -> None:
         """Begin a checkpoint, which the next step finishes before its update; with `now` finish it here."""

@@ -54,6 +54,10 @@ class ShardedEMA:
             for held, values in piece.ranges:
                 copy_range(values, held, source.read)
 
+    def values(self, group: Group) -> Tensor:
+        """The average of an owned group, laid out like its master."""
+        return self._values[group.index]
+
     def pieces(self) -> Iterator[Pieces]:
         """This rank's share, name by name, in the same order on all ranks."""
         for group in self._partitions.groups:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from bagel_ds.errors import UserError
-from bagel_ds.ranges import COPIED_ELEMENTS, WeightSource
+from bagel_ds.ranges import COPIED_ELEMENTS, MASTER, WeightSource
 from bagel_ds.zero.config.settings import ZeroSettings
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
-from bagel_ds.zero.partitions import Partitions, load_masters
+from bagel_ds.zero.partitions import Group, Partitions, load_masters
 from bagel_ds.zero.swap_patches import use_checked_swapping
 from bagel_ds.zero.weights import full_shape, is_partitioned, load_weights
 
@@ -90,6 +90,36 @@ class ZeroEngine:
             yield
         if self.stage == 3:  # DeepSpeed has gathered weights for a backward pass; release them
             self._engine.optimizer.parameter_offload.get_param_coordinator().reset_step()
+
+    @contextmanager
+    def average_in_place(self, ema: ShardedEMA) -> Iterator[None]:
+        """Around `forward_only` blocks that compute with the average; afterwards the weights are what they were.
+
+        The average takes the place of the weights and the masters bring these back, so nothing is held twice. Where the
+        weights are the masters, each rank keeps its share of them in host memory meanwhile. No save may be under way.
+        """
+        aside: dict[int, Tensor] = {}
+        if self.partitions.weights_are_masters:
+            for group in self.partitions.groups:
+                if group.owned:
+                    with self.partitions.open(group) as flats:
+                        aside[group.index] = flats[MASTER].detach().to("cpu", copy=True)
+
+        @contextmanager
+        def averages(group: Group) -> Iterator[Tensor]:
+            yield ema.values(group)
+
+        @contextmanager
+        def weights(group: Group) -> Iterator[Tensor]:
+            if group.index in aside:
+                yield aside[group.index]
+            else:
+                with self.partitions.open(group) as flats:
+                    yield flats[MASTER]
+
+        self.partitions.put_weights(averages)
+        yield  # without `finally`: a rank that fails must not wait for others in a collective call
+        self.partitions.put_weights(weights)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, averaged over ranks."""

@@ -8,15 +8,15 @@ for the internals of DeepSpeed 0.19.8's optimizers; `check_internals` fails if t
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bagel_ds.ranges import MASTER, Pieces, Range, WeightSource, copy_range
-from bagel_ds.zero.weights import stage3_range
+from bagel_ds.ranges import COPIED_ELEMENTS, MASTER, Pieces, Range, WeightSource, copy_range
+from bagel_ds.zero.weights import forget_second_copy, held_weight, stage3_range
 
 EXP_AVG, EXP_AVG_SQ = "exp_avg", "exp_avg_sq"
 MOMENTS = (EXP_AVG, EXP_AVG_SQ)
@@ -90,6 +90,59 @@ class Partitions:
             lacking = key in MOMENTS and EXP_AVG not in self._state(group)
             with self.open(group, write=lacking, moments=lacking) as flats:
                 yield from group_pieces(group, flats[key])
+
+    @property
+    def weights_are_masters(self) -> bool:
+        """Whether the network computes with the masters themselves (stage 0 in fp32)."""
+        return self._stage == 0 and not hasattr(self._optimizer, "fp32_groups")
+
+    @torch.no_grad()
+    def put_weights(self, values: Callable[[Group], AbstractContextManager[Tensor]]) -> None:
+        """Have the network compute with `values(group)` in its weights' dtype; call it on all ranks between two steps.
+
+        `values` is asked for the owned groups, and its tensors are laid out like the groups' masters. Masters are not
+        read or written (unless `weights_are_masters`), and no rank holds more of the weights than before. Of the
+        masters these are the weights that the last update left, bit for bit: every update ends with this cast.
+        """
+        if self._stage == 3:
+            self._put_stage3(values)
+        elif self._stage > 0:
+            self._put_stage12(values)
+        else:
+            for group, (parameter, _) in zip(self.groups, self._whole_parameters()):
+                if group.owned:
+                    with values(group) as flat:
+                        _copy(parameter.data.view(-1), flat)
+                torch.distributed.broadcast(parameter.data, src=group.index % torch.distributed.get_world_size())
+
+    def _put_stage3(self, values: Callable[[Group], AbstractContextManager[Tensor]]) -> None:
+        self._optimizer.checkpoint_event_prologue()  # releases what an earlier forward pass gathered
+        for group, parameters in zip(self.groups, self._optimizer.fp16_groups):
+            by_name = dict(zip(group.names, parameters))
+            with values(group) as flat:
+                for placed in group.ranges:
+                    held = placed.range
+                    with held_weight(held.name, by_name[held.name], write=True) as (_, tensor):
+                        _copy(tensor[: held.numel], flat.narrow(0, placed.offset, held.numel))
+            for parameter in parameters:
+                forget_second_copy(parameter)
+        self._optimizer.checkpoint_event_epilogue()  # gathers the small parameters that are always whole
+
+    def _put_stage12(self, values: Callable[[Group], AbstractContextManager[Tensor]]) -> None:
+        from deepspeed.runtime.utils import all_gather_dp_groups
+
+        optimizer = self._optimizer
+        for group in self.groups:
+            rank = torch.distributed.get_rank(group=optimizer.real_dp_process_group[group.index])
+            with values(group) as flat:
+                _copy(optimizer.parallel_partitioned_bit16_groups[group.index][rank].data, flat)
+        all_gather_dp_groups(
+            groups_flat=optimizer.bit16_groups_flat,
+            partitioned_param_groups=optimizer.parallel_partitioned_bit16_groups,
+            dp_process_group=optimizer.real_dp_process_group,
+            start_alignment_factor=optimizer.nccl_start_alignment_factor,
+            allgather_bucket_size=optimizer.allgather_bucket_size,
+        )
 
     def on_update(self, callback: Callable[[Group, Tensor], None]) -> None:
         """Call `callback(group, master)` for every group right after each of its updates.
@@ -247,6 +300,12 @@ def group_pieces(group: Group, flat: Tensor) -> Iterator[Pieces]:
         yield Pieces(name, ranges)
 
 
+def _copy(target: Tensor, values: Tensor) -> None:
+    """In pieces: torch makes a copy of what changes its dtype on the way to another device."""
+    for own, found in zip(target.split(COPIED_ELEMENTS), values.split(COPIED_ELEMENTS)):
+        own.copy_(found)
+
+
 def load_masters(partitions: Partitions, source: WeightSource) -> None:
     """Fill the masters in the source's own precision (DeepSpeed has made them from 16-bit weights)."""
     for group in partitions.groups:
@@ -265,6 +324,8 @@ _INTERNALS = {
         "_release_swap_buffers",
         "_prepare_sub_group",
         "_release_sub_group",
+        "checkpoint_event_prologue",
+        "checkpoint_event_epilogue",
     ),
     2: (
         "bit16_groups",
@@ -272,6 +333,10 @@ _INTERNALS = {
         "real_dp_process_group",
         "round_robin_bit16_groups",
         "round_robin_bit16_offsets",
+        "bit16_groups_flat",
+        "parallel_partitioned_bit16_groups",
+        "nccl_start_alignment_factor",
+        "allgather_bucket_size",
     ),
 }
 

@@ -71,11 +71,11 @@ def load_weights(module: nn.Module, source: WeightSource) -> int:
             read += copy_range(tensor[: held.numel], held, source.read)
             tensor[held.numel :].zero_()
         if is_partitioned(parameter):
-            _forget_second_copy(parameter)
+            forget_second_copy(parameter)
     return read
 
 
-def _forget_second_copy(parameter: Any) -> None:
+def forget_second_copy(parameter: Any) -> None:
     """Drop the copy that hpZ keeps in each group: it still has the values the module was built with.
 
     The first step would compute with it, and every step with that of frozen parameters. DeepSpeed makes a new one when

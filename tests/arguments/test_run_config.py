@@ -23,7 +23,8 @@ prefetch_factor num_workers max_num_tokens_per_sample expected_num_tokens max_nu
 max_buffer_size data_seed visual_gen visual_und results_dir checkpoint_dir enable_wandb wandb_project wandb_name
 wandb_runid wandb_resume wandb_offline global_seed auto_resume start_anew resume_from resume_model_only
 finetune_from_ema finetune_from_hf log_every save_every total_steps del_previous_state keep_last debug_batches
-val_config val_every val_max_batches stop_after stall_timeout max_nonfinite warmup_steps lr_scheduler lr min_lr beta1
+val_config val_every val_max_batches sample_prompts sample_every sample_weights
+stop_after stall_timeout max_nonfinite warmup_steps lr_scheduler lr min_lr beta1
 beta2 eps ema max_grad_norm timestep_shift mse_weight ce_weight ce_loss_reweighting gradient_accumulation_steps
 peak_device_tflops freeze_llm freeze_vit freeze_vae freeze_und copy_init_moe use_flex num_replicate num_shard
 sharding_strategy backward_prefetch cpu_offload ds_config nvme_path ignore_memory_plan ema_every ema_dtype attn
@@ -430,3 +431,12 @@ def test_a_duration_is_written_as_it_is_read(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
     read = duration_seconds(text)
     assert read is not None and abs(read - seconds) <= (30 if seconds < 86_000 else 3600)
+
+
+def test_samples_of_an_average_that_is_off_are_refused_and_options_without_prompts_explained() -> None:
+    with pytest.raises(UserError, match="--sample_weights both needs the moving average, and --ema 0 turns it off"):
+        parse_arguments(["--sample_prompts", "p.jsonl", "--sample_weights", "both", "--ema", "0"])
+    with pytest.raises(UserError, match="--sample_every 0: expected at least 1"):
+        parse_arguments(["--sample_prompts", "p.jsonl", "--sample_every", "0"])
+    notes = parse_arguments(["--sample_every", "5", "--sample_weights", "both"]).notes
+    assert any("sample_every, sample_weights without effect: sample_prompts is not given" in note for note in notes)

@@ -65,3 +65,19 @@ def test_settings_come_from_the_run_and_then_from_the_command(
     assert scores("--timestep_shift", 1) != given
     (folder / "trainer.json").write_text("{")
     assert "trainer.json can't be read" in error(capsys, *words)
+
+
+def test_a_metric_of_the_users_gets_a_column(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = demo / "val.yaml"
+    config.write_text(
+        "vlm_sft: {dataset_names: [llava_ov], num_used_data: [3], weight: 1, "
+        "image_transform_args: {image_stride: 14, max_image_size: 56, min_image_size: 28}}"
+    )
+    words = [demo / "model", "--val_config", config, "--device", "cpu"]
+    (demo / "length.py").write_text("def length(prediction, row):\n    return len(prediction.text)\n")
+    assert "no such file" in error(capsys, *words, "--metric", "nowhere.py:f")
+    assert "pass --metric, too" in error(capsys, *words, "--num_timesteps", 3)
+    metric = ["--metric", f"{demo / 'length.py'}:length", "--max_think_token_n", 4, "--weights", "average"]
+    assert main(["evaluate", *map(str, [*words, *metric])]) == 0
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split()[-1] == "length" and float(line.split()[-1]) > 0

@@ -263,3 +263,15 @@ def test_inference_says_what_is_streamed_and_what_it_costs(capsys: pytest.Captur
     assert moved == pytest.approx(49 * held, rel=0.01) and seconds == pytest.approx(moved / 20, rel=0.02)
     assert main("memory --model 7b --inference --gpu_memory 4".split()) == 2
     assert "too small for this network" in capsys.readouterr().err
+
+
+def test_samples_are_planned_by_the_runs_own_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["memory", "--model", "7b", "--ds_config", "zero3_cpu.json", "--sample_prompts", str(tmp_path / "p.jsonl")]
+    assert main(words) == 2
+    assert f"--sample_prompts {tmp_path / 'p.jsonl'}: no such file" in capsys.readouterr().err
+    peaks = []
+    for side in (256, 1024):
+        (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a cat", "image_shapes": [side, side]}))
+        assert main([*words, "--json"]) == 0
+        peaks.append(json.loads(capsys.readouterr().out)["gpu_moments_gib"]["samples"])
+    assert peaks[0] < peaks[1]

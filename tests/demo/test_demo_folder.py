@@ -50,7 +50,7 @@ def rows(*files: Path) -> list[dict[str, Any]]:
 
 def test_the_layout_is_that_of_the_published_folders(demo: Path) -> None:
     assert {path.name for path in demo.iterdir()} == {
-        *("model", "data", "example.yaml", "dataset_info.yaml", "blockmoving_sft.yaml"),
+        *("model", "data", "example.yaml", "dataset_info.yaml", "blockmoving_sft.yaml", "exact_answer.py"),
     }
     assert {path.name for path in (demo / "model").iterdir()} == MODEL_FILES
     example = demo / "data" / "bagel_example"

@@ -3,7 +3,7 @@
 Arguments: a JSON file with a list of cases {name, ds_config, precision, rates, resumes} and a folder for the results:
 <name>.<step>.safetensors with the masters after each update and <name>.json with the gradient norms. A case that
 resumes also gives <name>.resumed.safetensors: the masters of an engine that takes up the state after the second update
-and makes the third.
+and makes the third. Between the second and the third update the network computes with an average of its weights.
 
 Loss and weights are linear in each other, so the gradient is what `gradients` draws, whatever the weights round to.
 """
@@ -31,8 +31,10 @@ from bagel_ds.ranges import MASTER, TensorInfo
 from bagel_ds.train.saves.restore import restore_moments
 from bagel_ds.zero.config.nvme import fit_buffers
 from bagel_ds.zero.config.resolve import resolve_ds_config
+from bagel_ds.zero.ema import EMAOptions
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.partitions import MOMENTS
+from bagel_ds.zero.weights import held_weight
 from tests.checkpoint.written import export_tensors
 
 UPDATES = 3
@@ -80,6 +82,15 @@ def weight_name(part: str) -> str:
     return f"parts.{part}.weight"
 
 
+def held_weights(engine: ZeroEngine) -> dict[str, Tensor]:
+    """This rank's share of every weight."""
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        with held_weight(name, parameter) as (place, values):
+            found[name] = values[: place.numel].clone()
+    return found
+
+
 class Weights:
     """A `WeightSource` over tensors in memory."""
 
@@ -119,6 +130,7 @@ class Run:
         fit_buffers(self.ds_config, max(tensor.numel() for tensor in start_weights().values()), dist.get_world_size())
         self.engine = ZeroEngine(Linear, lambda name: True, self.ds_config)
         self.engine.start(weights, AdamOptions())
+        self.average = self.engine.start_ema(EMAOptions(0.5), None)
 
     def update(self, step: int, made: str) -> float:
         """The step's update; the masters after it are written as `made`. Returns the gradient's norm."""
@@ -135,6 +147,30 @@ class Run:
         dist.barrier()
         return path
 
+    def check_average_in_place(self) -> None:
+        """Between two updates the network computes with the average for once, and then as before, bit for bit."""
+        engine, before = self.engine, held_weights(self.engine)
+        factors = {name: values.sin() for name, values in start_weights().items()}
+
+        def value() -> float:
+            with engine.forward_only():
+                return engine.forward(factors).item()
+
+        weights = value()
+        with engine.average_in_place(self.average):
+            average = value()
+        whole = {name: torch.zeros(shape).flatten() for name, shape in SHAPES.items()}
+        for piece in self.average.pieces():
+            for place, values in piece.ranges:
+                whole[place.name.split(".")[1]][place.start : place.start + place.numel] = values
+        for name, values in whole.items():
+            dist.all_reduce(values)  # each element is one rank's
+            whole[name] = values.view(SHAPES[name]).to(next(engine.module.parameters()).dtype)
+        products = [(values * factors[name].to(values)).sum().float() for name, values in whole.items()]
+        assert average == torch.stack(products).sum().item() != weights
+        after = held_weights(engine)
+        assert all(torch.equal(after[name], values) for name, values in before.items()) and value() == weights
+
     def close(self) -> None:
         self.engine.close()
         shutil.rmtree(self.results / "nvme", ignore_errors=True)
@@ -145,6 +181,7 @@ class Run:
 def train(case: dict, results: Path) -> None:
     run = Run(case, results, Weights({weight_name(name): values for name, values in start_weights().items()}))
     norms = [run.update(step, str(step)) for step in range(UPDATES - 1)]
+    run.check_average_in_place()
     saved = {kind: load_file(run.write(kind, kind)) for kind in (MASTER, *MOMENTS)}
     norms.append(run.update(UPDATES - 1, str(UPDATES - 1)))
     run.close()

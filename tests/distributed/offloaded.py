@@ -2,7 +2,8 @@
 
 Arguments: a JSON file with a list of cases (fields of `Case`, as written by the test) and a folder for the results:
 <name>.json with the gradient norms and, for each rank, <name>.rank<r>.safetensors with its masters, moments, average
-and weights. Every element of every table has a gradient that is different in each step and on each rank.
+and weights. Before that the network computes with the average for once. Every element of every table has a gradient
+that is different in each step and on each rank.
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ from bagel_ds.ranges import MASTER
 from bagel_ds.zero import ema
 from bagel_ds.zero.config.nvme import fit_buffers
 from bagel_ds.zero.config.resolve import resolve_ds_config
-from bagel_ds.zero.ema import EMAOptions
+from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.partitions import MOMENTS
 from bagel_ds.zero.weights import held_weight
 from bench.random_tables import RandomSource, Tables
+from tests.distributed.adam import held_weights
 
 LEARNING_RATE = 1e-3
 
@@ -68,6 +70,7 @@ def train(case: dict[str, Any], results: Path) -> None:
             loss = engine.forward(1000 * step + 100 * micro + 10 * rank)
             engine.backward(loss / case["accumulation"])
         norms.append(engine.update(LEARNING_RATE))
+    check_average_in_place(engine, average)
     held: dict[str, Tensor] = {}
     for key in (MASTER, *MOMENTS):
         for piece in engine.partitions.pieces(key):
@@ -87,6 +90,32 @@ def train(case: dict[str, Any], results: Path) -> None:
     engine.close()
     shutil.rmtree(results / "nvme", ignore_errors=True)
     dist.barrier()
+
+
+def check_average_in_place(engine: ZeroEngine, average: ShardedEMA) -> None:
+    """The network computes with the average, and with the very weights of before afterwards."""
+    before, seed = held_weights(engine), 77
+    with engine.forward_only():
+        value = engine.forward(seed).item()
+    with engine.average_in_place(average), engine.forward_only():
+        inside, found = held_weights(engine), engine.forward(seed).item()
+    # What the network computes with, from the shards of the average on all ranks.
+    expected = torch.zeros(1, dtype=torch.float64, device=engine.device)
+    dtype = next(engine.module.parameters()).dtype
+    for piece in average.pieces():
+        for place, values in piece.ranges:
+            number = int(place.name.split(".")[1])
+            positions = torch.arange(place.start, place.start + place.numel, dtype=torch.float32)
+            target = torch.sin(positions * 0.37 + seed + 7 * number).to(dtype)
+            expected += (values.cpu().to(dtype) - target).double().square().sum().to(engine.device)
+            assert torch.equal(inside[place.name][: place.numel], values.cpu().to(dtype)), place
+    dist.all_reduce(expected)
+    assert abs(found / expected.item() - 1) < (1e-5 if dtype == torch.float32 else 1e-2), (found, expected)
+    assert found != value
+    after = held_weights(engine)
+    assert all(torch.equal(after[name], before[name]) for name in before), "not the weights of before"
+    with engine.forward_only():
+        assert engine.forward(seed).item() == value, "what was gathered is not of the weights of before"
 
 
 def main(cases_file: str, results: str) -> None:

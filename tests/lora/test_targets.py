@@ -25,7 +25,7 @@ def adapted(**options: Any) -> BagelConfig:
 def test_without_a_rank_the_network_stays_as_it_is() -> None:
     assert adapted() == BagelConfig() and adapted(lora_targets="gen") == BagelConfig()
     notes = make_config({"lora_targets": "gen", "lora_alpha": 3.0}).notes
-    assert "lora_alpha, lora_targets without effect: lora_rank is 0" in notes
+    assert "no effect: lora_alpha, lora_targets, because lora_rank is 0" in notes
 
 
 def test_defaults_are_both_experts_and_twice_the_rank() -> None:

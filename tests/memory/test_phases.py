@@ -13,9 +13,15 @@ from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE, PackedBatch
 from bagel_ds.model.offload import OffloadedInputs
 from bagel_ds.model.recompute import MODES, recompute_mode
-from bagel_ds.model.shape.activations import PackShape, activations, vae_bytes
+from bagel_ds.model.shape.activations import PackShape, activations, decoder_bytes, vae_bytes
 from bagel_ds.model.shape.config import BagelConfig, LLMConfig, VAEConfig, ViTConfig
-from bagel_ds.model.shape.parameters import module_of, parameter_sizes, step_calls, vae_encoder_parameters
+from bagel_ds.model.shape.parameters import (
+    module_of,
+    parameter_sizes,
+    step_calls,
+    vae_decoder_parameters,
+    vae_encoder_parameters,
+)
 from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
 from bagel_ds.model.vae import AutoEncoder, encode_images
 from bagel_ds.zero.config.settings import Gathering
@@ -82,7 +88,9 @@ def test_the_released_network_is_counted_to_the_last_parameter() -> None:
 def test_the_encoders_parameters_are_counted(config: VAEConfig) -> None:
     with torch.device("meta"):
         encoder = AutoEncoder(config, decodes=False)
+        decoder = AutoEncoder(config).decoder
     assert vae_encoder_parameters(config) == sum(parameter.numel() for parameter in encoder.parameters())
+    assert vae_decoder_parameters(config) == sum(parameter.numel() for parameter in decoder.parameters())
 
 
 @pytest.mark.parametrize("freezing", [Freezing(), Freezing(freeze_llm=True), Freezing(freeze_vit=True)])
@@ -162,6 +170,15 @@ def test_encoding_an_image_is_bounded_closely(bf16: bool) -> None:
     measured = peaks[1] - peaks[0]
     planned = vae_bytes(config, 256**2, bf16, on_cpu=True) - vae_bytes(config, 128**2, bf16, on_cpu=True)
     assert 0.97 * measured < planned < 1.1 * measured
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_decoding_a_picture_is_bounded_closely(bf16: bool) -> None:
+    config = VAEConfig(channels=32)
+    vae = AutoEncoder(config).requires_grad_(False)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16), LiveTensors() as live:
+        vae.decode(torch.zeros(1, config.z_channels, 16, 16)).float()
+    assert 0.97 * live.peak < decoder_bytes(config, 128**2, bf16, on_cpu=True) < 1.1 * live.peak
 
 
 @pytest.mark.parametrize("bf16", [True, False])

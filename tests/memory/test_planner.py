@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -17,12 +18,13 @@ from bagel_ds.arguments.run_config import RunConfig, make_config, parse_argument
 from bagel_ds.errors import UserError
 from bagel_ds.lora.targets import with_adapters
 from bagel_ds.memory import table as table_module
+from bagel_ds.memory.between_steps import SampleShape
 from bagel_ds.memory.planner import MemoryItem, MemoryOptions, MemoryPlan, plan_memory
-from bagel_ds.memory.report import verdict
+from bagel_ds.memory.report import report_lines, verdict
 from bagel_ds.memory.suggestions import resolved, suggestions
 from bagel_ds.memory.table import longest_packs, table
-from bagel_ds.model.shape.config import BagelConfig
-from bagel_ds.model.shape.parameters import parameter_sizes
+from bagel_ds.model.shape.config import BagelConfig, VAEConfig
+from bagel_ds.model.shape.parameters import parameter_sizes, vae_decoder_parameters
 from bagel_ds.units import GIB
 
 MODEL = BagelConfig()
@@ -411,3 +413,42 @@ def test_adapters_are_suggested_before_what_costs_more_and_after_what_trains_eve
     found = suggestions(MODEL, run, MemoryOptions.of(run, 4, **budgets(78, 128, 0)))
     places = [place for place, each in enumerate(found) if any("lora_rank" in setting for setting in each.settings)]
     assert places != [0]
+
+
+SAMPLES = SampleShape(tokens=3 * 4098, context=400, pixels=1024**2, seen=0)
+
+
+def test_evaluations_and_samples_are_planned_where_the_run_has_them() -> None:
+    base = plan("zero3_cpu.json")
+    assert not {"evaluation", "samples"} & {name for name, _ in base.host_phases}
+    both = plan("zero3_cpu.json", samples=SAMPLES, val_config="val.yaml")
+    gpu, host = dict(both.gpu_phases), dict(both.host_phases)
+    assert both.gpu_peak == base.gpu_peak, "a picture of 1024 x 1024 takes less than a step of 11520 tokens"
+    # Per rank: 4 workers, 8 packs of 11520 tokens.
+    before, decoder = dict(base.host_phases)["head backward"], 2 * 4 * vae_decoder_parameters(VAEConfig())
+    assert host["evaluation"] - before - decoder == 2 * (4 * 90 * 2**20 + 8 * 11520 * 2100)
+    assert host["samples"] - before == decoder
+    assert [item.bytes for item in items(both, "decoder of the autoencoder")] == [decoder]
+    keys = 2 * 28 * 4 * 128 * 2
+    more = plan("zero3_cpu.json", samples=SAMPLES._replace(context=400 + 10**5))
+    difference = dict(more.gpu_phases)["samples"] - gpu["samples"]
+    assert difference == pytest.approx(1.05 * 2 * 10**5 * keys, rel=1e-6), "5 % are lost to fragmentation"
+    assert more.gpu_peak == dict(more.gpu_phases)["samples"] and more.gpu_peak > base.gpu_peak
+    assert items(more, "keys and values of samples") and not items(both, "keys and values of samples")
+
+
+def test_the_report_shows_evaluations_and_samples() -> None:
+    text = "\n".join(report_lines(plan("zero3_cpu.json", samples=SAMPLES, val_config="val.yaml")))
+    for name in ("evaluation", "samples"):
+        assert re.search(rf"^during {name}: GPU [0-9.]+ GiB, host [0-9.]+ GiB$", text, re.MULTILINE)
+    assert "during" not in "\n".join(report_lines(plan("zero3_cpu.json")))
+
+
+def test_samples_of_the_average_set_weights_aside_only_where_they_are_the_masters() -> None:
+    average = SAMPLES._replace(average=True)
+    for precision, preset, aside in (("fp32", "zero0.json", 4 * PARAMETERS), ("bf16", "zero0.json", 0)):
+        found = [
+            dict(plan(preset, precision=precision, samples=samples).host_phases)["samples"]
+            for samples in (SAMPLES, average)
+        ]
+        assert found[1] - found[0] == pytest.approx(aside, rel=0.05)

@@ -43,7 +43,7 @@ class HeldOut:
         max_num_tokens: int,
         max_packs: int = 0,
     ) -> None:
-        self._streams = tuple(streams)
+        self.streams = tuple(streams)
         self._maker = BatchMaker.of(streams, tokenizer, layout, SEED)
         self.packs = _spread(list(_filled(_samples(streams), max_num_tokens)), max_packs)
         self.datasets = list(dataset_labels(streams).values())
@@ -68,7 +68,7 @@ class HeldOut:
             yield from islice(batches, count)
 
     def _task(self, plans: Plans) -> PackTask:
-        return PackTask(plans, tuple(self._streams[plan.group].address(plan.row) for plan in plans))
+        return PackTask(plans, tuple(self.streams[plan.group].address(plan.row) for plan in plans))
 
 
 def _samples(streams: Iterable[GroupStream]) -> Iterator[SamplePlan]:

@@ -61,6 +61,11 @@ def parquet_row(path: str, group: int, row: int, columns: Sequence[str]) -> Row:
     return rows.row(GroupKey(path, group, tuple(columns)), row, version(path))
 
 
+def parquet_columns(path: str) -> tuple[str, ...]:
+    """The names of a file's columns."""
+    return tuple(_open_parquet(path).schema_arrow.names)
+
+
 def expect_parquet_row(path: str, group: int, row: int, columns: Sequence[str]) -> None:
     """Announce that this process will ask for the row, after the rows announced before; saves repeated reads."""
     rows.expect(GroupKey(path, group, tuple(columns)), row)

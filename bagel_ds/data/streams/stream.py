@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from bagel_ds.data.files import rows
 from bagel_ds.data.formats.record import VERSION, ParsedRow, Record, decode_record
 from bagel_ds.data.formats.source import Piece, Source
 from bagel_ds.data.index.index import FileIndex
@@ -211,6 +212,13 @@ class GroupStream:
     def read(self, plan: SamplePlan) -> ParsedRow | BadRow:
         """The row of `plan` as it is in the file."""
         return self.reader.read(self.address(plan.row))
+
+    def whole_row(self, row: int) -> dict[str, Any]:
+        """All columns of a row of the file, also those that training doesn't read. Raises what the libraries raise."""
+        place, _, _, offset, length = self.address(row)
+        if place.row_group < 0:
+            return rows.jsonl_row(place.file, offset, length)
+        return rows.parquet_row(place.file, place.row_group, place.row, rows.parquet_columns(place.file))
 
     def _entries(self, pieces: list[Piece], record: Record) -> list[Entry]:
         """Pieces with their sizes, modalities that are switched off taken out. Raises `BadRow`."""

@@ -96,3 +96,12 @@ def vae_bytes(vae: VAEConfig, pixels: int, bf16: bool, on_cpu: bool) -> int:
     """
     rate = 20.5 if not bf16 else 10.5 if on_cpu else 16.0
     return int(rate * vae.channels * pixels)
+
+
+def decoder_bytes(vae: VAEConfig, pixels: int, bf16: bool, on_cpu: bool) -> int:
+    """Peak of decoding one image, counted like `vae_bytes`.
+
+    It is in the first block at full size, which has twice the channels: its input, the norm's output and silu's.
+    """
+    rate = 24.5 if not bf16 else 12.5 if on_cpu else 20.5
+    return int(rate * vae.channels * pixels)

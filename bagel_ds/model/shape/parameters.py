@@ -154,7 +154,25 @@ def vae_encoder_parameters(vae: VAEConfig) -> int:
         total += _res_block(previous, width) + (vae.res_blocks - 1) * _res_block(width, width)
         total += _conv(width, width) if level != len(widths) - 1 else 0
         previous = width
-    return total + 2 * _res_block(widths[-1], widths[-1]) + 2 * widths[-1] + 4 * _conv(widths[-1], widths[-1], 1)
+    return total + _middle(widths[-1])
+
+
+def vae_decoder_parameters(vae: VAEConfig) -> int:
+    """Parameters of the autoencoder's decoder: 49,545,475 in the released one."""
+    widths = [vae.channels * multiplier for multiplier in vae.channel_multipliers]
+    previous = widths[-1]
+    total = _conv(vae.z_channels, previous) + _conv(widths[0], 3) + 2 * widths[0] + _middle(previous)
+    for level in reversed(range(len(widths))):
+        width = widths[level]
+        total += _res_block(previous, width) + vae.res_blocks * _res_block(width, width)
+        total += _conv(width, width) if level else 0
+        previous = width
+    return total
+
+
+def _middle(width: int) -> int:
+    """Two blocks around an attention of one head."""
+    return 2 * _res_block(width, width) + 2 * width + 4 * _conv(width, width, 1)
 
 
 def _conv(inputs: int, outputs: int, kernel: int = 3) -> int:

@@ -11,11 +11,14 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from bagel_ds.train.metrics.console import log_line, progress_bar
+from bagel_ds.train.metrics.shown import Shown
 from bagel_ds.train.metrics.wandb import WandbOptions, WandbSink
 
 logger = logging.getLogger("bagel_ds")
@@ -25,6 +28,8 @@ class _Sink(Protocol):
     """A destination of logged numbers."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def show(self, step: int, shown: Sequence[Shown]) -> None: ...
 
     def close(self) -> None: ...
 
@@ -49,12 +54,15 @@ class _JsonLines:
         self.file.write((json.dumps({"step": step, **finite}, allow_nan=False) + "\n").encode())
         self.file.flush()
 
+    def show(self, step: int, shown: Sequence[Shown]) -> None:
+        """Numbers only: pictures and texts have files of their own."""
+
     def close(self) -> None:
         self.file.close()
 
 
 class _TensorBoard:
-    """Scalars under `results_dir/tensorboard`; purges an earlier attempt's points from `first_step` on."""
+    """Events under `results_dir/tensorboard`; purges those of an earlier attempt from `first_step` on."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         # Imported here because it takes a second, and only the rank that logs needs it.
@@ -65,6 +73,13 @@ class _TensorBoard:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def show(self, step: int, shown: Sequence[Shown]) -> None:
+        for one in shown:
+            for name, image in one.named_images():
+                self.writer.add_image(name, np.asarray(image), step, dataformats="HWC")
+            self.writer.add_text(one.name, "    " + one.text.replace("\n", "\n    "), step)  # verbatim, as Markdown
         self.writer.flush()
 
     def close(self) -> None:
@@ -106,9 +121,17 @@ class MetricsLog:
         """
         known = {name: float(value) for name, value in values.items() if value is not None}
         logger.info(log_line(step, known, self._seconds_left(step, known.get("perf/step_seconds"))))
+        self._write(step, lambda sink: sink.log(step, known))
+
+    def show(self, step: int, shown: Sequence[Shown]) -> None:
+        """Write pictures and texts of a step to TensorBoard and W&B."""
+        if shown:
+            self._write(step, lambda sink: sink.show(step, shown))
+
+    def _write(self, step: int, write: Callable[[_Sink], None]) -> None:
         for number, sink in enumerate(self._sinks):
             try:
-                sink.log(step, known)
+                write(sink)
                 self._failing.discard(number)
             except OSError as error:
                 if number not in self._failing:

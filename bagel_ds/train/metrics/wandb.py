@@ -6,9 +6,10 @@ continues its W&B run.
 
 from __future__ import annotations
 
+import html
 import netrc
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from urllib.parse import urlparse
 
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.errors import UserError
+from bagel_ds.train.metrics.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,16 @@ class WandbSink:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self.run.log({"step": step, **values})
+
+    def show(self, step: int, shown: Sequence[Shown]) -> None:
+        import wandb
+
+        media: dict[str, Any] = {}
+        for one in shown:
+            media |= {name: wandb.Image(image, caption=one.text) for name, image in one.named_images()}
+            if not one.images:
+                media[one.name] = wandb.Html(f"<pre>{html.escape(one.text)}</pre>")
+        self.run.log({"step": step, **media})
 
     def close(self) -> None:
         self.run.finish()

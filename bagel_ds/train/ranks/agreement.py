@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from bagel_ds.errors import UserError, disk_fault
@@ -152,6 +153,20 @@ def everyone(value: Any) -> list[Any]:
     """`value` of every rank, by rank."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value, group=control_group())
+    return gathered
+
+
+def on_any_rank(value: bool) -> bool:
+    """Whether `value` is true on any rank."""
+    found = torch.tensor(int(value))
+    dist.all_reduce(found, dist.ReduceOp.MAX, group=control_group())
+    return bool(found)
+
+
+def to_main(value: Any) -> list[Any] | None:
+    """`value` of every rank on rank 0, None on the others."""
+    gathered: list[Any] | None = [None] * dist.get_world_size() if is_main() else None
+    dist.gather_object(value, gathered, group=control_group())
     return gathered
 
 

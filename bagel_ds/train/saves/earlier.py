@@ -20,7 +20,7 @@ from bagel_ds.errors import UserError
 logger = logging.getLogger("bagel_ds")
 
 _ASIDE = "earlier_"
-_RECORDS = ("metrics.jsonl", "log.txt", "tensorboard", "nonfinite", "debug_batches.txt")
+_RECORDS = ("metrics.jsonl", "log.txt", "tensorboard", "nonfinite", "debug_batches.txt", "samples")
 _CONFIG = re.compile(r"config(_\d+)?\.yaml")
 
 

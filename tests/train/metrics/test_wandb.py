@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from bagel_ds.errors import UserError
 from bagel_ds.train.metrics.log import MetricsLog
+from bagel_ds.train.metrics.shown import Shown
 from bagel_ds.train.metrics.wandb import WandbOptions, check_wandb
 
 
@@ -43,6 +45,12 @@ class FakeWandb(types.ModuleType):
 
     def finish(self) -> None:
         self.finished = True
+
+    def Image(self, image: Any, caption: str) -> tuple[str, Any, str]:
+        return "image", image.size, caption
+
+    def Html(self, text: str) -> tuple[str, str]:
+        return "html", text
 
 
 @pytest.fixture
@@ -115,3 +123,18 @@ def test_wandb_refusing_to_start_is_one_message(no_home: Path, monkeypatch: pyte
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(fault="project is archived"))
     with pytest.raises(UserError, match=r"could not start project 'bagel': project is archived"):
         MetricsLog(no_home, 0, WandbOptions(offline=True))
+
+
+def test_pictures_and_texts_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    shown = [Shown("samples/weights/0", "a cat", [Image.new("RGB", (6, 4))]), Shown("samples/weights/1", "1 < 2?")]
+    with closing(MetricsLog(tmp_path, 0, WandbOptions(offline=True))) as metrics:
+        metrics.show(7, shown)
+    assert fake.logged == [
+        {
+            "step": 7,
+            "samples/weights/0": ("image", (6, 4), "a cat"),
+            "samples/weights/1": ("html", "<pre>1 &lt; 2?</pre>"),
+        }
+    ]

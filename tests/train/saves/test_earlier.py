@@ -33,7 +33,9 @@ def earlier(tmp_path: Path) -> Path:
     (tmp_path / "ck" / "step_final").symlink_to("step_36")
     results = tmp_path / "results"
     (results / "tensorboard").mkdir(parents=True)
-    for name in ("metrics.jsonl", "log.txt", "config.yaml", "config_1.yaml", "tensorboard/events", "notes.txt"):
+    (results / "samples").mkdir()
+    names = "metrics.jsonl log.txt config.yaml config_1.yaml tensorboard/events samples/1.png notes.txt"
+    for name in names.split():
         (results / name).write_text(f"the earlier {name}")
     return tmp_path / "ck"
 
