@@ -188,11 +188,13 @@ class Inferencer:
     def contexts(self, requests: Sequence[Request]) -> list[_Work]:
         """Each request's contexts after all its inputs, thinking prompt included.
 
-        `cfg_text` is what was read before the last text, `cfg_img` the texts without the images.
+        `cfg_text` is what was read before the last text, `cfg_img` the texts without the images. Where there are no
+        images that is all of it, so `cfg_img` is the same context as `gen`, and the sampler computes the two once.
         """
         before: list[list[Loaded]] = []
         after: list[list[Loaded]] = []
         texts: list[list[Loaded]] = []
+        alike: list[bool] = []  # cfg_img has read what gen has
         works = []
         empty = self.network.empty
         for request in requests:
@@ -216,12 +218,13 @@ class Inferencer:
                     snapshot = len(gen)
             before.append(gen[:snapshot])
             after.append(gen[snapshot:])
-            texts.append([] if request.answers else text)
+            alike.append(len(text) == len(gen))
+            texts.append([] if request.answers or alike[-1] else text)
             works.append(_Work(request, generator, Branches(empty, empty, empty), size))
         shared = self.network.read([empty] * len(works), before)
         read = self.network.read([*shared, *[empty] * len(works)], [*after, *texts])
-        for work, cfg_text, gen_context, cfg_img in zip(works, shared, read, read[len(works) :]):
-            work.branches = Branches(gen_context, cfg_text, cfg_img)
+        for work, cfg_text, gen_context, cfg_img, same in zip(works, shared, read, read[len(works) :], alike):
+            work.branches = Branches(gen_context, cfg_text, gen_context if same else cfg_img)
         return works
 
     def text_entry(self, text: str) -> Loaded:

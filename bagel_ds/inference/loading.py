@@ -8,7 +8,7 @@ questions, and says why it can't draw. The log says which of the two weight file
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from bagel_ds.model_folder.average import average_or_weights
 from bagel_ds.model_folder.finite import CheckedWeights
 from bagel_ds.model_folder.folder import VAE, BagelWeights, ModelFolder, latent_side
 from bagel_ds.model_folder.tensor_files import TensorFiles
+from bagel_ds.ranges import WeightSource
 from bagel_ds.units import GIB
 
 logger = logging.getLogger("bagel_ds")
@@ -119,8 +120,7 @@ def load_bagel(
     Without `visual_gen` the generating parts get no memory.
     """
     with torch.device("meta"):
-        model = Bagel(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in Bagel(config).named_parameters()}
     if not config.visual_gen:
         shapes = {name: shape for name, shape in shapes.items() if part_of(name) not in GENERATION}
     weights = BagelWeights(files, shapes, False, where)
@@ -131,13 +131,28 @@ def load_bagel(
             "left out. Merge adapters first."
         )
     checked = CheckedWeights(weights, where)
+    model = place_bagel(config, shapes, checked, device, dtype, streamed)
+    checked.check()
+    return model
+
+
+def place_bagel(
+    config: BagelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: WeightSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    streamed: Sequence[int] = (),
+) -> Bagel:
+    """The network with the parameters named in `shapes`, read one at a time; `streamed` as in `load_bagel`."""
+    with torch.device("meta"):
+        model = Bagel(config)
     on_host = tuple(f"language_model.model.layers.{number}." for number in streamed)
     for name, shape in shapes.items():
         goes_to = torch.device("cpu") if name.startswith(on_host) else device
-        value = checked.read(name).reshape(shape).to(goes_to, dtype)
+        value = weights.read(name).reshape(shape).to(goes_to, dtype)
         owner, _, own = name.rpartition(".")
         setattr(model.get_submodule(owner), own, torch.nn.Parameter(value, requires_grad=False))
-    checked.check()
     if streamed:
         StreamedLayers([model.language_model.model.layers[number] for number in streamed], device)
     return model.eval()
