@@ -142,8 +142,7 @@ class Inferencer:
         settings = Settings().changed(options)
         inputs = tuple(item if isinstance(item, str) else pictures.opened(item) for item in input_lists)
         request = Request(inputs, understanding_output, think, think_prompt, settings, seed)
-        result = self.run([request])[0]
-        return [item for item in (result.text, result.image) if item is not None]
+        return self.items(request, None)
 
     def request(
         self,
@@ -184,6 +183,13 @@ class Inferencer:
     def reason(self, requests: Sequence[Request], on_step: OnStep = lambda done, total: None) -> list[list[Item]]:
         """Interleaved reasoning: the texts and images that answer each request, in order."""
         return reason(self.network, [(own.inputs, own.settings, own.seed) for own in requests], on_step)
+
+    def items(self, request: Request, mode: str | None, on_step: OnStep = lambda done, total: None) -> list[Item]:
+        """What a request made by `mode` gives, in order: thought and picture, an answer, or texts and images."""
+        if mode == "interleave":
+            return self.reason([request], on_step)[0]
+        result = self.run([request], on_step)[0]
+        return [item for item in (result.text, result.image) if item is not None]
 
     def contexts(self, requests: Sequence[Request]) -> list[_Work]:
         """Each request's contexts after all its inputs, thinking prompt included.
@@ -279,7 +285,7 @@ def _seed(seed: int | Sequence[int]) -> int:
     return seed if isinstance(seed, int) else seed[0]
 
 
-def _listed(image: Any) -> list[Image.Image | str | Path]:
+def _listed(image: Any) -> list[Image.Image | str | Path | bytes]:
     if image is None:
         return []
     return list(image) if isinstance(image, (list, tuple)) else [image]

@@ -35,7 +35,7 @@ from bagel_ds.units import GIB
 
 logger = logging.getLogger("bagel_ds")
 
-# The original app's; a network with smaller position tables gets what these allow.
+# The original app's, for folders that don't say theirs; smaller position tables get what these allow.
 VAE_SIZES, VIT_SIZES = (1024, 512), (980, 224)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -93,8 +93,10 @@ def open_inferencer(
         vit_max_num_patch_per_side=config.vit.max_patches_per_side,
         latent_channels=config.z_channels,
     )
-    vae_sizes = [min(size, options.max_latent_size * options.latent_stride) for size in VAE_SIZES]
-    vit_sizes = [min(size, options.vit_max_num_patch_per_side * options.vit_patch_size) for size in VIT_SIZES]
+    vae_most = options.max_latent_size * options.latent_stride
+    vit_most = options.vit_max_num_patch_per_side * options.vit_patch_size
+    vae_sizes = [min(size, vae_most) for size in folder.image_sizes("vae") or VAE_SIZES]
+    vit_sizes = [min(size, vit_most) for size in folder.image_sizes("vit") or VIT_SIZES]
     network = Network(
         model,
         vae,
