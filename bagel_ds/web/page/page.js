@@ -200,6 +200,7 @@ function showPanels(job, seed) {
 async function run() {
   say("");
   find("empty").hidden = true;
+  document.querySelector("section").scrollIntoView({ block: "nearest" });
   const tab = TABS[mode];
   try {
     const words = await request();
