@@ -10,6 +10,7 @@ NCCL would wait until its timeout, this rank ends, and so do those on other host
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import json
 import os
 import signal
@@ -31,6 +32,7 @@ from bagel_ds.train.ranks.agreement import hosts
 HEARTBEATS = ".heartbeats"
 SILENT_SECONDS = 90.0  # a rank whose file is so much older than this rank's is not running; NFS shows files late
 _GONE_SECONDS = 10.0  # for a rank whose neighbor has ended to report its own failure first
+_TURN_SECONDS = 3.0  # that a rank waits for others of its host to finish their reports
 
 
 class StallWatch:
@@ -148,11 +150,12 @@ class StallWatch:
             lines.append(
                 f"[rank {self._rank}] missing: {', '.join(missing(ranks)) or 'none; all ranks are in the same phase'}"
             )
-        print("\n".join(lines), file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(all_threads=True)
-        for worker in show_stacks():
-            # In one write, because the worker also writes there.
-            print(f"[rank {self._rank}] asked for its stacks: {worker}\n", end="", file=sys.stderr, flush=True)
+        with _turn_to_write():
+            print("\n".join(lines), file=sys.stderr, flush=True)
+            faulthandler.dump_traceback(all_threads=True)
+            for worker in show_stacks():
+                # In one write, because the worker also writes there.
+                print(f"[rank {self._rank}] asked for its stacks: {worker}\n", end="", file=sys.stderr, flush=True)
         self._signal_neighbors(ranks, signal.SIGCONT)  # so that a stopped one can also report
         time.sleep(min(5.0, self._timeout))  # for the other ranks to report
         self._signal_neighbors(self._ranks(), signal.SIGKILL)
@@ -183,6 +186,30 @@ class StallWatch:
                     os.kill(self._neighbors[rank], number)
                 except ProcessLookupError:
                     pass
+
+
+@contextmanager
+def _turn_to_write() -> Iterator[None]:
+    """Write to stderr while the other ranks that share it wait.
+
+    Ranks often stall in the same second, and faulthandler writes in small pieces: their stacks would mix. The kernel
+    locks whatever stderr is (file, pipe or terminal) and unlocks it when a process ends. A rank whose turn doesn't come
+    in time writes without one, because a stopped process could hold it for ever.
+    """
+    deadline = time.monotonic() + _TURN_SECONDS
+    while True:
+        try:
+            fcntl.lockf(2, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            fcntl.lockf(2, fcntl.LOCK_UN)
 
 
 def start_watch(config: RunConfig) -> StallWatch:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -221,3 +222,56 @@ with found.phase(0, "data"):
     output, _ = stalled.communicate(timeout=100)
     assert "[rank 0] asked for its stacks: data worker 0 (process " in output and "): it made a pack\n" in output
     assert "in stay" in output and "worker_functions.py" in output
+
+
+# ------------------------------------------------------------------------------------- several ranks that share stderr
+_TWO_RANKS = """
+import os, threading
+rank = int(os.fork() == 0)
+exec("def here_in_rank_%d(depth): here(depth - 1) if depth else time.sleep(60)" % rank)
+here = globals()["here_in_rank_%d" % rank]
+for _ in range(60):
+    threading.Thread(target=here, args=(40,), daemon=True).start()
+time.sleep(1 - time.time() % 1)
+"""
+
+
+def test_stacks_of_ranks_that_stall_in_the_same_moment_do_not_mix() -> None:
+    stalled = program(
+        _TWO_RANKS
+        + """
+found = StallWatch(None, rank, 2, timeout=1)
+with found.phase(0, "data"):
+    time.sleep(60)
+"""
+    )
+    output, _ = stalled.communicate(timeout=100)
+    turns = [int(number) for number in re.findall(r"in here_in_rank_(\d)\n", output)]
+    half = 60 * 41
+    assert len(turns) == 2 * half, "each thread's stack is whole"
+    assert turns in ([0] * half + [1] * half, [1] * half + [0] * half)
+
+
+def test_a_rank_does_not_wait_for_ever_for_its_turn() -> None:
+    stalled = program(
+        """
+import fcntl, os, signal
+ready, done = os.pipe()
+holder = os.fork()
+if holder == 0:
+    fcntl.lockf(2, fcntl.LOCK_EX)
+    os.write(done, b"x")
+    os.kill(os.getpid(), signal.SIGSTOP)
+os.read(ready, 1)
+print(holder, flush=True)
+found = StallWatch(None, 0, 1, timeout=1)
+with found.phase(0, "data"):
+    time.sleep(60)
+"""
+    )
+    assert stalled.stdout is not None
+    holder = int(stalled.stdout.readline())
+    assert "stalled: data of step 0" in stalled.stdout.readline()
+    os.kill(holder, signal.SIGKILL)
+    stalled.communicate(timeout=100)
+    assert stalled.returncode == 1
