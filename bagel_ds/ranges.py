@@ -1,4 +1,4 @@
-"""Flat ranges of named tensors: the language in which ZeRO partitions and files speak to each other.
+"""Flat ranges of named tensors: how ZeRO partitions and files exchange weights and states.
 
 Guarantees: a `Range` always refers to the flattened, unpadded parameter, so ranges written by any number of ranks can
 be read by any other number.
@@ -40,10 +40,9 @@ class TensorInfo(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """What one rank holds of the tensor `name`: possibly nothing. Values are 1-D, of any dtype, on any device.
+    """What one rank holds of the tensor `name`, possibly nothing. Values are 1-D, of any dtype, on any device.
 
-    Who hands out pieces hands out the same names in the same order on every rank; tensors are valid until the next
-    name.
+    Producers yield the same names in the same order on every rank. Tensors are valid until the next name.
     """
 
     name: str
@@ -51,7 +50,7 @@ class Pieces(NamedTuple):
 
 
 class WeightSource(Protocol):
-    """Anything that can hand out flat ranges of named tensors."""
+    """Anything from which flat ranges of named tensors can be read."""
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -63,9 +62,9 @@ class WeightSource(Protocol):
 
 
 def copy_range(target: Tensor, held: Range, read: Callable[[str, int, int], Tensor]) -> int:
-    """Fill the 1-D `target` with what `read(name, start, numel)` gives for `held`, piece by piece; the bytes read.
+    """Fill the 1-D `target` with the range `held`, read by `read(name, start, numel)`. Returns the bytes read.
 
-    The pieces bound what is held beside the target: a rank's share of the 7B's embedding is a gigabyte in fp32.
+    It reads in chunks to limit the memory beyond `target`: a rank's share of the 7B's embedding is 1 GB in fp32.
     """
     assert target.numel() == held.numel, (target.shape, held)
     size = 0

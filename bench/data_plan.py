@@ -3,7 +3,7 @@
 One command: `python bench/data_plan.py [--json]`. The data are synthetic indexes (image sizes and text lengths,
 nothing to decode) of a mix like bagel_example: t2i of 512-1344 px, edit pairs and chains, vlm with 1-4 turns; samples
 of about 1,000 to 11,000 tokens, t2i and vlm mandatory, equal weights; once 60,000 rows, once 660. Only this file has
-the original's rules (REFERENCE 7), for comparison.
+the original's rules, for comparison.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Sized(Protocol):
 
 
 class Greedy:
-    """One rank of the original's online packer (REFERENCE 7): batches of endless `rows`, one iterator per group."""
+    """One rank of the original's online packer: batches of endless `rows`, one iterator per group."""
 
     def __init__(
         self,

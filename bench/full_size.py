@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -42,9 +43,12 @@ from bagel_ds.ranges import MASTER, TensorInfo  # noqa: E402
 from bagel_ds.train.metrics.throughput import host_gib  # noqa: E402
 from bagel_ds.train.step import accumulate, update  # noqa: E402
 from bagel_ds.units import GIB  # noqa: E402
-from bagel_ds.zero.config.nvme import LARGEST_7B, check_nvme, clean_nvme, fit_buffers  # noqa: E402
+from bagel_ds.zero.config.nvme import fit_buffers  # noqa: E402
 from bagel_ds.zero.config.resolve import resolve_ds_config  # noqa: E402
+from bagel_ds.zero.config.settings import ZeroSettings  # noqa: E402
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine  # noqa: E402
+from bagel_ds.zero.nvme_check import check_drives, check_space  # noqa: E402
+from bagel_ds.zero.swap_folders import sweep_folders  # noqa: E402
 from bagel_ds.zero.weights import frozen_pieces  # noqa: E402
 
 TRAINED = "vae2llm"  # at the network's entrance, so that the backward pass goes through every layer
@@ -138,9 +142,11 @@ def run(nvme_path: Path, layers: int) -> dict[str, object]:
     # No recomputation: DeepSpeed would hold a layer's frozen weights all at once, and 16 buffers of 1.1 GB are too many
     # for this machine. The pack is so small that its activations don't matter. 5 buffers are the least that works.
     ds_config["zero_optimization"]["offload_param"]["buffer_count"] = 5
-    fit_buffers(ds_config, LARGEST_7B, 1)
-    check_nvme(ds_config, 2 * parameters)
-    clean_nvme(ds_config)
+    fit_buffers(ds_config, max(math.prod(shape) for shape in shapes.values()), 1)
+    folders = ZeroSettings.of(ds_config).swap_folders
+    check_drives(folders)
+    check_space(folders, 2 * parameters)
+    sweep_folders(str(nvme_path))
     peak, weights, phases = HostPeak(), RandomWeights(shapes), {}
 
     def phase(name: str, began: float) -> None:
@@ -168,7 +174,7 @@ def run(nvme_path: Path, layers: int) -> dict[str, object]:
         phase("export", began)
         engine.close()
     finally:
-        clean_nvme(ds_config)
+        sweep_folders(str(nvme_path))
     return {
         "parameters": parameters,
         "layers": layers,

@@ -1,4 +1,4 @@
-"""Puts the planner's current table into docs/low_memory.md. One command: `python bench/low_memory_page.py`."""
+"""Writes the planner's current table into docs/low_memory.md: `python bench/low_memory_page.py`."""
 
 from __future__ import annotations
 

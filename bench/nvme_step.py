@@ -33,9 +33,9 @@ import torch  # noqa: E402
 from bagel_ds.arguments.run_config import make_config  # noqa: E402
 from bagel_ds.units import GIB, MIB  # noqa: E402
 from bagel_ds.zero import engine as engine_module  # noqa: E402
-from bagel_ds.zero.config.nvme import clean_nvme  # noqa: E402
 from bagel_ds.zero.config.resolve import resolve_ds_config  # noqa: E402
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine  # noqa: E402
+from bagel_ds.zero.swap_folders import sweep_folders  # noqa: E402
 from bench.random_tables import RandomSource, Tables  # noqa: E402
 
 REQUEST = 8 * MIB
@@ -108,7 +108,7 @@ def train(elements: int, folder: Path, steps: int, between: Callable[[Step], Non
         if step >= 2:  # the first writes moments for the first time, the second reads them for the first time
             between(Step(seconds, meter.waiting, meter.read, meter.written))
     engine.close()
-    clean_nvme(ds_config)
+    sweep_folders(str(folder))
 
 
 def copy_seconds(folder: Path, read: int, written: int) -> float:

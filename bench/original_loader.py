@@ -1,4 +1,4 @@
-"""The original's way of making packs, for comparison only (REFERENCE 7 and 8; written for this benchmark).
+"""The original's way of making packs, for comparison only (written for this benchmark).
 
 What it does that ours does not: row groups become columns of python objects, all rows of them (with numpy, which is
 quicker than the pandas frames it stands for); pixels are normalised to float32 in the worker; the images of a pack are

@@ -19,7 +19,8 @@ from torch import Tensor
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch, patchify
 from bagel_ds.model.shape.config import BagelConfig
-from bagel_ds.model_folder.folder import BagelWeights, ModelFolder
+from bagel_ds.model_folder.folder import ModelFolder
+from bagel_ds.model_folder.weights import BagelWeights
 
 UNSET = "BAGEL_REFERENCE_DIR is unset: the recordings of the original are not at hand"
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import bagel_ds
+from bagel_ds.arguments.options import all_options
+from bagel_ds.zero.config.files import ds_configs_folder
 
 PACKAGE = Path(bagel_ds.__file__).parent
 
@@ -38,7 +43,20 @@ ROOMS = (
 )
 INSIDE = {
     "data": ("inspect", "batches", "streams", "plan", "index", "config", "formats", "samples", "files"),
-    "zero": ("engine", "ema", "partitions", "weights", "shm_buffers", "ops", "config", "swap_io", "swap_folders"),
+    "zero": (
+        "engine",
+        "ema",
+        "partitions",
+        "weights",
+        "process_group",
+        "shm_buffers",
+        "ops",
+        "nvme_check",
+        "config",
+        "swap_patches",
+        "swap_io",
+        "swap_folders",
+    ),
 }
 
 
@@ -116,6 +134,36 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
                     seen.add(other)
                     stack.append((other, (*way, other)))
         done.add(start)
+
+
+def _keys(section: dict[str, Any]) -> Iterator[str]:
+    for key, value in section.items():
+        yield key
+        if isinstance(value, dict):
+            yield from _keys(value)
+
+
+def test_only_zero_knows_deepspeed() -> None:
+    """No other module imports it or names a key of its configuration; `ZeroSettings` has the values."""
+    presets = [json.loads(path.read_text()) for path in ds_configs_folder().glob("*.json")]
+    # Without the plain words ("stage", "device"), and those that are also arguments of the trainer.
+    keys = {key for preset in presets for key in _keys(preset) if "_" in key} - set(all_options())
+    assert {"zero_optimization", "offload_param", "stage3_max_live_parameters", "zero_hpz_partition_size"} <= keys
+    keys -= {"gradient_clipping"}  # another trainer's argument, for which arguments/parse.py suggests ours
+    faults = []
+    for name, path in MODULES.items():
+        if name.partition(".")[0] == "zero":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            found: list[str] = []
+            if isinstance(node, ast.Import):
+                found = [alias.name for alias in node.names if alias.name.partition(".")[0] == "deepspeed"]
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "deepspeed":
+                found = [str(node.module)]
+            elif isinstance(node, ast.Constant) and node.value in keys:
+                found = [str(node.value)]
+            faults += [f"{path.relative_to(PACKAGE)}:{node.lineno} {each}" for each in found]
+    assert faults == []
 
 
 def test_the_picture_in_the_docs_is_this_order() -> None:

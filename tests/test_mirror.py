@@ -61,6 +61,7 @@ COVERED_BY: dict[str, tuple[str, str]] = {
     "web/": ("web/test_web.py", "asked over HTTP and in a browser, as the page asks"),
     "zero/config/": ("zero/config/test_resolve.py", "resolving a configuration leads through all of it"),
     "zero/partitions.py": ("distributed/test_adam.py", "needs an engine under every stage"),
+    "zero/process_group.py": ("train/ranks/test_process_group.py", "what it starts is seen by the ranks that join"),
     "zero/weights.py": ("distributed/test_weights.py", "needs an engine under every stage"),
 }
 

@@ -16,9 +16,9 @@ def test_what_to_change_first_is_ranked_the_same_everywhere() -> None:
     """docs/low_memory.md has the list; the README its first three, and no page another first."""
     listed = re.findall(r" (\d)\. \*\*(.+?)\*\*", page("docs/low_memory.md"))
     first = [name for _, name in sorted(listed)][:3]
-    assert first == ["Where things lie.", "`--ema_dtype bf16`", "`--max_num_tokens`."]
+    assert first == ["Where things are kept.", "`--ema_dtype bf16`", "`--max_num_tokens`."]
     readme = page("README.md").partition("Running out of memory?")[2]
-    places = [readme.index(words) for words in ("things lie", "--ema_dtype bf16", "--max_num_tokens")]
+    places = [readme.index(words) for words in ("things are kept", "--ema_dtype bf16", "--max_num_tokens")]
     assert places == sorted(places) and "(docs/low_memory.md#what-to-change-first)" in readme
     for name in ("README.md", "docs/arguments.md", "docs/low_memory.md", "docs/migration.md"):
         assert not re.search(r"(lower|reduce) (it|`?--max_num_tokens`?) first", page(name), re.IGNORECASE), name

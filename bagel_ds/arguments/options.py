@@ -93,7 +93,7 @@ class TrainingArguments:
     wandb_resume: str = option("allow", "W&B resume mode", choices=("allow", "must", "never", "auto"))
     wandb_offline: bool = option(False, "log W&B locally, without a key")
 
-    global_seed: int = option(4396, "seed of weights made anew")
+    global_seed: int = option(4396, "seed of newly initialized weights")
     auto_resume: bool = option(False, "continue from the newest complete checkpoint in checkpoint_dir, if there is one")
     start_anew: bool = option(
         False, "(ours) where checkpoint_dir holds an earlier run, move it aside to earlier_N and start again at step 0"

@@ -19,7 +19,7 @@ needs only another launcher line: `deepspeed --num_gpus 4 launch/train.py --ds_c
 
 - `--name value` and `--name=value` are the same, and so are `-` and `_`: `--resume-model-only True`.
 - True and False may also be written true/false, 1/0, yes/no, on/off; a bare `--name` is True.
-- An unambiguous beginning is enough: `--num_worker 1`. An unknown name is an error that names the nearest one.
+- An unambiguous prefix is enough: `--num_worker 1`. An unknown name is an error that names the nearest one.
 - `--config run.yaml`: {OWN_WORDS["config"]}. Keys are the names below, flat or
   under `model`, `data` and `training`; each may be given once. A message about a value names its line.
 - `None` stands for "not given" where the default is None.

@@ -1,8 +1,8 @@
-"""From words of a command line, or keys of a YAML file, to typed values by option name.
+"""Turns words of a command line, or keys of a YAML file, into typed values by option name.
 
-Guarantees: `_` and `-` are the same, `--name value` and `--name=value` too, booleans may stand bare, unambiguous
-prefixes count, the last of repeated options wins. One pass finds every fault, and the caller raises them together.
-`run_config.py` checks whether the values make sense together.
+Guarantees: `_` equals `-`, `--name value` equals `--name=value`, a boolean needs no value, unambiguous prefixes work,
+and the last of repeated options wins. One pass finds every fault, and the caller raises them together. `run_config.py`
+checks whether the values fit together.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bagel_ds.arguments.options import SECTIONS, all_options, is_optional, type_
 from bagel_ds.config_files import LONGEST_TEXT, KeyPath, read_yaml
 from bagel_ds.errors import UserError, shown
 
-# What the parser itself understands: a YAML file, and what the deepspeed launcher appends (LOCAL_RANK says the same).
+# The parser's own options: a YAML file, and local_rank, which the deepspeed launcher adds (LOCAL_RANK has it too).
 OWN_WORDS = {"config": "read options from this YAML file; the command line wins", "local_rank": ""}
 TRUE_WORDS = ("true", "1", "yes", "on")
 FALSE_WORDS = ("false", "0", "no", "off")
@@ -29,7 +29,7 @@ FALSE_WORDS = ("false", "0", "no", "off")
 
 @dataclasses.dataclass
 class Words:
-    """What one source of options said. `values` holds typed values by option name, `places` where a file gives them."""
+    """What one source of options contains: typed values by option name, and their lines (`places`) in a file."""
 
     values: dict[str, Any] = dataclasses.field(default_factory=dict)
     places: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -40,10 +40,10 @@ class Words:
 
 
 def parse_value(name: str, raw: Any) -> Any:
-    """The value of option `name` from a word or a YAML scalar. Raises ValueError with a message for people."""
+    """The value of option `name` from a word or a YAML scalar. Raises ValueError with the message for the user."""
     field = all_options()[name]
     wanted = type_name(field)
-    if is_optional(field) and raw == "":  # scripts pass "$RESUME" where there is nothing to resume from
+    if is_optional(field) and raw == "":  # scripts pass an empty "$RESUME" if there is nothing to resume from
         return None
     is_choice = isinstance(raw, str) and raw.strip().lower() in (field.metadata["choices"] or ())
     if raw is None or (isinstance(raw, str) and raw.strip().lower() in ("none", "null") and not is_choice):
@@ -53,7 +53,7 @@ def parse_value(name: str, raw: Any) -> Any:
     if not isinstance(raw, (str, int, float)):
         raise ValueError(f"--{name} expects one value ({_expected(field)}), found {shown(raw)}")
     if isinstance(raw, bool) and wanted != "bool":
-        raise ValueError(f"--{name} expects {_expected(field)}, found {raw}; put quotes around a word")
+        raise ValueError(f"--{name} expects {_expected(field)}, found {raw}; put it in quotes if it is a name")
     try:
         word = str(raw).strip()
         value = _READERS[wanted](word)
@@ -79,7 +79,7 @@ def _read_bool(word: str) -> bool:
 def _read_text(word: str) -> str:
     if "\0" in word or len(word) > LONGEST_TEXT:
         raise ValueError(word)
-    os.fsencode(word)  # raises ValueError for half of a surrogate pair
+    os.fsencode(word)  # raises ValueError for a lone surrogate
     return word
 
 
@@ -100,7 +100,7 @@ def _expected(field: dataclasses.Field[Any]) -> str:
     return words[type_name(field)] + (" or None" if is_optional(field) else "")
 
 
-# What other trainers call ours; only to find the nearest name, never accepted.
+# Names in other trainers -> names here. They are only suggested, never accepted.
 SYNONYMS = {
     "learning_rate": "lr",
     "model": "model_path",
@@ -128,22 +128,22 @@ SYNONYMS = {
 }
 
 
-# The deepspeed launcher's own options (0.19.8): behind the script they would be the script's.
+# The deepspeed launcher's own options (0.19.8). After the script's name they would go to the script.
 LAUNCHER_OPTIONS = """hostfile include exclude num_nodes num_gpus num_accelerators master_port master_addr node_rank
     launcher launcher_args module no_python no_local_rank no_ssh no_ssh_check force_multi save_pid enable_each_rank_log
     autotuning bind_cores_to_rank bind_core_list ssh_port venv_script log_level quiet""".split()
 LAUNCHER_LETTERS = ("-H", "-i", "-e", "-q")
-_TORCHRUN = {"nproc_per_node": "num_gpus", "nnodes": "num_nodes"}  # its names for them
+_TORCHRUN = {"nproc_per_node": "num_gpus", "nnodes": "num_nodes"}  # torchrun's names -> deepspeed's
 _BEFORE_SCRIPT = "option of the deepspeed launcher, which goes before launch/train.py"
 _HELP = "--help lists all"
 _COMMAND_HELP = "--help lists the command's own, docs/arguments.md the trainer's"
-_LIKENESS, _SURELY = 0.65, 0.85  # of two spellings, as difflib counts it; below it a suggestion is a guess
+_LIKENESS, _SURELY = 0.65, 0.85  # difflib's ratio of two spellings; below it a suggestion would be a guess
 
 
 def find_name(word: str, own: Sequence[str] = ()) -> str:
-    """The full name behind a word without its dashes. Raises ValueError naming the nearest, or the candidates.
+    """The full name of the option `word` (without dashes). Raises ValueError with the nearest name or the candidates.
 
-    `own` are options of the command that takes the trainer's besides; they are only suggested.
+    `own` are the options of a command that also takes the trainer's; they are only suggested.
     """
     name = word.replace("-", "_")
     known = [*all_options(), *OWN_WORDS, "help"]
@@ -160,9 +160,9 @@ def find_name(word: str, own: Sequence[str] = ()) -> str:
 
 
 def _suggestion(name: str, own: Sequence[str]) -> str:
-    """What an unknown name may have meant; "" where nothing is like it. local_rank is the launcher's to give."""
+    """The part of a message that suggests a name for an unknown one; "" if none is similar."""
     launcher = [] if own else difflib.get_close_matches(name, [*LAUNCHER_OPTIONS, *_TORCHRUN], n=1, cutoff=_SURELY)
-    spellings = [*own, *all_options(), *SYNONYMS, "config", "help"]
+    spellings = [*own, *all_options(), *SYNONYMS, "config", "help"]  # not local_rank, which only the launcher passes
     close = launcher or difflib.get_close_matches(name, spellings, n=1, cutoff=_LIKENESS)
     if not close:
         return ""
@@ -172,7 +172,7 @@ def _suggestion(name: str, own: Sequence[str]) -> str:
 
 
 def _not_for_commands(word: str, own: Sequence[str]) -> str:
-    remedy = "--world_size says how many ranks there are" if "world_size" in own else "leave it out"
+    remedy = "pass the number of ranks as --world_size" if "world_size" in own else "leave it out"
     return f"--{word} is an option of the deepspeed launcher, which this command does not start; {remedy}"
 
 
@@ -189,21 +189,21 @@ def read_words(argv: list[str], own: Sequence[str] = ()) -> Words:
             if rest and not rest[0].startswith("-") and word != "-q":
                 rest.pop(0)
         elif not word.startswith("--") or word == "--":
-            words.faults.append(f"{word!r} stands alone: options are given as --name value or --name=value")
+            words.faults.append(f"{word!r} has no option before it; options are written --name value or --name=value")
         else:
             _read_option(word[2:], rest, words, own)
     return words
 
 
 def _read_option(word: str, rest: list[str], words: Words, own: Sequence[str]) -> None:
-    """Take one option, and its value from the front of `rest` where it needs one."""
+    """Read one option, and if needed take its value from the front of `rest`."""
     written, equals, given = word.partition("=")
     try:
         name = find_name(written, own)
     except ValueError as fault:
         words.faults.append(str(fault))
         if not equals and rest and not rest[0].startswith("--"):
-            rest.pop(0)  # the unknown option's value is no second fault
+            rest.pop(0)  # don't report the unknown option's value as a second fault
         return
     if name == "help":
         words.help = True
@@ -215,7 +215,7 @@ def _read_option(word: str, rest: list[str], words: Words, own: Sequence[str]) -
         elif is_bool:
             given = "True"
         else:
-            words.faults.append(f"--{name} needs a value and has none")
+            words.faults.append(f"--{name} needs a value")
             return
     if name == "config":
         words.config_file = given
@@ -234,8 +234,8 @@ def _keep(name: str, raw: Any, words: Words, where: str = "") -> None:
 def read_option_file(file: str) -> Words:
     """Read options from a YAML mapping, flat or under `model`, `data`, `training`.
 
-    A list `explicit` (written by `RunConfig.to_yaml`) names the options a person gave; without it all that stand in the
-    file were given.
+    A list `explicit` (written by `RunConfig.to_yaml`) names the options that the user gave. Without it, the user gave
+    every option in the file.
     """
     words = Words()
     try:
@@ -254,13 +254,15 @@ def read_option_file(file: str) -> Words:
     if isinstance(given, list):
         words.explicit &= {name for name in given if isinstance(name, str)}
     elif given is not None:
-        words.faults.append(f"--config {document.where('explicit')}: explicit lists names, found {shown(given)}")
+        words.faults.append(
+            f"--config {document.where('explicit')}: explicit must be a list of option names, found {shown(given)}"
+        )
     return words
 
 
 def _keep_from_file(key: Any, value: Any, where: str, words: Words) -> None:
     if not isinstance(key, str):
-        words.faults.append(f"--config {where}: the name of an option is text, found {shown(key)}")
+        words.faults.append(f"--config {where}: expected the name of an option, found {shown(key)}")
         return
     try:
         name = find_name(key)
@@ -268,8 +270,8 @@ def _keep_from_file(key: Any, value: Any, where: str, words: Words) -> None:
         words.faults.append(f"--config {where}: {fault}")
         return
     if name not in all_options():
-        words.faults.append(f"--config {where}: {key!r} can't stand in a file, only on the command line")
-    elif name in words.places:  # under another spelling, or in a section and outside of it
+        words.faults.append(f"--config {where}: {key!r} works only on the command line, not in a file")
+    elif name in words.places:  # with another spelling, or both inside and outside a section
         words.faults.append(
             f"--config {where}: {name} is given twice (first in {words.places[name]}); keep one of them"
         )
@@ -287,12 +289,12 @@ def _flattened(content: dict[Any, Any]) -> list[tuple[KeyPath, Any]]:
 
 
 def help_text() -> str:
-    """What --help prints."""
+    """The text that --help prints."""
     lines = [
         "deepspeed [launcher options] launch/train.py --ds_config zero3.json [options]",
         "",
-        "Options are written --name value, --name=value or, for True, --name; '-' and '_' are the same, and an",
-        "unambiguous beginning of a name is enough.",
+        "Write options as --name value, --name=value or, for True, --name. '-' and '_' are the same, and an",
+        "unambiguous prefix of a name is enough.",
         "",
         "  --config FILE",
         f"        {OWN_WORDS['config']}",
@@ -308,7 +310,7 @@ def help_text() -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """ "2d4h", "3h50m", "12m" or "45s": two units where the first alone would be coarse."""
+    """A duration as "2d4h", "3h50m", "12m" or "45s"."""
     whole = round(seconds) if seconds < 60 else 60 * round(seconds / 60)
     days, hours, minutes = whole // 86400, whole % 86400 // 3600, whole % 3600 // 60
     if days:
@@ -322,10 +324,10 @@ _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 def duration_seconds(text: str) -> float | None:
-    """ "3h50m", "90m", "45s", "1d" or plain seconds, in seconds; None for anything else."""
+    """Seconds of "3h50m", "90m", "45s", "1d" or a plain number of seconds; None for anything else."""
     if re.fullmatch(r"\d+(\.\d+)?", text):
         return float(text)
-    parts = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
-    if not parts or "".join(number + unit for number, unit in parts) != text:
+    terms = re.findall(r"(\d+(?:\.\d+)?)([dhms])", text)
+    if not terms or "".join(number + unit for number, unit in terms) != text:
         return None
-    return sum(float(number) * _UNITS[unit] for number, unit in parts)
+    return sum(float(number) * _UNITS[unit] for number, unit in terms)

@@ -1,8 +1,8 @@
 """The configuration of a run: read once, validated once, all faults listed at once.
 
-Guarantees: a `RunConfig` from `parse_arguments` is consistent in itself; its `notes` say in one line each what was
-changed and which options have no effect. The only file it reads is a YAML file of options; `inputs/files.py` looks for
-the files that options name, and `zero/config/resolve.py` checks the DeepSpeed configuration.
+Guarantees: a `RunConfig` from `parse_arguments` is consistent; its `notes` say, one line each, what was changed and
+which options have no effect. Only the YAML file of options is read. `inputs/files.py` looks for the files that options
+name, and `zero/config/resolve.py` checks the DeepSpeed configuration.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _PATHS = """model_path llm_path vit_path vae_path dataset_config_file dataset_in
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All options of a run; `explicit` names those a person gave, `notes` is what the log should say about them.
+    """All options of a run. `explicit` names those that the user gave; `notes` is for the log.
 
-    `places` says where a file gives an option ("run.yaml, line 3").
+    `places` gives the line of options that come from a file ("run.yaml, line 3").
     """
 
     model: ModelArguments = ModelArguments()
@@ -38,11 +38,11 @@ class RunConfig:
     training: TrainingArguments = TrainingArguments()
     explicit: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
-    data_notes: tuple[str, ...] = ()  # those of `notes` that also concern looking at data without training
+    data_notes: tuple[str, ...] = ()  # the notes that also matter to commands for data
     places: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def to_yaml(self) -> str:
-        """The effective configuration; `--config` reads it back to an equal run."""
+        """The effective configuration; `--config` with it repeats the run."""
         content: dict[str, Any] = {name: dataclasses.asdict(getattr(self, name)) for name in SECTIONS}
         content["explicit"] = sorted(self.explicit)
         return yaml.safe_dump(content, sort_keys=False)
@@ -52,7 +52,7 @@ class RunConfig:
         return {key: value for name in SECTIONS for key, value in dataclasses.asdict(getattr(self, name)).items()}
 
     def placed(self, faults: list[str]) -> list[str]:
-        """The same faults, each with the file and line of the options that it names, where a file gives them."""
+        """The faults, each prefixed with the file and line of the options that it names, if they come from a file."""
         return [self._places_in(fault) + fault for fault in faults]
 
     def _places_in(self, fault: str) -> str:
@@ -62,21 +62,21 @@ class RunConfig:
 
     @property
     def attention(self) -> str:
-        """The attention backend this run uses."""
+        """The attention backend that this run uses."""
         wanted = _wanted_attention(self)
         return wanted if wanted in BACKENDS else DEFAULT_BACKEND
 
     @property
     def exported_dtype(self) -> str:
-        """ "bf16" or "fp32": the number format of exported weights."""
+        """The dtype of exported weights: "bf16" or "fp32"."""
         return self.training.precision if self.training.save_dtype == "auto" else self.training.save_dtype
 
 
 def parse_arguments(argv: list[str], own: Sequence[str] = ()) -> RunConfig:
-    """The configuration behind a command line (without the program's name).
+    """The configuration of a command line (without the program's name).
 
-    `own` are the options of a command that takes the trainer's besides, for its suggestions. Raises UserError with
-    every fault; `--help` prints all options and exits 0.
+    `own` are the options of a command that also takes the trainer's, for suggestions. Raises UserError with every
+    fault; `--help` prints all options and exits with 0.
     """
     words = read_words(argv, own)
     if words.help:
@@ -91,20 +91,20 @@ def parse_arguments(argv: list[str], own: Sequence[str] = ()) -> RunConfig:
 def make_config(
     values: dict[str, Any], explicit: frozenset[str] | None = None, places: Mapping[str, str] | None = None
 ) -> RunConfig:
-    """A validated configuration from typed values by option name; those in `explicit` (default: all) were given."""
+    """A validated configuration from typed values by option name. `explicit` (default: all): given by the user."""
     values = {key: expanded(value) if key in _PATHS and value else value for key, value in values.items()}
-    parts: dict[str, Any] = {}
+    sections: dict[str, Any] = {}
     for name, section in SECTIONS.items():
         known = {field.name for field in dataclasses.fields(section)}
-        parts[name] = section(**{key: value for key, value in values.items() if key in known})
-    config = RunConfig(**parts, explicit=frozenset(values) if explicit is None else explicit, places=places or {})
+        sections[name] = section(**{key: value for key, value in values.items() if key in known})
+    config = RunConfig(**sections, explicit=frozenset(values) if explicit is None else explicit, places=places or {})
     all_faults(config.placed(_faults(config)), "These options can't be used together or as given:")
     config, notes = _lower_budgets(config)
     return dataclasses.replace(config, notes=tuple(notes + _notes(config)), data_notes=tuple(notes))
 
 
 def wandb_wanted(config: RunConfig) -> bool:
-    """Whether this run logs to Weights & Biases: enable_wandb decides, else naming a project or a run turns it on."""
+    """Whether this run logs to Weights & Biases: enable_wandb, or by default if a project or run name is given."""
     if config.training.enable_wandb is not None:
         return config.training.enable_wandb
     return bool({"wandb_project", "wandb_name"} & config.explicit)
@@ -135,9 +135,9 @@ _RANGES: list[tuple[list[str], Callable[[Any], bool], str]] = [
     (["vit_select_layer"], lambda value: value < 0, "below 0 (counted from the last layer)"),
 ]
 
-_LARGEST, _LARGEST_SEED = 2**31 - 1, 2**63 - 1  # of whole numbers, by their size
+_LARGEST, _LARGEST_SEED = 2**31 - 1, 2**63 - 1  # absolute values of whole numbers
 
-# Values that would change what is computed, and that this version does not compute: (option, the one accepted, why).
+# Options of the original of which this version supports one value: (option, value, reason).
 _ONLY: list[tuple[str, Any, str]] = [
     ("layer_module", "Qwen2MoTDecoderLayer", "only the mixture of transformers of BAGEL-7B-MoT is built"),
     ("connector_act", "gelu_pytorch_tanh", "BAGEL's connector was trained with it"),
@@ -167,8 +167,8 @@ def _faults(config: RunConfig) -> list[str]:
         )
     if values["auto_resume"] and values["start_anew"]:
         faults.append(
-            "--auto_resume True goes on with the run in checkpoint_dir, --start_anew True moves it aside; leave out "
-            "one of the two"
+            "--auto_resume True continues the run in checkpoint_dir, --start_anew True moves it aside; leave out one "
+            "of the two"
         )
     if values["stop_after"] is not None and duration_seconds(values["stop_after"]) is None:
         faults.append(f"--stop_after {values['stop_after']}: expected a duration such as 3h50m, 90m, 45s or seconds")
@@ -181,7 +181,7 @@ def _faults(config: RunConfig) -> list[str]:
 
 # ----------------------------------------------------------------------------------------------- what is explained
 def _lower_budgets(config: RunConfig) -> tuple[RunConfig, list[str]]:
-    """Both guides' remedy for full memory lowers only some of the three budgets; the smallest rules the others."""
+    """Limit the other token budgets to max_num_tokens: the guides, to save memory, lower only some of the three."""
     limit = config.data.max_num_tokens
     lowered: dict[str, Any] = {}
     notes = []
@@ -189,7 +189,7 @@ def _lower_budgets(config: RunConfig) -> tuple[RunConfig, list[str]]:
         value = getattr(config.data, name)
         if value > limit:
             lowered[name] = limit
-            notes.append(f"{name} lowered from {value} to {limit}, the limit given by max_num_tokens")
+            notes.append(f"{name} lowered from {value} to {limit}, because max_num_tokens is {limit}")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **lowered)), notes
 
 
@@ -202,12 +202,10 @@ def _attention_notes(config: RunConfig) -> list[str]:
     source = "attn" if "attn" in config.explicit else "use_flex True"
     notes = []
     if config.training.use_flex and "attn" in config.explicit and config.training.attn != "flex":
-        notes.append(f"use_flex True has no effect: attn {config.training.attn} is given too and decides")
+        notes.append(f"use_flex True has no effect: attn {config.training.attn} takes precedence")
     if wanted not in BACKENDS:
         asked = source if source == "use_flex True" else f"attn {wanted}"
-        notes.append(
-            f"{asked}: this version computes attention with {config.attention}; the result is the same, only slower"
-        )
+        notes.append(f"{asked}: this version computes attention with {config.attention}; same result, but slower")
     return notes
 
 
@@ -221,19 +219,19 @@ def _effectless_notes(config: RunConfig) -> list[str]:
     wandb = sorted(name for name in given if name.startswith("wandb_"))
     if wandb and not wandb_wanted(config):
         reason = "enable_wandb False" if "enable_wandb" in given else "neither wandb_project nor wandb_name is given"
-        notes.append(f"W&B is off ({reason}): {', '.join(wandb)} without effect")
-    parts = sorted({"llm_path", "vit_path", "vae_path"} & given)
-    if parts and config.training.finetune_from_hf:
-        notes.append(f"{', '.join(parts)} without effect: finetune_from_hf True takes everything from model_path")
+        notes.append(f"no effect: {', '.join(wandb)}, because W&B is off ({reason})")
+    pretrained = sorted({"llm_path", "vit_path", "vae_path"} & given)
+    if pretrained and config.training.finetune_from_hf:
+        notes.append(f"no effect: {', '.join(pretrained)}, because finetune_from_hf True loads model_path")
     if "resume_model_only" in given and config.training.resume_model_only and config.training.resume_from is None:
-        notes.append("resume_model_only has no effect: it concerns resume_from, which is not given")
+        notes.append("resume_model_only has no effect: resume_from is not given")
     if "min_lr" in given and config.training.lr_scheduler == "constant":
         notes.append("min_lr has no effect: lr_scheduler is constant")
     if "prefetch_factor" in given and config.data.num_workers == 0:
         notes.append("prefetch_factor has no effect: num_workers is 0")
     validation = sorted({"val_every", "val_max_batches"} & given)
     if validation and config.training.val_config is None:
-        notes.append(f"{', '.join(validation)} without effect: val_config is not given")
+        notes.append(f"no effect: {', '.join(validation)}, because val_config is not given")
     return notes
 
 
@@ -243,8 +241,8 @@ def _schedule_notes(config: RunConfig) -> list[str]:
         half_life = math.log(0.5) / math.log(training.ema)
         if half_life > training.total_steps:
             notes.append(
-                f"ema {training.ema} forgets half of its start only after {half_life:.0f} steps, and the run has "
-                f"{training.total_steps}: ema.safetensors will lie near the weights it started from"
+                f"ema {training.ema} has a half-life of {half_life:.0f} steps, but the run has only "
+                f"{training.total_steps}: ema.safetensors will stay close to the start weights"
             )
     if training.warmup_steps >= training.total_steps:
         notes.append(

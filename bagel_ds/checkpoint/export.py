@@ -1,9 +1,9 @@
-"""From a training checkpoint to a model folder, without GPUs and without the ranks that wrote it.
+"""From a training checkpoint to a model folder, in one process without GPUs.
 
-Guarantees: one tensor is read and written at a time, in pieces of 64 MiB; what is written is the fp32 masters (or
-averages) cast to the dtype asked for, so fp32 weights can be had from a bf16 run; frozen parts are there too. Files are
-written and flushed beside the model folder before it is made or any of its files replaced; an export that fails or is
-killed leaves no model that lacks weights. Only what an earlier export wrote is replaced.
+Guarantees: tensors are read and written one at a time, in chunks of 64 MiB. Weights are the fp32 masters (or averages)
+cast to the requested dtype, so a bf16 run gives fp32 weights; frozen parameters are included. Files are written and
+flushed next to the model folder before the folder is created or any of its files replaced, so an export that fails or
+is killed leaves no model without weights. Only files of an earlier export are replaced.
 """
 
 from __future__ import annotations
@@ -45,27 +45,26 @@ from bagel_ds.model_folder.tensor_files import TensorFileWriter, read_header
 from bagel_ds.ranges import MASTER, TensorInfo, WeightSource
 from bagel_ds.units import GIB
 
-EXPORTED = "export.json"  # where an export names its files
+EXPORTED = "export.json"  # the list of an export's files
 _UNFINISHED = ".unfinished-export"
-_KINDS = {"model": MASTER, "ema": AVERAGE}  # what of a training state becomes which weight file
-
+_KINDS = {"model": MASTER, "ema": AVERAGE}  # stem of a weight file -> the kind of training state it holds
 
 logger = logging.getLogger("bagel_ds")
 
 
 class _Plan(NamedTuple):
-    """Everything an export writes, known before its first byte."""
+    """Everything that an export writes, known before its first byte."""
 
     layout: Layout
     copied: list[Path]
     state: StateFiles
     stored: dict[str, tuple[int, ...]]  # shapes in the checkpoint
     dtype: torch.dtype
-    metadata: dict[str, str]  # of the average: its steps and decay, where the checkpoint records them
+    metadata: dict[str, str]  # steps and decay of the average, if the checkpoint records them
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the tensors that are written."""
+        """Shapes of the tensors to write."""
         return self.stored | {name: tuple(table.shape) for name, table in self.layout.tables.items()}
 
     @property
@@ -82,55 +81,55 @@ def export_checkpoint(
     program: str | None = None,
     serve: str = "auto",
 ) -> list[Path]:
-    """Write `out` as a model folder; the files of weights written.
+    """Write `out` as a model folder. Returns the weight files.
 
-    With `shard_bytes`, weights are cut into files of at most that. With `program`, one of `serving.PROGRAMS`, the
-    folder has the layout that this program reads and serves what `serve`, one of `serving.SERVE`, says.
+    With `shard_bytes`, weights are split into files of at most that size. With `program`, one of `serving.PROGRAMS`,
+    the folder gets the layout that this program reads, and `serve`, one of `serving.SERVE`, chooses the weights.
 
-    Raises `UserError` where the checkpoint holds no state or is damaged, where `out` holds other weights than those of
-    an earlier export, and where it can't be written; what was there is then as it was.
+    Raises `UserError` if the checkpoint holds no state or is damaged, if `out` holds weights that no export wrote, or
+    if `out` can't be written. `out` is then unchanged.
     """
-    checkpoint = meant_checkpoint(checkpoint)  # latest, or step_final where it is a file
+    checkpoint = meant_checkpoint(checkpoint)  # `latest`, or `step_final` if it is a text file
     _check_options(checkpoint, out, shard_bytes, program)
     fault = manifest_fault(checkpoint)
     if fault is None:
         plan = _plan(checkpoint, dtype, program, serve)
         _check_replaceable(out, plan)
-        with waiting_for(f"all bytes of {checkpoint}'s training state to be compared", "before any is written"):
+        with waiting_for(f"the checksums of {checkpoint}'s training state", "the export begins after that"):
             fault = checksum_fault(checkpoint, state_files(checkpoint))
     if fault is not None:
         raise UserError(f"{checkpoint} is damaged: {fault}. Export another checkpoint.")
-    # In a folder that is there already, as it may be a file system of its own.
-    beside = out / _UNFINISHED if out.is_dir() else out.with_name(f"{_UNFINISHED}-{out.name}")
+    # An existing `out` may be a mount point: only inside it are files sure to be on the same file system.
+    staging = out / _UNFINISHED if out.is_dir() else out.with_name(f"{_UNFINISHED}-{out.name}")
     try:
-        shutil.rmtree(beside, ignore_errors=True)  # of one that was killed
-        beside.mkdir(parents=True)
-        written = _write_model(plan, beside, shard_bytes)
+        shutil.rmtree(staging, ignore_errors=True)  # left by a killed export
+        staging.mkdir(parents=True)
+        written = _write_model(plan, staging, shard_bytes)
         served = {} if program is None else {"for": program, EMA: plan.layout.reason}
-        said = {"checkpoint": str(checkpoint), "dtype": str(dtype).removeprefix("torch."), "files": _files(beside)}
-        write_json(beside / EXPORTED, said | served)
-        flush_all(beside)
-        _move(beside, out)
+        record = {"checkpoint": str(checkpoint), "dtype": str(dtype).removeprefix("torch."), "files": _files(staging)}
+        write_json(staging / EXPORTED, record | served)
+        flush_all(staging)
+        _move(staging, out)
     except OSError as error:
         raise UserError(
             f"{checkpoint} could not be exported to {out}: {disk_fault(error, 'pass another --out')}"
         ) from None
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)
     if program is not None:
         logger.info("%s %s", out / EMA, plan.layout.reason)
-    return [out / path.relative_to(beside) for path in written]
+    return [out / path.relative_to(staging) for path in written]
 
 
 def _check_options(checkpoint: Path, out: Path, shard_bytes: int | None, program: str | None) -> None:
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; pass a folder to write, or one that is not there yet.")
+        raise UserError(f"--out {out} is a file; pass the name of a folder, new or existing.")
     if (out / MANIFEST).exists():
-        raise UserError(f"--out {out} is a checkpoint, which other weights would damage; pass another folder.")
+        raise UserError(f"--out {out} is a checkpoint, and an export into it would damage it; pass another folder.")
     if program is not None and shard_bytes is not None:
         raise UserError(
-            f"--max_shard_size can't be combined with --for {program}: that layout has one {EMA}, the only file of "
-            "weights that every one of these programs reads. Leave out --max_shard_size."
+            f"--max_shard_size can't be combined with --for {program}: these programs read one weight file, {EMA}. "
+            "Leave out --max_shard_size."
         )
     if not holds_state(checkpoint):
         found = "holds no training state" if checkpoint.is_dir() else "does not exist"
@@ -156,7 +155,7 @@ def _plan(checkpoint: Path, dtype: torch.dtype, program: str | None, serve: str)
 
 
 def _write_model(plan: _Plan, folder: Path, shard_bytes: int | None) -> list[Path]:
-    """Write a model folder's files into an empty one; the files of weights."""
+    """Write a model folder's files into an empty folder. Returns the weight files."""
     _check_room(folder, plan.nbytes)
     for path in plan.copied:
         shutil.copyfile(path, folder / path.name)
@@ -175,7 +174,7 @@ def _write_model(plan: _Plan, folder: Path, shard_bytes: int | None) -> list[Pat
 
 
 def _check_room(folder: Path, needed: int) -> None:
-    """Raise OSError now for what would fail only after many files. Each file reserves its space besides."""
+    """Fail early on a disk that is too small. (Each file also reserves its space when it is opened.)"""
     free = shutil.disk_usage(folder).free
     if needed > free:
         sizes = f"{needed / GIB:.2f} GiB needed, {free / GIB:.2f} GiB free"
@@ -183,7 +182,7 @@ def _check_room(folder: Path, needed: int) -> None:
 
 
 def _check_replaceable(out: Path, plan: _Plan) -> None:
-    """Raise `UserError` where `out` holds files of weights, or files to be replaced, that no export wrote."""
+    """Raise `UserError` if `out` holds weights, or files that would be replaced, that no export wrote."""
     exported = {EXPORTED, *_exported(out)} if _exported(out) else set()
     weights = {path.name for path in out.glob("*.safetensors*")} - {VAE}
     weights |= {name for name in plan.layout.weights if (out / name).exists()}
@@ -195,12 +194,12 @@ def _check_replaceable(out: Path, plan: _Plan) -> None:
         if others:
             named = ", ".join(others[:3]) + (", ..." if others[3:] else "")
             raise UserError(
-                f"--out {out} holds {kind} that no export wrote ({named}); pass another folder, or remove them."
+                f"--out {out} holds {kind} that no export wrote ({named}); pass another folder or remove them."
             )
 
 
 def _differs(present: Path, written: Path | str) -> bool:
-    """Whether `present` is there and is not a file with the content to be written: that of a file, or a text."""
+    """Whether `present` exists with another content than `written`, which is a file or a text."""
     if not present.is_file():
         return present.exists()
     if isinstance(written, str):
@@ -214,7 +213,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _exported(out: Path) -> list[str]:
-    """Paths of the files that the last export into `out` wrote, relative to it; none where there was no export."""
+    """Paths, relative to `out`, of the files that the last export into it wrote; empty if there was none."""
     try:
         paths = [PurePosixPath(name) for name in json.loads((out / EXPORTED).read_text())["files"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -222,23 +221,22 @@ def _exported(out: Path) -> list[str]:
     return [path.as_posix() for path in paths if not path.is_absolute() and ".." not in path.parts]
 
 
-def _move(beside: Path, out: Path) -> None:
-    """Make the written folder `out`, or replace in `out` what an earlier export wrote.
+def _move(staging: Path, out: Path) -> None:
+    """Rename the written folder to `out`, or replace the files of an earlier export in `out`.
 
-    In between `out` may lack weights, but holds no old ones beside new ones, and no shards that an index names and that
-    are not there.
+    Until it returns, `out` may lack weights. It never mixes old and new ones, and never has an index before its shards.
     """
     if not out.exists():
-        beside.rename(out)
+        staging.rename(out)
         return
     for name in _exported(out):
         if ".safetensors" in name:
             (out / name).unlink(missing_ok=True)
-    for name in sorted(_files(beside), key=lambda name: (name != EXPORTED, name.endswith(".index.json"))):
+    for name in sorted(_files(staging), key=lambda name: (name != EXPORTED, name.endswith(".index.json"))):
         (out / name).parent.mkdir(exist_ok=True)
-        (beside / name).replace(out / name)
+        (staging / name).replace(out / name)
     with suppress(OSError):
-        (out / NOT_SERVED).rmdir()  # empty where this export has another layout
+        (out / NOT_SERVED).rmdir()  # empty if this export has another layout
 
 
 def write_weights(
@@ -250,7 +248,7 @@ def write_weights(
     shard_bytes: int | None,
     metadata: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write <stem>.safetensors, or shards with Hugging Face's index beside them; `metadata` goes into each header."""
+    """Write <stem>.safetensors, or shards and their Hugging Face index; `metadata` goes into each header."""
     infos = {name: TensorInfo(dtype, shape) for name, shape in shapes.items()}
     shards = list(_shards(infos, shard_bytes))
     paths = [out / f"{stem}{_number(i, len(shards))}.safetensors" for i in range(len(shards))]
@@ -261,9 +259,9 @@ def write_weights(
                 for name, info in shard.items():
                     step = CHUNK_BYTES // 4
                     for start in range(0, info.numel, step):
-                        piece = source.read(name, start, min(step, info.numel - start)).to(dtype)
-                        writer.write(name, start, piece)
-                        bar.update(piece.nbytes)
+                        chunk = source.read(name, start, min(step, info.numel - start)).to(dtype)
+                        writer.write(name, start, chunk)
+                        bar.update(chunk.nbytes)
     if len(shards) > 1:
         names = {name: path.name for path, shard in zip(paths, shards) for name in shard}
         index = out / f"{stem}.safetensors.index.json"
@@ -277,7 +275,7 @@ def _number(index: int, count: int) -> str:
 
 
 def _shards(infos: dict[str, TensorInfo], limit: int | None) -> Iterator[dict[str, TensorInfo]]:
-    """Runs of tensors of at most `limit` bytes; a larger tensor is a run of its own."""
+    """Consecutive tensors, grouped into shards of at most `limit` bytes; a larger tensor has its own shard."""
     shard: dict[str, TensorInfo] = {}
     size = 0
     for name, info in infos.items():

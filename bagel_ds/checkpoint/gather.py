@@ -1,14 +1,12 @@
-"""Weights that are spread over ranks -> one safetensors file, a chunk at a time.
+"""Collects weights that are spread over ranks into one safetensors file, chunk by chunk.
 
-Guarantees: no rank ever holds more than `CHUNK_BYTES` of it besides its own share; the file's bits are those of the
-pieces cast to the file's dtype (chunks are combined as bytes, so not even a negative zero changes); every rank makes
-the same collective calls.
+Guarantees: beyond its own share no rank ever holds more than `CHUNK_BYTES`. The file holds the ranks' values cast to
+its dtype, bit for bit (chunks are combined as bytes, so even a negative zero is kept). Every rank makes the same
+collective calls.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from pathlib import Path
 from typing import Iterable, Mapping
 
 import torch
@@ -21,24 +19,16 @@ from bagel_ds.ranges import Pieces, Range, TensorInfo
 CHUNK_BYTES = 2**26
 
 
-def export_tensors(
-    path: Path, tensors: Mapping[str, TensorInfo], pieces: Iterable[Pieces], device: torch.device
-) -> None:
-    """Write `path` on rank 0; call on every rank. Arguments as in `stream_tensors`."""
-    with TensorFileWriter(path, tensors) if dist.get_rank() == 0 else nullcontext() as writer:
-        stream_tensors(writer, tensors, pieces, device)
-
-
 def stream_tensors(
     writer: TensorFileWriter | None,
     tensors: Mapping[str, TensorInfo],
     pieces: Iterable[Pieces],
     device: torch.device,
 ) -> None:
-    """Fill `writer` (rank 0's; None elsewhere); call on every rank, with the same names in the same order.
+    """Fill `writer` (on rank 0; None elsewhere). Call it on every rank, with the same names in the same order.
 
-    `device` is where the ranks' process group communicates from. What the disk refuses is raised on rank 0, as OSError,
-    once all ranks have made all of their calls: the others know nothing of it.
+    `device` is the one that the process group communicates from. A write error is raised as OSError on rank 0 only,
+    after all collective calls, so that no other rank waits.
     """
     missing = set(tensors)
     refused: OSError | None = None
@@ -61,13 +51,13 @@ def stream_tensors(
 def _gather(
     ranges: list[tuple[Range, Tensor]], start: int, numel: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Elements [start, start + numel) from all ranks' pieces; complete on rank 0 only."""
+    """Elements [start, start + numel) from the ranges of all ranks; complete on rank 0 only."""
     chunk = torch.zeros(numel, dtype=dtype, device=device)
     for held, values in ranges:
         low, high = max(held.start, start), min(held.start + held.numel, start + numel)
         if low < high:
             chunk[low - start : high - start] = values[low - held.start : high - held.start]
     if dist.get_world_size() > 1:
-        # Each element is nonzero on at most one rank, so a sum of bytes puts the pieces together exactly.
+        # Each element is nonzero on at most one rank, so summing bytes combines the ranges exactly.
         dist.reduce(chunk.view(torch.uint8), 0)
     return chunk

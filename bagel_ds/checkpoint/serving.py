@@ -1,10 +1,9 @@
 """The layouts in which other programs serve a model: the original's app, ComfyUI-BAGEL, vLLM-omni.
 
-Guarantees: one `ema.safetensors` holds what is served, under the name and with every tensor that these programs read,
-and no second file of weights lies beside it: vLLM-omni loads every weight file of a folder, the other two only this
-one. They skip unknown names and keep random numbers for missing ones, so names and shapes are checked here. The
-configs spell out every value for which a program's own default may differ. What a program has hard-coded and the
-network has otherwise is an error.
+Guarantees: the folder has one weight file, `ema.safetensors`, with every tensor that these programs read. (vLLM-omni
+loads every weight file of a folder, the other two only this one.) The programs skip unknown names and leave missing
+tensors random, so names and shapes are checked here. The configs spell out every value whose default may differ between
+programs. A network that differs from what a program has hard-coded is an error.
 """
 
 from __future__ import annotations
@@ -25,37 +24,39 @@ from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.embeddings import position_table
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model.shape.parts import POSITION_TABLES
+from bagel_ds.model_folder.autoencoder import vae_config
 from bagel_ds.model_folder.average import Choice, average_or_weights, averaging_of, chosen
-from bagel_ds.model_folder.folder import EMA, MODEL, VAE, ModelFolder, check_tensors, vae_config
+from bagel_ds.model_folder.folder import EMA, MODEL, VAE, ModelFolder
 from bagel_ds.model_folder.tensor_files import TensorFiles
+from bagel_ds.model_folder.weights import check_tensors
 from bagel_ds.ranges import TensorInfo, WeightSource
 
 PROGRAMS = ("original", "comfyui", "vllm-omni")
 SERVE = ("auto", "average", "weights")
-NOT_SERVED = "not_served"  # folder of the other weight file
+NOT_SERVED = "not_served"  # the folder of the weight file that programs should not load
 _STEMS = {"average": "ema", "weights": "model"}
 _CONTENT = {stem: content for content, stem in _STEMS.items()}
-_HARD_CODED = ("original", "comfyui")  # programs that build the network of BAGEL-7B-MoT whatever config.json says
-_LATENT_SIDE, _VIT_SIDE = 64, 70  # that they build
+_HARD_CODED = ("original", "comfyui")  # programs that ignore config.json and build the network of BAGEL-7B-MoT
+_LATENT_SIDE, _VIT_SIDE = 64, 70  # of the network that they build
 _LAYER = re.compile(r"vit_model\.vision_model\.encoder\.layers\.(\d+)\.")
 
 
 class Layout(NamedTuple):
-    """Which files an export holds besides those it copies; paths are relative to its folder."""
+    """The files of an export that are not copied; paths are relative to its folder."""
 
-    weights: dict[str, str]  # path of each weight file -> the stem of a model folder's file with that content
-    texts: dict[str, str] = {}  # content of the files that are made here
+    weights: dict[str, str]  # path of each weight file -> "model" or "ema", the kind of weights in it
+    texts: dict[str, str] = {}  # path -> content of generated text files
     tables: dict[str, Tensor] = {}  # position tables that replace those of the checkpoint
-    served: Choice | None = None  # what the root's ema.safetensors holds, where it may not be the average
+    served: Choice | None = None  # what the root's ema.safetensors holds, if it may not be the average
 
     @property
     def reason(self) -> str:
-        """What ema.safetensors holds and why."""
+        """What ema.safetensors holds, and why."""
         assert self.served is not None
         return f"holds the {_CONTENT[self.served.stem]}: {self.served.why}"
 
     def metadata(self, stem: str) -> dict[str, str]:
-        """For the header of a weight file with the content of `stem`."""
+        """Metadata for the header of a weight file that holds `stem`."""
         return {} if self.served is None else {"content": _CONTENT[stem]}
 
 
@@ -80,9 +81,9 @@ class WithTables:
 
 
 def serving_layout(program: str, serve: str, checkpoint: Path, has_average: bool, dtype: torch.dtype) -> Layout:
-    """The layout that `program` reads, of a checkpoint in `dtype`. Raises `UserError`.
+    """The layout in which `program` reads a checkpoint with weights of `dtype`. Raises `UserError`.
 
-    `serve` is "average", "weights" or "auto", which follows `model_folder.average`.
+    `serve` is "average", "weights" or "auto" (chosen by `model_folder.average`).
     """
     for option, value, known in ("--for", program, PROGRAMS), ("--serve", serve, SERVE):
         if value not in known:
@@ -94,7 +95,7 @@ def serving_layout(program: str, serve: str, checkpoint: Path, has_average: bool
     weights = {EMA: served.stem}
     if other == "model" or has_average:
         weights[f"{NOT_SERVED}/{other}.safetensors"] = other
-    if program in _HARD_CODED:  # sin-cos tables of all sides agree where they overlap
+    if program in _HARD_CODED:  # sin-cos tables of different sizes agree where they overlap
         config = replace(config, max_latent_size=_LATENT_SIDE)
     sides = dict(zip(POSITION_TABLES, (config.max_latent_size, config.vit.max_patches_per_side), strict=True))
     tables = {name: position_table(config.llm.hidden_size, side) for name, side in sides.items()}
@@ -112,7 +113,7 @@ def _served(serve: str, checkpoint: Path, has_average: bool) -> Choice:
 
 
 def _network(checkpoint: Path) -> tuple[BagelConfig, int]:
-    """The network in a checkpoint, by its tensors' shapes, and the pixels per latent cell. Raises `UserError`."""
+    """The network of a checkpoint, from its tensors' shapes, and the pixels per latent cell. Raises `UserError`."""
     files, folder, where = TensorFiles([checkpoint / MODEL]), ModelFolder(checkpoint), str(checkpoint / MODEL)
     needed = (*POSITION_TABLES, "vae2llm.weight")
     all_faults([f"{where}: tensor {name} is missing" for name in needed if name not in files], f"{where}:")
@@ -134,14 +135,14 @@ def _network(checkpoint: Path) -> tuple[BagelConfig, int]:
     check_tensors(files, expected, where)
     if unknown := sorted(set(files.names) - set(expected)):
         raise UserError(
-            f"{where} holds {len(unknown)} tensors that are not part of BAGEL, such as {unknown[0]}; other programs "
-            "would skip them silently. Export without --for."
+            f"{where} holds {len(unknown)} tensors that are not part of BAGEL, such as {unknown[0]}; the programs of "
+            "--for would skip them silently. Export without --for."
         )
     return config, vae.downsample
 
 
 def _check_program(program: str, checkpoint: Path, config: BagelConfig, downsample: int) -> None:
-    """Raise `UserError` where `program` would build another network or can't read the folder's tokenizer."""
+    """Raise `UserError` if `program` would build another network or can't read the folder's tokenizer."""
     tokenizer = [name for name in ("vocab.json", "merges.txt") if not (checkpoint / name).is_file()]
     if program == "vllm-omni" and (checkpoint / "tokenizer.json").is_file():
         tokenizer = []
@@ -159,7 +160,7 @@ def _check_program(program: str, checkpoint: Path, config: BagelConfig, downsamp
             ("downsampling of the autoencoder", downsample, 8),
         ):
             if found != built:
-                faults.append(f"it always builds {what} {built}, and this model has {found}; use --for vllm-omni")
+                faults.append(f"it always builds {what} {built}, but this model has {found}; use --for vllm-omni")
     all_faults([f"--for {program}: {fault}." for fault in faults], f"--for {program} can't serve {checkpoint}:")
 
 
@@ -169,7 +170,7 @@ def _arguments(checkpoint: Path) -> dict[str, Any]:
 
 
 def _config_texts(checkpoint: Path, config: BagelConfig, downsample: int, dtype: torch.dtype) -> dict[str, str]:
-    """config.json, llm_config.json and vit_config.json, and preprocessor_config.json where the checkpoint has none."""
+    """config.json, llm_config.json, vit_config.json, and preprocessor_config.json if the checkpoint has none."""
     stored = str(dtype).removeprefix("torch.")
     llm = _llm_config(checkpoint, config, stored)
     vit = _vit_config(checkpoint, config)
@@ -181,7 +182,7 @@ def _config_texts(checkpoint: Path, config: BagelConfig, downsample: int, dtype:
         "llm_config": llm,
         "max_latent_size": config.max_latent_size,
         "model_type": "bagel",
-        "timestep_shift": 1.0,  # as in BAGEL-7B-MoT; the shift of sampling (3 by default) belongs to a request
+        "timestep_shift": 1.0,  # as in BAGEL-7B-MoT; the sampling shift (3 by default) is part of a request
         "torch_dtype": stored,
         "vae_config": {"downsample": downsample, "z_channels": config.z_channels},
         "visual_gen": True,
@@ -217,7 +218,7 @@ def _vit_config(checkpoint: Path, config: BagelConfig) -> dict[str, Any]:
         "model_type": "siglip_vision_model",
         "num_attention_heads": vit.num_attention_heads,
         "num_channels": vit.num_channels,
-        "num_hidden_layers": vit.num_layers + 1,  # every program builds one less
+        "num_hidden_layers": vit.num_layers + 1,  # all programs build one fewer
         "patch_size": vit.patch_size,
     }
 
@@ -244,7 +245,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def checkpoint_readme(folder: Path) -> str:
-    """README.md of a checkpoint: which program takes which of its weight files."""
+    """README.md of a checkpoint: which program reads which of its weight files."""
     stem, why = average_or_weights(folder)
     both = ModelFolder(folder).weight_files("ema")
     lines = [
@@ -254,15 +255,15 @@ def checkpoint_readme(folder: Path) -> str:
         "",
         f"Use `{stem}.safetensors`: {why}.",
         "",
-        "| program | file it takes from this folder |",
+        "| program | file it reads from this folder |",
         "|---|---|",
-        f"| bagel_ds (inference, export) | `{stem}.safetensors`, unless another is asked for |",
+        f"| bagel_ds (inference, export) | `{stem}.safetensors`, unless you ask for the other |",
         f"| the original's app and evaluation, ComfyUI-BAGEL, LightX2V | {f'`{EMA}`' if both else 'none: no ' + EMA} |",
         f"| vLLM-omni | `{MODEL}`" + (f": it loads both, and `{MODEL}` replaces `{EMA}` |" if both else " |"),
         f"| MathCanvas | `{MODEL}` (`--checkpoint_file`) |",
         f"| VLMEvalKit | `{EMA if both else MODEL}` |",
         "",
-        "To serve it elsewhere, write the layout that the program reads:",
+        "To serve it with another program, export the layout that the program reads:",
         "",
         "    bagel-ds export THIS_FOLDER --out FOLDER --for original    # or comfyui, or vllm-omni",
         "",

@@ -1,10 +1,10 @@
-"""Training state as ranges in safetensors files, one per rank.
+"""The training state: ranges of parameters in safetensors files, one file per rank.
 
-Guarantees: any number of ranks can read what any other number wrote, whatever the ZeRO stage or offload, because files
-hold named ranges of unpadded parameters; reading maps the files and copies only what is asked for; nothing is pickled.
+Guarantees: files hold named ranges of unpadded parameters, so any number of ranks can read what any other number wrote,
+whatever the ZeRO stage or offload. Reading maps the files and copies only what is requested. Nothing is pickled.
 
-A file holds 1-D tensors named "<kind>/<parameter>" with kind master, exp_avg, exp_avg_sq, ema (fp32) or weight (frozen
-parameters, their own dtype); the header's metadata gives the start of each range.
+A file holds 1-D tensors named "<kind>/<parameter>". Kinds are master, exp_avg, exp_avg_sq, ema (all fp32) and weight
+(frozen parameters in their own dtype). The header's metadata gives the start of each range.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from bagel_ds.model_folder.tensor_files import TensorFiles, TensorFileWriter
 from bagel_ds.ranges import Pieces, TensorInfo
 
 EMA, WEIGHT = "ema", "weight"
-_CHUNK_BYTES = 2**24  # written at a time
+_CHUNK_BYTES = 2**24  # of one write
 
 
 class Held(NamedTuple):
-    """One range of one kind that a rank is going to write."""
+    """One range of one kind that a rank will write."""
 
     kind: str
     name: str
@@ -39,37 +39,31 @@ def rank_file(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:05d}.safetensors"
 
 
-def write_rank(path: Path, held: Iterable[Held], pieces: Iterable[tuple[str, Pieces]]) -> None:
-    """Write one rank's state. `held` announces every range; `pieces` then brings them, by kind, in any order."""
-    held = list(held)
-    with open_rank(path, held) as writer:
-        fill_rank(writer, held, pieces)
-
-
 def open_rank(path: Path, held: Iterable[Held]) -> TensorFileWriter:
-    """The file of one rank with its space reserved; OSError where there is too little."""
-    tensors = {f"{part.kind}/{part.name}": TensorInfo(part.dtype, (part.numel,)) for part in held}
-    starts = {f"{part.kind}/{part.name}": part.start for part in held}
+    """Create one rank's file with space for all of `held`. Raises OSError if there is too little."""
+    held = list(held)
+    tensors = {f"{each.kind}/{each.name}": TensorInfo(each.dtype, (each.numel,)) for each in held}
+    starts = {f"{each.kind}/{each.name}": each.start for each in held}
     return TensorFileWriter(path, tensors, {"starts": json.dumps(starts)})
 
 
 def fill_rank(writer: TensorFileWriter, held: Iterable[Held], pieces: Iterable[tuple[str, Pieces]]) -> None:
-    """Write the announced ranges into an open file."""
-    announced = {f"{part.kind}/{part.name}": part for part in held}
+    """Write the ranges of `held` into the file that `open_rank` created. `pieces`: by kind, in any order."""
+    announced = {f"{each.kind}/{each.name}": each for each in held}
     on_host = _HostCopies()
     for kind, (name, ranges) in pieces:
-        for piece, values in ranges:
-            part = announced[f"{kind}/{name}"]
-            assert piece.start == part.start, "one contiguous range per parameter and rank"
-            _write(writer, f"{kind}/{name}", 0, values, part.dtype, on_host)
+        for place, values in ranges:
+            expected = announced[f"{kind}/{name}"]
+            assert place.start == expected.start, "one contiguous range per parameter and rank"
+            _write(writer, f"{kind}/{name}", 0, values, expected.dtype, on_host)
 
 
 def fill_whole(writer: TensorFileWriter, dtype: torch.dtype, pieces: Iterable[Pieces]) -> None:
-    """Write this rank's ranges into an open file of whole tensors of `dtype`, at their places."""
+    """Write this rank's ranges at their places into an open file of whole tensors of `dtype`."""
     on_host = _HostCopies()
     for name, ranges in pieces:
-        for piece, values in ranges:
-            _write(writer, name, piece.start, values, dtype, on_host)
+        for place, values in ranges:
+            _write(writer, name, place.start, values, dtype, on_host)
 
 
 def _write(
@@ -81,9 +75,10 @@ def _write(
 
 
 class _HostCopies:
-    """Device tensors of up to `_CHUNK_BYTES` as host tensors, each until the next call; host tensors as they are.
+    """Copies device tensors of up to `_CHUNK_BYTES` to the host; a copy is valid until the next call.
 
-    They pass through one page-locked buffer: into ordinary memory CUDA would copy in steps that hold up other work.
+    All copies share one page-locked buffer: CUDA copies to pageable memory in steps that delay other work. Host tensors
+    are returned as they are.
     """
 
     def __init__(self) -> None:
@@ -94,7 +89,7 @@ class _HostCopies:
             return values
         if self._buffer is None:
             self._buffer = torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
-        return self._buffer[: values.nbytes].view(values.dtype).copy_(values)  # returns when it is done
+        return self._buffer[: values.nbytes].view(values.dtype).copy_(values)  # synchronous
 
 
 class StateFiles:
@@ -105,7 +100,7 @@ class StateFiles:
         if not self._files:
             raise UserError(f"{folder} holds no rank_*.safetensors: it is not a training state of bagel_ds.")
         self._folder = folder
-        self._parts: dict[str, list[tuple[int, int, TensorFiles]]] = {}  # name -> (start, stop, file), by start
+        self._ranges: dict[str, list[tuple[int, int, TensorFiles]]] = {}  # name -> (start, stop, file), by start
         for files in self._files:
             if "starts" not in files.metadata:
                 raise UserError(
@@ -115,18 +110,18 @@ class StateFiles:
             starts = json.loads(files.metadata["starts"])
             for name in files.names:
                 start = starts[name]
-                self._parts.setdefault(name, []).append((start, start + files.info(name).numel, files))
-        for parts in self._parts.values():
-            parts.sort(key=lambda part: part[:2])
+                self._ranges.setdefault(name, []).append((start, start + files.info(name).numel, files))
+        for ranges in self._ranges.values():
+            ranges.sort(key=lambda each: each[:2])
 
     def read(self, kind: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements [start, start + numel) of one kind of one parameter, stitched from as many files as it takes."""
-        pieces = []
+        """Elements [start, start + numel) of one kind of one parameter, joined from as many files as needed."""
+        found = []
         position = start
-        for low, high, files in self._parts.get(f"{kind}/{name}", []):
+        for low, high, files in self._ranges.get(f"{kind}/{name}", []):
             if low <= position < high and position < start + numel:
                 stop = min(high, start + numel)
-                pieces.append(files.read(f"{kind}/{name}", position - low, stop - position))
+                found.append(files.read(f"{kind}/{name}", position - low, stop - position))
                 position = stop
         if position < start + numel:
             raise UserError(
@@ -134,12 +129,12 @@ class StateFiles:
                 f"{len(self._files)} rank files. A file is missing or belongs to another run; "
                 "resume from another checkpoint."
             )
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
+        return found[0] if len(found) == 1 else torch.cat(found) if found else torch.empty(0)
 
     def source(self, shapes: Mapping[str, tuple[int, ...]], *kinds: str) -> StateSource:
-        """A `WeightSource` that gives each parameter from the first of `kinds` that is stored for it.
+        """A `WeightSource` that reads each parameter from the first of `kinds` that is stored for it.
 
-        Raises `UserError` where more is stored than a parameter has: its beginning alone would be other weights.
+        Raises `UserError` if a stored parameter is larger than in `shapes`: its first elements would be wrong weights.
         """
         faults = [
             f"{kind}/{name} has {stop:,} elements, this run's network {numel:,}"
@@ -150,20 +145,20 @@ class StateFiles:
         if faults:
             raise UserError(
                 f"{self._folder} is the state of another network: {'; '.join(faults[:3])}"
-                f"{f' and {len(faults) - 3} more' if faults[3:] else ''}. Pass the model_path and the model arguments "
-                "(such as max_latent_size) of the run that saved it, or leave them out."
+                f"{f' and {len(faults) - 3} more' if faults[3:] else ''}. Pass --model_path and the model arguments "
+                "(such as --max_latent_size) of the run that saved it, or leave them out."
             )
         return StateSource(self, shapes, kinds)
 
     def _stop(self, kind: str, name: str) -> int:
-        """Where what is stored of one kind of one parameter ends."""
-        return max((stop for _, stop, _ in self._parts.get(f"{kind}/{name}", [])), default=0)
+        """The end of the last stored range of one kind of one parameter."""
+        return max((stop for _, stop, _ in self._ranges.get(f"{kind}/{name}", [])), default=0)
 
     def has(self, kind: str, name: str) -> bool:
-        return f"{kind}/{name}" in self._parts
+        return f"{kind}/{name}" in self._ranges
 
     def dtype(self, kind: str, name: str) -> torch.dtype:
-        return self._parts[f"{kind}/{name}"][0][2].info(f"{kind}/{name}").dtype
+        return self._ranges[f"{kind}/{name}"][0][2].info(f"{kind}/{name}").dtype
 
 
 class StateSource:
@@ -176,7 +171,7 @@ class StateSource:
         for kind in self._kinds:
             if self._state.has(kind, name):
                 return kind
-        return self._kinds[0]  # `read` then says what is missing
+        return self._kinds[0]  # `read` then reports what is missing
 
     def __contains__(self, name: str) -> bool:
         return any(self._state.has(kind, name) for kind in self._kinds)

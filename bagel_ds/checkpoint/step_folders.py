@@ -1,8 +1,8 @@
-"""The step_N folders of a run: complete or absent, found again, checked, thinned out.
+"""The step_N folders of a run: finding, checking, finishing and removing checkpoints.
 
-Guarantees: a folder named step_N is complete: it was written under another name, flushed, compared with its manifest
-and then renamed; `latest` moves after that. N counts optimizer steps done. Removing old ones never removes the only
-complete training state. An interrupted save leaves what was there before in charge.
+Guarantees: a folder named step_N is complete. It was written under another name, flushed, compared with its manifest
+and renamed; `latest` moves after that. N counts optimizer steps. Removing old checkpoints never removes the only
+complete training state. After an interrupted save, the previous checkpoint is still the latest.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ logger = logging.getLogger("bagel_ds")
 STATE, TRAINER, MANIFEST, LATEST, FINAL = "state", "trainer.json", "manifest.json", "latest", "step_final"
 README = "README.md"
 UNFINISHED, REPLACED, GIVEN_UP = ".unfinished-", ".replaced-", ".given-up-state"
-_MOST_SHOWN = 8  # checkpoints that a message names, newest first
+_MOST_SHOWN = 8  # checkpoints in a message, newest first
 _STEP = re.compile(r"step_(\d+)")
 _HIDDEN = re.compile(rf"({re.escape(UNFINISHED)}|{re.escape(REPLACED)})(step_\d+)")
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
 def step_folders(checkpoint_dir: Path) -> list[tuple[int, Path]]:
-    """Complete step_N folders by N; links and unfinished folders are none."""
+    """Complete step_N folders by N, without links and unfinished folders."""
     return [(step, path) for step, path in _numbered(checkpoint_dir) if (path / MANIFEST).is_file()]
 
 
 def meant_checkpoint(path: Path) -> Path:
-    """The folder behind a path that a user gives: a file such as `latest` is followed."""
+    """The folder that a user's path means: a file such as `latest` is followed."""
     return pointed_to(path) or path if path.is_file() else path
 
 
 def checkpoints_near(path: Path, with_state: bool = False) -> str:
-    """Which checkpoints lie in `path`, in its folder `checkpoints` or beside it, for a message; "" for none."""
+    """For a message: the checkpoints in `path`, in its folder `checkpoints` or next to it; "" if there are none."""
     for folder in (path, path / "checkpoints", path.parent):
         names = [found.name for _, found in step_folders(folder) if holds_state(found) or not with_state]
         if names:
@@ -54,14 +54,14 @@ def checkpoints_near(path: Path, with_state: bool = False) -> str:
 
 
 def taken_names(checkpoint_dir: Path) -> dict[int, str]:
-    """Names step_N that something has, by N: also damaged ones, links, files, and those that `sweep` will restore."""
+    """Names step_N in use, by N: also by links, files, damaged checkpoints, and those that `sweep` will restore."""
     names = [path.name.removeprefix(REPLACED) for path in _entries(checkpoint_dir)]
     return dict(sorted((int(match[1]), match[0]) for name in names if (match := _STEP.fullmatch(name))))
 
 
 def run_entries(checkpoint_dir: Path) -> list[Path]:
-    """Everything that the saves of a run have written into a checkpoint_dir, also what was interrupted."""
-    known = {LATEST, FINAL, _beside(LATEST), _beside(FINAL)}
+    """Everything that the saves of a run have written into a checkpoint_dir, interrupted ones included."""
+    known = {LATEST, FINAL, _temporary_name(LATEST), _temporary_name(FINAL)}
     return [
         path
         for path in _entries(checkpoint_dir)
@@ -89,22 +89,22 @@ def _numbered(checkpoint_dir: Path) -> list[tuple[int, Path]]:
 
 
 def latest_remark(checkpoint_dir: Path, chosen: Path | None) -> str | None:
-    """What `latest` says other than `chosen` (None: no checkpoint), in words; None where it agrees.
+    """For the log: how `latest` differs from `chosen` (None: no checkpoint). None if it agrees.
 
-    It moves after each save, so it differs where steps were copied, removed or saved by another run.
+    It moves after each save, so it differs if checkpoints were copied, removed or saved by another run.
     """
     latest = checkpoint_dir / LATEST
     named = pointed_to(latest)
     if named is None:
-        return None if chosen is None else f"{latest} is missing or names no step"
+        return None if chosen is None else f"{latest} is missing or does not name a step"
     if chosen is not None and named.name == chosen.name:
         return None
-    there = "a complete checkpoint" if (named / MANIFEST).is_file() else "which is not there or not complete"
-    return f"{latest} names {named.name}, {there}"
+    state = "a complete checkpoint" if (named / MANIFEST).is_file() else "which is missing or incomplete"
+    return f"{latest} names {named.name}, {state}"
 
 
 def pointed_to(pointer: Path) -> Path | None:
-    """The folder beside `pointer` that it names, by a link or (as `latest` does) in its text, there or not."""
+    """The step_N folder that `pointer` names, as a link or (like `latest`) in its text. It may not exist."""
     try:
         name = os.readlink(pointer) if pointer.is_symlink() else pointer.read_text().strip()
     except (OSError, ValueError):
@@ -114,24 +114,24 @@ def pointed_to(pointer: Path) -> Path | None:
 
 
 def states(checkpoint_dir: Path) -> list[Path]:
-    """Checkpoints with a training state, be it damaged, by number of steps."""
+    """Checkpoints with a training state, complete or damaged, by number of steps."""
     return [path for _, path in _numbered(checkpoint_dir) if holds_state(path)]
 
 
 def newest_state(checkpoint_dir: Path, but_not: Iterable[Path] = ()) -> Path | None:
-    """The newest checkpoint that holds training state and whose files have their manifest's sizes."""
+    """The newest checkpoint with a training state whose files have the sizes in its manifest."""
     refused = {path.resolve() for path in but_not}
     for path in reversed(states(checkpoint_dir)):
         if path.resolve() not in refused:
             fault = manifest_fault(path)
             if fault is None:
                 return path
-            logger.warning("checkpoint %s is passed over: %s", path, fault)
+            logger.warning("skipping checkpoint %s: %s", path, fault)
     return None
 
 
 def holds_state(folder: Path) -> bool:
-    """Whether a checkpoint has a training state, be it damaged: only `thin_out` takes the folder `state` away."""
+    """Whether a checkpoint has a training state, complete or damaged. Only `thin_out` removes the folder `state`."""
     return (folder / STATE).is_dir()
 
 
@@ -141,7 +141,7 @@ def read_trainer(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / TRAINER).read_text())
         missing = [name for name in ("steps_done", "plan_state", "world_size") if name not in found]
         if missing:
-            raise ValueError(f"it names no {' and no '.join(missing)}")
+            raise ValueError(f"it lacks {' and '.join(missing)}")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{folder / TRAINER} can't be read ({error}); resume from another checkpoint.") from None
     return found
@@ -149,7 +149,7 @@ def read_trainer(folder: Path) -> dict[str, Any]:
 
 # --------------------------------------------------------------------------------------------------------- checking
 def manifest_fault(folder: Path) -> str | None:
-    """What of a checkpoint's manifest is not there as written, by presence and size; None where all is."""
+    """The first file that is missing or has another size than in the manifest, as a message; None if all agree."""
     try:
         sizes = dict(json.loads((folder / MANIFEST).read_text())["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -157,42 +157,42 @@ def manifest_fault(folder: Path) -> str | None:
     for name, size in sizes.items():
         path = folder / name
         if name.startswith(STATE + "/") and not holds_state(folder):
-            continue  # given up on purpose by del_previous_state; the weights are still whole
+            continue  # removed on purpose by del_previous_state; the weights are still complete
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size:,} bytes, its manifest says {size:,}"
+            return f"{name} has {path.stat().st_size:,} bytes, but {MANIFEST} says {size:,}"
     return None
 
 
 def state_files(folder: Path) -> list[str]:
-    """Names in the manifest of the files that a resume reads; none of a state that was given up."""
+    """Names in the manifest of the files that a resume reads, without those of a removed state."""
     checksums = json.loads((folder / MANIFEST).read_text()).get("checksums", {})
     kept = holds_state(folder)
     return sorted(name for name in checksums if name == TRAINER or (kept and name.startswith(STATE + "/")))
 
 
 class Checked(NamedTuple):
-    """CRC-32 of the bytes [start, stop) of one tensor of a file, or of a file without tensors (part "")."""
+    """CRC-32 of the bytes [start, stop) of one tensor of a file, or of a file without tensors (tensor "")."""
 
     file: str
-    part: str
+    tensor: str
     start: int
     stop: int
     crc: int
 
 
 def checksum_fault(folder: Path, names: Sequence[str]) -> str | None:
-    """The first place in the named files whose bytes are not those that were written; reads them whole."""
+    """The first checksum in the named files that differs, as a message; None if all agree. Reads the whole files."""
     checked, fault = check_share(folder, names, 0, 1)
     return fault or share_fault(folder, names, checked)
 
 
 def check_share(folder: Path, names: Sequence[str], share: int, shares: int) -> tuple[list[Checked], str | None]:
-    """Read one of so many equal shares of the named files' bytes; their checksums, and what can't be read."""
+    """Read one of `shares` equal shares of the named files' bytes. Returns their checksums and what can't be read."""
     sizes = json.loads((folder / MANIFEST).read_text())["files"]
     if unknown := [name for name in names if name not in sizes]:
-        return [], f"{MANIFEST} gives no size of {unknown[0]}"
+        return [], f"{MANIFEST} lacks the size of {unknown[0]}"
     total = sum(sizes[name] for name in names)
     first, last = total * share // shares, total * (share + 1) // shares
     found: list[Checked] = []
@@ -209,38 +209,38 @@ def check_share(folder: Path, names: Sequence[str], share: int, shares: int) -> 
 
 
 def share_fault(folder: Path, names: Sequence[str], checked: Iterable[Checked]) -> str | None:
-    """The first place in the named files whose bytes are not those that were written; `checked` holds all shares."""
+    """As `checksum_fault`, from the checksums of all shares."""
     stops: dict[tuple[str, str], int] = {}
     found: dict[tuple[str, str], int] = {}
-    for file, part, start, stop, crc in sorted(checked):
-        key = file, part
+    for file, tensor, start, stop, crc in sorted(checked):
+        key = file, tensor
         if start == stops.get(key, 0):
             found[key] = joined_crc(found.get(key, 0), crc, stop - start)
             stops[key] = stop
     expected = json.loads((folder / MANIFEST).read_text()).get("checksums", {})
     for name in names:
-        for part, crc in expected.get(name, {}).items():
-            if found.get((name, part), 0) != crc:
-                return f"{name} holds other bytes than were saved" + (f", at {part}" if part else "")
+        for tensor, crc in expected.get(name, {}).items():
+            if found.get((name, tensor), 0) != crc:
+                return f"{name} does not match its checksum" + (f", at {tensor}" if tensor else "")
     return None
 
 
 def _checked(folder: Path, name: str, low: int, high: int) -> Iterator[Checked]:
-    """Of the bytes [low, high) of a file those that have a checksum."""
+    """Checksums of the bytes [low, high) of a file, tensor by tensor."""
     path = folder / name
     if path.suffix != ".safetensors":
         yield Checked(name, "", low, high, zlib.crc32(path.read_bytes()[low:high]))
         return
     files = TensorFiles([path])
-    for part in files.names:
-        begins, ends = files.place(part)
+    for tensor in files.names:
+        begins, ends = files.place(tensor)
         start, stop = max(low, begins) - begins, min(high, ends) - begins
         if start < stop:
-            yield Checked(name, part, start, stop, files.checksum(part, start, stop))
+            yield Checked(name, tensor, start, stop, files.checksum(tensor, start, stop))
 
 
 def _checksums(path: Path) -> dict[str, int]:
-    """CRC-32 of every tensor of a safetensors file, by name; of any other file as a whole, under the name ""."""
+    """CRC-32 of every tensor of a safetensors file by name, or of any other file as a whole under the name ""."""
     if path.suffix != ".safetensors":
         return {"": zlib.crc32(path.read_bytes())}
     files = TensorFiles([path])
@@ -258,7 +258,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_manifest(folder: Path, checksums: dict[str, dict[str, int]]) -> None:
-    """Sizes of the files in the folder, and the checksums of trainer.json and of those written tensor by tensor.
+    """Write the sizes of the folder's files, the given checksums and that of trainer.json.
 
     README.md is left out, because users edit it before they publish a folder.
     """
@@ -269,9 +269,9 @@ def write_manifest(folder: Path, checksums: dict[str, dict[str, int]]) -> None:
 
 
 def finish(unfinished: Path, final: Path, last: bool) -> None:
-    """Flush, check and rename a written folder, then move `latest` (and `step_final`) to it.
+    """Flush, check and rename a written folder, then move `latest` (and, if `last`, `step_final`) to it.
 
-    From the rename on the checkpoint is saved, whatever fails then: that is a warning.
+    After the rename the checkpoint is saved, so a later failure is only a warning.
     """
     fault = manifest_fault(unfinished)
     if fault is not None:
@@ -291,13 +291,13 @@ def finish(unfinished: Path, final: Path, last: bool) -> None:
         _replace(final.parent / LATEST, lambda path: path.write_text(final.name + "\n"))
     if last:
         mark_final(final)
-    with _may_fail(f"{final} is saved, but may be lost if this host loses its power now"):
+    with _may_fail(f"{final} is saved, but may be lost if this host loses power now"):
         _flush(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def mark_final(final: Path) -> None:
-    """Have `step_final` lead to a run's last checkpoint: a link, or its name as text where links can't be made."""
+    """Point `step_final` to a run's last checkpoint: a link, or a text file with its name if links are not possible."""
     pointer = final.parent / FINAL
     try:
         _replace(pointer, lambda path: path.symlink_to(final.name))
@@ -309,7 +309,7 @@ def mark_final(final: Path) -> None:
 
 @contextmanager
 def _may_fail(what: str) -> Iterator[None]:
-    """Report what the file system refuses inside, and go on."""
+    """Turn an OSError inside into a warning."""
     try:
         yield
     except OSError as error:
@@ -317,17 +317,17 @@ def _may_fail(what: str) -> Iterator[None]:
 
 
 def flush_all(folder: Path) -> None:
-    """Have a folder and all that is in it on the disk."""
+    """Flush a folder and everything in it to disk."""
     for path in (*folder.rglob("*"), folder):
         _flush(path)
 
 
 def sweep(checkpoint_dir: Path) -> None:
-    """Put right what an interrupted save left: remove what is unfinished, restore what was about to be replaced."""
+    """Clean up after an interrupted save: remove unfinished folders, restore a checkpoint that was being replaced."""
     for path in _entries(checkpoint_dir):
         match = _HIDDEN.fullmatch(path.name)
         if match is None:
-            continue  # other programs' files, or an export that is being written here
+            continue  # files of other programs, or an export in progress
         final = path.with_name(match[2])
         if match[1] == REPLACED and not final.exists():
             path.rename(final)
@@ -338,10 +338,10 @@ def sweep(checkpoint_dir: Path) -> None:
 
 
 def thin_out(checkpoint_dir: Path, keep_last: int, delete_previous_state: bool, saved: Path | None = None) -> None:
-    """Keep the `keep_last` newest checkpoints (0: all), and older ones' weights alone with `delete_previous_state`.
+    """Keep the `keep_last` newest checkpoints (0: all); with `delete_previous_state` older ones keep only weights.
 
-    The newest whole training state always stays, and so does `saved`, the one just written: a run that was taken up
-    from an older checkpoint saves below the highest number.
+    The newest complete training state always stays, and so does `saved`, the one just written: a run that resumed from
+    an older checkpoint saves below the highest number.
     """
     folders = [path for _, path in step_folders(checkpoint_dir)]
     newest = newest_state(checkpoint_dir)
@@ -355,32 +355,32 @@ def thin_out(checkpoint_dir: Path, keep_last: int, delete_previous_state: bool, 
     final = checkpoint_dir / FINAL
     named = pointed_to(final)
     if named is not None and not named.exists():
-        final.unlink()  # of an earlier, shorter run whose last checkpoint has just gone
+        final.unlink()  # of an earlier, shorter run whose last checkpoint was just removed
 
 
 def _remove(folder: Path, aside: Path) -> None:
-    """Remove a folder by way of `aside`, so that an interruption leaves nothing that looks like a damaged one."""
+    """Rename a folder to `aside` and remove it, so that an interruption leaves nothing that looks damaged."""
     shutil.rmtree(aside, ignore_errors=True)
-    with suppress(OSError):  # not there, or to be tried again after the next save
+    with suppress(OSError):  # missing, or tried again after the next save
         folder.rename(aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _beside(name: str) -> str:
-    """Where a small file is written before it replaces the one of that name."""
+def _temporary_name(name: str) -> str:
+    """The name under which a small file is written before it replaces `name`."""
     return f".{name}.new"
 
 
 def _replace(path: Path, write: Any) -> None:
-    beside = path.with_name(_beside(path.name))
-    beside.unlink(missing_ok=True)
+    temporary = path.with_name(_temporary_name(path.name))
+    temporary.unlink(missing_ok=True)
     try:
-        write(beside)
-        if not beside.is_symlink():
-            _flush(beside)
-        beside.replace(path)
+        write(temporary)
+        if not temporary.is_symlink():
+            _flush(temporary)
+        temporary.replace(path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -390,6 +390,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or not path.is_dir():
-            raise  # some file systems have no flush of folders; that of a file must work
+            raise  # some file systems can't flush folders; flushing a file must work
     finally:
         os.close(descriptor)

@@ -1,8 +1,8 @@
-"""`bagel-ds index`, `check` and `inspect`: look at data without training.
+"""`bagel-ds index`, `check` and `inspect`: work on data without training.
 
-Guarantees: they take every argument of the trainer under its own name, so that the data of a training command can be
-looked at unchanged; they read files, write an index cache and what `--out` names, and need neither a GPU nor DeepSpeed.
-The result goes to stdout, progress and notes to stderr.
+Guarantees: the commands take every argument of the trainer under its own name, so a training command's data can be
+checked unchanged. They write only the index cache and `--out`, and need neither a GPU nor DeepSpeed. Results go to
+stdout, progress and notes to stderr.
 """
 
 from __future__ import annotations
@@ -23,29 +23,27 @@ from bagel_ds.machine.output import log_to_stderr
 from bagel_ds.machine.user_folders import settle_user_folders
 
 _EPILOG = (
-    "All arguments of the trainer are also understood (docs/arguments.md): --dataset_config_file and --model_path "
-    "name the data and the tokenizer; budgets, dropout and modality switches count as in training."
+    "All arguments of the trainer work here too (docs/arguments.md): --dataset_config_file and --model_path name the "
+    "data and the tokenizer; token budgets, dropout and modality switches apply as in training."
 )
 
 
 def add_commands(commands: Any) -> None:
-    """Add the three to the subparsers of `bagel-ds`; the trainer's arguments come as `options.training`."""
+    """Add the three commands to the subparsers of `bagel-ds`; `options.training` gets the trainer's arguments."""
     index = _command(commands, "index", _index, "index data before training, in parallel and split over hosts")
     _add_workers(index)
     index.add_argument(
-        "--shard", type=_shard, default=(1, 1), metavar="I/N", help="only the I-th of N shares of the files, I from 1"
+        "--shard", type=_shard, default=(1, 1), metavar="I/N", help="index only share I of N of the files (I from 1)"
     )
 
-    check = _command(
-        commands, "check", _check, "read every row once, count what is there, name what is wrong, repair the index"
-    )
+    check = _command(commands, "check", _check, "read every row once, count rows, list unusable ones, repair the index")
     _add_workers(check)
     check.add_argument("--json", action="store_true", help="print one JSON object")
 
     inspect = _command(commands, "inspect", _inspect, "show the first packs as training will see them, and their plan")
     inspect.add_argument("--packs", type=not_negative, default=4, help="packs to show (default 4)")
     inspect.add_argument(
-        "--pack", type=Path, help="a pack that a run has kept, as in results_dir/nonfinite, instead of the plan's"
+        "--pack", type=Path, help="show a pack that a run kept, as in results_dir/nonfinite, instead of planned ones"
     )
     inspect.add_argument("--out", type=Path, help="folder for packs.txt and a picture of each pack")
     inspect.add_argument("--world_size", "--world-size", type=at_least_one, default=1, help="ranks (default 1)")
@@ -53,7 +51,7 @@ def add_commands(commands: Any) -> None:
         "--steps",
         type=not_negative,
         default=100,
-        help="micro-steps of all ranks to plan for the numbers (default 100)",
+        help="micro-steps to plan for the numbers (default 100)",
     )
     inspect.add_argument("--json", action="store_true", help="print the plan's numbers as one JSON object")
 
@@ -81,12 +79,12 @@ def _index(options: argparse.Namespace) -> None:
     files = every[number - 1 :: shares]
     for path in {file.path.rpartition("/")[0]: file.path for file in files}.values():
         _check_cache(path, config.data.index_cache)
-    lock = f"-{number}-of-{shares}" if shares > 1 else ""  # shares have different files and need not wait
+    lock = f"-{number}-of-{shares}" if shares > 1 else ""  # shares have different files, so they needn't wait
     indexes = index_files(files, inputs.tokenizer, config.data.index_cache, True, options.workers, lock)
     lost = [index.path for index in indexes if not index.is_kept and not index.layout.error]
     if lost:
         raise UserError(
-            f"the index of {len(lost)} of {len(files)} files could not be kept (first: {lost[0]}). See the warnings "
+            f"the index of {len(lost)} of {len(files)} files could not be stored (first: {lost[0]}). See the warnings "
             "above, then run the same command again; it continues with these files"
         )
     rows, bad = sum(index.rows for index in indexes), sum(len(index.bad) for index in indexes)
@@ -95,13 +93,13 @@ def _index(options: argparse.Namespace) -> None:
 
 
 def _check_cache(path: str, index_cache: str | None) -> None:
-    """Raise `UserError` where the index of a data file could not be kept."""
+    """Raise `UserError` if the index of a data file can't be stored."""
     from bagel_ds.data.index.cache import cache_folder
 
     folder = cache_folder(path, index_cache)
     if folder is None and index_cache is None:
         raise UserError(
-            f"the index of {path} can't be kept beside it nor in ~/.cache; pass --index_cache with a folder"
+            f"the index of {path} can't be stored next to it or in ~/.cache; pass --index_cache with a folder"
         )
     _check_writable(Path(index_cache or "") if folder is None else folder, "--index_cache")
 
@@ -166,28 +164,28 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _check_shown(options: argparse.Namespace) -> None:
-    """Raise `UserError` where nothing would be shown or written as asked, before any work."""
+    """Raise `UserError` before any work if nothing would be shown or `--out` can't be written."""
     if options.pack is None and options.packs == 0:
         if options.out:
-            raise UserError(f"--out {options.out} takes packs, and --packs 0 shows none; leave out one of the two")
+            raise UserError(f"--out {options.out} is for packs, but --packs 0 shows none; leave out one of the two")
         if options.steps == 0:
             raise UserError("--packs 0 and --steps 0 leave nothing to show; leave out one of the two")
     if options.json and (options.pack or options.steps == 0):
         given = "--pack" if options.pack else "--steps 0"
-        raise UserError(f"--json prints the numbers of the plan, and {given} leaves none; leave out one of the two")
+        raise UserError(f"--json prints the plan's numbers, but {given} leaves none; leave out one of the two")
     if options.out:
         _check_writable(options.out, "--out")
 
 
 def _check_writable(folder: Path, option: str) -> None:
-    """Make `folder` where it does not exist; raise `UserError` unless a file can be written to it."""
+    """Create `folder` if it does not exist; raise `UserError` unless a file can be written to it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise UserError(
-            f"{option} {folder} can't be written: {error.strerror or error}; pass a folder you may write"
+            f"{option} {folder} can't be written: {error.strerror or error}; pass a folder that you can write to"
         ) from None
 
 
@@ -206,7 +204,7 @@ def _load(path: Path) -> Any:
     missing = [end for end in (".json", ".safetensors") if not stem.with_suffix(end).is_file()]
     if missing:
         raise UserError(
-            f"--pack {path}: {stem.with_suffix(missing[0])} does not exist. Give a pack that a run kept, such as "
+            f"--pack {path}: {stem.with_suffix(missing[0])} does not exist. Pass a pack that a run kept, such as "
             "results/nonfinite/step_7_rank_0_pack_0"
         )
     return load_batch(stem)
@@ -226,7 +224,7 @@ def _draw(pack: Any, shift: float, folder: Path) -> None:
 
 # ------------------------------------------------------------------------------------------------------- the options
 def _start(options: argparse.Namespace) -> RunConfig:
-    """Parse the trainer's arguments, then log the notes on data to stderr."""
+    """Parse the trainer's arguments and log the notes on data to stderr."""
     log_to_stderr()
     config = parse_arguments(options.training, options.own)
     for note in [*settle_user_folders(), *config.data_notes]:

@@ -1,8 +1,8 @@
-"""A training command as pasted from a script: the trainer's words, and how many ranks its launcher starts.
+"""Splits a training command, pasted from a script, into the launcher's words and the trainer's.
 
-Guarantees: understands `deepspeed` and `torchrun` (also as `python -m ...`) after variables or words such as nohup, the
-script by path or as -m/--module, and a command quoted as one word with its line breaks. Words without a launcher stay
-as they are. A number of ranks that the launcher leaves to the machine is None, never guessed.
+Guarantees: understands `deepspeed` and `torchrun` (also as `python -m ...`), preceded by variables or words such as
+nohup, with the script as a path or as -m/--module, also quoted as one word with line breaks. A line without a launcher
+is left as it is. If the number of ranks depends on the machine, it is None, never a guess.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ _PROGRAMS = ("deepspeed", "torchrun", "python", "python3")
 _LAUNCHER_MODULES = ("deepspeed", "deepspeed.launcher.runner", "torch.distributed.run", "torch.distributed.launch")
 _SHORT = {"H": "hostfile", "i": "include", "e": "exclude"}
 _VARIABLE = re.compile(r"[A-Za-z_]\w*=.*", re.DOTALL)
-_SHELL = re.compile(r"\d?[|&;<>].*")  # where a command ends in a line of shell
+_SHELL = re.compile(r"\d?[|&;<>].*")  # ends a command in a shell line
 
 
 class LaunchLine(NamedTuple):
     training: list[str]  # the trainer's words
-    launcher: list[str]  # from variables to before the script; empty where none was pasted
+    launcher: list[str]  # everything before the script; empty without a launcher
 
 
 class Ranks(NamedTuple):
@@ -32,7 +32,7 @@ class Ranks(NamedTuple):
 
 
 def read_launch_line(words: list[str]) -> LaunchLine:
-    """Take a launcher's part out of `words`. Raises `UserError` where one is there and no script behind it."""
+    """Split `words`. Raises `UserError` if there is a launcher without a script."""
     words = [part for word in words for part in _unquoted(word)]
     start = _start(words)
     if start is None:
@@ -41,14 +41,14 @@ def read_launch_line(words: list[str]) -> LaunchLine:
     script = _script(line)
     if script is None:
         raise UserError(
-            f"{' '.join(line[:3])} ...: this launcher's line names no script; expected launch/train.py, or --module "
-            "bagel_ds.train, and the trainer's options behind it"
+            f"{' '.join(line[:3])} ...: this launcher's line lacks a script; expected launch/train.py, or --module "
+            "bagel_ds.train, followed by the trainer's options"
         )
     return LaunchLine(words[:start] + line[script + 1 :], line[:script] or line[:1])
 
 
 def launched_ranks(launcher: list[str]) -> Ranks | None:
-    """How many ranks these words start; None where they leave it to the machine. Raises `UserError`."""
+    """How many ranks the launcher starts; None if that depends on the machine. Raises `UserError`."""
     options = _options(launcher)
     if any(Path(word).name == "torchrun" or word.startswith("torch.distributed.") for word in launcher):
         hosts, each = _count(options.get("nnodes", "1")), _count(options.get("nproc_per_node", "1"))
@@ -62,36 +62,38 @@ def launched_ranks(launcher: list[str]) -> Ranks | None:
         return None
     if len(set(slots)) != 1:
         raise UserError(
-            f"the launcher's hosts have unequal numbers of GPUs ({', '.join(map(str, slots))}), which one plan can't "
-            "show; pass --world_size and --ranks_per_host as for the host with the most"
+            f"the launcher's hosts have unequal numbers of GPUs ({', '.join(map(str, slots))}), but a plan is for "
+            "equal hosts; pass --world_size and --ranks_per_host as for the host with the most GPUs"
         )
     return Ranks(sum(slots), slots[0])
 
 
 def _unquoted(word: str) -> list[str]:
-    """The words of a whole command that came as one, up to a pipe or a redirection; any other word as it is."""
+    """The words of a command that was quoted as one word, up to a pipe or redirection; any other word as it is."""
     if len(word.split()) < 2:
         return [word]
     try:
-        parts = shlex.split(word.replace("\\\n", " "))
+        words = shlex.split(word.replace("\\\n", " "))
     except ValueError:
         return [word]
-    if _start(parts) != 0 or _script(parts) is None:
+    if _start(words) != 0 or _script(words) is None:
         return [word]
-    return parts[: next((i for i, part in enumerate(parts) if _SHELL.fullmatch(part)), len(parts))]
+    return words[: next((i for i, each in enumerate(words) if _SHELL.fullmatch(each)), len(words))]
 
 
 def _start(words: list[str]) -> int | None:
-    """Where a launcher's line begins: at the first word that is neither an option nor its value (a variable, nohup, the
-    launcher itself), if a launcher's program or a script is among such words.
+    """The index at which a launcher's line begins; None without a launcher.
+
+    That is the first word that is neither an option nor its value (a variable, nohup, the launcher itself), provided
+    that a launcher's program or a script is among such words.
     """
-    alone = [
+    plain = [
         index
         for index, word in enumerate(words)
         if not word.startswith("-") and not (index and words[index - 1].startswith("-") and "=" not in words[index - 1])
     ]
-    is_launch = any(Path(words[index]).name in _PROGRAMS or _is_script(words[index]) for index in alone)
-    return alone[0] if is_launch else None
+    is_launch = any(Path(words[index]).name in _PROGRAMS or _is_script(words[index]) for index in plain)
+    return plain[0] if is_launch else None
 
 
 def _is_script(word: str) -> bool:
@@ -99,7 +101,7 @@ def _is_script(word: str) -> bool:
 
 
 def _script(line: list[str]) -> int | None:
-    """Where the script stands, or the module's name."""
+    """The index of the script's path or of the module's name."""
     for index, word in enumerate(line):
         is_module = index > 0 and line[index - 1] in ("-m", "--module") and word not in _LAUNCHER_MODULES
         if is_module or _is_script(word):
@@ -119,7 +121,7 @@ def _options(launcher: list[str]) -> dict[str, str]:
 
 
 def _slots(options: dict[str, str]) -> list[int] | None:
-    """GPUs of each host that `deepspeed` is to use; None where no option names hosts, empty where it isn't said."""
+    """GPUs that `deepspeed` uses on each host; None if no option names hosts, empty if the numbers are unknown."""
     hosts: dict[str, int | None] = _hostfile(Path(options["hostfile"])) if "hostfile" in options else {}
     if "include" in options:
         hosts = {host: len(gpus) or hosts.get(host) for host, gpus in _filter(options["include"]).items()}
@@ -141,17 +143,17 @@ def _hostfile(path: Path) -> dict[str, int | None]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as fault:
         raise UserError(
-            f"--hostfile {path}: can't be read ({fault.strerror}); pass --world_size and --ranks_per_host instead"
+            f"--hostfile {path} can't be read ({fault.strerror}); pass --world_size and --ranks_per_host instead"
         ) from None
     entries = [re.fullmatch(r"\s*(\S+)\s+slots=(\d+)\s*", line.partition("#")[0]) for line in lines]
     return {entry[1]: int(entry[2]) for entry in entries if entry}
 
 
 def _filter(text: str) -> dict[str, list[str]]:
-    """DeepSpeed's `host1@host2:0,1`: the GPUs that are named of each host; none where all are meant."""
+    """DeepSpeed's `host1@host2:0,1` as the GPUs of each host; an empty list means all."""
     found = {}
-    for part in filter(None, text.split("@")):
-        host, _, gpus = part.partition(":")
+    for entry in filter(None, text.split("@")):
+        host, _, gpus = entry.partition(":")
         found[host.strip()] = [gpu for gpu in gpus.split(",") if gpu.strip()]
     return found
 

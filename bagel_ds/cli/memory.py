@@ -1,8 +1,8 @@
 """`bagel-ds memory`: the memory planner on the command line.
 
-Guarantees: takes every argument of the trainer under its own name, or a whole training command as it stands in a
-script; reads headers and configuration files only, never weights; needs neither a GPU nor DeepSpeed (where it is
-installed, it checks the keys of a --ds_config that is not a preset).
+Guarantees: takes every argument of the trainer under its own name, or a whole training command from a script. Reads
+only headers and configuration files, never weights. Needs neither a GPU nor DeepSpeed (if DeepSpeed is installed, it
+checks the keys of a --ds_config that is not a preset).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from bagel_ds.memory.report import not_compared, report_lines, size_options, sug
 from bagel_ds.memory.suggestions import resolved, suggestions
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.units import GIB
-from bagel_ds.zero.config.resolve import check_planned_file
+from bagel_ds.zero.config.check import check_file_if_possible
 
 RELEASED = "BAGEL-7B-MoT"
 _RELEASED_NAMES = ("7b", RELEASED.lower(), f"bytedance-seed/{RELEASED.lower()}")
@@ -31,7 +31,7 @@ TOO_SMALL = 1  # the exit code of --check
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The planner's own options; those of the trainer are the rest of the line (`options.training`)."""
+    """Add the planner's own options; `options.training` gets those of the trainer."""
     parser.add_argument("--model", help=f"7b, {RELEASED} or another hub id: plan without the model's folder")
     parser.add_argument("--world_size", "--world-size", type=at_least_one, help="ranks (GPUs) in all (default 1)")
     parser.add_argument("--ranks_per_host", "--ranks-per-host", type=at_least_one, help="default: all on one host")
@@ -56,7 +56,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the plan; `options.training` holds the words that are the trainer's. The exit code."""
+    """Print the plan and return the exit code; `options.training` holds the trainer's words."""
     if options.table:
         from bagel_ds.memory.table import table
 
@@ -80,10 +80,10 @@ def run(options: argparse.Namespace) -> int:
         host_memory=options.host_memory,
         nvme=options.nvme,
     )
-    if remark := check_planned_file(config.training.ds_config):
+    if remark := check_file_if_possible(config.training.ds_config):
         print(f"bagel-ds: {remark}", file=sys.stderr)
-    ds_config = resolved(config.training.ds_config, config, model, ranks.all, ranks.per_host)
-    plan = plan_memory(model, ds_config, memory)
+    settings = resolved(config.training.ds_config, config, model, ranks.all, ranks.per_host)
+    plan = plan_memory(model, settings, memory)
     better = [] if plan.fits else suggestions(model, config, memory)
     if options.json:
         unknown = {place: round(size, 2) for place, size in not_compared(plan).items()}
@@ -95,7 +95,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _inference(model: BagelConfig, vae: VAEConfig, gpu_memory: float | None) -> str:
-    """Where the weights lie when bf16 pictures are drawn on a GPU of so many GiB, and what streaming them costs."""
+    """Where inference in bf16 keeps the weights on a GPU of `gpu_memory` GiB, and what streaming them costs."""
     import torch
 
     from bagel_ds.inference.placement import WORK_BYTES, place_weights
@@ -114,7 +114,7 @@ def _inference(model: BagelConfig, vae: VAEConfig, gpu_memory: float | None) -> 
     return (
         f"{found}; {len(placement.streamed)} of {layers} layers are streamed from {gib:.1f} GiB of host memory. "
         f"An image of {calls} steps moves {calls * gib:,.0f} GiB over PCIe: {calls * gib / PCIE:,.0f} s at {PCIE} "
-        "GiB/s, less what the computation hides"
+        "GiB/s, minus what overlaps with computation"
     )
 
 
@@ -125,11 +125,11 @@ def _checked(plan: MemoryPlan) -> int:
 
 
 def _ranks(options: argparse.Namespace, line: LaunchLine) -> Ranks:
-    """As the options say, else the launcher's line."""
+    """The number of ranks from the options, else from the launcher's line."""
     launched = launched_ranks(line.launcher) if line.launcher and options.world_size is None else None
     if line.launcher and options.world_size is None and launched is None:
         raise UserError(
-            f"{' '.join(line.launcher)}: this part of the line doesn't say how many GPUs it takes; pass --world_size"
+            f"{' '.join(line.launcher)}: the launcher's words don't say how many GPUs it uses; pass --world_size"
         )
     world_size = options.world_size or (launched.all if launched else 1)
     per_host = options.ranks_per_host or (launched.per_host if launched else world_size)
@@ -139,7 +139,7 @@ def _ranks(options: argparse.Namespace, line: LaunchLine) -> Ranks:
 
 
 def _network(model: str | None, config: RunConfig) -> tuple[BagelConfig, VAEConfig]:
-    """What is planned for: --model, or what is found at --model_path."""
+    """The network to plan for: --model, or the one at --model_path."""
     if model is None and "model_path" not in config.explicit:
         raise UserError("bagel-ds memory: pass --model_path with the model's folder or hub id, or --model 7b")
     name = model or config.model.model_path
@@ -154,13 +154,13 @@ def _network(model: str | None, config: RunConfig) -> tuple[BagelConfig, VAEConf
     if model is not None:
         raise UserError(f"--model {model}: expected 7b or the id of a model on the hub; for a folder pass --model_path")
     if Path(name).name.lower() == RELEASED.lower():
-        print(f"{name} is not there: planned for the released {RELEASED}, whose name it has", file=sys.stderr)
+        print(f"{name} does not exist: planning for the released {RELEASED}, which has that name", file=sys.stderr)
         return _released(config), VAEConfig()
-    return _from_folder(config, Path(name))  # which says that it is not there
+    return _from_folder(config, Path(name))  # raises that it does not exist
 
 
 def _released(config: RunConfig) -> BagelConfig:
-    """BAGEL-7B-MoT under the run's switches."""
+    """BAGEL-7B-MoT with the run's switches."""
     training = config.training
     return dataclasses.replace(
         BagelConfig(),
@@ -174,7 +174,8 @@ def _released(config: RunConfig) -> BagelConfig:
 def _from_folder(config: RunConfig, path: Path) -> tuple[BagelConfig, VAEConfig]:
     """The network and autoencoder that the trainer would build from a model folder."""
     from bagel_ds.inputs.network import bagel_config
-    from bagel_ds.model_folder.folder import VAE, ModelFolder, vae_config
+    from bagel_ds.model_folder.autoencoder import vae_config
+    from bagel_ds.model_folder.folder import VAE, ModelFolder
     from bagel_ds.model_folder.tensor_files import TensorFiles
 
     folder = ModelFolder(path)

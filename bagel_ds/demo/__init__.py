@@ -1,8 +1,10 @@
 """`bagel-ds demo`: a tiny BAGEL and small data sets to try every command on, written in seconds, without a network.
 
-Guarantees: files, folders, columns and keys are those of BAGEL-7B-MoT, bagel_example and BlockMoving, so what works
-here works on them; the same seed writes the same bytes (with the same library versions). A folder that holds anything
-else is refused. Paths in the written files are relative to the folder, which can therefore be moved.
+Promises: files, folders, columns and keys are those of BAGEL-7B-MoT, bagel_example and BlockMoving, so what works here
+works on them. The same seed writes the same bytes (with the same library versions). A folder that holds anything else
+is refused. Paths in the written files are relative, so the folder can be moved. May import every room but `cli`. Begin
+with `write_demo` below: datasets.py and blockmoving.py make data (scenes.py draws), model.py the network,
+autoencoder.py its VAE, tokenizer.py its tokenizer. summary.py and gallery.py show what a training run achieved.
 """
 
 from __future__ import annotations
@@ -125,13 +127,13 @@ data_names:
 def write_demo(out: Path, seed: int = 0) -> None:
     """Write `out`/model, data, example.yaml, dataset_info.yaml and blockmoving_sft.yaml.
 
-    About 30 MB, nearly all of it the autoencoder, whose normalisation in 32 groups needs 32 channels at the least.
-    An earlier demo there is overwritten. Raises UserError when `out` holds anything else or can't be written.
+    About 30 MB, nearly all of it the autoencoder, whose normalization in 32 groups needs at least 32 channels. An
+    earlier demo there is overwritten. Raises UserError if `out` holds anything else or can't be written.
     """
     _check_folder(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        # First of all, so that a demo cut short is still known as one.
+        # First, so that an interrupted demo is still recognized as one.
         for name, text in (
             ("example.yaml", EXAMPLE),
             ("dataset_info.yaml", DATASET_INFO),
@@ -141,34 +143,34 @@ def write_demo(out: Path, seed: int = 0) -> None:
         _write_data_and_model(out, seed)
     except OSError as fault:
         raise UserError(
-            f"the demo can't be written to {out}: {fault}; pass a folder you may write with --out"
+            f"the demo can't be written to {out}: {fault}; pass a folder that you can write to as --out"
         ) from fault
 
 
 def _check_folder(out: Path) -> None:
     if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file; the demo needs a folder: pass a new name")
+        raise UserError(f"--out {out} is a file; pass the name of a new folder")
     example = out / "example.yaml"
     ours = example.is_file() and example.read_text(errors="replace").startswith(MARK)
     if out.is_dir() and any(out.iterdir()) and not ours:
         found = ", ".join(sorted(path.name for path in out.iterdir())[:5])
         raise UserError(
-            f"--out {out} holds other files ({found}) and no earlier demo; pass a new or an empty folder, "
-            "so that nothing of yours is overwritten"
+            f"--out {out} holds other files ({found}), not an earlier demo; pass a new or empty folder, so that "
+            "nothing of yours is overwritten"
         )
 
 
 def _write_data_and_model(out: Path, seed: int) -> None:
-    # Imported late: `bagel-ds --help` needs neither torch nor pyarrow.
+    # Imported here, because `bagel-ds --help` must not need torch and pyarrow.
     from bagel_ds.demo.blockmoving import write_blockmoving
     from bagel_ds.demo.datasets import write_edit, write_t2i, write_vlm
     from bagel_ds.demo.model import write_model
     from bagel_ds.demo.tokenizer import train_tokenizer
 
-    def rng(part: str) -> random.Random:
-        return random.Random(f"{seed}/{part}")
+    def rng(name: str) -> random.Random:
+        return random.Random(f"{seed}/{name}")
 
-    with tqdm(total=5, desc="demo", unit="part", disable=None) as bar:
+    with tqdm(total=5, desc="demo", disable=None) as bar:
         texts = write_t2i(out, f"{_EXAMPLE}/t2i", rng("t2i"))
         bar.update()
         editing = f"{_EXAMPLE}/editing"

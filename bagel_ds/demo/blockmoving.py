@@ -1,8 +1,8 @@
-"""BlockMoving: puzzles of sliding coloured blocks, drawn and solved by the program.
+"""BlockMoving: puzzles of sliding colored blocks, drawn and solved by the program.
 
-Rules: a block slides up, down, left or right until it meets the border, a wall or another block; the board has to look
+Rules: a block slides up, down, left or right until it meets the border, a wall or another block; the board must end up
 like the goal. Guarantees: every puzzle is solvable, its solution is a shortest one (breadth-first search), and every
-picture of the solution is the board after the moves so far. The columns are those of interleaved reasoning data.
+picture of the solution shows the board after the moves so far. The columns are those of interleaved reasoning data.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import pyarrow as pa
 from PIL import Image, ImageDraw
 
 from bagel_ds.demo.parquet import write_info, write_parquet
-from bagel_ds.demo.scenes import COLOURS, encode, listing
+from bagel_ds.demo.scenes import COLORS, encode, listing
 
-# Four times as wide as high: the published transforms of interleaved data bring the long side to 512 pixels, so that a
-# picture costs 256 latent tokens there, not 1024, and puzzles of three moves stay below 4096 tokens.
+# Four times as wide as high: the published transforms of interleaved data scale the long side to 512 pixels, so a
+# picture costs 256 latent tokens instead of 1024, and puzzles of three moves stay below 4096 tokens.
 ROWS, COLUMNS, CELL = 3, 12, 16  # CELL in pixels
 DIRECTIONS = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
-BLOCK_COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
+BLOCK_COLORS = ("red", "green", "blue", "yellow", "purple", "orange")
 MAX_MOVES = 3
 FLOOR, LINES, WALL = (246, 244, 238), (218, 214, 204), (92, 92, 100)
 
 Cell = tuple[int, int]  # (row, column)
-Move = tuple[str, str]  # (colour, direction)
+Move = tuple[str, str]  # (color, direction)
 
 _PIECES = pa.list_(pa.struct([("type", pa.string()), ("content", pa.string()), ("index", pa.int64())]))
 SCHEMA = pa.schema(
@@ -43,28 +43,28 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Board:
-    """Where everything is. Blocks are (colour, cell), sorted by colour, so that equal boards compare equal."""
+    """Positions of walls and blocks. Blocks are (color, cell), sorted by color, so that equal boards compare equal."""
 
     walls: frozenset[Cell]
     blocks: tuple[tuple[str, Cell], ...]
 
     def slide(self, move: Move) -> Board:
-        """The board after `move`; an equal board where the block can't move."""
-        colour, direction = move
+        """The board after `move`; an equal board if the block can't move."""
+        color, direction = move
         step_row, step_column = DIRECTIONS[direction]
         cells = dict(self.blocks)
-        row, column = cells.pop(colour)
+        row, column = cells.pop(color)
         taken = self.walls | set(cells.values())
         while True:
             ahead = (row + step_row, column + step_column)
             if not (0 <= ahead[0] < ROWS and 0 <= ahead[1] < COLUMNS) or ahead in taken:
                 break
             row, column = ahead
-        return Board(self.walls, tuple(sorted([*cells.items(), (colour, (row, column))])))
+        return Board(self.walls, tuple(sorted([*cells.items(), (color, (row, column))])))
 
     def moves(self) -> list[Move]:
-        """All moves, also those that change nothing."""
-        return [(colour, direction) for colour, _ in self.blocks for direction in DIRECTIONS]
+        """All moves, including those that change nothing."""
+        return [(color, direction) for color, _ in self.blocks for direction in DIRECTIONS]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Puzzle:
 
 
 def shortest_ways(start: Board, depth: int) -> dict[Board, tuple[Move, ...]]:
-    """Every board within `depth` moves of `start`, with a shortest way to it."""
+    """Every board within `depth` moves of `start`, with a shortest solution."""
     ways: dict[Board, tuple[Move, ...]] = {start: ()}
     frontier = [start]
     for _ in range(depth):
@@ -101,9 +101,9 @@ def random_puzzle(rng: random.Random, moves: int) -> Puzzle:
     """A puzzle whose shortest solution has `moves` moves."""
     while True:
         cells = rng.sample([(row, column) for row in range(ROWS) for column in range(COLUMNS)], 6)
-        colours = rng.sample(BLOCK_COLOURS, rng.randint(2, 3))
-        blocks = tuple(sorted(zip(colours, cells, strict=False)))
-        start = Board(frozenset(cells[len(colours) : len(colours) + rng.randint(1, 3)]), blocks)
+        colors = rng.sample(BLOCK_COLORS, rng.randint(2, 3))
+        blocks = tuple(sorted(zip(colors, cells, strict=False)))
+        start = Board(frozenset(cells[len(colors) : len(colors) + rng.randint(1, 3)]), blocks)
         solutions = [way for way in shortest_ways(start, moves).values() if len(way) == moves]
         if solutions:
             return Puzzle(start, rng.choice(solutions))
@@ -119,9 +119,9 @@ def draw_board(board: Board) -> Image.Image:
         pen.line([(0, row * CELL), (COLUMNS * CELL, row * CELL)], fill=LINES)
     for row, column in board.walls:
         pen.rectangle([column * CELL, row * CELL, (column + 1) * CELL - 1, (row + 1) * CELL - 1], fill=WALL)
-    for colour, (row, column) in board.blocks:
+    for color, (row, column) in board.blocks:
         box = [column * CELL + 2, row * CELL + 2, (column + 1) * CELL - 2, (row + 1) * CELL - 2]
-        pen.rectangle(box, fill=COLOURS[colour])
+        pen.rectangle(box, fill=COLORS[color])
     return picture
 
 
@@ -134,17 +134,17 @@ def _image(index: int) -> dict[str, Any]:
 
 
 def _move_text(board: Board, move: Move, after: Board, number: int) -> str:
-    colour, direction = move
-    cells = abs(sum(b - a for a, b in zip(dict(board.blocks)[colour], dict(after.blocks)[colour], strict=True)))
+    color, direction = move
+    cells = abs(sum(b - a for a, b in zip(dict(board.blocks)[color], dict(after.blocks)[color], strict=True)))
     steps = "one cell" if cells == 1 else f"{cells} cells"
-    return f"Move {number}: the {colour} block slides {direction} by {steps} and stops."
+    return f"Move {number}: the {color} block slides {direction} by {steps} and stops."
 
 
 def puzzle_row(puzzle: Puzzle) -> dict[str, Any]:
-    """One row of the data set: question with start and goal, solution that alternates a reason and a picture."""
-    names = listing([f"the {colour} block" for colour, _ in puzzle.start.blocks])
+    """One row of the data set: a question with start and goal, a solution that alternates reasons and pictures."""
+    names = listing([f"the {color} block" for color, _ in puzzle.start.blocks])
     boards = puzzle.boards
-    answer = ", ".join(f"{colour} {direction}" for colour, direction in puzzle.moves)
+    answer = ", ".join(f"{color} {direction}" for color, direction in puzzle.moves)
     solution: list[dict[str, Any]] = []
     before = puzzle.start
     for number, (move, after) in enumerate(zip(puzzle.moves, boards, strict=True), 1):
@@ -183,11 +183,11 @@ def random_rows(rng: random.Random, count: int) -> list[dict[str, Any]]:
 def write_blockmoving(
     root: Path, folder: str, rng: random.Random, train_rows: int = 60, test_rows: int = 8
 ) -> list[str]:
-    """Write train and test split and their info files into `root/folder`; returns all texts. No puzzle is in both."""
+    """Write train and test split and their info files to `root/folder`; returns all texts. No puzzle is in both."""
     rows = random_rows(rng, train_rows + test_rows)
-    for split, part in (("train", rows[:train_rows]), ("test", rows[train_rows:])):
+    for split, chosen in (("train", rows[:train_rows]), ("test", rows[train_rows:])):
         name = f"{folder}/{split}_split.parquet"
-        write_parquet(root / name, part, SCHEMA, row_groups=4)
+        write_parquet(root / name, chosen, SCHEMA, row_groups=4)
         write_info(root, root / folder / f"{split}_split_info.json", [name])
     pieces = [piece for row in rows for piece in row["question_interleave"] + row["solution_interleave"]]
     return [piece["content"] for piece in pieces if piece["type"] == "text"]

@@ -1,8 +1,8 @@
-"""A small `bagel_example`: text-to-image, editing and vision-language data on coloured shapes.
+"""A small `bagel_example`: text-to-image, editing and vision-language data on colored shapes.
 
-Guarantees: folders, file names, columns and JSON keys of the published bagel_example, several parquet files of several
-row groups each, true captions, instructions and answers. Every function returns the texts it wrote, for the tokenizer.
-Deterministic in the caller's `random.Random`.
+Guarantees: folders, file names, columns and JSON keys are those of the published bagel_example, with several parquet
+files of several row groups each. Captions, instructions and answers are true. Every function returns the texts that it
+wrote, for the tokenizer. The caller's `random.Random` determines everything.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from bagel_ds.demo.parquet import write_info, write_parquet
 from bagel_ds.demo.scenes import (
-    COLOURS,
+    COLORS,
     KINDS,
     PLACES,
     Scene,
@@ -34,7 +34,7 @@ FORMATS = ("PNG", "JPEG")
 
 
 def write_t2i(root: Path, folder: str, rng: random.Random, rows: int = 160, files: int = 2) -> list[str]:
-    """Pictures with a JSON object of captions."""
+    """Pictures, each with a JSON object of captions."""
     written: list[dict[str, Any]] = []
     texts: list[str] = []
     for number in range(rows):
@@ -48,7 +48,7 @@ def write_t2i(root: Path, folder: str, rng: random.Random, rows: int = 160, file
 
 
 def write_edit(root: Path, folder: str, info: str, rng: random.Random, rows: int = 120, files: int = 2) -> list[str]:
-    """Pairs of pictures with an instruction in several wordings; every fourth row is a chain of three pictures."""
+    """Pairs of pictures with an instruction in several wordings; every fourth row is a sequence of three pictures."""
     written: list[dict[str, Any]] = []
     texts: list[str] = []
     for number in range(rows):
@@ -66,7 +66,7 @@ def write_edit(root: Path, folder: str, info: str, rng: random.Random, rows: int
 
 
 def write_vlm(root: Path, images: str, jsonl: str, rng: random.Random, rows: int = 160) -> list[str]:
-    """Conversations on no, one or two pictures, one to three turns each."""
+    """Conversations about zero, one or two pictures, with one to three turns each."""
     (root / images / "pairs").mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     texts: list[str] = []
@@ -107,7 +107,7 @@ Turn = tuple[str, str]  # question, answer
 
 
 def _single(scenes: list[Scene], rng: random.Random) -> list[Turn]:
-    """One to three different questions on one picture."""
+    """One to three different questions about one picture."""
     scene = scenes[0]
     shape = rng.choice(scene.shapes)
     asked = rng.choice(KINDS)
@@ -115,7 +115,7 @@ def _single(scenes: list[Scene], rng: random.Random) -> list[Turn]:
     count = len(scene.shapes)
     turns: list[Turn] = [
         ("How many shapes are in the picture?", f"There {'is' if count == 1 else 'are'} {count}."),
-        (f"What colour is the {shape.kind}?", f"The {shape.kind} is {shape.colour}."),
+        (f"What colour is the {shape.kind}?", f"The {shape.kind} is {shape.color}."),
         (f"Where is the {shape.name}?", f"It is at the {shape.place}."),
         (f"Is there a {asked} in the picture?", f"Yes, there is a {asked}." if here else f"No, there is no {asked}."),
         ("What is the colour of the background?", f"The background is {scene.background}."),
@@ -126,7 +126,7 @@ def _single(scenes: list[Scene], rng: random.Random) -> list[Turn]:
 
 
 def _pair(scenes: list[Scene], rng: random.Random) -> list[Turn]:
-    """One or two questions on two pictures."""
+    """One or two questions about two pictures."""
     first, second = scenes
     few, many = len(first.shapes), len(second.shapes)
     more = "Both have the same number of shapes." if few == many else f"The {'first' if few > many else 'second'} one."
@@ -151,6 +151,6 @@ def _general(scenes: list[Scene], rng: random.Random) -> list[Turn]:
         (f"What is {a} plus {b}?", f"{a} + {b} = {a + b}."),
         (f"How many corners does a {kind} have?", f"A {kind} has {corners[kind]}."),
         (f"What is opposite to the {place}?", "The " + " ".join(opposite[word] for word in place.split()) + "."),
-        ("Name two colours.", f"{listing(rng.sample(list(COLOURS), 2)).capitalize()}."),
+        ("Name two colours.", f"{listing(rng.sample(list(COLORS), 2)).capitalize()}."),
     ]
     return rng.sample(turns, rng.randint(1, 3))

@@ -1,7 +1,7 @@
 """How many GPUs the demo can use: `python -m bagel_ds.demo.devices` prints the number, 0 for the CPU.
 
-Guarantees: a GPU that is there but can't be used (old driver, torch built for the CPU) is an error with exit code 2,
-never silent training on the CPU; DS_ACCELERATOR=cpu asks for the CPU.
+Guarantees: a GPU that can't be used (old driver, torch built for the CPU) is an error with exit code 2, never silent
+training on the CPU. DS_ACCELERATOR=cpu chooses the CPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bagel_ds.machine.device import uses_cuda
 
 
 def usable_gpus() -> int:
-    """GPUs that torch can use, 0 where the CPU is asked for or all there is. Raises UserError for unusable ones."""
+    """The number of GPUs that torch can use; 0 on the CPU. Raises UserError if there is an unusable one."""
     check_gpu()
     if not uses_cuda():
         return 0

@@ -1,7 +1,7 @@
-"""What the demo's model draws and answers after training, beside the targets, as one picture.
+"""What the demo's model draws and answers after training, next to the targets, in one picture.
 
 `python -m bagel_ds.demo.gallery DEMO_DIR CHECKPOINT_DIR OUT.png`. Guarantees: prompts and targets are rows of the
-demo's own data, so the picture shows how far a minute of training gets, not how well the model generalizes.
+demo's training data, so the picture shows how far a minute of training gets, not how well the model generalizes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def examples(data: Path) -> list[Example]:
 
 
 def answers(inferencer: Inferencer, found: list[Example]) -> list[Result]:
-    """What the model makes of the prompts, in one batch."""
+    """The model's results for all examples, in one batch."""
     requests = []
     for seed, example in enumerate(found):
         if example.answer is None:
@@ -65,7 +65,7 @@ def answers(inferencer: Inferencer, found: list[Example]) -> list[Result]:
 
 
 def sheet(found: list[Example], results: list[Result]) -> Image.Image:
-    """One row per example: the target, what the model drew, and the words."""
+    """One row per example: the target, what the model drew, and the texts."""
     page = Image.new("RGB", (2 * _CELL + 420, len(found) * (_CELL + 8) + 8), "white")
     pen = ImageDraw.Draw(page)
     for number, (example, result) in enumerate(zip(found, results)):
@@ -77,7 +77,7 @@ def sheet(found: list[Example], results: list[Result]) -> Image.Image:
             words = ["prompt:", example.prompt, "", "left: the target, right: drawn"]
         else:
             words = ["question:", example.prompt, "expected:", example.answer, "answered:", result.text or ""]
-        for line, text in enumerate(part for word in words for part in _wrapped(word)):
+        for line, text in enumerate(each for word in words for each in _wrapped(word)):
             pen.text((2 * _CELL + 24, top + line * _LINE), text, fill="black")
     return page
 
@@ -88,17 +88,17 @@ def _fitted(picture: Image.Image) -> Image.Image:
 
 
 def _wrapped(text: str, width: int = 62) -> list[str]:
-    """Lines of printable ASCII, as the default font has no other letters."""
+    """Lines of printable ASCII, because the default font has no other letters."""
     text = text.encode("ascii", "replace").decode().replace("\n", " ")
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
     return [text[start : start + width] for start in range(0, len(text), width)] or [""]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the sheet of a demo's checkpoint; 2 where there is none."""
+    """Write the picture of a demo's checkpoint. Returns 2 if there is none."""
     parser = argparse.ArgumentParser(prog="python -m bagel_ds.demo.gallery", description=main.__doc__)
     parser.add_argument("demo", type=Path, help="folder that `bagel-ds demo` wrote")
-    parser.add_argument("checkpoint", type=Path, help="its newest step_N, or a model folder itself")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint_dir (its newest step_N is used) or a model folder")
     parser.add_argument("out", type=Path, help="PNG to write")
     options = parser.parse_args(arguments)
     try:
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"  Drawn and answered {options.out}: what the trained model makes of four rows, beside the targets")
+    print(f"  Drawn and answered {options.out}: the trained model's results for four rows, next to the targets")
     return 0
 
 

@@ -1,8 +1,8 @@
 """A tiny BAGEL in a folder laid out exactly like BAGEL-7B-MoT.
 
-Guarantees: every file, configuration key and tensor name of the released model that training or inference reads, in its
-dtypes (bf16 network, fp32 autoencoder); fresh random weights from the seed, scaled so that training starts well: unit
-norms, generation expert = understanding expert plus noise, nearly zero velocity.
+Guarantees: the folder has every file, configuration key and tensor name of the released model that training or
+inference reads, in its dtypes (bf16 network, fp32 autoencoder). Weights are random, determined by the seed, and scaled
+so that training starts well: unit norms, generation expert = understanding expert plus noise, nearly zero velocity.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from bagel_ds.model.shape.config import BagelConfig, LLMConfig, ViTConfig
 VIT = ViTConfig(hidden_size=64, intermediate_size=128, num_layers=2, num_attention_heads=4)
 VIT_LAYERS_IN_FILE = VIT.num_layers + 1  # one more than is built, as in the released vit_config.json
 IMAGE_SIZES = {"vae": [96, 64], "vit": [98, 56]}  # longest and shortest side in pixels, as in example.yaml
-TWIN_NOISE = 0.2  # of the generation expert, relative to the weights' own spread
+TWIN_NOISE = 0.2  # of the generation expert, relative to the standard deviation of the weights
 
 
 def network_config(vocabulary: int) -> BagelConfig:
-    """The demo's network; the vocabulary is padded by at least one row to a multiple of 64, as the released one is."""
+    """The demo's network. Like the released one, its vocabulary is padded by at least one row to a multiple of 64."""
     llm = LLMConfig(
         hidden_size=128,
         intermediate_size=256,
@@ -54,9 +54,9 @@ def write_model(folder: Path, tokenizer: Tokenizer, seed: int) -> None:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A new file in place of `path`: checkpoints may hold the old one by hard link, running processes by mapping."""
+    """Replace `path` by a new file: checkpoints may hard-link the old one, running processes may have mapped it."""
     written = path.with_suffix(".new")
-    # Not save_file: it makes files that only their owner can read, whatever the umask.
+    # Not save_file: its files are readable by their owner only, whatever the umask.
     written.write_bytes(save(tensors, {"format": "pt"}))
     written.replace(path)
 
@@ -89,7 +89,7 @@ def _is_norm(name: str) -> bool:
 
 
 def _spread(name: str, shape: torch.Size) -> float:
-    """Standard deviation at the start: what keeps activations near one at this width, little where that is safer."""
+    """Initial standard deviation: keeps activations near one at this width, or small where that is safer."""
     if len(shape) == 1 or name.startswith(("llm2vae", "language_model.lm_head")):
         return 0.02
     if "position_embedding" in name:

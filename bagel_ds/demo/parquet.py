@@ -1,6 +1,6 @@
 """Writing the demo's parquet files and the `parquet_info` files that list their row groups.
 
-Guarantees: rows in the given order, as many row groups as asked for (fewer only when there are fewer rows).
+Guarantees: rows are in the given order, in as many row groups as requested (fewer only if there are fewer rows).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]], schema: pa.Schema, row_groups: int) -> None:
-    """Write `rows` to `path` in `row_groups` row groups of about equal size; makes the folder."""
+    """Write `rows` to `path` in `row_groups` row groups of about equal size. Creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows, schema=schema)
     pq.write_table(table, path, row_group_size=math.ceil(len(rows) / row_groups))

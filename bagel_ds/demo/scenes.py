@@ -1,7 +1,7 @@
-"""Pictures of coloured shapes, the words for them and the changes one can ask for.
+"""Pictures of colored shapes, descriptions of them, and instructions that change them.
 
-Guarantees: what is said about a picture is true of it, and a picture after an instruction differs from the one before
-by just that. All choices come from the caller's `random.Random`, so equal seeds give equal pictures and words.
+Guarantees: descriptions are true, and a picture after an instruction differs from the one before only by that change.
+All choices come from the caller's `random.Random`, so equal seeds give equal pictures and texts.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
-COLOURS = {
+COLORS = {
     "red": (214, 40, 40),
     "green": (42, 157, 80),
     "blue": (38, 84, 200),
@@ -38,14 +38,14 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")  # cells of a 
 @dataclass(frozen=True)
 class Shape:
     kind: str
-    colour: str
+    color: str
     size: str
     place: str
 
     @property
     def name(self) -> str:
         """Unique in its scene: no scene holds two shapes of one kind."""
-        return f"{self.colour} {self.kind}"
+        return f"{self.color} {self.kind}"
 
 
 @dataclass(frozen=True)
@@ -58,20 +58,20 @@ class Scene:
     shapes: tuple[Shape, ...]
 
     def free(self, of: str) -> list[str]:
-        """Kinds, colours or places ("kind", "colour", "place") that no shape of the scene has."""
+        """Kinds, colors or places ("kind", "color", "place") that no shape of the scene has."""
         used = {getattr(shape, of) for shape in self.shapes}
-        everything = {"kind": KINDS, "colour": tuple(COLOURS), "place": PLACES}[of]
+        everything = {"kind": KINDS, "color": tuple(COLORS), "place": PLACES}[of]
         return [value for value in everything if value not in used]
 
 
 def random_scene(rng: random.Random, count: int | None = None) -> Scene:
-    """A scene with `count` shapes (1 to 3 where None), 64 to 96 pixels wide and high."""
+    """A scene with `count` shapes (None: 1 to 3), 64 to 96 pixels wide and high."""
     count = rng.randint(1, 3) if count is None else count
-    kinds, colours = rng.sample(KINDS, count), rng.sample(list(COLOURS), count)
+    kinds, colors = rng.sample(KINDS, count), rng.sample(list(COLORS), count)
     places = rng.sample(PLACES, count)
     shapes = tuple(
-        Shape(kind, colour, rng.choice(list(SIZES)), place)
-        for kind, colour, place in zip(kinds, colours, places, strict=True)
+        Shape(kind, color, rng.choice(list(SIZES)), place)
+        for kind, color, place in zip(kinds, colors, places, strict=True)
     )
     return Scene(rng.choice((64, 80, 96)), rng.choice((64, 80, 96)), rng.choice(list(BACKGROUNDS)), shapes)
 
@@ -85,20 +85,20 @@ def draw(scene: Scene) -> Image.Image:
         x, y = (column + 0.5) * scene.width / 2, (row + 0.5) * scene.height / 2
         radius = SIZES[shape.size] * min(scene.width, scene.height) / 4
         box = (x - radius, y - radius, x + radius, y + radius)
-        colour = COLOURS[shape.colour]
+        color = COLORS[shape.color]
         if shape.kind == "circle":
-            pen.ellipse(box, fill=colour)
+            pen.ellipse(box, fill=color)
         elif shape.kind == "square":
-            pen.rectangle(box, fill=colour)
+            pen.rectangle(box, fill=color)
         elif shape.kind == "triangle":
-            pen.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=colour)
+            pen.polygon([(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)], fill=color)
         else:
-            pen.polygon([(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)], fill=colour)
+            pen.polygon([(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)], fill=color)
     return picture
 
 
 def encode(picture: Image.Image, form: str = "PNG") -> bytes:
-    """The picture as the bytes of a file."""
+    """The picture as the bytes of an image file."""
     buffer = io.BytesIO()
     picture.save(buffer, form, **({"quality": 92} if form == "JPEG" else {}))
     return buffer.getvalue()
@@ -110,7 +110,7 @@ def listing(names: list[str]) -> str:
 
 
 def captions(scene: Scene) -> dict[str, str]:
-    """Several descriptions of one picture, short to long."""
+    """Several descriptions of one picture, by key."""
     names = [f"a {shape.name}" for shape in scene.shapes]
     placed = [f"a {shape.size} {shape.name} at the {shape.place}" for shape in scene.shapes]
     noun = "shape" if len(scene.shapes) == 1 else "shapes"
@@ -124,7 +124,7 @@ def captions(scene: Scene) -> dict[str, str]:
 
 def random_edit(scene: Scene, rng: random.Random) -> tuple[Scene, list[str]]:
     """A changed scene and several ways to ask for the change."""
-    changes: list[Callable[[Scene, random.Random], tuple[Scene, list[str]]]] = [_recolour, _background, _resize]
+    changes: list[Callable[[Scene, random.Random], tuple[Scene, list[str]]]] = [_recolor, _background, _resize]
     if len(scene.shapes) > 1:
         changes.append(_remove)
     if scene.free("place"):
@@ -139,16 +139,16 @@ def _with(scene: Scene, old: Shape, **changed: str) -> Scene:
     return dataclasses.replace(scene, shapes=tuple(new if shape is old else shape for shape in scene.shapes))
 
 
-def _recolour(scene: Scene, rng: random.Random) -> tuple[Scene, list[str]]:
-    shape, colour = rng.choice(scene.shapes), rng.choice(scene.free("colour"))
-    words = [f"Make the {shape.kind} {colour}.", f"Change the colour of the {shape.name} to {colour}."]
-    return _with(scene, shape, colour=colour), words
+def _recolor(scene: Scene, rng: random.Random) -> tuple[Scene, list[str]]:
+    shape, color = rng.choice(scene.shapes), rng.choice(scene.free("color"))
+    words = [f"Make the {shape.kind} {color}.", f"Change the colour of the {shape.name} to {color}."]
+    return _with(scene, shape, color=color), words
 
 
 def _background(scene: Scene, rng: random.Random) -> tuple[Scene, list[str]]:
-    colour = rng.choice([name for name in BACKGROUNDS if name != scene.background])
-    words = [f"Make the background {colour}.", f"Replace the {scene.background} background with a {colour} one."]
-    return dataclasses.replace(scene, background=colour), words
+    color = rng.choice([name for name in BACKGROUNDS if name != scene.background])
+    words = [f"Make the background {color}.", f"Replace the {scene.background} background with a {color} one."]
+    return dataclasses.replace(scene, background=color), words
 
 
 def _resize(scene: Scene, rng: random.Random) -> tuple[Scene, list[str]]:
@@ -176,7 +176,7 @@ def _move(scene: Scene, rng: random.Random) -> tuple[Scene, list[str]]:
 def _add(scene: Scene, rng: random.Random) -> tuple[Scene, list[str]]:
     new = Shape(
         rng.choice(scene.free("kind")),
-        rng.choice(scene.free("colour")),
+        rng.choice(scene.free("color")),
         rng.choice(list(SIZES)),
         rng.choice(scene.free("place")),
     )

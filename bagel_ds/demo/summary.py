@@ -1,7 +1,7 @@
-"""How a run went, in a few lines: `python -m bagel_ds.demo.summary RESULTS_DIR [CHECKPOINT_DIR]`.
+"""Summarizes a run in a few lines: `python -m bagel_ds.demo.summary RESULTS_DIR [CHECKPOINT_DIR]`.
 
-Guarantees: only says what it finds on disk; losses are averages over the first and the last tenth of the logged steps
-(at least five), read from metrics.jsonl, where later lines for a step supersede earlier ones.
+Guarantees: everything is read from disk. Losses are averages over the first and the last tenth of the logged steps (at
+least five), from metrics.jsonl, in which later lines for a step replace earlier ones.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ LOSSES = {"loss/mse": "MSE (generation)", "loss/ce": "CE (text)"}
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """One dict per logged step, in step order. Raises UserError when the file is missing or holds no step."""
+    """One dict per logged step, in step order. Raises UserError if the file is missing or holds no step."""
     steps: dict[int, dict[str, float | None]] = {}
     if path.is_file():
         for line in path.read_text().splitlines():
             entry = json.loads(line)
             steps[entry["step"]] = entry
     if not steps:
-        raise UserError(f"{path} holds no logged step: did the run get as far as its first one? See log.txt beside it")
+        raise UserError(f"{path} holds no logged step: did the run reach its first step? See log.txt next to it")
     return [steps[step] for step in sorted(steps)]
 
 
 def fall(metrics: list[dict[str, float | None]], name: str) -> tuple[float, float] | None:
-    """Averages of `name` over the first and last tenth (at least five) of its steps; None with too few for that."""
+    """Averages of `name` over the first and last tenth (at least five) of its steps; None if there are too few."""
     values = [value for entry in metrics if (value := entry.get(name)) is not None]
-    part = max(5, len(values) // 10)
-    if len(values) < 2 * part:
+    count = max(5, len(values) // 10)
+    if len(values) < 2 * count:
         return None
-    return sum(values[:part]) / part, sum(values[-part:]) / part
+    return sum(values[:count]) / count, sum(values[-count:]) / count
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The step_N with the highest N, links and other names left out."""
+    """The step_N folder with the highest N; links don't count."""
     found = [path for path in folder.glob("step_*") if path.is_dir() and not path.is_symlink()]
     numbered = [(int(match[1]), path) for path in found if (match := re.fullmatch(r"step_(\d+)", path.name))]
     return max(numbered)[1] if numbered else None
@@ -73,7 +73,7 @@ def summary(results_dir: Path, checkpoint_dir: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the summary of a results folder; 2 when there is none."""
+    """Print the summary of a results folder. Returns 2 if there is none."""
     parser = argparse.ArgumentParser(prog="python -m bagel_ds.demo.summary", description=main.__doc__)
     parser.add_argument("results_dir", type=Path)
     parser.add_argument("checkpoint_dir", type=Path, nargs="?", help="default: RESULTS_DIR/checkpoints")

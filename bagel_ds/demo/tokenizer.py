@@ -1,8 +1,8 @@
-"""A small byte-level BPE tokenizer in the files and the manner of Qwen2's.
+"""A small byte-level BPE tokenizer with the files and rules of Qwen2's.
 
-Guarantees: any text encodes and decodes back (after NFC); the ids do not depend on the machine or on the order of the
-training texts; special tokens come after the ordinary vocabulary, under Qwen2.5's names. `tokenizer.json` alone and
-`vocab.json` with `merges.txt` give the same ids.
+Guarantees: any text is restored by decoding its ids (after NFC). Ids do not depend on the machine or on the order of
+the training texts. Special tokens follow the ordinary vocabulary, under Qwen2.5's names. `tokenizer.json` and the pair
+`vocab.json`, `merges.txt` give the same ids.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-# In the order in which the original adds them to a vocabulary that lacks them, so that a folder with nothing but
-# vocab.json and merges.txt gets the same ids.
+# In the order in which the original adds missing ones, so that a folder with only vocab.json and merges.txt gets the
+# same ids.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
-# Words, single digits, punctuation, line ends, spaces: Qwen2's rule for what a token may not cross.
+# Qwen2's split into words, single digits, punctuation, line ends and spaces; no token crosses a boundary.
 QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -25,7 +25,7 @@ MODEL_MAX_LENGTH = 131072
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with at most `vocab_size` ordinary entries (256 bytes, merges) and SPECIAL_TOKENS after them."""
+    """Byte-level BPE with at most `vocab_size` ordinary entries (256 bytes, merges), followed by SPECIAL_TOKENS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()  # type: ignore[assignment]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
@@ -42,14 +42,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Sorted, so that ties between equally frequent pairs can't follow the order of the texts.
+    # Sorted, so that ties between equally frequent pairs don't depend on the order of the texts.
     tokenizer.train_from_iterator(sorted(texts), trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
     return tokenizer
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """tokenizer.json, vocab.json, merges.txt and tokenizer_config.json."""
+    """Write tokenizer.json, vocab.json, merges.txt and tokenizer_config.json."""
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer.model.save(str(folder))  # vocab.json and merges.txt
     config: dict[str, Any] = {
@@ -71,7 +71,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def _added(token: str) -> dict[str, Any]:
-    """How tokenizer_config.json lists a special token."""
+    """The entry of a special token in tokenizer_config.json."""
     return {
         "content": token,
         "lstrip": False,

@@ -1,5 +1,6 @@
-"""What a machine must have before work begins.
+"""What a machine must have before work begins: packages, a GPU that works, folders, shared memory, a compiler.
 
-`environment.py` looks at packages, GPU, driver, folders, shared memory and the compiler, before torch is imported, and
-returns a list of findings; the caller decides which of them end the run. May import `zero.ops` and `machine`.
+Promises: everything is checked before anything is loaded, and each check gives one finding with its remedy; the caller
+decides which findings end the run. May import `zero.ops`, `machine`, `errors` and `units`. Begin with environment.py
+(`machine_findings`).
 """

@@ -1,9 +1,8 @@
-"""What this machine has and lacks for a run: packages, GPU and driver, folders, shared memory, a C++ compiler.
+"""Checks what a run needs of this machine: packages, GPU and driver, folders, shared memory, a C++ compiler.
 
-Guarantees: everything is looked at before anything is loaded, and each thing gives one `Finding` that says what was
-found and, where it is not enough, what to do; a fault is one that a run would fail of later. Nothing is downloaded.
-What can be mended here (folders of the user) is mended and noted. A GPU that is there and can't be used is a fault,
-never a silent CPU run.
+Guarantees: everything is checked before anything is loaded. Each check gives one `Finding`: what was found and, if that
+is not enough, what to do. A fault is something that would fail the run later. Nothing is downloaded. Unusable folders
+of the user are replaced and noted. A GPU that can't be used is a fault, never a silent run on the CPU.
 """
 
 from __future__ import annotations
@@ -36,14 +35,14 @@ MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17", "pillow": "13.0"}
 DEEPSPEED_VERSION = "0.19.8"  # exactly: zero/partitions.py reads its internals
 MINIMUM_DRIVERS = {12: "525.60.13", 13: "580.65.06"}  # NVIDIA's Linux driver, by major CUDA version of the torch build
 SHARED_MEMORY = Path("/dev/shm")
-NCCL_SHARED_MEMORY = 2**30  # bytes that NVIDIA advises to give a container (--shm-size=1g)
+NCCL_SHARED_MEMORY = 2**30  # bytes; NVIDIA's advice for containers (--shm-size=1g)
 _DEVICE_FILES = Path("/dev")
 _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 class Verdict(Enum):
     GOOD = "ok"
-    NOTE = "note"  # a run goes on, otherwise than one might expect
+    NOTE = "note"  # the run continues, but the user should know
     FAULT = "fault"
 
 
@@ -61,20 +60,20 @@ class Finding(NamedTuple):
 
 
 def machine_findings(ranks_here: int) -> list[Finding]:
-    """What a run with `ranks_here` ranks on this machine needs, but for a compiler (`compiler_finding`).
+    """The checks for a run with `ranks_here` ranks on this machine, except the compiler (`compiler_finding`).
 
-    Call it before torch and DeepSpeed are imported, as folders must be settled by then, and before ranks meet, as NCCL
+    Call it before torch and DeepSpeed are imported, because they read the folders, and before ranks meet, because NCCL
     then takes shared memory.
     """
     packages = package_findings()
     folders = [home_finding(), shared_memory_finding(ranks_here)]
-    if any(finding.verdict is Verdict.FAULT for finding in packages):  # torch can't be asked about the GPU
+    if any(finding.verdict is Verdict.FAULT for finding in packages):  # torch can't report on the GPU
         return [*packages, *folders]
     return [*packages, *folders, gpu_finding()]
 
 
 def refuse_faults(findings: Iterable[Finding]) -> list[str]:
-    """Raise one `UserError` with every fault; what there is to note, for the log."""
+    """Raise one `UserError` with all faults. Returns the notes, for the log."""
     faults = [finding.text for finding in findings if finding.verdict is Verdict.FAULT]
     all_faults(faults, "This machine isn't ready for the run:")
     return [finding.text for finding in findings if finding.verdict is Verdict.NOTE]
@@ -82,7 +81,7 @@ def refuse_faults(findings: Iterable[Finding]) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------- packages
 def package_findings() -> list[Finding]:
-    """Versions of Python and of the packages whose age matters."""
+    """Versions of Python and of the packages that need certain versions."""
     found = ".".join(map(str, sys.version_info[:2]))
     needed = ".".join(map(str, MINIMUM_PYTHON))
     old = sys.version_info < MINIMUM_PYTHON
@@ -107,7 +106,7 @@ def _judged(name: str, message: str, is_fault: bool, remedy: str) -> Finding:
 
 
 def installed_version(package: str) -> str | None:
-    """Version of an installed package, read from its metadata (importing an old one could fail); None if absent."""
+    """Version of an installed package; None if absent. Reads its metadata, because importing it could fail."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -116,9 +115,9 @@ def installed_version(package: str) -> str | None:
 
 # ------------------------------------------------------------------------------------------------------------ GPU
 def gpu_finding() -> Finding:
-    """Whether torch can use the NVIDIA GPU of this machine, where there is one and nobody asked for the CPU.
+    """Whether torch can use this machine's NVIDIA GPU, if there is one and the user did not ask for the CPU.
 
-    A DS_ACCELERATOR that asks for what isn't there, or for what this package can't use, is a fault, too.
+    A DS_ACCELERATOR that asks for a missing or unsupported device is also a fault.
     """
     asked, hidden = asked_accelerator(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if asked not in (None, *ACCELERATORS):
@@ -126,7 +125,7 @@ def gpu_finding() -> Finding:
         return Finding("GPU", Verdict.FAULT, expected, "set one of them, or unset it")
     is_hidden = hidden is not None and hidden.strip() in ("", "-1")
     if asked == "cpu" or (asked is None and is_hidden):
-        return Finding("GPU", Verdict.GOOD, "the CPU was asked for")
+        return Finding("GPU", Verdict.GOOD, "the CPU was chosen")
     if asked is None and not gpu_is_present():
         return Finding("GPU", Verdict.GOOD, "there is no NVIDIA GPU")
     import torch
@@ -138,7 +137,7 @@ def gpu_finding() -> Finding:
         remedy = "unset it, or set DS_ACCELERATOR=cpu to train on the CPU"
         return Finding("GPU", Verdict.FAULT, f"DS_ACCELERATOR is cuda, but {where}", remedy)
     unusable = "This machine has an NVIDIA GPU, but torch can't use it"
-    on_cpu = "To train on the CPU all the same, set DS_ACCELERATOR=cpu."
+    on_cpu = "To train on the CPU instead, set DS_ACCELERATOR=cpu."
     driver = driver_version() or "unknown"
     build = torch.version.cuda
     if build is None:
@@ -149,30 +148,31 @@ def gpu_finding() -> Finding:
             "install a CUDA build: pip install --force-reinstall torch (see https://pytorch.org for your driver). "
             + on_cpu,
         )
-    minimum = MINIMUM_DRIVERS.get(int(build.split(".")[0]), "one made for it")
+    minimum = MINIMUM_DRIVERS.get(int(build.split(".")[0]))
+    needed = f"driver {minimum} or newer" if minimum else "a driver made for it"
     return Finding(
         "GPU",
         Verdict.FAULT,
-        f"{unusable}: torch {torch.__version__} is built for CUDA {build}, which needs driver {minimum} or newer, and "
-        f"the driver is {driver}",
-        f"update it, or install a torch for an older CUDA (https://pytorch.org). {on_cpu}",
+        f"{unusable}: torch {torch.__version__} is built for CUDA {build}, which needs {needed}, but the driver is "
+        f"{driver}",
+        f"update the driver, or install a torch for an older CUDA (https://pytorch.org). {on_cpu}",
     )
 
 
 def check_gpu() -> None:
-    """Raise UserError where this machine has an NVIDIA GPU that torch can't use, unless the user asked for the CPU."""
+    """Raise UserError if this machine has an NVIDIA GPU that torch can't use, unless the user chose the CPU."""
     refuse_faults([gpu_finding()])
 
 
 def gpu_is_present() -> bool:
-    """Whether the kernel or nvidia-smi shows an NVIDIA GPU, whatever torch thinks."""
+    """Whether the kernel or nvidia-smi shows an NVIDIA GPU, whether or not torch can use it."""
     if any(_DEVICE_FILES.glob("nvidia[0-9]*")):
         return True
     return bool(_nvidia_smi("--list-gpus"))
 
 
 def driver_version() -> str | None:
-    """Version of the NVIDIA driver, such as "535.104.05"; None where it can't be told."""
+    """Version of the NVIDIA driver, such as "535.104.05"; None if unknown."""
     asked = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
     if asked:
         return asked.splitlines()[0].strip()
@@ -196,7 +196,7 @@ def _nvidia_smi(*words: str) -> str:
 
 # -------------------------------------------------------------------------------------------------------- folders
 def home_finding() -> Finding:
-    """The user's folders, settled where they can't be used."""
+    """The user's folders; unusable ones are replaced."""
     try:
         changed = settle_user_folders()
     except UserError as fault:
@@ -208,28 +208,28 @@ def home_finding() -> Finding:
 
 # -------------------------------------------------------------------------------------------------- shared memory
 def shared_memory_finding(ranks_here: int) -> Finding:
-    """Whether NCCL finds room in /dev/shm for what ranks of one host exchange; data workers need none there."""
+    """Whether /dev/shm is large enough for NCCL's exchange between ranks of one host. Data workers don't use it."""
     name = str(SHARED_MEMORY)
     if ranks_here < 2 or asked_accelerator() == "cpu" or not gpu_is_present():
-        return Finding(name, Verdict.GOOD, "no GPU needs shared memory to reach another one")
+        return Finding(name, Verdict.GOOD, "shared memory is not needed: there are no GPUs that exchange data")
     size = shared_memory_size()
     if size >= NCCL_SHARED_MEMORY and not write_fault(SHARED_MEMORY):
         return Finding(name, Verdict.GOOD, f"{name} has {_size(size)}")
     return Finding(
         name,
         Verdict.NOTE,
-        f"{name} has {_size(size)} that can be used: where GPUs of a host can't reach one another directly, NCCL needs "
-        "more. If it can't make its shared memory, start the container with --shm-size=1g or --ipc=host",
+        f"{name} has only {_size(size)}. NCCL needs more if the GPUs of a host can't reach one another directly; if it "
+        "reports that it can't create shared memory, start the container with --shm-size=1g or --ipc=host",
     )
 
 
 def free_shared_memory() -> int:
-    """Bytes; 0 where there is no /dev/shm."""
+    """Free bytes of /dev/shm; 0 if there is none."""
     return _shared_memory("f_bavail")
 
 
 def shared_memory_size() -> int:
-    """Bytes, free or not; 0 where there is no /dev/shm."""
+    """Bytes of /dev/shm, free or not; 0 if there is none."""
     return _shared_memory("f_blocks")
 
 
@@ -246,12 +246,12 @@ def _size(count: int) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------- compiler
-# Compiled and linked for a try: DeepSpeed's parts include the first and link the second's library.
+# A test program: DeepSpeed's C++ ops include Python.h and link OpenMP.
 _PROBE = "#include <Python.h>\n#include <omp.h>\n#include <vector>\nint threads() { return omp_get_max_threads(); }\n"
 
 
 def compiler_finding(ops: Sequence[Op]) -> Finding:
-    """Whether those parts of DeepSpeed that are not built yet can be."""
+    """Whether the C++ ops of DeepSpeed that are not built yet can be compiled."""
     missing = [op for op in ops if not is_built(op)]
     if not missing:
         return Finding("C++ compiler", Verdict.GOOD, "nothing needs to be compiled")
@@ -260,7 +260,7 @@ def compiler_finding(ops: Sequence[Op]) -> Finding:
 
     def fault(lack: str, remedy: str) -> Finding:
         return Finding(
-            "C++ compiler", Verdict.FAULT, f"DeepSpeed's {what} must be compiled, and {lack}", remedy + instead
+            "C++ compiler", Verdict.FAULT, f"DeepSpeed's {what} must be compiled, but {lack}", remedy + instead
         )
 
     if find_ninja() is None:
@@ -276,13 +276,13 @@ def compiler_finding(ops: Sequence[Op]) -> Finding:
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         return fault(
             f"Python's headers are not installed (Python.h of {sys.executable})",
-            f"apt-get install {version}-dev (as root), or use a Python that brings them, as conda's does",
+            f"apt-get install {version}-dev (as root), or use a Python that includes them, such as conda's",
         )
     return fault(f"{command[0]} can't compile: {said}", "apt-get install g++ (as root)")
 
 
 def _compiler_fault(command: list[str]) -> str | None:
-    """What a compiler says of a program like DeepSpeed's parts; None where it makes a library of it."""
+    """A compiler's error for the test program; None if it compiles and links."""
     try:
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")

@@ -62,14 +62,14 @@ def validate(
         going_on()
     sums = add_up(sums)
     scores = {f"val/{kind}": _mean(breakdown, sums, prefix) for kind, prefix in (("ce", CE), ("mse", BY_TIME))}
-    by_part = breakdown.means([sums.tolist()])
+    by_subset = breakdown.means([sums.tolist()])
     return {name: mean for name, mean in scores.items() if mean is not None} | {
-        name.replace("loss/", "val/", 1): mean for name, mean in by_part.items()
+        name.replace("loss/", "val/", 1): mean for name, mean in by_subset.items()
     }
 
 
 def _mean(breakdown: LossBreakdown, sums: Tensor, prefix: str) -> float | None:
-    """Over the parts whose names begin with `prefix`; None without tokens."""
+    """Over the subsets whose names begin with `prefix`; None without tokens."""
     places = [place for place, name in enumerate(breakdown.names) if name.startswith(prefix)]
     loss, weight = sums[:, places].sum(dim=1).tolist()
     return loss / weight if weight else None

@@ -28,8 +28,9 @@ from bagel_ds.model.shape.parts import GENERATION, part_of
 from bagel_ds.model.vae import AutoEncoder
 from bagel_ds.model_folder.average import average_or_weights
 from bagel_ds.model_folder.finite import CheckedWeights
-from bagel_ds.model_folder.folder import VAE, BagelWeights, ModelFolder, latent_side
+from bagel_ds.model_folder.folder import VAE, ModelFolder
 from bagel_ds.model_folder.tensor_files import TensorFiles
+from bagel_ds.model_folder.weights import BagelWeights, latent_side
 from bagel_ds.ranges import WeightSource
 from bagel_ds.units import GIB
 

@@ -4,7 +4,7 @@ Guarantees: the branches of all images are one call of the network per step, and
 computed once (both guidances of a picture from text alone compare with `gen`); each image follows its own schedule, is
 guided and renormalized by itself, and ends by itself.
 
-Source: the original's inferencer (REFERENCE: guidance, schedule), TaylorSeer (arXiv 2503.06923) for extrapolation.
+Source: the original's inferencer (guidance, schedule), TaylorSeer (arXiv 2503.06923) for extrapolation.
 Shape legend: M latent tokens of an image, F their features, C hidden.
 """
 

@@ -18,7 +18,7 @@ from bagel_ds.model.offload import Copies, PlainCopies, StreamCopies
 _ALIGNMENT = 256  # bytes; matrix kernels want aligned weights
 
 
-class _Part(NamedTuple):
+class _Place(NamedTuple):
     parameter: nn.Parameter
     start: int
     shape: torch.Size
@@ -36,11 +36,11 @@ class StreamedLayers:
     def __init__(self, layers: Sequence[nn.Module], device: torch.device, copies: Copies | None = None):
         on_gpu = device.type == "cuda"
         self._copies: Copies = copies or (StreamCopies(device) if on_gpu else PlainCopies())
-        self._parts: list[list[_Part]] = []
+        self._places: list[list[_Place]] = []
         self._host: list[Tensor] = []
         for layer in layers:
-            parts, flat = _flattened(layer, pinned=on_gpu)
-            self._parts.append(parts)
+            places, flat = _flattened(layer, pinned=on_gpu)
+            self._places.append(places)
             self._host.append(flat)
         size = max(len(flat) for flat in self._host)
         self._buffers = [torch.empty(size, dtype=self._host[0].dtype, device=device) for _ in range(2)]
@@ -56,8 +56,8 @@ class StreamedLayers:
         assert self._arriving is not None
         _, buffer, copy = self._arriving
         self._copies.wait(copy)
-        for part in self._parts[number]:
-            part.parameter.data = part.of(self._buffers[buffer])
+        for place in self._places[number]:
+            place.parameter.data = place.of(self._buffers[buffer])
         self._fetch((number + 1) % len(self._host), 1 - buffer)
 
     def _fetch(self, number: int, buffer: int) -> None:
@@ -65,20 +65,20 @@ class StreamedLayers:
         self._arriving = number, buffer, self._copies.start(self._buffers[buffer][: len(flat)], flat)
 
     def _leave(self, number: int) -> None:
-        for part in self._parts[number]:
-            part.parameter.data = part.of(self._host[number])
+        for place in self._places[number]:
+            place.parameter.data = place.of(self._host[number])
 
 
-def _flattened(layer: nn.Module, pinned: bool) -> tuple[list[_Part], Tensor]:
+def _flattened(layer: nn.Module, pinned: bool) -> tuple[list[_Place], Tensor]:
     """Move a layer's parameters into one flat host tensor."""
-    parts: list[_Part] = []
+    places: list[_Place] = []
     start = 0
     for parameter in layer.parameters():
         if parameter.is_meta:  # an expert that the model folder doesn't hold
             continue
-        parts.append(_Part(parameter, start, parameter.shape))
+        places.append(_Place(parameter, start, parameter.shape))
         start += -(-parameter.nbytes // _ALIGNMENT) * _ALIGNMENT // parameter.element_size()
-    flat = torch.empty(start, dtype=parts[0].parameter.dtype, pin_memory=pinned)
-    for part in parts:
-        part.parameter.data = part.of(flat).copy_(part.parameter.data)
-    return parts, flat
+    flat = torch.empty(start, dtype=places[0].parameter.dtype, pin_memory=pinned)
+    for place in places:
+        place.parameter.data = place.of(flat).copy_(place.parameter.data)
+    return places, flat

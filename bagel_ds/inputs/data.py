@@ -23,7 +23,8 @@ from bagel_ds.inputs.files import check_data_inputs
 from bagel_ds.inputs.network import bagel_config, open_tokenizer, resolve_model_path
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.model.shape.parts import Freezing
-from bagel_ds.model_folder.folder import VAE, ModelFolder, vae_config
+from bagel_ds.model_folder.autoencoder import vae_config
+from bagel_ds.model_folder.folder import VAE, ModelFolder
 from bagel_ds.model_folder.tensor_files import TensorFiles
 from bagel_ds.model_folder.tokenizer import Tokenizer
 

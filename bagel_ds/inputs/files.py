@@ -15,7 +15,7 @@ from bagel_ds.errors import UserError, all_faults
 
 def check_inputs(config: RunConfig) -> None:
     """Raise UserError listing every file or folder that the arguments name and that is not there."""
-    from bagel_ds.zero.config.resolve import find_ds_config
+    from bagel_ds.zero.config.files import find_ds_config
 
     faults = _model_faults(config) + _data_faults(config)
     try:
@@ -31,19 +31,20 @@ def check_data_inputs(config: RunConfig) -> None:
     all_faults(config.placed(faults), "What is missing:")
 
 
-def parts_of(config: RunConfig) -> tuple[Path, Path, Path]:
+def pretrained_of(config: RunConfig) -> tuple[Path, Path, Path]:
     """llm_path, vit_path and vae_path."""
     model = config.model
     llm, vit, vae = (Path(name) for name in (model.llm_path, model.vit_path, model.vae_path))
     return llm, vit, vae
 
 
-def starts_from_parts(config: RunConfig) -> bool:
+def starts_from_pretrained(config: RunConfig) -> bool:
     """Whether the run starts from a separate language model, ViT and autoencoder: nothing else is given, all exist."""
-    from bagel_ds.model_folder.pretrained import missing_parts
+    from bagel_ds.model_folder.pretrained import missing_pretrained
 
     training = config.training
-    return not training.finetune_from_hf and training.resume_from is None and not missing_parts(*parts_of(config))
+    is_named = training.finetune_from_hf or training.resume_from is not None
+    return not is_named and not missing_pretrained(*pretrained_of(config))
 
 
 def is_hub_id(name: str) -> bool:
@@ -72,7 +73,7 @@ def missing_model_files(path: Path, weights: bool = True) -> list[str]:
 
 def _model_faults(config: RunConfig) -> list[str]:
     from bagel_ds.checkpoint.step_folders import checkpoints_near, meant_checkpoint
-    from bagel_ds.model_folder.pretrained import missing_parts
+    from bagel_ds.model_folder.pretrained import missing_pretrained
 
     training, faults = config.training, []
     resumes = training.resume_from is not None or (training.auto_resume and _holds_checkpoints(training.checkpoint_dir))
@@ -82,12 +83,13 @@ def _model_faults(config: RunConfig) -> list[str]:
             near = checkpoints_near(folder)
             remedy = f"pass a checkpoint or a model folder{near and ': ' + near}"
             faults.append(f"--resume_from {training.resume_from}: no such folder; {remedy}")
-    if starts_from_parts(config):
+    if starts_from_pretrained(config):
         return faults
     if not training.finetune_from_hf and not resumes:
         faults.append(
-            "nothing to start from: pass --finetune_from_hf True (the weights of --model_path) or --resume_from; to "
-            f"start from separate parts instead, these are missing: {'; '.join(missing_parts(*parts_of(config)))}"
+            "nothing to start from: pass --finetune_from_hf True (the weights of --model_path) or --resume_from. To "
+            "start from a language model, a ViT and an autoencoder instead, these are missing: "
+            + "; ".join(missing_pretrained(*pretrained_of(config)))
         )
     return faults + _folder_faults(config, weights=training.finetune_from_hf and not resumes)
 

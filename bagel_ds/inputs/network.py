@@ -11,23 +11,24 @@ from pathlib import Path
 
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.errors import UserError
-from bagel_ds.inputs.files import instead_of_base_model, is_hub_id, parts_of, starts_from_parts
+from bagel_ds.inputs.files import instead_of_base_model, is_hub_id, pretrained_of, starts_from_pretrained
 from bagel_ds.machine.liveness import timed_elsewhere
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
-from bagel_ds.model_folder.folder import ModelFolder, latent_side
+from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.model_folder.pretrained import assemble_folder
 from bagel_ds.model_folder.tokenizer import Tokenizer, load_tokenizer
+from bagel_ds.model_folder.weights import latent_side
 
 
 def resolve_model_path(config: RunConfig) -> Path:
-    """The model folder: model_path, where the hub's files lie after a download, or one assembled from the parts.
+    """The model folder: model_path, a download from the hub, or one assembled from pretrained models.
 
     Raises UserError.
     """
-    if starts_from_parts(config):
-        with waiting_for("the model folder to be assembled from its parts", "its autoencoder may be copied"):
-            return assemble_folder(Path(config.training.results_dir) / "parts", *parts_of(config))
+    if starts_from_pretrained(config):
+        with waiting_for("the model folder to be assembled", "its autoencoder may be copied"):
+            return assemble_folder(Path(config.training.results_dir) / "parts", *pretrained_of(config))
     path = Path(config.model.model_path)
     if path.is_dir() or not is_hub_id(config.model.model_path):
         return path

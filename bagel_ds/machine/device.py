@@ -1,19 +1,19 @@
-"""Which device this run computes on, in one place, and the kernels it may use there.
+"""Decides which device this run computes on, and which kernels it may use there.
 
-Guarantees: the answer is that of DeepSpeed's `get_accelerator()` without importing it, so that DS_ACCELERATOR=cpu means
-the CPU in every part of the program, whatever GPUs the host has. Nothing else asks torch whether there is a GPU, but
-doctor/environment.py, which says why one can't be used.
+Guarantees: the answer is that of DeepSpeed's `get_accelerator()`, without importing DeepSpeed. So DS_ACCELERATOR=cpu
+means the CPU everywhere, whatever GPUs the host has. Only doctor/environment.py also asks torch for a GPU, to explain
+why it can't be used.
 """
 
 from __future__ import annotations
 
 import os
 
-ACCELERATORS = ("cuda", "cpu")  # what DS_ACCELERATOR may say here
+ACCELERATORS = ("cuda", "cpu")  # the values of DS_ACCELERATOR that this package supports
 
 
 def asked_accelerator() -> str | None:
-    """What DS_ACCELERATOR says; None where it is not set, and a GPU is used if there is one."""
+    """The value of DS_ACCELERATOR. If it is None, a GPU is used if there is one."""
     return os.environ.get("DS_ACCELERATOR")
 
 
@@ -22,7 +22,7 @@ def device_type() -> str:
     asked = asked_accelerator()
     if asked is not None:
         return "cuda" if asked == "cuda" else "cpu"
-    import torch  # takes seconds, and is not needed where the user has decided
+    import torch  # takes seconds, so only if the user has not decided
 
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -32,11 +32,11 @@ def uses_cuda() -> bool:
 
 
 def choose_kernels(precision: str) -> None:
-    """Settle for this process which CUDA kernels torch may take; on a CPU it changes nothing. Call before any work.
+    """Choose which CUDA kernels torch may use in this process. Call it before any work; on a CPU it changes nothing.
 
-    cuDNN's attention, which torch prefers on H100 and newer, builds a plan for every new shape (up to three times, as
-    recomputation and the backward pass run in threads of their own) and keeps all of them, while every pack brings
-    about 20 new shapes; torch's other kernels have no plans. fp32 means fp32: by itself torch lets cuDNN's convolutions
+    cuDNN's attention, which torch prefers on H100 and newer, builds and keeps a plan for every new shape (up to three,
+    because recomputation and the backward pass run in their own threads), and every pack brings about 20 new shapes.
+    torch's other kernels have no plans. With precision fp32, TF32 is off: by default torch lets cuDNN's convolutions
     (the autoencoder's) round their inputs to TF32, which has 10 bits of mantissa.
     """
     import torch

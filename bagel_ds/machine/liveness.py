@@ -1,6 +1,6 @@
-"""Long work says that it goes on, so that the stall watch can tell it from work that hangs.
+"""Signs of life from long work, so that the stall watch can tell it from work that hangs.
 
-Guarantees: nothing happens where nobody listens, as in the commands and in worker processes.
+Guarantees: without a listener, as in commands and worker processes, a sign of life does nothing.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ _timed_elsewhere = 0
 
 
 def going_on() -> None:
-    """Call after each piece of work that as a whole may take longer than anybody waits."""
+    """Call regularly during work that may take longer than the stall watch waits."""
     if _listener is not None:
         _listener()
 
 
 def listen(listener: Callable[[], None] | None) -> None:
-    """Have `going_on` call `listener`; None ends that."""
+    """Have `going_on` call `listener`, or nothing if it is None."""
     global _listener
     _listener = listener
 
 
 @contextmanager
 def timed_elsewhere() -> Iterator[None]:
-    """Around what can't say that it goes on and ends by itself: a download, which has timeouts, or a compiler."""
+    """Put this around work that can't give signs of life but ends by itself: a download with timeouts, a compiler."""
     global _timed_elsewhere
     _timed_elsewhere += 1
     try:

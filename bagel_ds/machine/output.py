@@ -1,8 +1,8 @@
-"""What is written to stdout and stderr, whatever they lead to.
+"""Writing to stdout and stderr without failing.
 
-Guarantees: a character that the terminal's encoding lacks appears as an escape, never as a traceback. A command whose
-reader has gone (`| head`) ends silently, with the code of SIGPIPE; one whose output does not fit the disk says so. A
-training run goes on without a reader: its log is in log.txt, and what it has trained must be saved.
+Guarantees: a character that the terminal's encoding lacks is printed as an escape, never a traceback. A command whose
+reader is gone (`| head`) exits silently with the code of SIGPIPE; one whose output fills the disk reports it. A
+training run continues without a reader, because its log is in log.txt and its training must be saved.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def escape_what_cannot_be_shown() -> None:
-    """Have stdout and stderr write unknown characters, and bytes of file names that are not text, as escapes."""
+    """Have stdout and stderr write unknown characters, and file names that are not text, as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def run_command(command: Callable[[], int]) -> int:
-    """The exit code of a command that prints its result."""
+    """Run a command that prints its result, and return its exit code."""
     escape_what_cannot_be_shown()
     try:
         try:
@@ -50,23 +50,23 @@ def run_command(command: Callable[[], int]) -> int:
         say(f"the output can't be written: {error.strerror}")
         return 2
     except UnicodeEncodeError as error:
-        if not any("\udc80" <= letter <= "\udcff" for letter in error.object):  # how Python holds bytes of no text
+        if not any("\udc80" <= letter <= "\udcff" for letter in error.object):  # Python's escapes for undecodable bytes
             raise
         shown = error.object.encode("ascii", "backslashreplace").decode()[:300]
-        say(f"the file name {shown} is no text in {sys.getfilesystemencoding()}: rename it, or set PYTHONUTF8=1")
+        say(f"the file name {shown} is not valid {sys.getfilesystemencoding()}: rename it, or set PYTHONUTF8=1")
         return 2
 
 
 def outlive_the_reader() -> None:
-    """Have this process and those it forks write to stdout and stderr without ever failing."""
-    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # one that was closed (`>&-`)
+    """Make writes to stdout and stderr never fail, in this process and those it forks."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:  # a standard stream was closed (`>&-`)
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     sys.stdout, sys.stderr = _lasting(sys.stdout, 1), _lasting(sys.stderr, 2)
 
 
 def log_to_stderr() -> None:
-    """Have a command's remarks, and what it waits for, on stderr; its result alone goes to stdout."""
+    """Log a command's notes and waits to stderr, so that stdout holds only its result."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("bagel_ds")
@@ -75,13 +75,13 @@ def log_to_stderr() -> None:
 
 
 def say(text: str) -> None:
-    """A line on stderr from a signal handler or a process that has no log."""
+    """Write a line to stderr, from a signal handler or a process without a log."""
     with suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
 
 class _Lasting(io.TextIOWrapper):
-    """Writes as long as someone reads."""
+    """A stream that drops what can't be written."""
 
     def write(self, text: str) -> int:
         try:
@@ -97,7 +97,7 @@ class _Lasting(io.TextIOWrapper):
             self._lost(error)
 
     def _lost(self, error: OSError) -> None:
-        if error.errno not in _NO_ROOM:  # a full disk may have room again
+        if error.errno not in _NO_ROOM:  # a full disk may have room later
             _to_nowhere(self.fileno())
 
 
@@ -105,7 +105,7 @@ def _lasting(stream: TextIO | None, descriptor: int) -> TextIO:
     if stream is None:
         return open(descriptor, "w", encoding="utf-8", closefd=False)
     if not isinstance(stream, io.TextIOWrapper) or stream not in (sys.__stdout__, sys.__stderr__):
-        return stream  # another's
+        return stream  # replaced by someone else, such as pytest
     return _Lasting(
         stream.buffer,
         encoding=stream.encoding,
@@ -116,7 +116,7 @@ def _lasting(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 def _reader_is_gone(descriptor: int) -> bool:
-    """Whether it leads to a pipe whose other end is closed."""
+    """Whether a descriptor is a pipe whose other end is closed."""
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -1,9 +1,9 @@
-"""The user's folders: home and caches, and what takes their place where they can't be used.
+"""The user's home and cache folders, and the replacement for those that can't be used.
 
-Guarantees: after `settle_user_folders` the folders that this package, torch, DeepSpeed, Triton and the Hugging Face
-libraries write to without being asked are folders that can be written, also for a user without a home folder, without
-an entry in the passwd file or with a full or read-only home. What the user has set and what works stays. The
-replacement belongs to this user, who alone can write to it, because compiled code is loaded from it.
+Guarantees: after `settle_user_folders`, every folder that this package, torch, DeepSpeed, Triton and the Hugging Face
+libraries write to by default can be written, even if the user has no home folder, no entry in the passwd file, or a
+full or read-only home. Working folders and the user's own settings stay. Only this user can write to the replacement,
+because compiled code is loaded from it.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 
 from bagel_ds.errors import UserError
 
-_PROBE_BYTES = 4096  # a full disk or quota still makes empty files
+_PROBE_BYTES = 4096  # even on a full disk an empty file can be created
 
 
 def settle_user_folders() -> list[str]:
-    """Set HOME, LOGNAME and cache variables of this process where needed; what was changed and why, in words.
+    """Set HOME, LOGNAME and cache variables of this process if needed. Returns notes on what changed and why.
 
-    Call before torch and DeepSpeed are imported. A second call finds all well.
+    Call it before torch and DeepSpeed are imported. A second call changes nothing.
     """
     _settle_name()
     notes = []
@@ -33,7 +33,7 @@ def settle_user_folders() -> list[str]:
     if home is None or not home.is_dir():
         os.environ["HOME"] = str(replacement())
         lacking = "no home folder is known" if home is None else f"the home folder {home} does not exist"
-        notes.append(f"{lacking}: {replacement()} takes its place")
+        notes.append(f"{lacking}: using {replacement()} instead")
     lost = {}
     for variable, folder, name in _written_folders():
         if fault := write_fault(folder):
@@ -42,46 +42,46 @@ def settle_user_folders() -> list[str]:
             lost[str(folder)] = fault
     if lost:
         reasons = ", ".join(dict.fromkeys(lost.values()))
-        notes.append(f"{' and '.join(lost)} can't be written ({reasons}): caches lie in {replacement()}")
+        notes.append(f"{' and '.join(lost)} can't be written ({reasons}): caches go to {replacement()}")
     return notes
 
 
 def expanded(path: str) -> str:
-    """The path that a shell would make of `~/...` and `$NAME/...`; an unset variable stays as it is written."""
+    """The path with `~` and `$NAME` expanded as in a shell; an unset variable is left as it is."""
     try:
         return os.path.expanduser(os.path.expandvars(path))
-    except ValueError:  # no name of a user or file, such as one with a NUL byte
+    except ValueError:  # not a possible path, such as one with a NUL byte
         return path
 
 
 def cache_folder() -> Path:
-    """Where caches of this user lie; below HOME unless XDG_CACHE_HOME says otherwise."""
+    """The user's cache folder: XDG_CACHE_HOME, or .cache in the home folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or (_home() or replacement()) / ".cache")
 
 
 def extensions_folder() -> Path:
-    """Below this torch keeps compiled extensions."""
+    """The folder in which torch keeps compiled extensions."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache_folder() / "torch_extensions")
 
 
 def replacement() -> Path:
-    """The folder that stands in for those that can't be used; the same for all processes of this user and host."""
+    """The folder to use instead of unusable ones; the same for all processes of this user on this host."""
     try:
         base = Path(tempfile.gettempdir()) / f"bagel_ds-{os.getuid()}"
         folder, number = base, 0
-        while not _is_private(folder):  # others have made it or could write to it
+        while not _is_private(folder):
             number += 1
             folder = base.with_name(f"{base.name}-{number}")
     except OSError as error:
         raise UserError(
-            f"neither the home folder nor one for temporary files can be written ({error.strerror or error}): set HOME "
-            "or TMPDIR to a folder you may write"
+            f"neither the home folder nor the folder for temporary files can be written ({error.strerror or error}); "
+            "set HOME or TMPDIR to a folder that you can write to"
         ) from None
     return folder
 
 
 def write_fault(folder: Path) -> str | None:
-    """Why nothing can be written to `folder`, or to the folder that it would have to be made in; None where it can."""
+    """Why `folder`, or the nearest existing folder above it, can't be written; None if it can."""
     while not os.path.lexists(folder):
         folder = folder.parent
     try:
@@ -94,7 +94,7 @@ def write_fault(folder: Path) -> str | None:
 
 
 def _written_folders() -> Iterator[tuple[str, Path, str]]:
-    """Variable that moves it, folder as things stand, and its name in the replacement."""
+    """For each folder: the variable that moves it, its present path, its name in the replacement."""
     yield "XDG_CACHE_HOME", cache_folder(), "cache"
     yield "TORCH_EXTENSIONS_DIR", extensions_folder(), "torch_extensions"
     if "TRITON_CACHE_DIR" not in os.environ:
@@ -102,7 +102,7 @@ def _written_folders() -> Iterator[tuple[str, Path, str]]:
 
 
 def _keep_hub_models(variable: str) -> None:
-    """Models and tokens that can be read stay in use where the cache around them moves."""
+    """Keep using the models and tokens in a readable Hugging Face cache when the cache around it moves."""
     held = cache_folder() / "huggingface"
     if variable == "XDG_CACHE_HOME" and "HF_HOME" not in os.environ and held.is_dir():
         os.environ["HF_HOME"] = str(held)
@@ -117,7 +117,7 @@ def _home() -> Path | None:
 
 
 def _settle_name() -> None:
-    """Libraries name folders after the user, and fail for one that has no name."""
+    """Give a user without a name one, because libraries name folders after it."""
     try:
         getpass.getuser()
     except (KeyError, OSError):
@@ -125,7 +125,7 @@ def _settle_name() -> None:
 
 
 def _is_private(folder: Path) -> bool:
-    """Make the folder; whether it is this user's own and nobody else can write, or has written, to it."""
+    """Create the folder; whether it belongs to this user and nobody else can write to it."""
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     found = folder.lstat()

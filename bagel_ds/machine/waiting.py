@@ -1,8 +1,8 @@
-"""Long waits say what they are for.
+"""Logs what a long wait is for.
 
-Guarantees: a wait that ends within `FIRST` seconds says nothing. A longer one says in the log what is waited for and
-what is usual, again every `EVERY` seconds, and at its end how long it took. A thread of its own does so, which also
-speaks while the waiting one is inside a call that does not return.
+Guarantees: a wait of less than `FIRST` seconds logs nothing. A longer one logs what it waits for and what to expect,
+repeats that every `EVERY` seconds, and finally logs how long it took. A separate thread logs, so it also works while
+the waiting thread is inside a call that does not return.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import time
 from contextlib import contextmanager
 from typing import Callable, Iterator
 
-FIRST = 10.0  # seconds of silence
-EVERY = 30.0
+FIRST = 10.0  # seconds
+EVERY = 30.0  # seconds
 
 logger = logging.getLogger("bagel_ds")
 
 
 @contextmanager
 def waiting_for(what: str | Callable[[], str], usual: str = "") -> Iterator[None]:
-    """Around whatever may take long; `what` completes "waiting for", `usual` says what to expect of it.
+    """Put this around work that may take long. `what` completes "waiting for", `usual` says what to expect.
 
-    Where `what` is a function it is asked each time, and says "" while there is nothing to say.
+    If `what` is a function, it is called before each line, and "" logs nothing.
     """
     text = what if callable(what) else lambda: what
     began, ended = time.monotonic(), threading.Event()

@@ -1,9 +1,9 @@
-"""Which parameters ZeRO-3 holds whole at each moment of a step: DeepSpeed's fetch, prefetch and release, replayed.
+"""Which parameters ZeRO-3 holds whole in each phase of a step: a replay of DeepSpeed's fetch, prefetch and release.
 
 Guarantees: plain integers; follows partitioned_param_coordinator.py of DeepSpeed 0.19.8 from the second step on, when
-its trace is complete. A parameter is kept after use when it is used again within `stage3_max_reuse_distance` elements,
-or when the prefetcher has passed that next use; a group of parameters gathered together exists twice while it is
-copied out of the flat buffer it arrived in.
+its trace is complete. A parameter is kept after use if it is used again within `stage3_max_reuse_distance` elements,
+or if the prefetcher is already past that next use. Parameters gathered together exist twice while they are copied out
+of the flat buffer in which they arrived.
 """
 
 from __future__ import annotations
@@ -11,40 +11,24 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model.shape.parameters import Call, ParameterSize, parameter_sizes, step_calls
 from bagel_ds.model.shape.parts import Freezing
+from bagel_ds.zero.config.settings import Gathering
 
-MOMENTS = ("vit", "embedding", "layer", "head")
-
-
-class GatherOptions(NamedTuple):
-    """Elements; the names are DeepSpeed's, most without their `stage3_`."""
-
-    prefetch_bucket_size: int = 50_000_000
-    param_persistence_threshold: int = 100_000
-    max_live_parameters: int = 1_000_000_000
-    max_reuse_distance: int = 1_000_000_000
-    reduce_bucket_size: int = 500_000_000
-
-    @classmethod
-    def of(cls, ds_config: dict) -> GatherOptions:
-        zero = ds_config.get("zero_optimization", {})
-        found = {name: zero.get(f"stage3_{name}", zero.get(name)) for name in cls._fields}
-        return cls(**{name: int(float(value)) for name, value in found.items() if value is not None})
+PHASES = ("vit", "embedding", "layer", "head")
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """Elements over one micro-batch."""
+    """Numbers of elements in one micro-batch."""
 
-    peak: dict[str, int]  # by moment: most elements held whole at once
-    with_copies: dict[str, int]  # the same with the flat buffers from which they are copied
-    reductions: dict[str, frozenset[tuple[int, int]]]  # (held whole, elements reduced) whenever gradients are reduced
+    peak: dict[str, int]  # by phase: most elements held whole at once
+    with_copies: dict[str, int]  # by phase: the same, including the flat buffers from which they are copied
+    reductions: dict[str, frozenset[tuple[int, int]]]  # by phase: (held whole, reduced) of each gradient reduction
     persistent: int  # always held whole
-    total: int  # gathered over the whole step, each time counted
+    total: int  # gathered over the whole micro-batch; counted each time
 
     @property
     def largest(self) -> int:
@@ -52,18 +36,18 @@ class Gathered:
 
 
 @lru_cache(maxsize=64)
-def gathered(config: BagelConfig, freezing: Freezing, recompute: bool, options: GatherOptions) -> Gathered:
-    """What a step of this network holds whole, beyond its own partitions."""
+def gathered(config: BagelConfig, freezing: Freezing, recompute: bool, options: Gathering) -> Gathered:
+    """Replay one micro-batch of this network under ZeRO-3."""
     parameters = parameter_sizes(config, freezing)
     persistent = sum(p.numel for p in parameters if p.numel <= options.param_persistence_threshold)
     replay = _Replay(parameters, step_calls(config, freezing, recompute), options)
     replay.run()
-    reductions = {moment: frozenset(found) for moment, found in replay.reductions.items()}
+    reductions = {phase: frozenset(found) for phase, found in replay.reductions.items()}
     return Gathered(replay.peak, replay.with_copies, reductions, persistent, replay.total)
 
 
 class _Replay:
-    def __init__(self, parameters: tuple[ParameterSize, ...], calls: tuple[Call, ...], options: GatherOptions):
+    def __init__(self, parameters: tuple[ParameterSize, ...], calls: tuple[Call, ...], options: Gathering):
         self._sizes = sizes = [parameter.numel for parameter in parameters]
         self._trains = [parameter.trains for parameter in parameters]
         self._calls, self._options = calls, options
@@ -74,13 +58,13 @@ class _Replay:
         self._next_use = self._find_next_uses()
         self._queue = deque((index, step) for step, call in enumerate(calls) for index in call.parameters)
         self._fetched_for: dict[int, int] = defaultdict(lambda: -1)
-        self._live: dict[int, int] = {}  # parameter -> the gather it came with
-        self._waiting: dict[int, int] = {}  # gather -> its elements, until its flat buffer is copied out
+        self._live: dict[int, int] = {}  # parameter -> the gather that brought it
+        self._waiting: dict[int, int] = {}  # gather -> its elements, until its flat buffer has been copied out
         self._now = self.total = 0
-        self.peak: dict[str, int] = dict.fromkeys(MOMENTS, 0)
+        self.peak: dict[str, int] = dict.fromkeys(PHASES, 0)
         self.with_copies = dict(self.peak)
-        self._bucket = 0  # elements of gradients that wait to be reduced
-        self.reductions: dict[str, set[tuple[int, int]]] = {moment: set() for moment in MOMENTS}
+        self._bucket = 0  # elements of gradients waiting to be reduced
+        self.reductions: dict[str, set[tuple[int, int]]] = {phase: set() for phase in PHASES}
 
     def run(self) -> None:
         for step, call in enumerate(self._calls):
@@ -94,7 +78,7 @@ class _Replay:
         self.reductions[self._calls[-1].phase].add((self._now, self._bucket))
 
     def _find_next_uses(self) -> list[dict[int, int]]:
-        """For each step: the next step that uses the same parameter again."""
+        """For each call and each of its parameters: the next call that uses it."""
         following: dict[int, int] = {}
         found: list[dict[int, int]] = []
         for step in range(len(self._calls) - 1, -1, -1):
@@ -115,7 +99,7 @@ class _Replay:
             self._waiting[gather] = numel if len(wanted) > 1 else 0
 
     def _wait(self, call: Call, gather: int) -> None:
-        """Every gather that brings one of these parameters is copied out of its buffer."""
+        """Copy the gathers that bring this call's parameters out of their flat buffers."""
         for index in call.parameters:
             came_with = self._live.get(index)
             copied = self._waiting.pop(came_with, 0) if came_with is not None else 0
@@ -140,7 +124,7 @@ class _Replay:
         self._fetch(wanted, 2 * step + 1)
 
     def _reduce(self, call: Call) -> None:
-        """Gradients fill the bucket; one that does not fit any more sends what waits on its way first."""
+        """Add the call's gradients to the bucket; reduce the bucket when the next gradient does not fit."""
         for index in call.parameters:
             if not self._trains[index]:
                 continue
@@ -159,6 +143,6 @@ class _Replay:
                 del self._live[index]
                 self._now -= self._sizes[index]
 
-    def _note(self, moment: str, copies: int = 0) -> None:
-        self.peak[moment] = max(self.peak[moment], self._now)
-        self.with_copies[moment] = max(self.with_copies[moment], self._now + copies)
+    def _note(self, phase: str, copies: int = 0) -> None:
+        self.peak[phase] = max(self.peak[phase], self._now)
+        self.with_copies[phase] = max(self.with_copies[phase], self._now + copies)

@@ -1,9 +1,9 @@
-"""The memory planner: what a run will need on each GPU, each host and each NVMe, before anything is loaded.
+"""The memory planner: what a run will need on each GPU, host and NVMe, before anything is loaded.
 
-Guarantees: pure arithmetic on the network's shape, the resolved DeepSpeed configuration and the run's options; no
-tensor is made, no device asked. Host memory is tested against measured runs on CPU (within 10 %); what only a GPU has
-(context, NCCL, fragmentation) is an allowance, listed as an item of its own. A run on CPU (`device="cpu"`) has its
-device part in host memory.
+Guarantees: pure arithmetic on the network's shape, the settings of ZeRO and the run's options; creates no tensor and
+queries no device. Host memory is tested against measured runs on CPU (within 10 %). GPU-only terms (context, NCCL,
+fragmentation) are allowances, each listed as its own item. A run on CPU (`device="cpu"`) has its device memory in host
+memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.errors import UserError
-from bagel_ds.memory.phases import Moment, StepShape, arena, gathering, moments, offloaded_inputs
+from bagel_ds.memory.phases import Phase, StepShape, arena, gathering, offloaded_inputs, phases
 from bagel_ds.memory.states import DEVICE, EXACT_ABOVE_MIB, HOST, NVME, Sharding, State, pinned_excess, states
 from bagel_ds.memory.traffic import Traffic, step_traffic
 from bagel_ds.model.shape.activations import PackShape
@@ -22,26 +22,27 @@ from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.model.shape.parameters import parameter_sizes, vae_encoder_parameters
 from bagel_ds.model.shape.parts import Freezing
 from bagel_ds.units import GIB, MIB
+from bagel_ds.zero.config.settings import ZeroSettings
 
-# Measured on CPU (torch 2.13, deepspeed 0.19.8): the launcher's two processes, a rank's libraries and data plan, the
-# process that its data workers are forked from, a worker beside its packs, and what oneDNN keeps of compiled kernels
-# for packs of ever new lengths.
+# Measured on CPU (torch 2.13, deepspeed 0.19.8): the launcher's two processes; a rank's libraries and data plan; the
+# server that forks its data workers; a worker without its packs; oneDNN's cache of kernels, one per pack length.
 LAUNCHER = 322 * MIB
 RANK = 270 * MIB
 WORKER_SERVER, WORKER = 100 * MIB, 90 * MIB
 CPU_KERNELS = {True: 330 * MIB, False: 90 * MIB}  # in bf16, in fp32
-# Allowances on a GPU: what the driver and CUDA's libraries take on the device and in the process, NCCL's buffers, and
-# what the caching allocator can't use of what comes and goes.
+# Allowances on a GPU: the driver and CUDA's libraries in the process and on the device, NCCL's buffers, the share of
+# temporary memory that the caching allocator can't reuse.
 CUDA_HOST, CUDA_CONTEXT, NCCL = 1200 * MIB, 550 * MIB, 400 * MIB
 FRAGMENTATION = 0.05
-# Not for the run: what a card holds back of its nominal size (ECC, display), the operating system, the file system.
+# Not available to the run: the share of a card's nominal size taken by ECC and display, the operating system, the file
+# system.
 GPU_RESERVED, RESERVED = 0.04, {DEVICE: 0, HOST: 4096 * MIB, NVME: 5120 * MIB}
 PACK_BYTES_PER_TOKEN = 2100  # pixels as uint8, noise and positions of one token in a prepared pack
 
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """What the network and the DeepSpeed configuration don't say about a run. Budgets in GiB; None is unlimited."""
+    """The rest of what the planner needs to know about a run. Budgets are in GiB; None: not given."""
 
     world_size: int = 1
     ranks_per_host: int | None = None  # None: all on one host
@@ -53,10 +54,10 @@ class MemoryOptions:
     freeze_vit: bool = False
     ema: bool = True
     ema_bytes: int = 4  # per parameter
-    ema_place: str | None = None  # "gpu", "host" or "nvme"; None is beside the masters
+    ema_place: str | None = None  # "gpu", "host" or "nvme"; None: where the masters are
     num_workers: int = 4
     prefetch_factor: int = 2
-    # torch rounds page-locked blocks up to powers of two and keeps freed ones; the trainer has it spare the large ones
+    # torch rounds page-locked blocks up to powers of two and keeps freed ones; the trainer exempts large blocks
     rounds_pinned_memory: bool = False
     vae: VAEConfig = VAEConfig()
     gpu_memory: float | None = None
@@ -87,35 +88,35 @@ class MemoryOptions:
 
 @dataclass(frozen=True)
 class MemoryItem:
-    """`bytes` of one rank on a GPU, of all ranks of a host in host memory and on NVMe.
+    """`bytes` are those of one rank on a GPU, and of all ranks of a host in host memory and on NVMe.
 
-    `moment` is "" for what is always there, else the moment it belongs to (the one that makes the peak).
+    `phase` is the phase with the peak if the item exists only then, "" if it always exists.
     """
 
     place: str
     name: str
     bytes: int
-    moment: str = ""
+    phase: str = ""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Peaks in bytes: of one rank's GPU, of one host, of one host's NVMe; `traffic` of one host and optimizer step."""
+    """Peaks in bytes of one rank's GPU, one host and one host's NVMe. `traffic`: per host and optimizer step."""
 
     gpu_peak: int
     host_peak: int
     nvme: int
     traffic: Traffic
     items: tuple[MemoryItem, ...]
-    gpu_moments: tuple[tuple[str, int], ...]  # peak at each moment, for those who want to know what comes next
-    host_moments: tuple[tuple[str, int], ...]
+    gpu_phases: tuple[tuple[str, int], ...]  # (name, peak in bytes)
+    host_phases: tuple[tuple[str, int], ...]
     gpu_memory: float | None = None
     host_memory: float | None = None
     nvme_space: float | None = None
 
     @property
     def shortfalls(self) -> dict[str, float]:
-        """GiB lacking by place; empty where everything fits."""
+        """Missing GiB by place; empty if everything fits."""
         needs = {
             DEVICE: (self.gpu_peak, self.gpu_memory),
             HOST: (self.host_peak, self.host_memory),
@@ -144,24 +145,21 @@ class MemoryPlan:
             "fits": self.fits,
             "shortfalls_gib": {place: round(value, 2) for place, value in self.shortfalls.items()},
             "items": [
-                {"place": item.place, "name": item.name, "gib": _gib(item.bytes), "moment": item.moment}
+                {"place": item.place, "name": item.name, "gib": _gib(item.bytes), "phase": item.phase}
                 for item in self.items
             ],
-            "gpu_moments_gib": {name: _gib(value) for name, value in self.gpu_moments},
-            "host_moments_gib": {name: _gib(value) for name, value in self.host_moments},
+            "gpu_phases_gib": {name: _gib(value) for name, value in self.gpu_phases},
+            "host_phases_gib": {name: _gib(value) for name, value in self.host_phases},
         }
 
 
-def plan_memory(model: BagelConfig, ds_config: dict[str, Any], run: MemoryOptions) -> MemoryPlan:
-    """Predict the peaks of a run. `ds_config` is resolved (`resolve_ds_config`): it holds no "auto".
-
-    Raises UserError where nothing would train.
-    """
+def plan_memory(model: BagelConfig, settings: ZeroSettings, run: MemoryOptions) -> MemoryPlan:
+    """Predict the peaks of a run. Raises UserError if nothing would train."""
     parameters = parameter_sizes(model, run.freezing)
     if not any(parameter.trains for parameter in parameters):
         raise UserError("nothing to train: the freeze_* arguments with visual_und/visual_gen leave no parameter")
     on_cpu = run.device == "cpu"
-    sharding = Sharding(ds_config, parameters, run.world_size, on_cpu)
+    sharding = Sharding.over(settings, parameters, run.world_size, on_cpu)
     shape = StepShape(
         model,
         run.freezing,
@@ -176,28 +174,28 @@ def plan_memory(model: BagelConfig, ds_config: dict[str, Any], run: MemoryOption
     if not on_cpu:
         pinned = [*always, *arena(sharding, shape)]
         always.append(State("page-locked memory: rounding and cache", HOST, _excess(sharding, pinned, run)))
-    peaks = moments(sharding, shape)
+    peaks = phases(sharding, shape)
     if on_cpu:
         always = [_moved(state) for state in always]
-        peaks = [Moment(moment.name, [_moved(state) for state in moment.parts]) for moment in peaks]
+        peaks = [Phase(phase.name, [_moved(state) for state in phase.states]) for phase in peaks]
     else:
-        peaks = [_with_fragmentation(moment) for moment in peaks]
+        peaks = [_with_fragmentation(phase) for phase in peaks]
     per_host = {DEVICE: 1, HOST: ranks, NVME: ranks}
     totals = {place: _sum(always, place) * times for place, times in per_host.items()}
     totals[HOST] += LAUNCHER
-    by_moment = {
-        place: tuple((moment.name, totals[place] + _sum(moment.parts, place) * times) for moment in peaks)
+    by_phase = {
+        place: tuple((phase.name, totals[place] + _sum(phase.states, place) * times) for phase in peaks)
         for place, times in per_host.items()
     }
-    highest = {place: max(found, key=lambda pair: pair[1]) for place, found in by_moment.items()}
+    highest = {place: max(found, key=lambda pair: pair[1]) for place, found in by_phase.items()}
     return MemoryPlan(
         gpu_peak=0 if on_cpu else highest[DEVICE][1],
         host_peak=highest[HOST][1],
         nvme=highest[NVME][1],
         traffic=step_traffic(sharding, gathering(sharding, shape), ranks, offloaded_inputs(sharding, shape)),
         items=tuple(_items(always, peaks, {place: name for place, (name, _) in highest.items()}, per_host)),
-        gpu_moments=() if on_cpu else by_moment[DEVICE],
-        host_moments=by_moment[HOST],
+        gpu_phases=() if on_cpu else by_phase[DEVICE],
+        host_phases=by_phase[HOST],
         gpu_memory=run.gpu_memory,
         host_memory=run.host_memory,
         nvme_space=run.nvme,
@@ -205,7 +203,7 @@ def plan_memory(model: BagelConfig, ds_config: dict[str, Any], run: MemoryOption
 
 
 def _largest_pack(model: BagelConfig, run: MemoryOptions) -> PackShape:
-    """The worst pack for each moment: every token has a label; all that isn't drawn may be patches of a ViT image."""
+    """The worst case of every phase: each token has a label, and all tokens that aren't drawn are ViT patches."""
     tokens = run.max_num_tokens
     return PackShape(tokens, labels=tokens, vit_tokens=tokens // 2 if model.visual_gen else tokens)
 
@@ -233,33 +231,33 @@ def _process_states(run: MemoryOptions, on_cpu: bool, bf16: bool) -> list[State]
 
 
 def _excess(sharding: Sharding, found: list[State], run: MemoryOptions) -> int:
-    trains = [p.numel for p in sharding.parameters if p.trains and sharding.pinned("param")]
-    pieces = [sharding.weight_bytes * -(-numel // sharding.world) for numel in trains]
-    return pinned_excess(found, pieces, math.inf if run.rounds_pinned_memory else EXACT_ABOVE_MIB * MIB)
+    trains = [p.numel for p in sharding.parameters if p.trains and sharding.pinned(sharding.param)]
+    partitions = [sharding.weight_bytes * -(-numel // sharding.world) for numel in trains]
+    return pinned_excess(found, partitions, math.inf if run.rounds_pinned_memory else EXACT_ABOVE_MIB * MIB)
 
 
-def _with_fragmentation(moment: Moment) -> Moment:
-    lost = int(FRAGMENTATION * _sum(moment.parts, DEVICE))
-    return Moment(moment.name, [*moment.parts, State("fragmentation allowance", DEVICE, lost)])
+def _with_fragmentation(phase: Phase) -> Phase:
+    lost = int(FRAGMENTATION * _sum(phase.states, DEVICE))
+    return Phase(phase.name, [*phase.states, State("fragmentation allowance", DEVICE, lost)])
 
 
 def _moved(state: State) -> State:
     return state._replace(place=HOST) if state.place == DEVICE else state
 
 
-def _sum(parts: list[State], place: str) -> int:
-    return sum(state.size for state in parts if state.place == place)
+def _sum(held: list[State], place: str) -> int:
+    return sum(state.size for state in held if state.place == place)
 
 
 def _items(
-    always: list[State], peaks: list[Moment], highest: dict[str, str], per_host: dict[str, int]
+    always: list[State], peaks: list[Phase], highest: dict[str, str], per_host: dict[str, int]
 ) -> list[MemoryItem]:
     found = [MemoryItem(HOST, "launcher", LAUNCHER)]
     found += [MemoryItem(state.place, state.name, state.size * per_host[state.place]) for state in always]
-    for moment in peaks:
-        for state in moment.parts:
-            if highest[state.place] == moment.name:
-                found.append(MemoryItem(state.place, state.name, state.size * per_host[state.place], moment.name))
+    for phase in peaks:
+        for state in phase.states:
+            if highest[state.place] == phase.name:
+                found.append(MemoryItem(state.place, state.name, state.size * per_host[state.place], phase.name))
     order = {DEVICE: 0, HOST: 1, NVME: 2}
     return sorted((item for item in found if item.bytes), key=lambda item: (order[item.place], -item.bytes))
 

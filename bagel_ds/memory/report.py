@@ -1,6 +1,6 @@
-"""A memory plan as people read it: what goes where, whether it fits, and what else would.
+"""A memory plan as text: what goes where, whether it fits, and which settings would fit.
 
-Guarantees: every number is the plan's own; the largest items come first and the small ones are added up.
+Guarantees: every number comes from the plan. Items are sorted by size, and small ones are added up.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ def report_lines(plan: MemoryPlan) -> list[str]:
 
 
 def verdict(plan: MemoryPlan) -> str:
-    """One line: fits, or what lacks how much; and what was compared with nothing."""
+    """One line: whether it fits, what is missing where, and which places had no size to compare with."""
     if plan.gpu_memory is plan.host_memory is plan.nvme_space is None:
-        return "no sizes given to compare with (--gpu_memory, --host_memory, --nvme, in GiB)"
+        return "pass --gpu_memory, --host_memory and --nvme (in GiB) to see whether it fits"
     unknown = [
-        f"{_name(place)}: {size:.0f} GiB needed, not compared (pass {_OPTIONS[place]})"
+        f"{_name(place)} not compared: {size:.0f} GiB needed (pass {_OPTIONS[place]})"
         for place, size in not_compared(plan).items()
     ]
     lacking = "; ".join(f"{_name(place)} lacks {size:.1f} GiB" for place, size in plan.shortfalls.items())
-    found = f"it does not fit: {lacking}" if lacking else "what was compared fits" if unknown else "it fits"
+    found = f"it does not fit: {lacking}" if lacking else "it fits the sizes you gave" if unknown else "it fits"
     return "; ".join([found, *unknown])
 
 
 def not_compared(plan: MemoryPlan) -> dict[str, float]:
-    """GiB needed by place, where the size of the place was not given."""
+    """GiB needed in each place whose size was not given."""
     needs = {
         DEVICE: (plan.gpu_peak, plan.gpu_memory),
         HOST: (plan.host_peak, plan.host_memory),
@@ -56,7 +56,7 @@ def not_compared(plan: MemoryPlan) -> dict[str, float]:
 
 
 def size_options(plan: MemoryPlan) -> list[str]:
-    """The options whose sizes were not given though something is needed there."""
+    """The options that would give the missing sizes."""
     return [_OPTIONS[place] for place in not_compared(plan)]
 
 
@@ -65,10 +65,10 @@ def _name(place: str) -> str:
 
 
 def suggestion_lines(found: Sequence[Suggestion]) -> list[str]:
-    """What would fit instead, best first."""
+    """The suggestions as lines, best first."""
     if not found:
-        return ["nothing this command can change would make it fit: it needs more memory, or more GPUs and hosts"]
-    lines = ["what would fit, best first:"]
+        return ["no other setting makes it fit: it needs more memory, more GPUs or more hosts"]
+    lines = ["settings that fit, best first:"]
     for suggestion in found:
         plan = suggestion.plan
         nvme = f", NVMe {plan.nvme / GIB:.0f}" if plan.nvme else ""
@@ -78,7 +78,7 @@ def suggestion_lines(found: Sequence[Suggestion]) -> list[str]:
             f"{nvme}; {plan.traffic.total / GIB:.0f} moved per step)"
         )
         if suggestion.trains:
-            lines.append(f"      then trains only {suggestion.trains}")
+            lines.append(f"      trains only {suggestion.trains}")
     return lines
 
 
@@ -88,7 +88,7 @@ def _item_lines(items: Sequence[MemoryItem], total: int) -> Iterator[str]:
         if item.bytes < _SMALL * total:
             small += item.bytes
             continue
-        when = f"  (at its peak: {item.moment})" if item.moment else ""
+        when = f"  (only during {item.phase})" if item.phase else ""
         yield f"  {item.bytes / GIB:8.2f}  {item.name}{when}"
     if small:
         yield f"  {small / GIB:8.2f}  the rest"

@@ -1,28 +1,26 @@
-"""What lives from step to step, by place: weights, gradients, masters, moments, moving average, buffers.
+"""Memory that stays from step to step, by place: weights, gradients, masters, moments, moving average, buffers.
 
-Guarantees: sizes follow DeepSpeed 0.19.8's own allocations for stages 0 to 3 and every offload (docs/low_memory.md says
-where each comes from); padding of partitions is counted, small rounding of buffers is not. All numbers are bytes of one
-rank.
+Guarantees: sizes follow DeepSpeed 0.19.8's allocations for stages 0 to 3 and every offload (see docs/low_memory.md).
+Padding of partitions is counted, small rounding of buffers is not. All numbers are bytes of one rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Iterator, NamedTuple
+from typing import Iterator, NamedTuple
 
 from bagel_ds.model.shape.parameters import ParameterSize
 from bagel_ds.units import MIB
-from bagel_ds.zero.config.draft import offload_device, zero_stage
+from bagel_ds.zero.config.settings import Offload, ZeroSettings
 
 DEVICE, HOST, NVME = "gpu", "host", "nvme"
-EXACT_ABOVE_MIB = 32  # page-locked blocks above it are exact and freed at once (memory_allocator.py)
+EXACT_ABOVE_MIB = 32  # larger page-locked blocks are not rounded up or cached (train/process/allocators.py)
 PARAMETER_IO = 150 * MIB  # measured: threads and handles that read and write parameters on NVMe
 _PLACE = {"none": DEVICE, "cpu": HOST, "nvme": NVME}
-_TYPE_BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "bf16": 2, "float16": 2, "bfloat16": 2}
 
 
 class State(NamedTuple):
-    """`pinned` is the number of equal page-locked blocks it is made of, 0 where it is ordinary memory."""
+    """A block of memory. `pinned`: the number of equal page-locked blocks it consists of, 0 for pageable memory."""
 
     name: str
     place: str
@@ -31,52 +29,20 @@ class State(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Sharding:
-    """What decides the states: a resolved DeepSpeed configuration and the parameters, on `world` ranks."""
+class Sharding(ZeroSettings):
+    """What decides the states: the settings of ZeRO, for these parameters on `world` ranks."""
 
-    ds: dict[str, Any]
     parameters: tuple[ParameterSize, ...]
     world: int
     on_cpu: bool  # no GPU: nothing is page-locked
 
-    @property
-    def zero(self) -> dict[str, Any]:
-        return self.ds.get("zero_optimization", {})
+    @classmethod
+    def over(cls, settings: ZeroSettings, parameters: tuple[ParameterSize, ...], world: int, on_cpu: bool) -> Sharding:
+        return cls(**vars(settings), parameters=parameters, world=world, on_cpu=on_cpu)
 
-    @property
-    def stage(self) -> int:
-        return zero_stage(self.ds)
-
-    def place(self, part: str) -> str:
-        """Where "optimizer" or "param" lives."""
-        return _PLACE[offload_device(self.ds, part)]
-
-    @property
-    def bf16(self) -> bool:
-        return bool(self.ds.get("bf16", {}).get("enabled"))
-
-    @property
-    def weight_bytes(self) -> int:
-        return 2 if self.bf16 else 4
-
-    @property
-    def master_bytes(self) -> int:
-        return 2 if self.bf16 and self.ds.get("bf16", {}).get("bf16_master_weights_and_grads") is True else 4
-
-    @property
-    def moment_bytes(self) -> int:
-        return 2 if self.bf16 and self.ds.get("bf16", {}).get("bf16_optimizer_states") is True else 4
-
-    @property
-    def gradient_bytes(self) -> int:
-        """Of the buffer that sums micro-batches."""
-        named = self.ds.get("data_types", {}).get("grad_accum_dtype")
-        return _TYPE_BYTES.get(str(named), self.weight_bytes)
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches per optimizer step."""
-        return int(self.ds.get("gradient_accumulation_steps", 1))
+    def place(self, offload: Offload) -> str:
+        """Where the optimizer's states (`self.optimizer`) or the weights (`self.param`) are."""
+        return _PLACE[offload.device]
 
     @property
     def sums_on_device(self) -> bool:
@@ -85,15 +51,11 @@ class Sharding:
 
     @property
     def keeps_fp32_gradients(self) -> bool:
-        """On CPU the buffer of gradients is the copy in the masters' format, where it already has that."""
+        """On CPU, the gradient buffer serves as the copy in the masters' format if it has that format."""
         return self.on_cpu and self.gradient_bytes == self.master_bytes
 
-    @property
-    def communication_bytes(self) -> int:
-        return _TYPE_BYTES.get(str(self.ds.get("communication_data_type")), self.weight_bytes)
-
     def share(self, trainable: bool) -> int:
-        """Elements of one rank's partition of all, or of the trainable, parameters, padding included."""
+        """Elements of one rank's partition of all (or only the trainable) parameters, padding included."""
         return sum(-(-p.numel // self.world) for p in self.parameters if p.trains or not trainable)
 
     def elements(self, trainable: bool) -> int:
@@ -101,12 +63,12 @@ class Sharding:
 
     @property
     def bucket(self) -> int:
-        """Elements of the buffer in which gradients are reduced."""
-        return int(float(self.zero.get("reduce_bucket_size", 5e8)))
+        """Elements of the buffer that collects gradients to reduce."""
+        return self.gathering.reduce_bucket_size
 
     def sub_groups(self) -> list[int]:
-        """Elements of this rank's share of each group of parameters that the optimizer updates at a time (stage 3)."""
-        limit = int(float(self.zero.get("sub_group_size", 1e9)))
+        """Elements of this rank's share of each group of parameters that the optimizer updates together (stage 3)."""
+        limit = self.sub_group_size
         shares = [-(-p.numel // self.world) for p in self.parameters if p.trains]
         if limit >= sum(shares):
             return [sum(shares)]
@@ -122,20 +84,18 @@ class Sharding:
         """Unpartitioned elements of the largest of those groups."""
         return max(self.sub_groups()) * self.world
 
-    def pinned(self, part: str, blocks: int = 1) -> int:
-        section = self.zero.get(f"offload_{part}")
-        is_pinned = isinstance(section, dict) and section.get("pin_memory") is True and not self.on_cpu
-        return blocks if is_pinned else 0
+    def pinned(self, offload: Offload, blocks: int = 1) -> int:
+        return blocks if offload.pinned and not self.on_cpu else 0
 
 
 def states(sharding: Sharding, ema_bytes: int, ema_place: str | None) -> list[State]:
-    """`ema_bytes` per parameter, 0 without an average; `ema_place` None is beside the masters."""
+    """Everything that stays. `ema_bytes`: per parameter, 0 without an average; `ema_place` None: with the masters."""
     make = {0: _stage0, 1: _stage12, 2: _stage12, 3: _stage3}[sharding.stage]
     found = [state for state in make(sharding) if state.size]
     if ema_bytes:
-        # Every stage shards the average over ranks: without ZeRO each rank owns some of the parameters.
+        # Every stage shards the average over ranks. Without ZeRO each rank owns some of the parameters.
         share = sharding.share(trainable=True)
-        found.append(State("EMA", ema_place or sharding.place("optimizer"), ema_bytes * share))
+        found.append(State("EMA", ema_place or sharding.place(sharding.optimizer), ema_bytes * share))
     return found
 
 
@@ -149,30 +109,30 @@ def _stage0(s: Sharding) -> Iterator[State]:
 
 
 def _stage12(s: Sharding) -> Iterator[State]:
-    place = s.place("optimizer")
+    place = s.place(s.optimizer)
     share = -(-s.elements(True) // s.world)
     yield State("weights", DEVICE, s.weight_bytes * s.elements(False))
-    yield State("masters", place, s.master_bytes * share, s.pinned("optimizer") if place == HOST else 0)
+    yield State("masters", place, s.master_bytes * share, s.pinned(s.optimizer) if place == HOST else 0)
     yield State("Adam moments", place, 2 * s.moment_bytes * share)
     if place == HOST:
-        yield State("gradients in the masters' format", HOST, s.master_bytes * share, s.pinned("optimizer"))
-        yield State("updated weights on their way to the GPU", HOST, s.weight_bytes * share, s.pinned("optimizer"))
+        yield State("gradients in the masters' format", HOST, s.master_bytes * share, s.pinned(s.optimizer))
+        yield State("updated weights in transit to the GPU", HOST, s.weight_bytes * share, s.pinned(s.optimizer))
         largest = max(p.numel for p in s.parameters if p.trains)
-        yield State("largest gradient, on its way", DEVICE, s.weight_bytes * largest)
-        yield State("largest gradient, on its way", HOST, s.weight_bytes * largest, s.pinned("optimizer"))
+        yield State("largest gradient, in transit", DEVICE, s.weight_bytes * largest)
+        yield State("largest gradient, in transit", HOST, s.weight_bytes * largest, s.pinned(s.optimizer))
         if s.accumulation > 1 and not s.sums_on_device and s.master_bytes == 4:
-            yield State("gradients", HOST, s.weight_bytes * share, s.pinned("optimizer"))
+            yield State("gradients", HOST, s.weight_bytes * share, s.pinned(s.optimizer))
 
 
 def backward_states(s: Sharding) -> list[State]:
-    """What holds gradients during a window's last backward pass and until the update, beside what is always there."""
+    """Gradient memory from the last backward pass of a step until its update, beyond what `states` returns."""
     found = window_gradients(s)
     if s.stage in (1, 2):
-        # The second buffer fills while the first is reduced.
-        size = s.bucket * (2 if s.zero.get("overlap_comm") else 1)
+        # With overlap_comm a second buffer fills while the first is reduced.
+        size = s.bucket * (2 if s.overlap_comm else 1)
         touched = min(size, s.elements(True)) if s.on_cpu else size
         found.append(State("communication buckets", DEVICE, touched * s.weight_bytes))
-    elif s.stage == 3 and s.place("optimizer") == NVME:
+    elif s.stage == 3 and s.place(s.optimizer) == NVME:
         shares = [-(-p.numel // s.world) for p in s.parameters if p.trains]
         small = sum(share for share in shares if 4 * share < MIB)
         found.append(State("fp32 gradients too small to swap", HOST, 4 * small))
@@ -180,65 +140,61 @@ def backward_states(s: Sharding) -> list[State]:
 
 
 def window_gradients(s: Sharding) -> list[State]:
-    """Stages 1 and 2: what the device holds of gradients from a window's first backward pass to the update.
+    """Stages 1 and 2: gradients on the device from the first backward pass of a step until its update.
 
-    That is what this rank's partition sums, and whole gradients that wait to be reduced.
+    These are the sums of this rank's partition, and whole gradients waiting to be reduced.
     """
     found = []
     share = -(-s.elements(True) // s.world)
     if s.sums_on_device:
         found.append(State("gradients", DEVICE, 4 * share))
-    elif s.stage in (1, 2) and s.place("optimizer") == DEVICE:
+    elif s.stage in (1, 2) and s.place(s.optimizer) == DEVICE:
         found.append(State("gradients", DEVICE, s.weight_bytes * share))
     if s.stage == 1:
-        # Reduced in the window's last backward pass only: as they come with overlap_comm, else at its end. Those
+        # Reduced only in the last backward pass of a step: immediately with overlap_comm, else at its end. Gradients
         # larger than a bucket stay whole until the update.
-        waits = s.accumulation > 1 or not s.zero.get("overlap_comm")
+        waits = s.accumulation > 1 or not s.overlap_comm
         whole = sum(p.numel for p in s.parameters if p.trains and (waits or p.numel > s.bucket))
         found.append(State("whole gradients", DEVICE, s.weight_bytes * whole))
     return found
 
 
 def _stage3(s: Sharding) -> Iterator[State]:
-    optimizer, param = s.place("optimizer"), s.place("param")
+    optimizer, param = s.place(s.optimizer), s.place(s.param)
     share = s.share(trainable=True)
     groups = s.sub_groups()
-    yield State("weights", param, s.weight_bytes * s.share(trainable=False), s.pinned("param"))
-    if "zero_hpz_partition_size" in s.zero and int(s.zero["zero_hpz_partition_size"]) > 1:
-        group = int(s.zero["zero_hpz_partition_size"])
-        yield State("weights, second copy within the group (hpZ)", DEVICE, s.weight_bytes * s.elements(False) // group)
+    yield State("weights", param, s.weight_bytes * s.share(trainable=False), s.pinned(s.param))
+    if s.hpz_group > 1:
+        copy = s.weight_bytes * s.elements(False) // s.hpz_group
+        yield State("weights, second copy within the group (hpZ)", DEVICE, copy)
     gradients = HOST if optimizer != DEVICE else DEVICE
-    yield State("gradients", gradients, s.gradient_bytes * share, s.pinned("optimizer"))
-    # Their own also in fp32: DeepSpeed compares a device with a string before it would use the weights as masters.
+    yield State("gradients", gradients, s.gradient_bytes * share, s.pinned(s.optimizer))
+    # Separate masters even in fp32: DeepSpeed would reuse the weights, but compares a device with a string first.
     yield State("masters", optimizer, s.master_bytes * share)
     yield State("Adam moments", optimizer, 2 * s.moment_bytes * share)
     if optimizer == HOST:
         yield State(
-            "gradients in the masters' format", HOST, s.master_bytes * share, s.pinned("optimizer", len(groups))
+            "gradients in the masters' format", HOST, s.master_bytes * share, s.pinned(s.optimizer, len(groups))
         )
     if optimizer == NVME:
         yield State("gradients in fp32, swapped", NVME, s.master_bytes * share)
-        count = int(s.zero["offload_optimizer"].get("buffer_count", 4))
-        yield State("optimizer swap buffers", HOST, count * max(groups) * s.master_bytes)
+        yield State("optimizer swap buffers", HOST, s.optimizer.buffers * max(groups) * s.master_bytes)
     if param == NVME:
-        section = s.zero["offload_param"]
-        count, size = int(section.get("buffer_count", 5)), section.get("buffer_size", "auto")
-        size = -(-max(p.numel for p in s.parameters) // s.world) if size == "auto" else int(float(size))
-        yield State("parameter swap buffers", HOST, count * size * s.weight_bytes)
+        yield State("parameter swap buffers", HOST, s.param.buffers * s.param.buffer_elements * s.weight_bytes)
         yield State("parameter input and output", HOST, PARAMETER_IO)
         yield State("parameter write-back buffer", HOST, s.whole_sub_group() * s.weight_bytes)
-    if s.zero.get("contiguous_gradients", True):
+    if s.contiguous_gradients:
         touched = min(s.bucket, s.elements(True)) if s.on_cpu else s.bucket
         yield State("communication buckets", DEVICE, touched * s.communication_bytes)
 
 
-def pinned_excess(found: list[State], pieces: list[int], exact_above: float) -> int:
-    """Bytes that torch adds to page-locked memory: blocks are rounded up to powers of two and kept when freed.
+def pinned_excess(found: list[State], partitions: list[int], exact_above: float) -> int:
+    """Bytes that torch adds to page-locked memory: it rounds blocks up to powers of two and caches freed ones.
 
-    `pieces` are bytes of the parameter partitions that DeepSpeed first pins one by one, before it moves them to one
-    block; torch keeps them. Blocks of more than `exact_above` bytes are neither rounded nor kept.
+    `partitions` are the sizes of the parameter partitions. DeepSpeed pins each before it moves all to one block, and
+    torch caches what was freed. Blocks of more than `exact_above` bytes are neither rounded nor cached.
     """
-    excess = sum(_power_of_two(piece) for piece in pieces if piece <= exact_above)
+    excess = sum(_power_of_two(size) for size in partitions if size <= exact_above)
     for state in found:
         block = max(1, state.size // state.pinned) if state.pinned else 0
         if 0 < block <= exact_above:
@@ -247,5 +203,5 @@ def pinned_excess(found: list[State], pieces: list[int], exact_above: float) -> 
 
 
 def _power_of_two(size: int) -> int:
-    """The smallest one that is not below `size`."""
+    """The smallest power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()

@@ -1,9 +1,8 @@
 """Which settings would make a run fit, best first.
 
-Guarantees: every suggestion was planned and fits; none is worse than another in all it changes (the same with fewer
-tokens, or with a setting that is not needed), so that the list shows different ways out. "Best" is the least harm to
-the result and then to the speed: offload before a moving average in bf16, that before fewer tokens, those before no
-moving average, that before frozen parts, and those before bf16 masters; NVMe costs more than host memory.
+Guarantees: every suggestion was planned and fits, and no suggestion is dominated by another (such as the same with
+fewer tokens), so the list shows different ways out. The order is by harm to the result, then to speed: offload, a
+moving average in bf16, fewer tokens, no moving average, frozen parts, bf16 masters. NVMe ranks behind host memory.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model.shape.parameters import parameter_sizes
 from bagel_ds.model.shape.parts import trainable_parts
-from bagel_ds.zero.config.nvme import fit_buffers
-from bagel_ds.zero.config.resolve import resolve_ds_config
+from bagel_ds.zero.config.resolve import fit_to_network, resolve_ds_config
+from bagel_ds.zero.config.settings import ZeroSettings
 
 # Presets with what they cost in speed and in accuracy. bf16 masters lose most of an update at BAGEL's learning rate
 # (bench/bf16_masters.py), so frozen parts come before them.
@@ -51,9 +50,9 @@ PLACEHOLDER = "nvme"  # stands for --nvme_path while only planning
 
 @dataclass(frozen=True)
 class Suggestion:
-    settings: tuple[str, ...]  # as arguments of the trainer
+    settings: tuple[str, ...]  # arguments of the trainer
     plan: MemoryPlan
-    trains: str = ""  # where they freeze something: what still trains
+    trains: str = ""  # what still trains; "" if the settings freeze nothing
 
     def to_json(self) -> dict[str, Any]:
         keys = ("gpu_peak_gib", "host_peak_gib", "nvme_gib", "step_traffic_gib")
@@ -63,23 +62,18 @@ class Suggestion:
 
 def resolved(
     name: str, config: RunConfig, model: BagelConfig, world_size: int, ranks_per_host: int | None = None
-) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run that is only planned: `--nvme_path` may be missing."""
+) -> ZeroSettings:
+    """The settings of a run that is only planned, so `--nvme_path` may be missing."""
     if config.training.nvme_path is None:
         config = dataclasses.replace(config, training=dataclasses.replace(config.training, nvme_path=PLACEHOLDER))
     ds, _ = resolve_ds_config(name, config, world_size, ranks_per_host)
-    training = config.training
-    freezes = training.freeze_llm or training.freeze_vit or model.freeze_und
-    frozen = freezes or not (model.visual_gen and model.visual_und)
-    largest = max(parameter.numel for parameter in parameter_sizes(model))
-    fit_buffers(ds, largest, world_size, frozen and training.activation_checkpointing != "none")
-    return ds
+    return fit_to_network(ds, model, config.training, world_size)
 
 
 def suggestions(model: BagelConfig, config: RunConfig, run: MemoryOptions, count: int = 5) -> list[Suggestion]:
     """Up to `count` changed runs that fit the budgets of `run`, best first.
 
-    `run` is `MemoryOptions.of(config, ...)`: its budgets and its machine are kept, the rest follows what is changed.
+    `run` is `MemoryOptions.of(config, ...)`. Its budgets and its machine are kept; the rest follows the changes.
     """
     found: list[tuple[tuple[_Change, ...], Suggestion]] = []
     as_it_is, *candidates = sorted(itertools.product(*_axes(model, config, run)), key=_harm)
@@ -99,17 +93,17 @@ def suggestions(model: BagelConfig, config: RunConfig, run: MemoryOptions, count
 
 
 class _Change(NamedTuple):
-    """One choice about one thing; `cost` orders it among the other choices: worse in no place is no worse."""
+    """A change of one setting, or none."""
 
-    settings: dict[str, Any]  # the trainer's options; empty for as it is
-    cost: tuple[float, ...]
+    settings: dict[str, Any]  # the trainer's options; empty: unchanged
+    cost: tuple[float, ...]  # harm, for example to speed and to accuracy; compared entry by entry
 
 
 _AS_IT_IS = _Change({}, (0.0,))
 
 
 def _axes(model: BagelConfig, config: RunConfig, run: MemoryOptions) -> list[list[_Change]]:
-    """What may be changed, and to what; each list begins with the run as it is."""
+    """The possible changes of each setting; each list begins with no change."""
     return [
         _presets(config.training.ds_config),
         _tokens(run.max_num_tokens),
@@ -145,7 +139,7 @@ def _averages(run: MemoryOptions) -> list[_Change]:
 
 
 def _freezings(model: BagelConfig, run: MemoryOptions) -> list[_Change]:
-    """What could be frozen besides what is. Only what leaves something to train."""
+    """What else could be frozen such that something still trains."""
     found = [_AS_IT_IS]
     if model.visual_gen and not model.freeze_und and not run.freeze_llm:
         found.append(_Change({"freeze_und": True}, (10.0,)))
@@ -178,12 +172,12 @@ def _plan(model: BagelConfig, config: RunConfig, run: MemoryOptions, changes: tu
     model = dataclasses.replace(model, freeze_und=model.freeze_und or config.training.freeze_und)
     changed = MemoryOptions.of(config, run.world_size)
     run = dataclasses.replace(run, **{name: getattr(changed, name) for name in _FOLLOWING})
-    ds_config = resolved(config.training.ds_config, config, model, run.world_size, run.ranks_per_host)
-    return plan_memory(model, ds_config, run)
+    settings = resolved(config.training.ds_config, config, model, run.world_size, run.ranks_per_host)
+    return plan_memory(model, settings, run)
 
 
 def _still_trains(model: BagelConfig, run: MemoryOptions, changes: Iterable[_Change]) -> str:
-    """ "the ViT and the connector: 0.4 of 14.6 billion parameters", or nothing where the changes freeze nothing."""
+    """ "the ViT and the connector: 0.4 of 14.6 billion parameters", or "" if the changes freeze nothing."""
     frozen = {name for change in changes for name in change.settings if name.startswith("freeze")}
     if not frozen:
         return ""

@@ -1,8 +1,8 @@
 """The table of docs/low_memory.md: which settings train BAGEL-7B-MoT on which machine.
 
-Guarantees: every line is the planner's own answer for one host: full fine-tuning with the moving average where that
-fits with the guides' packs, else the best that does; then the longest packs that fit with these settings, for which its
-numbers are. `bagel-ds memory --table` prints it; a test compares the page with it.
+Guarantees: every row is the planner's answer for one host. Settings are full fine-tuning with the moving average if
+that fits with the guides' packs, else the best suggestion. Tokens are the longest packs that fit with these settings,
+and the other numbers are for such packs. `bagel-ds memory --table` prints the table; a test compares the page with it.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from bagel_ds.units import GIB
 MACHINES = ((1, 24), (2, 24), (4, 24), (2, 40), (4, 80), (8, 80))  # GPUs and GiB of each
 HOST_GIB = (128, 256, 512)
 NVME_GIB = (0, 1000)
-TOKENS = 11520  # the guides' budget, with which settings are chosen
+TOKENS = 11520  # the guides' budget; settings are chosen for it
 MOST_TOKENS, TOKEN_STEP = 36864, 2304  # the default of --max_num_tokens; a divisor of both
 WORKERS = 4
 
-# What moving is taken to run at, GiB/s: one GPU's PCIe 4.0 x16, one good NVMe drive (reads and writes together).
+# Assumed transfer rates in GiB/s: one GPU's PCIe 4.0 x16, one good NVMe drive (reads and writes together).
 PCIE, DRIVE = 20, 5
 
 _HEADER = """\
@@ -31,7 +31,7 @@ _HEADER = """\
 
 
 def table() -> str:
-    """Markdown; memory in GiB, per GPU and per host. Machines of the same GPUs that get the same answer share a row."""
+    """The table in Markdown; memory in GiB per GPU and per host. Machines with equal GPUs and answers share a row."""
     lines = [_HEADER]
     for count, gpu in MACHINES:
         found = {(host, nvme): _answer(count, gpu, host, nvme) for host in HOST_GIB for nvme in NVME_GIB}
@@ -51,7 +51,7 @@ def _answer(count: int, gpu: float, host: float, nvme: float) -> str:
 
 
 def _places(machines: list[tuple[int, int]]) -> list[tuple[str, str]]:
-    """Sizes of RAM and NVMe of machines, in as few rows as they make: sizes of RAM with the same NVMe together."""
+    """The RAM and NVMe columns of machines with the same answer: sizes of RAM with equal NVMe sizes share a row."""
     rows: dict[tuple[int, ...], list[int]] = {}
     for host in dict.fromkeys(host for host, _ in machines):
         rows.setdefault(tuple(nvme for other, nvme in machines if other == host), []).append(host)
@@ -59,7 +59,7 @@ def _places(machines: list[tuple[int, int]]) -> list[tuple[str, str]]:
 
 
 def best_settings(count: int, gpu: float, host: float, nvme: float) -> tuple[str, ...] | None:
-    """The arguments to train the 7B with `TOKENS` tokens per pack on `count` GPUs of one host; None if none would."""
+    """Arguments that train the 7B with `TOKENS` tokens per pack on `count` GPUs of one host; None if none fit."""
     for start in ("zero2.json", "zero3.json"):
         words = (f"--ds_config {start}",)
         config, run = _run(count, gpu, host, nvme, words, TOKENS)
@@ -75,7 +75,7 @@ def best_settings(count: int, gpu: float, host: float, nvme: float) -> tuple[str
 def longest_packs(
     count: int, gpu: float, host: float, nvme: float, settings: tuple[str, ...]
 ) -> tuple[int, MemoryPlan]:
-    """Tokens of the longest packs with which these settings fit, and the plan with them."""
+    """The longest packs that fit with these settings, in tokens, and their plan."""
     settings = tuple(setting for setting in settings if "max_num_tokens" not in setting)
     for tokens in range(MOST_TOKENS, 0, -TOKEN_STEP):
         plan = _plan(*_run(count, gpu, host, nvme, settings, tokens))

@@ -1,6 +1,6 @@
 """Bytes that one host moves in one optimizer step: between GPUs, between GPU and host memory, to and from NVMe.
 
-Guarantees: counts what ZeRO must move (each way counted once); what is hidden behind computation is not judged.
+Guarantees: counts what ZeRO must move, each direction once. How much of it overlaps with computation is not estimated.
 """
 
 from __future__ import annotations
@@ -24,43 +24,43 @@ class Traffic(NamedTuple):
 
 
 def step_traffic(s: Sharding, live: Gathered | None, ranks: int, layer_inputs: int = 0) -> Traffic:
-    """Of `ranks` ranks; `live` is None unless parameters are gathered (ZeRO-3).
+    """Traffic of `ranks` ranks. `live` is None unless parameters are gathered (ZeRO-3).
 
-    `layer_inputs` are bytes of one micro-batch that wait on the host for the backward pass.
+    `layer_inputs`: bytes of one micro-batch that are offloaded to the host until the backward pass.
     """
     accumulation = s.accumulation
     others = (s.world - 1) / s.world
     trainable, share = s.elements(True), s.share(True)
     gathers = (live.total if live is not None else 0) * accumulation
-    reductions = trainable * (1 if s.stage == 0 else accumulation if s.stage > 1 else 1)
+    reductions = trainable * (accumulation if s.stage > 1 else 1)
     network = others * (s.weight_bytes * gathers + s.communication_bytes * reductions)
     if s.stage in (0, 1, 2):
         network += others * s.weight_bytes * trainable  # updated weights (stage 0: the other half of the all-reduce)
     pcie, nvme = 2 * layer_inputs * accumulation, 0
-    if s.place("param") != DEVICE:
+    if s.place(s.param) != DEVICE:
         pcie += s.weight_bytes * gathers // s.world
-    if s.place("optimizer") != DEVICE:
+    if s.place(s.optimizer) != DEVICE:
         pcie += offloaded_gradient_bytes(s) * share
-        if s.place("param") == DEVICE:
+        if s.place(s.param) == DEVICE:
             pcie += s.weight_bytes * share
-    if s.place("optimizer") == NVME:
+    if s.place(s.optimizer) == NVME:
         states = (s.master_bytes + 2 * s.moment_bytes) * share
         nvme += 2 * states + 2 * s.master_bytes * share  # masters and moments, and gradients in fp32, in and out
-    if s.place("param") == NVME:
+    if s.place(s.param) == NVME:
         nvme += s.weight_bytes * (gathers // s.world + share)
     return Traffic(int(network * ranks), int(pcie * ranks), int(nvme * ranks))
 
 
 def offloaded_gradient_bytes(s: Sharding) -> int:
-    """Bytes between GPU and host memory per step and element of a rank's share, with the optimizer off the GPU.
+    """Bytes between GPU and host memory per step and element of a rank's share, if the optimizer is not on the GPU.
 
-    Counted from DeepSpeed 0.19.8's own copies (a test runs them on tensors without contents). Each way counts.
+    Both directions, counted from the copies in DeepSpeed 0.19.8 (a test runs them on meta tensors).
     """
     if s.stage == 3:
-        # After each backward pass to the host and back (added up on the GPU); after the last in the masters' format.
+        # After each backward pass to the host and back (summed on the GPU); after the last also in the masters' format.
         return 2 * s.gradient_bytes * s.accumulation + s.master_bytes
     if s.sums_on_device or s.accumulation == 1:
         return s.master_bytes
     if s.stage == 1:
-        return 2 * s.weight_bytes + s.master_bytes  # summed on the GPU, yet added to an empty sum on the host
+        return 2 * s.weight_bytes + s.master_bytes  # summed on the GPU, then added to an empty sum on the host
     return s.weight_bytes * (2 * s.accumulation - 1) + s.master_bytes

@@ -1,7 +1,7 @@
 """BAGEL: one packed sequence of text, images to read and images to draw -> cross entropy and velocity error.
 
-Guarantees: parameter names and shapes of the original's `ema.safetensors`; the forward pass of REFERENCE 3 to 5,
-without random numbers. Every module is called once per batch, in the same order for every batch.
+Guarantees: parameter names and shapes of the original's `ema.safetensors`; the original's forward pass, without random
+numbers. Every module is called once per batch, in the same order for every batch.
 
 Shape legend: T tokens of the pack, U understanding tokens (text, then ViT patches), G generation tokens, K positions
 with a label, M positions with a velocity target, P ViT patches, C hidden, F features of a latent token (64).

@@ -1,7 +1,7 @@
-"""PackedBatch: the one type that flows from data to model.
+"""PackedBatch: the only type that goes from data to model.
 
-It is the complete input of one micro-batch: a step draws no random number of its own, so equal batches give equal
-steps. A modality that is absent is a tensor of zero rows or an empty tuple, never None.
+It is the complete input of one micro-batch. The step itself draws no random numbers, so equal batches give equal steps.
+A modality that is absent is a tensor of zero rows or an empty tuple, never None.
 
 Shape legend: T tokens of the pack, N text tokens, P ViT patches, G generation (VAE latent) tokens, K positions with a
 cross-entropy label, M positions with a velocity target, F features of a latent token (64).
@@ -21,10 +21,10 @@ CAUSAL, FULL, NOISE = "causal", "full", "noise"
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Several samples laid end to end in one sequence (layout: REFERENCE 7; all index tensors int64).
+    """Several samples concatenated to one sequence; all index tensors are int64.
 
-    Indexes point into the sequence; every position is in exactly one of text_indexes, vit_indexes and vae_indexes.
-    Samples own consecutive splits, splits own consecutive tokens: `sum(sample_lens) == sum(split_lens) == T`.
+    Indexes point into the sequence, and every position is in exactly one of text_indexes, vit_indexes and vae_indexes.
+    A sample is a run of splits, a split a run of tokens: `sum(sample_lens) == sum(split_lens) == T`.
     """
 
     sample_lens: tuple[int, ...]
@@ -35,7 +35,7 @@ class PackedBatch:
     text_ids: Tensor  # [N] token ids, image markers included
     text_indexes: Tensor  # [N]
 
-    vit_patches: Tensor  # [P, 3*14*14] uint8 pixels, or float32 already normalised; features (row, column, channel)
+    vit_patches: Tensor  # [P, 3*14*14] uint8 pixels, or normalized float32; features (row, column, channel)
     vit_indexes: Tensor  # [P]
     vit_position_ids: Tensor  # [P] row * 70 + column
     vit_seqlens: tuple[int, ...]  # patches per ViT image
@@ -45,16 +45,16 @@ class PackedBatch:
     vae_indexes: Tensor  # [G]
     latent_position_ids: Tensor  # [G] row * max_latent_size + column
     timesteps: Tensor  # [G] float32, before the sigmoid; -inf marks a clean (conditioning) latent
-    noise: Tensor  # [G, F] float32 standard normal: the flow's end point (used where the latent is noised)
-    posterior_eps: Tensor  # [G, F] float32 standard normal: the VAE posterior's draw, in token layout
+    noise: Tensor  # [G, F] float32 standard normal: the flow's end point (used for noised latents)
+    posterior_eps: Tensor  # [G, F] float32 standard normal: the draw for the VAE's posterior, in token layout
 
     mse_loss_indexes: Tensor  # [M] subset of vae_indexes, in the same order
     ce_loss_indexes: Tensor  # [K]
     label_ids: Tensor  # [K]
-    ce_loss_weights: Tensor  # [K] float32, used with ce_loss_reweighting only
+    ce_loss_weights: Tensor  # [K] float32, used only with ce_loss_reweighting
 
-    samples: tuple[str, ...] = ()  # where each sample came from, for messages: "dataset: file row group 3 row 17"
-    datasets: tuple[str, ...] = ()  # of each sample, as metrics name it; empty where that is not known
+    samples: tuple[str, ...] = ()  # the origin of each sample, for messages: "dataset: file row group 3 row 17"
+    datasets: tuple[str, ...] = ()  # the dataset of each sample, as in metrics; empty if unknown
     skipped: tuple[tuple[str, str], ...] = ()  # (dataset, reason) of planned samples that could not be read
 
     @property
@@ -75,7 +75,7 @@ class PackedBatch:
         return self.map(Tensor.pin_memory)
 
     def map(self, function: Callable[[Any], Any]) -> PackedBatch:
-        """The same batch with everything in a tensor's place replaced by `function` of it."""
+        """The same batch with each tensor replaced by `function` of it."""
         changed: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -87,14 +87,14 @@ class PackedBatch:
 
 
 def normalize_pixels(pixels: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 -1..1, as (x / 255 - 0.5) / 0.5; float input is taken as normalised already."""
+    """uint8 0..255 -> float32 -1..1, as (x / 255 - 0.5) / 0.5; float input must already be normalized."""
     if pixels.dtype == torch.uint8:
         return (pixels.float() / 255 - 0.5) / 0.5
     return pixels
 
 
 def patchify(image_CHW: Tensor, patch: int) -> Tensor:
-    """[C, h*patch, w*patch] -> [h*w, patch*patch*C]: rows of patches first, features (row, column, channel)."""
+    """[C, h*patch, w*patch] -> [h*w, patch*patch*C]: patches row by row, features (row, column, channel)."""
     channels, height, width = image_CHW.shape
     rows, columns = height // patch, width // patch
     x = image_CHW.reshape(channels, rows, patch, columns, patch)

@@ -1,8 +1,7 @@
 """The rectified flow between images and noise: its time, its path, and the times at which a sampler steps.
 
-Guarantees: the original's formulas (REFERENCE 3 and 11), once for training, inspection and sampling. It stands beside
-the network rather than in losses/, because the network's forward pass and the sampler use it and the losses only read
-its time.
+Guarantees: the original's formulas, once for training, inspection and sampling. It is not in losses/, because the
+network's forward pass and the sampler use it, and the losses only read its time.
 
 Shape legend: G latent tokens, F features of a latent token.
 """

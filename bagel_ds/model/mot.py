@@ -70,7 +70,7 @@ class TwoExperts(nn.Module):
         return Experts(und, gen)
 
     def stop_und(self, x: Experts) -> Experts:
-        """With freeze_und, no gradient passes through understanding tokens (REFERENCE 6)."""
+        """With freeze_und, no gradient passes through understanding tokens."""
         return Experts(x.und.detach(), x.gen) if self.freeze_und else x
 
 

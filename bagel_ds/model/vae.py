@@ -1,8 +1,8 @@
 """The FLUX autoencoder: images <-> 16-channel latents, frozen.
 
 Guarantees: parameter names and shapes of `ae.safetensors`. Each image is encoded separately, so its latent does not
-depend on the other images of the pack (the original pads them to one canvas; REFERENCE 0). Weights are fp32; run it
-under autocast for bf16 arithmetic.
+depend on the other images of the pack (the original pads them to one canvas). Weights are fp32; run it under autocast
+for bf16 arithmetic.
 
 Shape legend: B images, c channels, h w latent cells (height/8, width/8).
 """

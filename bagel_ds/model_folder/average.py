@@ -1,9 +1,9 @@
-"""The choice between a folder's two weight files: the moving average, or the weights it averages.
+"""The choice between a folder's two weight files: the moving average, or the weights themselves.
 
-Guarantees: one rule for inference and exports. The average is the default. The weights are chosen where the training
-steps and the decay are known and the half-life of the average exceeds the run: such an average still consists mostly of
-the weights that the run started from. Checkpoints record both numbers in `trainer.json`, exports in the metadata of
-`ema.safetensors`; for other folders they are unknown.
+Guarantees: one rule for inference and exports. The average is the default. The weights are chosen if the half-life of
+the average exceeds the run, because such an average still consists mostly of the weights that the run started from.
+Checkpoints record the steps and the decay in `trainer.json`, exports in the metadata of `ema.safetensors`. In other
+folders they are unknown.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Averaging(NamedTuple):
 
     @property
     def half_life(self) -> float:
-        """Updates after which the start weights make up half of the average."""
+        """The number of updates after which the start weights still make up half of the average."""
         if not 0 < self.decay < 1:
             return 0.0 if self.decay <= 0 else math.inf
         return math.log(0.5) / math.log(self.decay)
 
     def metadata(self) -> dict[str, str]:
-        """For the header of an exported safetensors file."""
+        """Metadata for the header of an exported safetensors file."""
         return {_STEPS: str(self.steps), _DECAY: repr(self.decay)}
 
 
 class Choice(NamedTuple):
-    """`stem` is "ema" or "model", as `ModelFolder.weight_files` takes it; `why` is a clause for a log line."""
+    """`stem` is "ema" or "model", as in `ModelFolder.weight_files`; `why` is a clause for the log."""
 
     stem: str
     why: str
@@ -59,17 +59,17 @@ def average_or_weights(folder: Path) -> Choice:
 
 
 def chosen(averaging: Averaging | None) -> Choice:
-    """The rule for a folder that holds both files; `averaging` is None where the numbers are unknown."""
+    """The rule for a folder that holds both files; `averaging` is None if the numbers are unknown."""
     if averaging is None:
-        return Choice("ema", "the average is the default, and the folder does not record the steps and decay behind it")
+        return Choice("ema", "the average is the default, and the folder does not record its steps and decay")
     numbers = f"decay {averaging.decay:g} gives it a half-life of {averaging.half_life:,.0f} steps"
     if averaging.half_life > averaging.steps:
-        return Choice("model", f"the average is too young: {numbers}, and the run has only {averaging.steps:,}")
-    return Choice("ema", f"the average covers the run: {numbers}, and the run has {averaging.steps:,}")
+        return Choice("model", f"the average is too young: {numbers}, but the run had only {averaging.steps:,}")
+    return Choice("ema", f"the average covers the run: {numbers}, and the run had {averaging.steps:,}")
 
 
 def averaging_of(folder: Path) -> Averaging | None:
-    """The numbers that a checkpoint or an export records; None where there are none. Raises `UserError`."""
+    """The numbers that a checkpoint or an export records; None if there are none. Raises `UserError`."""
     trainer = folder / "trainer.json"
     if trainer.is_file():
         try:
@@ -79,8 +79,8 @@ def averaging_of(folder: Path) -> Averaging | None:
             return None if decay is None else Averaging(int(steps), float(decay))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{trainer} can't be read ({type(error).__name__}: {error}), and it says whether {EMA} or {MODEL} is "
-                f"the better choice. Copy the checkpoint again, or remove {trainer.name} to use {EMA}."
+                f"{trainer} can't be read ({type(error).__name__}: {error}), so it is unknown whether {EMA} or {MODEL} "
+                f"is the better choice. Copy the checkpoint again, or remove {trainer.name} to use {EMA}."
             ) from None
     files = ModelFolder(folder).weight_files("ema")
     metadata = read_header(files[0])[0].get("__metadata__", {}) if files else {}
@@ -90,4 +90,4 @@ def averaging_of(folder: Path) -> Averaging | None:
         return Averaging(int(metadata[_STEPS]), float(metadata[_DECAY]))
     except ValueError:
         found = f"{_STEPS} {metadata[_STEPS]!r} and {_DECAY} {metadata[_DECAY]!r}"
-        raise UserError(f"{files[0]}: its metadata gives {found}, expected numbers. Export it again.") from None
+        raise UserError(f"{files[0]}: its metadata holds {found}, expected numbers. Export it again.") from None

@@ -1,7 +1,7 @@
-"""CRC-32 of bytes that are put together, from the CRC-32 of their parts (zlib's crc32_combine, which Python lacks).
+"""CRC-32 of concatenated bytes, from the CRC-32 of each run of bytes (zlib's crc32_combine, which Python lacks).
 
-A CRC is a polynomial over GF(2) modulo `_MODULUS`, its highest power in the lowest bit; n bytes behind a part multiply
-it by x^(8 n).
+A CRC is a polynomial over GF(2) modulo `_MODULUS`, with its highest power in the lowest bit. Appending n bytes
+multiplies it by x^(8 n).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _ONE = 1 << 31
 
 
 def joined_crc(first: int, second: int, second_bytes: int) -> int:
-    """The CRC-32 of some bytes and `second_bytes` more behind them."""
+    """The CRC-32 of some bytes followed by `second_bytes` more."""
     return _times(_power(8 * second_bytes), first) ^ second
 
 

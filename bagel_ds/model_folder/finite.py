@@ -1,7 +1,7 @@
-"""Weights that are looked at while they are loaded: a NaN or an infinity is found where it enters the run.
+"""Finds a NaN or an infinity in weights while they are loaded.
 
-Guarantees: every element that is read before `check` is looked at, in the pieces in which it is read anyway, so nothing
-is read twice; the message names tensor and element. What a rank does not read, another rank that holds it does.
+Guarantees: every element that is read before `check` is checked as it is read, so nothing is read twice. The message
+names tensor and element. Each rank checks what it reads; together they read every weight.
 """
 
 from __future__ import annotations
@@ -13,27 +13,26 @@ from bagel_ds.errors import UserError
 from bagel_ds.ranges import TensorInfo, WeightSource
 
 _REMEDY = (
-    "Download or copy the weights again; if a training run has written them, it had diverged: take an earlier "
-    "checkpoint of it"
+    "Download or copy the weights again. If a training run wrote them, it had diverged: use an earlier checkpoint of it"
 )
 
 
 def first_not_finite(values: Tensor) -> int | None:
-    """Index of the first NaN or infinity of a 1-D tensor. One pass where there is none, several times that of a sum."""
+    """Index of the first NaN or infinity of a 1-D tensor, or None. One pass if there is none."""
     if not values.is_floating_point() or values.numel() == 0:
         return None
-    low, high = torch.aminmax(values)  # both are NaN where any element is
+    low, high = torch.aminmax(values)  # both are NaN if any element is
     if torch.isfinite(low) and torch.isfinite(high):
         return None
     return int(torch.isfinite(values).logical_not().nonzero()[0])
 
 
 class CheckedWeights:
-    """A `WeightSource` that looks at what it hands out until `check` is called."""
+    """A `WeightSource` that checks the values it returns until `check` is called."""
 
     def __init__(self, source: WeightSource, where: str):
         self._source, self._where = source, where
-        self._found: dict[str, str] | None = {}  # tensor -> its first bad element; None: no longer looked for
+        self._found: dict[str, str] | None = {}  # tensor -> its first bad element; None after `check`
 
     def __contains__(self, name: str) -> bool:
         return name in self._source
@@ -50,7 +49,7 @@ class CheckedWeights:
         return values
 
     def check(self) -> None:
-        """Raise `UserError` where anything read so far was not finite; what is read later is not looked at."""
+        """Raise `UserError` if any value read so far was not finite. Later reads are not checked."""
         found, self._found = self._found, None
         if found:
             raise UserError(not_finite_fault(self._where, found))

@@ -1,9 +1,9 @@
 """Starting from a language model, a SigLIP ViT and the FLUX autoencoder instead of a BAGEL folder.
 
-Guarantees: every tensor of the network is given by name and flat range, without converting anything on disk: read from
-the two checkpoints, copied from its understanding twin (copy_init_moe), or made by a rule from (seed, name) alone, so
-any number of ranks gets the same numbers. A vocabulary that is too small for the tokenizer grows, never shrinks. What
-the parts lack and no rule covers is an error.
+Guarantees: every tensor of the network can be read by name and flat range, without converting anything on disk. It is
+read from one of the two checkpoints, copied from its understanding twin (copy_init_moe), or initialized from (seed,
+name), so any number of ranks gets the same numbers. A vocabulary that is too small for the tokenizer grows; it never
+shrinks. Any other missing tensor is an error.
 """
 
 from __future__ import annotations
@@ -32,31 +32,31 @@ from bagel_ds.ranges import TensorInfo
 CONV_PATCHES = "vit_model.vision_model.embeddings.patch_embedding.weight"
 _LLM, _VIT = "language_model.", "vit_model."
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
-_INIT_STD = 0.02  # of a generation expert that is not copied, as the language model initialises its layers
+_INIT_STD = 0.02  # of a generation expert that is not copied; the language model's own default
 
 
-def missing_parts(llm: Path, vit: Path, vae: Path) -> list[str]:
-    """What is not there of the three parts, in words."""
+def missing_pretrained(llm: Path, vit: Path, vae: Path) -> list[str]:
+    """What is missing of the three pretrained models, for a message."""
     missing = []
     for argument, folder in (("llm_path", llm), ("vit_path", vit)):
         if not folder.is_dir():
             missing.append(f"--{argument} {folder}: no such folder")
-        elif not (folder / "config.json").is_file() or not part_files(folder):
+        elif not (folder / "config.json").is_file() or not _weight_files(folder):
             missing.append(f"--{argument} {folder}: the folder lacks config.json or *.safetensors")
     if not vae.is_file():
         missing.append(f"--vae_path {vae}: no such file")
     return missing
 
 
-def part_files(folder: Path) -> list[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face model folder."""
     return sorted(folder.glob("*.safetensors"))
 
 
 def assemble_folder(out: Path, llm: Path, vit: Path, vae: Path) -> Path:
-    """Make `out` a model folder without weights: the parts' configs, the tokenizer, the autoencoder.
+    """Make `out` a model folder without weights: both configs, the tokenizer, the autoencoder.
 
-    The tokenizer has every special token that BAGEL needs, and the vocabulary a row for each of its tokens.
+    The tokenizer gets every special token that BAGEL needs, and `vocab_size` has a row for each of its tokens.
     """
     out.mkdir(parents=True, exist_ok=True)
     tokenizer, completed = complete_tokenizer(llm)
@@ -67,26 +67,26 @@ def assemble_folder(out: Path, llm: Path, vit: Path, vae: Path) -> Path:
         if name in files:
             _put(out / name, files[name])
         else:
-            (out / name).unlink(missing_ok=True)  # of an earlier run with another llm_path
+            (out / name).unlink(missing_ok=True)  # from an earlier run with another llm_path
     _write(out / "llm_config.json", {**_config(llm), "vocab_size": max(_rows(llm), tokenizer.size)})
     found = _config(vit)
     _write(out / "vit_config.json", found.get("vision_config", found))
-    beside = out / f".{VAE}.{os.getpid()}"  # never the one of an earlier run with another vae_path
-    beside.unlink(missing_ok=True)
+    temporary = out / f".{VAE}.{os.getpid()}"  # replaces the one of an earlier run with another vae_path
+    temporary.unlink(missing_ok=True)
     try:
-        os.link(vae.resolve(), beside)
+        os.link(vae.resolve(), temporary)
     except OSError:
-        shutil.copyfile(vae, beside)
-    os.replace(beside, out / VAE)
-    beside.unlink(missing_ok=True)  # where the two were one file already, POSIX leaves both names
+        shutil.copyfile(vae, temporary)
+    os.replace(temporary, out / VAE)
+    temporary.unlink(missing_ok=True)  # if both were links to one file already, POSIX keeps both names
     return out
 
 
-class PartsWeights:
-    """A `WeightSource` for every parameter of a network, from its parts."""
+class PretrainedWeights:
+    """A `WeightSource` for every parameter of a network, from a language model and a ViT."""
 
     def __init__(self, llm: Path, vit: Path, shapes: Mapping[str, tuple[int, ...]], copy_init_moe: bool, seed: int):
-        self._llm, self._vit = TensorFiles(part_files(llm)), TensorFiles(part_files(vit))
+        self._llm, self._vit = TensorFiles(_weight_files(llm)), TensorFiles(_weight_files(vit))
         self._shapes, self._seed = dict(shapes), seed
         self._rows, self._spread = _rows(llm), float(_config(llm).get("initializer_range") or _INIT_STD)
         self._copy_init_moe = copy_init_moe
@@ -112,18 +112,18 @@ class PartsWeights:
     def description(self) -> list[str]:
         read = len(self._shapes) - len(self.made)
         lines = [
-            f"  {read} tensors from llm_path and vit_path; {len(self.made)} made anew: connectors, norms they lack"
+            f"  {read} tensors from llm_path and vit_path; {len(self.made)} initialized: connectors, missing norms"
         ]
         new = max(map(self._new_rows, self._shapes))
         if new:
             lines.append(
-                f"  the tokenizer has {self._rows + new} tokens, the vocabulary of llm_path {self._rows} rows: "
-                f"{new} are added, drawn with a spread of {self._spread}"
+                f"  the tokenizer has {self._rows + new} tokens, but llm_path has {self._rows} vocabulary rows: "
+                f"{new} rows are added, drawn with a standard deviation of {self._spread}"
             )
         return lines
 
     def _place(self, name: str) -> tuple[TensorFiles, str] | None:
-        """The file and the name in it that a parameter comes from; None where it is made."""
+        """The file that a parameter comes from and its name in it; None if it is initialized."""
         if name.startswith(_VIT):
             return self._vit, name.removeprefix(_VIT)
         if not name.startswith(_LLM):
@@ -140,7 +140,7 @@ class PartsWeights:
         return self._llm, inside
 
     def _new_rows(self, name: str) -> int:
-        """How many rows of a vocabulary table come after those that llm_path has."""
+        """How many rows are added to a vocabulary table of llm_path."""
         place = self._place(name)
         if place is None or place[1] not in _VOCABULARY or place[1] not in place[0]:
             return 0
@@ -148,22 +148,22 @@ class PartsWeights:
         return rows - found if found == self._rows and width == found_width else 0
 
     def _grown(self, name: str, start: int, numel: int) -> Tensor:
-        """Elements of a vocabulary table with new rows; those of tied tables are the same."""
+        """Elements of a vocabulary table with new rows. Tied tables get equal rows."""
         place = self._place(name)
         assert place is not None
         files, inside = place
         stored, dtype = prod(files.info(inside).shape), files.info(inside).dtype
         held = min(max(stored - start, 0), numel)
-        pieces = [files.read(inside, start, held)] if held else []
+        found = [files.read(inside, start, held)] if held else []
         if held < numel:
             generator = torch.Generator().manual_seed(_seed_of(self._seed, f"new rows of {inside}"))
             new = torch.randn(prod(self._shapes[name]) - stored, generator=generator) * self._spread
             first = max(start - stored, 0)
-            pieces.append(new[first : first + numel - held].to(dtype))
-        return torch.cat(pieces)
+            found.append(new[first : first + numel - held].to(dtype))
+        return torch.cat(found)
 
     def _whole(self, name: str) -> Tensor:
-        """A tensor that no file holds as it is."""
+        """A tensor that no file holds in its final form."""
         shape = self._shapes[name]
         if name in POSITION_TABLES:
             return position_table(shape[1], round(shape[0] ** 0.5))
@@ -179,7 +179,7 @@ class PartsWeights:
         if name.startswith(_LLM):
             return torch.zeros(shape) if name.endswith("bias") else torch.randn(shape, generator=generator) * _INIT_STD
         fan_in = self._shapes[name.rsplit(".", 1)[0] + ".weight"][1]
-        return (torch.rand(shape, generator=generator) * 2 - 1) * fan_in**-0.5  # torch's own Linear
+        return (torch.rand(shape, generator=generator) * 2 - 1) * fan_in**-0.5  # as torch.nn.Linear
 
     def _check(self, llm: Path, vit: Path) -> None:
         self._check_dtypes(llm, vit)
@@ -197,7 +197,7 @@ class PartsWeights:
                 faults.append(f"{where}: tensor {inside} has shape {found}, the configuration needs {list(shape)}")
         if len(faults) > 8:
             faults = faults[:8] + [f"... and {len(faults) - 8} more"]
-        all_faults(faults, "llm_path and vit_path do not hold what the network needs:")
+        all_faults(faults, "llm_path and vit_path lack weights of the network:")
 
     def _check_dtypes(self, llm: Path, vit: Path) -> None:
         places = [place for name in self._shapes if (place := self._place(name)) and name not in POSITION_TABLES]
@@ -232,7 +232,7 @@ def _write(path: Path, content: dict[str, Any]) -> None:
 
 
 def _put(path: Path, content: bytes) -> None:
-    """The whole file at once: ranks of other hosts may read it already."""
-    beside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    beside.write_bytes(content)
-    beside.replace(path)
+    """Write a file in one step, because ranks on other hosts may already read it."""
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -1,8 +1,8 @@
-"""safetensors files read and written by flat range.
+"""Reads and writes safetensors files by flat range.
 
-Guarantees: reading maps the file and copies only the range asked for; writing puts each range straight at its place in
-the file, so neither side ever holds a whole tensor. The header is checked when a file is opened; the files are ordinary
-safetensors that any reader loads.
+Guarantees: reading maps the file and copies only the requested range; writing puts each range directly at its place in
+the file. So neither ever holds a whole tensor. The header is checked when a file is opened. The files are ordinary
+safetensors files.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _TORCH = {
     "I32": torch.int32,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-    # Read only so far that a message can say what they are.
+    # Known only so that a message can name them.
     "I8": torch.int8,
     "I16": torch.int16,
     "U16": torch.uint16,
@@ -50,20 +50,20 @@ _TORCH = {
     "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # those that weights may have
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that weights may have
 _NUMBER_FORMAT = re.compile(r"[A-Z]+\d+(_\w+)?")
 _CHECKSUM_BYTES = 2**24
 _NAMES = {dtype: name for name, dtype in _TORCH.items()}
 
 
 UNQUANTIZED = (
-    "Quantized weights can't be trained: take those in bf16 or fp32, such as "
+    "Quantized weights can't be trained: use weights in bf16 or fp32, such as "
     "`hf download ByteDance-Seed/BAGEL-7B-MoT --local-dir models/BAGEL-7B-MoT`"
 )
 
 
 def dtype_fault(files: TensorFiles, names: Iterable[str]) -> str | None:
-    """What is wrong with the number formats of tensors that are to be trained; missing ones are passed over."""
+    """What is wrong with the dtypes of tensors to train, as a message, or None. Missing tensors are skipped."""
     wrong = [name for name in names if name in files and files.info(name).dtype not in WEIGHT_DTYPES]
     if not wrong:
         return None
@@ -108,12 +108,12 @@ class TensorFiles:
         return self._where[name][1]
 
     def place(self, name: str) -> tuple[int, int]:
-        """Where a tensor's bytes begin and end in its file."""
+        """Offsets of a tensor's first byte, and of the byte after its last, in its file."""
         _, info, offset = self._where[name]
         return offset, offset + info.nbytes
 
     def checksum(self, name: str, first: int = 0, last: int | None = None) -> int:
-        """CRC-32 of a tensor's bytes, or of those in [first, last), read through the mapping piece by piece."""
+        """CRC-32 of a tensor's bytes, or of those in [first, last)."""
         mapped, info, offset = self._where[name]
         stop = offset + (info.nbytes if last is None else last)
         found = 0
@@ -142,27 +142,27 @@ class Written(NamedTuple):
 
 
 def joined_checksums(tensors: Mapping[str, TensorInfo], written: Iterable[Mapping[str, Written]]) -> dict[str, int]:
-    """CRC-32 of the bytes of each of `tensors`, of which several writers have each `written` a range, or none."""
-    parts: dict[str, list[Written]] = {name: [] for name in tensors}
-    for ranges in written:
-        for name, part in ranges.items():
-            parts[name].append(part)
+    """CRC-32 of each of `tensors`, of which each of several writers has `written` at most one range."""
+    ranges: dict[str, list[Written]] = {name: [] for name in tensors}
+    for writer in written:
+        for name, each in writer.items():
+            ranges[name].append(each)
     found = {}
     for name, info in tensors.items():
         stop = crc = 0
-        for part in sorted(parts[name]):
-            assert part.start == stop, f"{name}: elements {stop} to {part.start} were not written once"
-            crc = joined_crc(crc, part.crc, (part.stop - part.start) * info.dtype.itemsize)
-            stop = part.stop
+        for each in sorted(ranges[name]):
+            assert each.start == stop, f"{name}: elements {stop} to {each.start} were not written once"
+            crc = joined_crc(crc, each.crc, (each.stop - each.start) * info.dtype.itemsize)
+            stop = each.stop
         assert stop == info.numel, f"{name}: no rank has written elements {stop} to {info.numel}"
         found[name] = crc
     return found
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Take `size` bytes of the disk now, so that a full one is found before anything is written.
+    """Reserve `size` bytes, to fail early on a full disk.
 
-    Where a file system can't reserve, the file gets its size only, and a full disk is found while it is written.
+    If the file system can't reserve space, the file only gets its size, and a full disk shows while it is written.
     """
     try:
         os.posix_fallocate(descriptor, 0, size)
@@ -173,10 +173,10 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 class TensorFileWriter:
-    """A safetensors file whose layout is fixed first and whose ranges are then written in any order.
+    """A safetensors file with a fixed layout, whose ranges are written in any order.
 
-    Its space is reserved at construction (OSError where there is too little); with `joins` another writer of the same
-    tensors has done so. Use as a context manager; on success the file is flushed to disk. Missing ranges read as zeros.
+    Construction reserves its space (OSError if there is too little), unless `joins` says that another writer of the
+    same tensors has done so. As a context manager it flushes the file to disk on success. Missing ranges read as zeros.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class TensorFileWriter:
             raise OSError(error.errno, f"{error.strerror} ({sizes})", str(path)) from None
 
     def write(self, name: str, start: int, values: Tensor) -> None:
-        """Put `values` (1-D, the declared dtype, on CPU) at flat offset `start` of `name`."""
+        """Write `values` (1-D, in the declared dtype, on CPU) at flat offset `start` of `name`."""
         info = self._tensors[name]
         assert values.dtype == info.dtype and start + values.numel() <= info.numel, (name, start, values.shape, info)
         self._file.seek(self._data_start + self._offsets[name] + start * info.dtype.itemsize)
@@ -233,12 +233,12 @@ class TensorFileWriter:
 
     @property
     def checksums(self) -> dict[str, int]:
-        """CRC-32 of the bytes of each tensor that was written whole and in order."""
-        parts = {name: self.written.get(name, Written(0, 0, 0)) for name in self._tensors}
+        """CRC-32 of each tensor that was written whole and in order."""
+        written = {name: self.written.get(name, Written(0, 0, 0)) for name in self._tensors}
         return {
-            name: part.crc
-            for name, part in parts.items()
-            if part[:2] == (0, self._tensors[name].numel) and name not in self._disordered
+            name: each.crc
+            for name, each in written.items()
+            if each[:2] == (0, self._tensors[name].numel) and name not in self._disordered
         }
 
     def close(self) -> None:
@@ -247,7 +247,7 @@ class TensorFileWriter:
         self._file.close()
 
     def discard(self) -> None:
-        """Close a file that is not wanted any more, whatever it holds."""
+        """Close an unwanted file and ignore errors."""
         with suppress(OSError):
             self._file.close()
 
@@ -263,7 +263,7 @@ class TensorFileWriter:
 
 def read_header(path: Path) -> tuple[dict, int]:
     """The JSON header of a safetensors file and the offset where its data begins."""
-    if not path.is_file():  # opening a named pipe would wait for a writer
+    if not path.is_file():  # opening a named pipe would block
         raise UserError(f"{path} is missing or not a regular file. Download or copy it again.")
     if fault := pointer_fault(path):
         raise UserError(f"{path}: {fault}.")
@@ -276,14 +276,14 @@ def read_header(path: Path) -> tuple[dict, int]:
             if not isinstance(header, dict):
                 raise ValueError("the header is not a JSON object")
             if not isinstance(header.setdefault("__metadata__", {}), dict):
-                raise ValueError("its metadata are not a JSON object")
+                raise ValueError("the metadata is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a readable safetensors file ({error}). Download or copy it again.") from None
     return header, 8 + length
 
 
 def _placed(path: Path, name: str, entry: Any, data_start: int) -> tuple[TensorInfo, int, int]:
-    """A header's entry as the tensor's type and shape and its place in the file."""
+    """The dtype and shape of a header's entry, and where its bytes begin and end in the file."""
     try:
         dtype = entry["dtype"]
         if dtype not in _TORCH and _NUMBER_FORMAT.fullmatch(dtype):

@@ -24,7 +24,6 @@ from bagel_ds.model_folder.finite import CheckedWeights
 from bagel_ds.train.prepare import Prepared, trainable
 from bagel_ds.train.ranks.agreement import together
 from bagel_ds.train.saves.restore import restore_moments
-from bagel_ds.zero.config.nvme import average_folder
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 
@@ -63,7 +62,7 @@ def _load_average(engine: ZeroEngine, config: RunConfig, prepared: Prepared, upd
         decay=training.ema,
         every=training.ema_every,
         dtype=DTYPES[training.ema_dtype],
-        folder=average_folder(prepared.ds_config, dist.get_rank()),
+        folder=prepared.zero.average_folder(dist.get_rank()),
         updates_done=updates_done,
     )
     if averages is None:

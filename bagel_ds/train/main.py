@@ -13,8 +13,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import closing, suppress
-from pathlib import Path
+from contextlib import closing
 from typing import Sequence
 
 from bagel_ds.arguments.run_config import RunConfig, parse_arguments, wandb_wanted
@@ -39,19 +38,30 @@ _CLOSING_SECONDS = 60.0  # for ranks to leave the process group
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the arguments say, in a new session; returns the exit code."""
     outlive_the_reader()
-    by = started()
-    code = run_detached(lambda: run_rank(argv, by), by.reports)
-    if code:
-        _remove_swap_files(argv)  # also those of ranks that were killed
+    by, arguments = started(), read_arguments(argv)
+    code = run_detached(lambda: run_rank(arguments, by), by.reports)
+    if code and isinstance(arguments, RunConfig):
+        from bagel_ds.zero.swap_folders import sweep_folders
+
+        sweep_folders(arguments.training.nvme_path)  # also the files of ranks that were killed
     return code
 
 
-def run_rank(argv: Sequence[str] | None = None, by: Started | None = None) -> int:
+def read_arguments(argv: Sequence[str] | None = None) -> RunConfig | UserError:
+    """The command line, or the fault for the rank to report."""
+    try:
+        return parse_arguments(list(sys.argv[1:] if argv is None else argv))
+    except UserError as fault:
+        return fault
+
+
+def run_rank(arguments: RunConfig | UserError, by: Started) -> int:
     """Train as the arguments say, in this process; returns the exit code."""
-    launch, fault, launcher = by or started()
+    launch, fault, launcher = by
     rank = 0 if launch is None else launch.rank
     try:
-        config = parse_arguments(list(sys.argv[1:] if argv is None else argv))
+        if isinstance(arguments, UserError):
+            raise arguments
         if launch is None:
             assert fault is not None
             raise fault
@@ -62,7 +72,7 @@ def run_rank(argv: Sequence[str] | None = None, by: Started | None = None) -> in
         notes = refuse_faults(machine_findings(launch.local_size or 1))
     except UserError as fault:
         return _report(fault, not launch.local_rank, f"host {socket.gethostname()}: " if rank else "")
-    return _train(config, launch, launcher, notes)
+    return _train(arguments, launch, launcher, notes)
 
 
 def _train(config: RunConfig, launch: Launch, launcher: LauncherProcess | None, notes: list[str]) -> int:
@@ -124,15 +134,16 @@ def _log(warnings: list[str], notes: list[str], rank: int) -> None:
 
 def _leave_group(code: int) -> None:
     """End the process group on all ranks, without waiting forever for one that is killed meanwhile."""
-    import deepspeed
     import torch.distributed as dist
 
     if not dist.is_initialized():
         return
+    from bagel_ds.zero.process_group import end_process_group
+
     late = threading.Timer(_CLOSING_SECONDS, end_at_once, [code])
     late.daemon = True
     late.start()
-    deepspeed.comm.destroy_process_group()
+    end_process_group()
     late.cancel()
 
 
@@ -142,16 +153,6 @@ def check_wandb_of(config: RunConfig, rank: int) -> None:
 
     if rank == 0 and wandb_wanted(config):
         check_wandb(WandbOptions(offline=config.training.wandb_offline))
-
-
-def _remove_swap_files(argv: Sequence[str] | None) -> None:
-    """Remove files below --nvme_path that no living rank holds. Runs in the process that outlives its rank."""
-    from bagel_ds.zero.swap_folders import sweep_folders
-
-    with suppress(UserError):  # already reported by the rank
-        nvme_path = parse_arguments(list(sys.argv[1:] if argv is None else argv)).training.nvme_path
-        if nvme_path is not None:
-            sweep_folders(Path(nvme_path))
 
 
 def _report(fault: UserError, reports: bool, prefix: str = "") -> int:

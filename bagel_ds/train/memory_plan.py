@@ -1,16 +1,14 @@
 """The memory plan of this run on this machine: logged at the start, enforced, and compared at the end.
 
-Guarantees: a run that doesn't fit this host or its GPUs stops before anything is loaded, with suggestions that fit;
---ignore_memory_plan True runs it anyway. The comparison at the end is of the planned peaks with the highest values seen
-at logged steps.
+Guarantees: a run that doesn't fit this host, its GPUs or its NVMe drive stops before anything is loaded, with
+suggestions that fit; --ignore_memory_plan True runs it anyway, but never without space for the swap files. The
+comparison at the end is of the planned peaks with the highest values seen at logged steps.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,7 +22,8 @@ from bagel_ds.memory.suggestions import suggestions
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.train.process.allocators import rounds_pinned_memory
 from bagel_ds.units import GIB
-from bagel_ds.zero.config.nvme import nvme_folders
+from bagel_ds.zero.config.settings import ZeroSettings
+from bagel_ds.zero.nvme_check import check_space, free_bytes
 
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -34,7 +33,7 @@ def plan_run(
     datasets: DatasetConfig,
     model: BagelConfig,
     vae: VAEConfig,
-    ds_config: dict[str, Any],
+    settings: ZeroSettings,
     world_size: int,
     ranks_here: int,
 ) -> MemoryPlan:
@@ -52,10 +51,11 @@ def plan_run(
         image_pixels=max(drawn, default=0) ** 2,
         gpu_memory=torch.cuda.mem_get_info()[1] / GIB if uses_cuda() else None,
         host_memory=host_memory_gib(),
-        nvme=_free_gib(ds_config),
+        nvme=min(map(free_bytes, settings.swap_folders)) / GIB if settings.swap_folders else None,
         rounds_pinned_memory=uses_cuda() and rounds_pinned_memory(),
     )
-    plan = plan_memory(model, ds_config, options)
+    plan = plan_memory(model, settings, options)
+    check_space(settings.swap_folders, plan.nvme)
     if not plan.fits and not config.training.ignore_memory_plan:
         better = "\n".join(suggestion_lines(suggestions(model, config, options)))
         raise UserError(
@@ -88,8 +88,3 @@ def host_memory_gib() -> float:
         except (OSError, ValueError):
             continue  # not there, or "max"
     return round(total / GIB, 1)
-
-
-def _free_gib(ds_config: dict[str, Any]) -> float | None:
-    folders = nvme_folders(ds_config)
-    return min(shutil.disk_usage(folder).free for folder in folders) / GIB if folders else None

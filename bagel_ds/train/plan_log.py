@@ -33,7 +33,7 @@ def log_plan(config: RunConfig, prepared: Prepared) -> None:
     logger.info(
         "%d rank(s), ZeRO stage %d, %s; %d packs of up to %s tokens per step",
         ranks,
-        prepared.ds_config["zero_optimization"]["stage"],
+        prepared.zero.stage,
         config.training.precision,
         ranks * config.training.gradient_accumulation_steps,
         f"{config.data.max_num_tokens:,}",

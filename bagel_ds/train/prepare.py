@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +25,13 @@ from bagel_ds.data.config.dataset_config import DatasetConfig
 from bagel_ds.doctor.environment import compiler_finding, installed_version, refuse_faults
 from bagel_ds.errors import UserError
 from bagel_ds.inputs.data import open_data, open_datasets, open_held_out
-from bagel_ds.inputs.files import check_inputs, parts_of, starts_from_parts
+from bagel_ds.inputs.files import check_inputs, pretrained_of, starts_from_pretrained
 from bagel_ds.inputs.network import bagel_config, resolve_model_path
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.memory.planner import MemoryPlan
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.shape.config import BagelConfig
-from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
+from bagel_ds.model.shape.parts import Freezing, trainable_parts
 from bagel_ds.model.vae import AutoEncoder
 from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.train.memory_plan import plan_run
@@ -52,10 +51,12 @@ from bagel_ds.train.saves.earlier import check_unoccupied, set_aside
 from bagel_ds.train.saves.lock import Claim, claim, remember
 from bagel_ds.train.saves.restore import StartWeights, open_start
 from bagel_ds.train.saves.start import StartPoint, sound_start
-from bagel_ds.zero.config.nvme import check_nvme, fit_buffers, nvme_bytes, nvme_folders
-from bagel_ds.zero.config.resolve import check_file_with_deepspeed, check_with_deepspeed, resolve_ds_config
+from bagel_ds.zero.config.check import check_file, check_resolved
+from bagel_ds.zero.config.resolve import fit_to_network, resolve_ds_config, same_on_all_hosts
+from bagel_ds.zero.config.settings import ZeroSettings
+from bagel_ds.zero.nvme_check import check_drives
 from bagel_ds.zero.ops import build, needed_ops
-from bagel_ds.zero.swap_folders import run_folder, sweep_folders, take_folder
+from bagel_ds.zero.swap_folders import is_run_folder, sweep_folders, take_folder
 
 logger = logging.getLogger("bagel_ds")
 
@@ -64,7 +65,8 @@ logger = logging.getLogger("bagel_ds")
 class Prepared:
     """What is known before any weight is loaded. `weights` are open, with the network's names and shapes."""
 
-    ds_config: dict[str, Any]
+    ds_config: dict[str, Any]  # for DeepSpeed
+    zero: ZeroSettings  # what it means
     notes: list[str]  # about ds_config and this host, for the log
     memory: MemoryPlan
     model_folder: Path
@@ -80,26 +82,20 @@ class Prepared:
 
 def prepare(config: RunConfig) -> Prepared:
     """Check and open everything on all ranks. Raises the same `UserError` on each."""
-    packages = ("torch", "deepspeed", "transformers", "numpy", "pillow", "tokenizers")
-    versions = {"bagel_ds": bagel_ds.__version__, **{name: installed_version(name) for name in packages}}
-    check_equal({f"the version of {name}": version for name, version in versions.items()})
-    check_equal({f"--{name}": value for name, value in config.values().items()})
+    _compare_hosts(config)
     together(lambda: check_inputs(config))
-    ds_config, ds_notes = together(lambda: _ds_config(config))
-    check_equal({f"{name} of the ds_config": value for name, value in ds_config.items()})
-    together(lambda: refuse_faults([compiler_finding(needed_ops(ds_config))] if local_rank() == 0 else []))
+    ds_config, ds_notes = _ds_config(config)
     claimed = _take_checkpoint_dir(config)
-    one_per_host_first(lambda: build(needed_ops(ds_config)), "compiling C++ parts of DeepSpeed, once")
+    one_per_host_first(lambda: build(needed_ops(ds_config)), "compiling DeepSpeed's C++ ops, once")
     model_folder = one_per_host_first(lambda: resolve_model_path(config), "fetching or assembling the model")
-    parts = parts_of(config)[:2] if starts_from_parts(config) else None
-    start = sound_start(config.training, model_folder, parts)
+    pretrained = pretrained_of(config)[:2] if starts_from_pretrained(config) else None
+    start = sound_start(config.training, model_folder, pretrained)
     model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start), "opening the model folder")
-    ds_notes = ds_notes + one_per_host_first(
-        lambda: _ready_nvme(config, ds_config, model), "preparing its folder on NVMe"
-    )
-    datasets = together(lambda: open_datasets(config))
     world, here = dist.get_world_size(), hosts().local_size
-    memory = together(lambda: plan_run(config, datasets, model, vae.config, ds_config, world, here))
+    zero = together(lambda: fit_to_network(ds_config, model, config.training, world))
+    drive_notes = one_per_host_first(lambda: _ready_nvme(config, zero), "preparing its folder on NVMe")
+    datasets = together(lambda: open_datasets(config))
+    memory = together(lambda: plan_run(config, datasets, model, vae.config, zero, world, here))
     # Before the data, whose indexing may take long.
     weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
     saved = together(lambda: _saved_run(config, start))
@@ -107,30 +103,33 @@ def prepare(config: RunConfig) -> Prepared:
     data = one_per_host_first(
         lambda: _open_data(config, datasets, model_folder, model, vae, place), "indexing the data"
     )
-    held_out = None
-    if config.training.val_config is not None:
-        held_out = one_per_host_first(
-            lambda: _open_held_out(config, model_folder, model, vae), "indexing the held-out data"
-        )
-        check_equal({"the held-out data (files, rows, options)": held_out.fingerprint})
+    held_out = _open_held_out(config, model_folder, model, vae)
     described = describe_data(data)
     if saved is not None and is_main() and (differences := changes(saved, config.values(), described)):
         logger.info("changed since %s was saved:\n  %s", start.folder.name, "\n  ".join(differences))
     # Before anything is loaded: is the resumed run's place one in this run's plan?
     together(lambda: data.place(place))
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
-    notes = [*ds_notes, *_crowding(config)]
+    notes = [*ds_notes, *drive_notes, *_crowding(config)]
     notes += together(lambda: _set_aside(config, saved, start) if is_main() else [])
     return Prepared(
-        ds_config, notes, memory, model_folder, model, vae, data, held_out, described, start, weights, claimed
+        ds_config, zero, notes, memory, model_folder, model, vae, data, held_out, described, start, weights, claimed
     )
+
+
+def _compare_hosts(config: RunConfig) -> None:
+    """Refuse hosts with other packages or other arguments than rank 0's."""
+    packages = ("torch", "deepspeed", "transformers", "numpy", "pillow", "tokenizers")
+    versions = {"bagel_ds": bagel_ds.__version__, **{name: installed_version(name) for name in packages}}
+    check_equal({f"the version of {name}": version for name, version in versions.items()})
+    check_equal({f"--{name}": value for name, value in config.values().items()})
 
 
 def _ready_folders(config: RunConfig, claimed: Claim | None) -> None:
     """Refuse to replace an earlier run's checkpoints before touching anything there; then tidy up."""
     training = config.training
     folders = [Path(training.checkpoint_dir), Path(training.results_dir)]
-    named = [training.resume_from, config.model.model_path, *parts_of(config)]
+    named = [training.resume_from, config.model.model_path, *pretrained_of(config)]
     try:
         check_unoccupied(training, [Path(name) for name in named if name is not None])
     except UserError:
@@ -178,36 +177,29 @@ def _take_checkpoint_dir(config: RunConfig) -> Claim | None:
 
 
 def _ds_config(config: RunConfig) -> tuple[dict[str, Any], list[str]]:
-    check_file_with_deepspeed(config.training.ds_config)
-    ds_config, notes = resolve_ds_config(config.training.ds_config, config, dist.get_world_size(), hosts().group)
-    check_with_deepspeed(ds_config)
+    """The configuration, the same on all ranks, and remarks for the log. Each host can compile the ops it needs."""
+
+    def resolve() -> tuple[dict[str, Any], list[str]]:
+        check_file(config.training.ds_config)
+        resolved = resolve_ds_config(config.training.ds_config, config, dist.get_world_size(), hosts().group)
+        check_resolved(resolved[0])
+        return resolved
+
+    ds_config, notes = together(resolve)
+    check_equal({f"{name} of the ds_config": value for name, value in same_on_all_hosts(ds_config).items()})
+    together(lambda: refuse_faults([compiler_finding(needed_ops(ds_config))] if local_rank() == 0 else []))
     return ds_config, notes
 
 
-def _ready_nvme(config: RunConfig, ds_config: dict[str, Any], model: BagelConfig) -> list[str]:
-    """Fit the swap buffers to this network, take this run's folder, and check the disk.
-
-    Removes leftovers of earlier runs below --nvme_path first, also if this run swaps nothing.
-    """
-    shapes = parameter_shapes(model)
-    trains = trainable(config, model)
-    numels = {name: math.prod(shape) for name, shape in shapes.items()}
-    recomputes = config.training.activation_checkpointing != "none"
-    frozen = not {"und_expert", "gen_expert", "vit"} <= trains
-    fit_buffers(ds_config, max(numels.values()), dist.get_world_size(), recomputes_frozen=recomputes and frozen)
-    trained = sum(numel for name, numel in numels.items() if part_of(name) in trains)
-    share = hosts().local_size / dist.get_world_size()
-    average = 0 if config.training.ema == 0 else 2 if config.training.ema_dtype == "bf16" else 4
-    needed = nvme_bytes(ds_config, sum(numels.values()), trained, average) * share
-    if config.training.nvme_path is not None:
-        path = Path(config.training.nvme_path)
-        if local_rank() == 0:
-            with waiting_for(f"leftovers of earlier runs in {path} to be removed"):
-                sweep_folders(path)
-        own = run_folder(path, config.training.checkpoint_dir)
-        if own in nvme_folders(ds_config):
-            take_folder(own, first=local_rank() == 0)
-    return check_nvme(ds_config, int(needed))
+def _ready_nvme(config: RunConfig, zero: ZeroSettings) -> list[str]:
+    """Remove leftovers of earlier runs below --nvme_path, then take this run's folder there; lines for the log."""
+    is_first = local_rank() == 0
+    if is_first:
+        with waiting_for(f"leftovers of earlier runs in {config.training.nvme_path} to be removed"):
+            sweep_folders(config.training.nvme_path)
+    for folder in filter(is_run_folder, zero.swap_folders):
+        take_folder(folder, is_first)
+    return check_drives(zero.swap_folders)
 
 
 def _crowding(config: RunConfig) -> list[str]:
@@ -229,17 +221,26 @@ def _open_data(
         return open_data(config, datasets, folder, model, vae.config, is_main(), place)
 
 
-def _open_held_out(config: RunConfig, folder: Path, model: BagelConfig, vae: AutoEncoder) -> HeldOut:
-    with waiting_for("the held-out data to be opened", "files are indexed only once"):
-        return open_held_out(config, folder, model, vae.config, is_main())
+def _open_held_out(config: RunConfig, folder: Path, model: BagelConfig, vae: AutoEncoder) -> HeldOut | None:
+    """The data of --val_config, the same on all ranks; None without one."""
+    if config.training.val_config is None:
+        return None
+
+    def open_it() -> HeldOut:
+        with waiting_for("the held-out data to be opened", "files are indexed only once"):
+            return open_held_out(config, folder, model, vae.config, is_main())
+
+    held_out = one_per_host_first(open_it, "indexing the held-out data")
+    check_equal({"the held-out data (files, rows, options)": held_out.fingerprint})
+    return held_out
 
 
 def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[BagelConfig, AutoEncoder]:
     folder = ModelFolder(path)
     vae = folder.load_vae(decodes=False)
-    if start.parts is not None and config.model.max_latent_size is None:  # the original's default
+    if start.pretrained is not None and config.model.max_latent_size is None:  # the original's default
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_latent_size=32))
-    return bagel_config(config, folder, None if start.parts else start.folder, vae.config), vae
+    return bagel_config(config, folder, None if start.pretrained else start.folder, vae.config), vae
 
 
 def trainable(config: RunConfig, model: BagelConfig) -> set[str]:

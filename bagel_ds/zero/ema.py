@@ -1,10 +1,10 @@
 """Exponential moving average of the weights, sharded beside the optimizer's masters.
 
-Guarantees: ema = decay * ema + (1 - decay) * master after every optimizer step, from the first, for this rank's owned
-ranges only; with `every` k it is done after every k-th step with decay^k. It lives where the masters live (GPU, CPU, or
-a mapped file on NVMe) and is never a second model. In fp32 it is exact to fp32 rounding; in bf16 each update is rounded
-stochastically (Gupta et al. 2015, "Deep Learning with Limited Numerical Precision"): an average moves by parts in ten
-thousand, which rounding to nearest would lose for ever and this keeps on average.
+Guarantees: after every optimizer step ema = decay * ema + (1 - decay) * master, for the ranges that this rank owns;
+with `every` k, after every k-th step with decay^k. The average is where the masters are (on the GPU, in host memory or
+in a mapped file on NVMe) and is never a second model. In fp32 it is exact to fp32 rounding. In bf16 each update is
+rounded stochastically (Gupta et al. 2015, "Deep Learning with Limited Numerical Precision"): one update changes a value
+by about a ten-thousandth, which rounding to nearest would always drop.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _CHUNK = 2**24  # elements updated at once
 
 
 class EMAOptions(NamedTuple):
-    """`folder`, where given, holds the values in mapped files instead of memory. `updates_done` is where a resumed run
-    stands, so that `every` keeps its rhythm."""
+    """With `folder` the values are in mapped files there, not in memory. `updates_done` counts those before a resumed
+    run, so that `every` goes on from there."""
 
     decay: float
     every: int = 1
@@ -36,7 +36,7 @@ class EMAOptions(NamedTuple):
 
 
 class ShardedEMA:
-    """Registers itself with the partitions: every optimizer step then updates it, group by group."""
+    """Registers itself with the partitions, so that every optimizer step updates it, group by group."""
 
     def __init__(self, partitions: Partitions, options: EMAOptions):
         self._partitions, self._options = partitions, options
@@ -49,13 +49,13 @@ class ShardedEMA:
         partitions.on_update(self._update)
 
     def load(self, source: WeightSource) -> None:
-        """Replace the values, which start at the masters, by those of a model file or of a training state."""
+        """Replace the values, at first those of the masters, by those of a model file or a training state."""
         for piece in self.pieces():
             for held, values in piece.ranges:
                 copy_range(values, held, source.read)
 
     def pieces(self) -> Iterator[Pieces]:
-        """This rank's share, name by name in an order all ranks share."""
+        """This rank's share, name by name, in the same order on all ranks."""
         for group in self._partitions.groups:
             yield from group_pieces(group, self._values.get(group.index, torch.empty(0)))
 
@@ -66,7 +66,7 @@ class ShardedEMA:
             return
         values, weight = self._values[group.index], 1 - self._options.decay**self._options.every
         generator = torch.Generator(values.device).manual_seed(self._updates[group.index] * 100_003 + group.index)
-        # In pieces: masters may be bf16, and an fp32 copy of a whole group is 4 bytes for each of them.
+        # In chunks, because masters may be bf16, and an fp32 copy of a whole group takes 4 bytes per element.
         for chunk, target in zip(values.split(_CHUNK), master.split(_CHUNK)):
             if chunk.dtype == torch.float32:
                 chunk.lerp_(target.float(), weight)  # exact where the two are equal
@@ -83,19 +83,19 @@ class ShardedEMA:
 
 
 def _reserve(path: Path, nbytes: int) -> None:
-    """Make a file of `nbytes` that has its place on the disk: a full one would end a mapping's writer by SIGBUS."""
+    """Make a file of `nbytes` and allocate its blocks: on a full disk, writing to a mapping would end in SIGBUS."""
     try:
         with path.open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, nbytes)
     except OSError as error:
         raise UserError(
             f"--nvme_path: {path} can't hold {nbytes / GIB:.2f} GiB of the moving average ({error.strerror}); free "
-            "some there, take another disk, or a preset that keeps more in memory (zero3_cpu)."
+            "space there, or pass another --nvme_path or a preset that keeps more in memory (zero3_cpu)"
         ) from None
 
 
 def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 values rounded up or down to neighbouring bf16 ones, with chances that keep the mean; still fp32."""
+    """fp32 values rounded up or down to neighboring bf16 values, still as fp32; probabilities preserve the mean."""
     bits = values.view(torch.int32)
     below = torch.randint(0, 2**16, bits.shape, generator=generator, device=values.device, dtype=torch.int32)
     return ((bits + below) & -(2**16)).view(torch.float32)

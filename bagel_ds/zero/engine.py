@@ -1,8 +1,8 @@
 """The DeepSpeed engine around a BAGEL network: build, forward, backward, step.
 
-Guarantees: the weights the first step computes with are those of the source, masters included, in the source's own
-precision; the gradient of a step is that of the loss as given (no hidden division by accumulation steps); every step
-clips, updates and clears exactly once.
+Guarantees: the first step computes with the source's weights, and the masters have the source's own precision; a step's
+gradient is that of the loss as given, not divided by accumulation steps; every step clips, updates and clears exactly
+once.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import COPIED_ELEMENTS, WeightSource
-from bagel_ds.zero.config.resolve import offload_device, zero_stage
+from bagel_ds.zero.config.settings import ZeroSettings
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.partitions import Partitions, load_masters
-from bagel_ds.zero.swap_io import use_checked_swapping
+from bagel_ds.zero.swap_patches import use_checked_swapping
 from bagel_ds.zero.weights import full_shape, load_weights
 
 logger = logging.getLogger("bagel_ds")
@@ -35,18 +35,13 @@ class AdamOptions(NamedTuple):
     eps: float = 1e-15
 
 
-def run_dtype(ds_config: dict[str, Any]) -> torch.dtype:
-    """The dtype weights and activations have under this configuration."""
-    return torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
-
-
 class ZeroEngine:
-    """One network under DeepSpeed. `build` makes the module (its weights are not initialised, so none are wasted)."""
+    """One network under DeepSpeed. `build` makes the module; it need not initialize weights, which `start` loads."""
 
     def __init__(self, build: Callable[[], nn.Module], trainable: Callable[[str], bool], ds_config: dict[str, Any]):
-        self.stage = zero_stage(ds_config)
-        self.ds_config = ds_config
-        if "nvme" in (offload_device(ds_config, "optimizer"), offload_device(ds_config, "param")):
+        self._settings, self._ds_config = ZeroSettings.of(ds_config), ds_config
+        self.stage = self._settings.stage
+        if self._settings.swap_folders:
             use_checked_swapping()
         self.module = self._construct(build)
         for name, parameter in self.module.named_parameters():
@@ -55,27 +50,27 @@ class ZeroEngine:
         self.device: torch.device = torch.device(deepspeed.get_accelerator().current_device_name())
 
     def start(self, weights: WeightSource, adam: AdamOptions, loaded: Callable[[], None] = lambda: None) -> int:
-        """Load this rank's weights, make the optimizer, give its masters the source's precision. Returns bytes read.
+        """Load this rank's weights, make the optimizer, load its masters in the source's precision. Returns bytes read.
 
-        `loaded` is called once every rank has read its weights and before any waits for another.
+        `loaded` is called when this rank has read its weights, before it waits for any other rank.
         """
         read = load_weights(self.module, weights)
         loaded()
         parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         if not parameters:
             raise UserError(
-                "nothing to train: the freeze_* arguments with visual_und/visual_gen leave no trainable parameter. "
-                "Turn one of them off."
+                "nothing to train: the freeze_* arguments with visual_und/visual_gen leave no trainable parameter; "
+                "turn one of them off"
             )
         self._engine, *_ = deepspeed.initialize(
-            model=self.module, optimizer=self._adam(parameters, adam), config=self.ds_config
+            model=self.module, optimizer=self._adam(parameters, adam), config=self._ds_config
         )
         self.partitions = Partitions(self._engine)
         load_masters(self.partitions, weights)
         return read
 
     def start_ema(self, options: EMAOptions, source: WeightSource | None) -> ShardedEMA:
-        """The moving average, from `source` or, where None, from the masters as they are; steps update it."""
+        """The moving average, from `source` or, if that is None, from the masters. Every step updates it."""
         ema = ShardedEMA(self.partitions, options)
         if source is not None:
             ema.load(source)
@@ -86,45 +81,46 @@ class ZeroEngine:
 
     @contextmanager
     def forward_only(self) -> Iterator[None]:
-        """Around forward passes between two steps, without gradients. They change no state of training.
+        """For forward passes between two steps, without gradients. They don't change the training state.
 
-        Every rank must make the same number of them.
+        Every rank must make the same number of passes.
         """
         with torch.no_grad():
             yield
-        if self.stage == 3:  # DeepSpeed gathers the weights of the backward pass ahead; release them
+        if self.stage == 3:  # DeepSpeed has gathered weights for a backward pass; release them
             self._engine.optimizer.parameter_offload.get_param_coordinator().reset_step()
 
     def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of `loss`, averaged over ranks."""
+        """Add the gradient of `loss`, averaged over ranks."""
         self._engine.backward(loss, scale_wrt_gas=False)
 
     @property
     def states_move(self) -> str | None:
-        """Why masters, moments and weights can't be read while a step computes, or None: nothing but the update moves
-        or changes them (a backward pass writes gradients alone, which lie apart in every stage and offload but NVMe).
+        """Why masters, moments and weights can't be read during forward and backward passes; None if they can.
+
+        Only the update changes them. A backward pass writes only gradients, whose memory is separate except on NVMe.
         """
-        for part, what in (("optimizer", "the optimizer"), ("param", "weights")):
-            if offload_device(self.ds_config, part) == "nvme":
+        for offload, what in ((self._settings.optimizer, "the optimizer"), (self._settings.param, "weights")):
+            if offload.device == "nvme":
                 return f"{what} on NVMe and gradients pass through the same buffers"
         return None
 
     def next_micro_batch(self) -> None:
-        """Call between the micro-batches of a step: gradients go on accumulating."""
+        """Call between the micro-batches of a step. Gradients keep accumulating."""
         assert not self._engine.is_gradient_accumulation_boundary(), "a window has accumulation_steps micro-batches"
         self._engine.step()
 
     def update(self, learning_rate: float) -> float:
-        """Call after the window's last backward: clip, update, clear. Returns the gradient norm before clipping.
+        """Call after the step's last backward pass: clip, update, clear. Returns the gradient norm before clipping.
 
-        A norm that is not finite means that nothing was updated, on any rank.
+        If the norm is not finite, nothing was updated on any rank.
         """
         assert self._engine.is_gradient_accumulation_boundary(), "a window has accumulation_steps micro-batches"
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._unpartitioned_norm() if self.stage == 0 else None
-        if norm is not None and not torch.isfinite(norm) and run_dtype(self.ds_config) == torch.float32:
-            self._drop_gradients()  # every other optimizer of DeepSpeed skips such an update by itself
+        if norm is not None and not torch.isfinite(norm) and not self._settings.bf16:
+            self._drop_gradients()  # DeepSpeed's other optimizers skip such an update by themselves
         self._engine.step()
         found = float(norm if norm is not None else self._engine.get_global_grad_norm())
         if math.isfinite(found):
@@ -138,10 +134,10 @@ class ZeroEngine:
     def _construct(self, build: Callable[[], nn.Module]) -> nn.Module:
         if self.stage == 3:
             # The dtype comes from the configuration: zero.Init's own argument is ignored where fp16 is unsupported.
-            with deepspeed.zero.Init(config_dict_or_path=self.ds_config):
+            with deepspeed.zero.Init(config_dict_or_path=self._ds_config):
                 return build()
         before = torch.get_default_dtype()
-        torch.set_default_dtype(run_dtype(self.ds_config))
+        torch.set_default_dtype(torch.bfloat16 if self._settings.bf16 else torch.float32)
         try:
             with torch.device(deepspeed.get_accelerator().current_device_name()):
                 return build()
@@ -150,17 +146,16 @@ class ZeroEngine:
 
     def _adam(self, parameters: list[nn.Parameter], adam: AdamOptions) -> torch.optim.Optimizer:
         options: dict[str, Any] = {"lr": 0.0, "betas": adam.betas, "eps": adam.eps, "weight_decay": 0.0}
-        if offload_device(self.ds_config, "optimizer") != "none":
+        if self._settings.optimizer.device != "none":
             from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles its kernel on first use
 
-            in_fp32 = not self.ds_config.get("bf16", {}).get("bf16_optimizer_states", False)
-            return DeepSpeedCPUAdam(parameters, **options, fp32_optimizer_states=in_fp32)
+            return DeepSpeedCPUAdam(parameters, **options, fp32_optimizer_states=self._settings.moment_bytes == 4)
         return torch.optim.AdamW(parameters, **options, fused=self.device.type == "cuda")
 
     def _drop_gradients(self) -> None:
-        """Have stage 0's next `step` update nothing."""
+        """Make stage 0's next `step` update nothing."""
         self.module.zero_grad(set_to_none=True)
-        clip = self._engine.clip_fp32_gradients  # which fails where there is no gradient at all
+        clip = self._engine.clip_fp32_gradients  # fails without any gradient
 
         def clip_once_more() -> None:
             self._engine.clip_fp32_gradients = clip
@@ -168,9 +163,9 @@ class ZeroEngine:
         self._engine.clip_fp32_gradients = clip_once_more
 
     def _unpartitioned_norm(self) -> Tensor:
-        """Stage 0 keeps whole gradients, and DeepSpeed does not report their norm. Summed in fp32, a piece at a time.
+        """The norm of stage 0's whole gradients, which DeepSpeed doesn't report. Summed in fp32, a piece at a time.
 
-        Not by `vector_norm(dtype=)`, which on the CPU adds up one by one and loses digits (3e-6 of 65,000 elements).
+        Not with `vector_norm(dtype=)`: on the CPU it sums one by one and loses digits (3e-6 over 65,000 elements).
         """
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         pieces = (piece for gradient in gradients for piece in gradient.reshape(-1).split(COPIED_ELEMENTS))

@@ -1,9 +1,9 @@
-"""The C++ parts of DeepSpeed that a run needs, compiled before anything is loaded.
+"""DeepSpeed's C++ ops that a run needs, compiled before anything is loaded.
 
-Guarantees: one process of a user compiles at a time, on all hosts that share the folder where the file system has
-locks, and the others use what it has made; who waits is told for what. A part that can't be built is one `UserError`
-with the end of the compiler's output. A lock of torch's that no running process holds is removed with a line: torch
-would wait for it without end and without a word.
+Guarantees: one process of a user compiles at a time (on all hosts that share the folder, if its file system has locks),
+and the others use the result; a process that waits says for what. An op that can't be built is one `UserError` with the
+end of the compiler's output. A lock file of torch that no running process holds is removed and logged: torch would wait
+for it forever, without a message.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from bagel_ds.errors import UserError
 from bagel_ds.machine.liveness import timed_elsewhere
 from bagel_ds.machine.user_folders import extensions_folder
 from bagel_ds.machine.waiting import waiting_for
-from bagel_ds.zero.config.draft import offload_device
+from bagel_ds.zero.config.settings import offload_device
 
 logger = logging.getLogger("bagel_ds")
 
 _LOCK = ".bagel_ds_lock"
 _USUAL = "1 to 3 minutes, once on this machine"
 _SHOWN_LINES, _SHOWN_WIDTH = 15, 200  # of a compiler's output
-_COMMAND = re.compile(r"\[\d+/\d+\] |FAILED: |ninja: ")  # lines of ninja's own, which are long and say little
+_COMMAND = re.compile(r"\[\d+/\d+\] |FAILED: |ninja: ")  # ninja's own lines, which are long and say little
 
 
 class Op(NamedTuple):
-    """A compiled part. `name` is also that of its folder and file; `load` compiles it where needed."""
+    """`name` is also that of its folder and file; `load` compiles it if needed."""
 
     name: str
     purpose: str
-    instead: str  # what to do otherwise than compile it; "" where nothing must be done
+    instead: str  # how to do without it, for the message; "" if the run does without it by itself
     load: Callable[[], object]
 
 
 def needed_ops(ds_config: dict[str, Any]) -> list[Op]:
-    """What a resolved configuration runs."""
+    """Of a resolved configuration."""
     if offload_device(ds_config, "optimizer") == "none":
         return []
     instead = "pass a --ds_config that keeps the optimizer on the GPUs, such as zero3.json"
@@ -51,14 +51,14 @@ def needed_ops(ds_config: dict[str, Any]) -> list[Op]:
 
 
 def load_op(builder: str) -> object:
-    """The module behind one of DeepSpeed's builders, compiled where needed; it stays for who asks for it later."""
+    """The module of one of DeepSpeed's builders, compiled if needed. DeepSpeed keeps it for later calls."""
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator().create_op_builder(builder).load()
 
 
 def is_built(op: Op) -> bool:
-    """Whether the part came compiled with DeepSpeed or an earlier run has left it."""
+    """Whether it came compiled with DeepSpeed, or an earlier run has compiled it."""
     from deepspeed.git_version_info import installed_ops
 
     version = f"py{sys.version_info.major}{sys.version_info.minor}"
@@ -67,7 +67,7 @@ def is_built(op: Op) -> bool:
 
 
 def build(ops: Sequence[Op]) -> None:
-    """Have every part loaded in this process. Raises `UserError`."""
+    """Load every op in this process, compiling it if needed. Raises `UserError`."""
     find_ninja()
     for op in ops:
         with _alone(op):
@@ -79,29 +79,32 @@ def build(ops: Sequence[Op]) -> None:
                     )
                 try:
                     op.load()
-                except Exception as error:  # of torch, its compilers and the file system: an open set
+                except Exception as error:  # of any kind: torch's, a compiler's, the file system's
                     raise UserError(_failure(op, error)) from None
 
 
 def find_ninja() -> str | None:
-    """The build tool's path; the one beside this Python is put on PATH where no other is, as without `activate`."""
+    """The build tool's path. If PATH has none (an environment without `activate`), adds the one beside this Python."""
     beside = Path(sys.executable).parent
     if shutil.which("ninja") is None and shutil.which("ninja", path=str(beside)):
         os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", os.defpath), str(beside)])
     return shutil.which("ninja")
 
 
-def remove_stale_locks(folder: Path, part: str) -> list[Path]:
-    """Remove the locks that killed builds of the part have left; returns them. Other parts' builds are not ours."""
+def remove_stale_locks(folder: Path, name: str) -> list[Path]:
+    """Remove the locks that killed builds of the op have left, and return them. Locks of other ops stay."""
     removed = []
-    for lock in [folder / part / "lock", *folder.glob(f"*/{part}/lock")]:  # the second with Python and CUDA between
+    for lock in [
+        folder / name / "lock",
+        *folder.glob(f"*/{name}/lock"),
+    ]:  # or below a folder of versions
         try:
             # torch's lock is an empty file.
             if lock.is_file() and lock.stat().st_size == 0 and not is_open_somewhere(lock):
                 lock.unlink()
                 removed.append(lock)
                 logger.warning("removed %s, left by a build that was killed", lock)
-        except FileNotFoundError:  # another process was faster
+        except FileNotFoundError:  # another process removed it first
             continue
         except OSError as error:
             logger.warning("%s, left by a build that was killed, can't be removed: %s", lock, error.strerror)
@@ -109,10 +112,10 @@ def remove_stale_locks(folder: Path, part: str) -> list[Path]:
 
 
 def is_open_somewhere(path: Path) -> bool:
-    """Whether a process of this host has the file open (a builder holds its lock open), or it is gone already."""
+    """Whether a process of this host has the file open, as a builder has its lock; also if it is gone already."""
     try:
         target = os.stat(path)
-    except FileNotFoundError:  # another rank was faster
+    except FileNotFoundError:  # another rank removed it first
         return True
     for entry in Path("/proc").glob("[0-9]*/fd/*"):
         try:
@@ -126,7 +129,7 @@ def is_open_somewhere(path: Path) -> bool:
 
 @contextmanager
 def _alone(op: Op) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process; without one where the file system has none."""
+    """Hold the folder's lock, which ends with the process. Goes on without it if the file system has no locks."""
     folder = extensions_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +144,7 @@ def _alone(op: Op) -> Iterator[None]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             except OSError as error:
-                logger.info("%s can't be locked (%s): two processes may compile there at once", folder, error.strerror)
+                logger.info("can't lock %s (%s): two processes may compile there at once", folder, error.strerror)
         yield
     finally:
         os.close(descriptor)

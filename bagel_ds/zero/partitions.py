@@ -1,9 +1,9 @@
 """This rank's share of weights, masters and Adam moments, as named flat ranges.
 
-Guarantees, for every ZeRO stage and offload: the ranges of `Partitions.groups` over all ranks cover each trainable
-parameter exactly once (stage 0 keeps whole copies on every rank: then each parameter has one owner); what is written
-through them is what the next step computes with; padding that DeepSpeed adds stays zero and is never part of a range.
-All knowledge of DeepSpeed's internals (0.19.8, pinned) lives here; `check_internals` fails loudly when they move.
+Guarantees, for every ZeRO stage and offload: the ranges in `Partitions.groups` of all ranks cover each trainable
+parameter exactly once (with stage 0 every rank has all of them, and each parameter has one owner); the next step
+computes with what is written through them; padding that DeepSpeed adds stays zero and is never part of a range. Written
+for the internals of DeepSpeed 0.19.8's optimizers; `check_internals` fails if these have changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MOMENTS = (EXP_AVG, EXP_AVG_SQ)
 
 
 class PlacedRange(NamedTuple):
-    """A range and where it lies in its group's flat tensors."""
+    """A range and its place in its group's flat tensors."""
 
     range: Range
     offset: int
@@ -31,12 +31,12 @@ class PlacedRange(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Ranges that share one flat fp32 master and one set of Adam states; the unit that NVMe offload swaps."""
+    """Ranges that share one flat master and its moments; the unit that NVMe offload swaps."""
 
     index: int
-    names: tuple[str, ...]  # its parameters, equal on every rank; this rank may hold nothing of some
+    names: tuple[str, ...]  # of its parameters, the same on every rank; this rank may hold nothing of some
     ranges: tuple[PlacedRange, ...]
-    owned: bool = True  # False where another rank holds the same values and saves them
+    owned: bool = True  # False if another rank holds the same values and saves them
 
 
 class Partitions:
@@ -55,12 +55,12 @@ class Partitions:
 
     @contextmanager
     def open(self, group: Group, write: bool = False, moments: bool = False) -> Iterator[dict[str, Tensor]]:
-        """The group's flat 1-D tensors by "master" and, once Adam has stepped, "exp_avg" and "exp_avg_sq".
+        """The group's flat 1-D tensors: "master" and, once Adam has stepped, "exp_avg" and "exp_avg_sq".
 
-        A placed range is `flats[key].narrow(0, offset, numel)`. Changes last when opened with write=True; `moments`
-        makes Adam's state where it does not exist yet, and needs write=True for that.
+        A placed range is `flats[key].narrow(0, offset, numel)`. Changes are kept only with write=True. `moments`
+        creates the moments if they don't exist yet, which needs write=True.
         """
-        assert write or not moments, "moments that were made and not written would have no swap file"
+        assert write or not moments, "new moments that are not written would have no swap file"
         swapped = self._is_swapped(group)
         if swapped:
             self._optimizer._optimizer_states_and_gradient_swap_in(group.index)
@@ -73,7 +73,7 @@ class Partitions:
                 self._optimizer._release_swap_buffers(group.index)
 
     def set_step(self, step: int) -> None:
-        """Tell Adam that `step` steps have been taken (bias correction); its state must exist."""
+        """Set the number of steps that Adam has taken, for its bias correction. The moments must exist."""
         for group in self.groups:
             state = self._state(group)
             if torch.is_tensor(state["step"]):
@@ -82,9 +82,9 @@ class Partitions:
                 state["step"] = step
 
     def pieces(self, key: str) -> Iterator[Pieces]:
-        """This rank's owned share of "master", "exp_avg" or "exp_avg_sq", name by name in an order all ranks share.
+        """What this rank owns of "master", "exp_avg" or "exp_avg_sq", name by name, in the same order on all ranks.
 
-        Moments are zero where no update was made yet.
+        Before the first update moments are zero.
         """
         for group in self.groups:
             lacking = key in MOMENTS and EXP_AVG not in self._state(group)
@@ -94,7 +94,7 @@ class Partitions:
     def on_update(self, callback: Callable[[Group, Tensor], None]) -> None:
         """Call `callback(group, master)` for every group right after each of its updates.
 
-        With ZeRO-3 that is while the group is at hand, so that a group on NVMe is not read a second time.
+        With ZeRO-3 the group is then still in memory, so that a group on NVMe is not read a second time.
         """
         self._after_update = callback
         if self._stage != 3:
@@ -108,15 +108,15 @@ class Partitions:
         self._optimizer._release_sub_group = call_and_release
 
     def updated(self) -> None:
-        """To be called once after every step; runs the callback where no hook did."""
+        """Call once after every step: runs the callback in the stages that have no hook for it."""
         if self._stage != 3 and self._after_update is not None:
             for group in self.groups:
                 self._after_update(group, self._masters()[group.index].data.view(-1))
 
     def _forget_steps_taken(self) -> None:
-        """Have Adam begin at its first step: stage 0 in bf16 takes one on zero gradients when it is built.
+        """Have Adam begin at step 1: stage 0 in bf16 takes a step on zero gradients when it is built.
 
-        The first real update, counted as the second, would be 0.735 of what it should be.
+        The first real update would count as the second, and be 0.735 of what it should be.
         """
         self._adam().state.clear()
 
@@ -148,9 +148,9 @@ class Partitions:
             offset += parameter.partition_numel()
 
     def _flat_ranges(self, index: int) -> Iterator[PlacedRange]:
-        """Stages 1 and 2: this rank's window of the flat group, in the order DeepSpeed flattened it.
+        """Stages 1 and 2: this rank's window of the flat group, in the order in which DeepSpeed flattened it.
 
-        Not through `_hp_mapping`, whose offsets ignore the reordering of round_robin_gradients.
+        Not from `_hp_mapping`, whose offsets ignore the order that round_robin_gradients makes.
         """
         optimizer = self._optimizer
         size = optimizer.single_partition_of_fp32_groups[index].numel()
@@ -163,14 +163,14 @@ class Partitions:
                 yield PlacedRange(held, low - window)
 
     def _whole_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
-        """Stage 0: (parameter, its fp32 master), which are the same tensor in fp32 training."""
+        """Stage 0: (parameter, its master), which are the same tensor in fp32 training."""
         if hasattr(self._optimizer, "fp32_groups"):
             low, high = self._optimizer.fp16_groups, self._optimizer.fp32_groups
             return [pair for group in zip(low, high) for pair in zip(*group)]
         return [(parameter, parameter) for group in self._optimizer.param_groups for parameter in group["params"]]
 
     def _masters(self) -> list[Tensor]:
-        """The flat fp32 tensor of each group, as the inner optimizer knows it."""
+        """The flat master of each group, the very tensor that is the inner optimizer's parameter."""
         optimizer = self._optimizer
         if self._stage == 3:
             return optimizer.fp32_partitioned_groups_flat
@@ -179,14 +179,14 @@ class Partitions:
         return [master for _, master in self._whole_parameters()]
 
     def _adam(self) -> torch.optim.Optimizer:
-        """The optimizer that `ZeroEngine` made; stage 0 in fp32 wraps nothing around it."""
+        """The optimizer that `ZeroEngine` made, which DeepSpeed wraps except with stage 0 in fp32."""
         return getattr(self._optimizer, "optimizer", self._optimizer)
 
     def _state(self, group: Group) -> dict[str, Any]:
         return self._adam().state[self._masters()[group.index]]
 
     def _make_moments(self, group: Group) -> None:
-        """Adam's state as its own first step would make it."""
+        """Create Adam's state as its own first step would."""
         inner, master, state = self._adam(), self._masters()[group.index], self._state(group)
         if isinstance(inner, torch.optim.AdamW):
             fused_on_gpu = inner.defaults.get("fused") and master.is_cuda
@@ -203,7 +203,7 @@ class Partitions:
     def _make_swapped_moments(self, master: Tensor, state: dict[str, Any]) -> None:
         """Zeros in two free swap buffers, for a group that is swapped in and will be swapped out.
 
-        In memory of their own they would be 8 bytes per element beside buffers that lie idle.
+        Memory of their own would be 8 more bytes per element, while these buffers are unused.
         """
         swapper = self._optimizer.optimizer_swapper
         aligned = swapper._io_aligned_numel(master.numel())
@@ -217,7 +217,7 @@ class Partitions:
             tensor.set_buffers(compute_buffer=tensor.compute_tensor, swap_buffer=buffer)
 
     def _make_moments_before_first_update(self) -> None:
-        """Have an update of a swapped group find its moments: DeepSpeed's Adam would make them in fresh memory."""
+        """Create a swapped group's moments before its first update: DeepSpeed's Adam would allocate new memory."""
         prepare = self._optimizer._prepare_sub_group
 
         def prepare_with_moments(index: int, timer_names: Any) -> None:
@@ -238,7 +238,7 @@ class Partitions:
 
 
 def group_pieces(group: Group, flat: Tensor) -> Iterator[Pieces]:
-    """Cut a flat tensor that is laid out like the group's master into pieces by name."""
+    """Cut a flat tensor, laid out like the group's master, into pieces by name."""
     held: dict[str, list[tuple[Range, Tensor]]] = {name: [] for name in group.names}
     if group.owned:
         for placed in group.ranges:
@@ -248,7 +248,7 @@ def group_pieces(group: Group, flat: Tensor) -> Iterator[Pieces]:
 
 
 def load_masters(partitions: Partitions, source: WeightSource) -> None:
-    """Give the fp32 masters the source's own precision (DeepSpeed made them from the 16-bit weights)."""
+    """Fill the masters in the source's own precision (DeepSpeed has made them from 16-bit weights)."""
     for group in partitions.groups:
         with partitions.open(group, write=True) as flats:
             for placed in group.ranges:
@@ -277,7 +277,7 @@ _INTERNALS = {
 
 
 def check_internals(optimizer: Any, stage: int) -> None:
-    """Fail with names, not with wrong numbers, when DeepSpeed is another version than this file was written for."""
+    """Fail with names, not with wrong numbers, if DeepSpeed is another version than the one this file is for."""
     needed = _INTERNALS.get(2 if stage == 1 else stage, ())
     missing = [name for name in needed if not hasattr(optimizer, name)]
     assert not missing, f"DeepSpeed's stage-{stage} optimizer lacks {missing}; bagel_ds is written for deepspeed 0.19.8"

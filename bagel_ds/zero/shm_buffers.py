@@ -1,9 +1,9 @@
-"""Buffers in /dev/shm by which DeepSpeed's ranks on one host add up on the CPU, 66 MiB each, which it never removes.
+"""The buffers in /dev/shm through which DeepSpeed sums over the ranks of a host on the CPU. It never removes them.
 
-Guarantees: a run's own buffers have no name any more once all ranks have mapped them, so that the kernel frees them
-with the last rank, however that ends. Those left by runs that were killed before that, or by other programs of this
-user, go away at a start when no living process has them open or mapped; young ones stay, as they may be those of ranks
-in another container that are just finding each other.
+Guarantees: a run removes the names of its own buffers (66 MiB per rank) once all ranks have mapped them, so that the
+kernel frees them with the last rank, however that ends. Buffers that killed runs or other programs of this user have
+left are removed at a start if no running process has them open or mapped. Young ones stay: they may belong to ranks in
+another container that are about to map them.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ SUMS = Op("deepspeed_shm_comm", "sums over ranks on the CPU", "", lambda: load_o
 
 
 def leave_out_sums() -> None:
-    """Have DeepSpeed add up through gloo. Every rank of the host must decide the same, or they wait for each other."""
+    """Make DeepSpeed sum through gloo. All ranks of a host must decide the same, or they wait for each other."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__[SUMS.name] = False
 
 
 def remove_own_buffers(folder: Path = FOLDER) -> None:
-    """Remove the names of this run's buffers. Call when every rank has joined: ranks find them by name only once."""
+    """Remove the names of this run's buffers. Call when all ranks have joined: they open the buffers only once."""
     meeting = f"{os.environ.get('MASTER_ADDR', '')}_{os.environ.get('MASTER_PORT', '')}"
     for path in _buffers(folder):
         if path.name.rpartition("_")[0] == f"{_NAME}_{os.getuid()}_{meeting}":
@@ -43,7 +43,7 @@ def remove_own_buffers(folder: Path = FOLDER) -> None:
 
 
 def remove_stale_buffers(folder: Path = FOLDER) -> list[Path]:
-    """Remove this user's buffers that no living process has open or maps; returns them."""
+    """Remove this user's buffers that no running process has open or mapped, and return them."""
     removed, mapped = [], _mapped_inodes()
     for path in _buffers(folder):
         if _is_old(path, mapped) and not is_open_somewhere(path):
@@ -55,13 +55,13 @@ def remove_stale_buffers(folder: Path = FOLDER) -> list[Path]:
 
 
 def _buffers(folder: Path) -> list[Path]:
-    """This user's: DeepSpeed names them <name>_<user id>_<address>_<port>_<rank>."""
+    """This user's buffers; DeepSpeed names them <name>_<user id>_<address>_<port>_<rank>."""
     name = re.compile(rf"{_NAME}_{os.getuid()}_.*_\d+_\d+")
     return [path for path in folder.glob(f"{_NAME}_*") if name.fullmatch(path.name) and path.is_file()]
 
 
 def _is_old(path: Path, mapped: set[int]) -> bool:
-    """Whether it was last written a while ago and is not among the inodes that are mapped."""
+    """Whether it was last written minutes ago and is not mapped."""
     try:
         found = path.stat()
     except FileNotFoundError:
@@ -70,12 +70,12 @@ def _is_old(path: Path, mapped: set[int]) -> bool:
 
 
 def _mapped_inodes() -> set[int]:
-    """Inodes of the buffers in living processes' memory."""
+    """Inodes of the buffers that running processes have mapped."""
     inodes = set()
     for maps in Path("/proc").glob("[0-9]*/maps"):
         try:
             lines = maps.read_text(errors="replace").splitlines()
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # the process has ended, or is another user's
             continue
         inodes |= {int(line.split()[4]) for line in lines if _NAME in line}
     return inodes

@@ -1,9 +1,9 @@
-"""Folders of swap files below --nvme_path: one per run and host, held while ranks live, removed however they end.
+"""Folders of swap files below --nvme_path: one per run and host, locked while ranks run, removed however they end.
 
-Guarantees: every rank holds the lock of its host's folder, and the kernel releases it however the rank ends; the last
-one to leave removes the folder; what no living rank holds (a run that was killed, one with another preset or
-checkpoint_dir) is removed by whoever comes next, and what one holds is left alone. Needs the locks of a local disk:
-hosts that share one --nvme_path over a network are not kept apart by more than their names.
+Guarantees: every rank holds the lock of its host's folder, and the kernel releases it however the rank ends. The last
+rank to leave removes the folder. The next run removes folders that no running rank holds (those of a killed run, say)
+and leaves all others alone. This needs the locks of a local disk: hosts that share one --nvme_path over a network are
+kept apart only by their names.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ logger = logging.getLogger("bagel_ds")
 
 _PREFIX, _LOCK = "bagel_ds_", ".in_use"
 _OURS = re.compile(rf"{_PREFIX}([0-9a-f]{{12}}|gone_[0-9a-f]{{32}})")
-_PATIENCE_SECONDS = 30.0  # for the ranks of an earlier start that are just ending
+_PATIENCE_SECONDS = 30.0  # for ranks of an earlier start that are about to end
 _POLL_SECONDS = 0.1
-_held: dict[Path, int] = {}  # this process's locks, by folder: they are the process's own, also for the kernel
+_held: dict[Path, int] = {}  # descriptors of this process's locks, by folder; the kernel, too, has them per process
 
 
 def run_folder(nvme_path: Path, checkpoint_dir: str) -> Path:
-    """This run's folder on this host: the same for all of its ranks, apart from other runs' and other containers'."""
+    """This run's folder on this host: the same for all of its ranks, but not for other runs or containers."""
     run = f"{Path(checkpoint_dir).resolve()} {socket.gethostname()}"
     return nvme_path / (_PREFIX + hashlib.sha256(run.encode()).hexdigest()[:12])
 
 
 def is_run_folder(folder: Path) -> bool:
-    """Whether the name is one that `run_folder` gives, or that of such a folder while it is being removed."""
+    """Whether the folder's name comes from `run_folder`, also if the folder is being removed."""
     return _OURS.fullmatch(folder.name) is not None
 
 
 def take_folder(folder: Path, first: bool, patience: float = _PATIENCE_SECONDS) -> None:
-    """Hold `folder` until `leave_folders` or the end of the process; the `first` rank of a host makes and empties it.
+    """Hold `folder` until `leave_folders` or the end of the process. The `first` rank of a host makes and empties it.
 
-    Call on the first rank before the others. Raises `UserError` where another run holds it or it can't be written.
+    Call it on the first rank before the others. Raises `UserError` if another run holds it or it can't be written.
     """
     deadline = time.monotonic() + patience
     try:
@@ -55,7 +55,7 @@ def take_folder(folder: Path, first: bool, patience: float = _PATIENCE_SECONDS) 
                 if time.monotonic() > deadline:
                     raise UserError(
                         f"--nvme_path: {folder} is in use by another run ({_holder(folder)}), which has the same "
-                        "checkpoint_dir and host name. End that run, or pass another --nvme_path or --checkpoint_dir."
+                        "checkpoint_dir and host name; end that run, or pass another --nvme_path or --checkpoint_dir"
                     )
                 going_on()
                 time.sleep(_POLL_SECONDS)
@@ -63,7 +63,7 @@ def take_folder(folder: Path, first: bool, patience: float = _PATIENCE_SECONDS) 
             _empty(folder)
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-            fcntl.lockf(descriptor, fcntl.LOCK_SH)  # from alone to shared without a moment in between
+            fcntl.lockf(descriptor, fcntl.LOCK_SH)  # exclusive becomes shared, without a gap
     except OSError as error:
         raise UserError(
             f"--nvme_path: {folder} can't be written ({error.strerror}); pass a folder on a local SSD"
@@ -77,17 +77,19 @@ def _make_and_lock(folder: Path, first: bool) -> int | None:
 
 
 def leave_folders() -> None:
-    """Let go of what this process holds; the last rank of the host to do so removes the files."""
+    """Release what this process holds. The last rank of the host to do so removes the files."""
     while _held:
         folder, descriptor = _held.popitem()
         os.close(descriptor)
         _remove_unheld(folder)
 
 
-def sweep_folders(nvme_path: Path) -> list[Path]:
-    """Remove the folders that no living rank holds; returns them. Not while this process holds one itself."""
+def sweep_folders(nvme_path: str | None) -> list[Path]:
+    """Remove the folders below --nvme_path that no running rank holds, and return them. Call it while holding none."""
     assert not _held, "closing a second descriptor of a locked file would release the lock"
-    folders = sorted(filter(is_run_folder, nvme_path.glob(f"{_PREFIX}*")))
+    if nvme_path is None:
+        return []
+    folders = sorted(filter(is_run_folder, Path(nvme_path).glob(f"{_PREFIX}*")))
     removed = [folder for folder in folders if not folder.is_symlink() and _remove_unheld(folder)]
     for folder in removed:
         logger.info("removed %s, left by a run that has ended", folder)
@@ -95,14 +97,14 @@ def sweep_folders(nvme_path: Path) -> list[Path]:
 
 
 def _remove_unheld(folder: Path) -> bool:
-    """Remove `folder` and say so, unless a living rank holds it, it is another user's, or it is gone already."""
+    """Remove `folder` unless a running rank holds it, it is another user's, or it is gone; whether it was removed."""
     try:
         descriptor = _locked(folder, fcntl.LOCK_EX)
     except OSError:
         return False
     if descriptor is None:
         return False
-    # Moved first: who makes it anew meanwhile loses no file.
+    # Rename first, so that a concurrent re-creation survives.
     going = folder.with_name(f"{_PREFIX}gone_{uuid.uuid4().hex}")
     try:
         folder.rename(going)
@@ -114,13 +116,13 @@ def _remove_unheld(folder: Path) -> bool:
 
 
 def _locked(folder: Path, kind: int) -> int | None:
-    """A descriptor that holds the folder's lock; None where others hold it, or the folder has just gone."""
+    """A descriptor that holds the folder's lock; None if others hold it or the folder is gone."""
     try:
         descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except FileNotFoundError:
         return None
     try:
-        # Not flock: a forked process would hold it on after the rank is killed.
+        # Not flock, whose lock a forked process would keep after the rank is killed.
         fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(descriptor), os.stat(folder / _LOCK)):
             return descriptor
@@ -141,6 +143,6 @@ def _empty(folder: Path) -> None:
 
 def _holder(folder: Path) -> str:
     try:
-        return (folder / _LOCK).read_text().strip() or "its name is not written yet"
+        return (folder / _LOCK).read_text().strip() or "which has not written its name yet"
     except OSError:
-        return "it is ending"
+        return "which is ending"

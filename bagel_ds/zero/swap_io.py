@@ -1,10 +1,10 @@
 """Reads and writes of swap files for DeepSpeed's NVMe offload.
 
-Guarantees: every byte asked for has moved when `wait` returns, as counted by the kernel, or `wait` raises a `UserError`
-that names the file; any address, length and sector size gives the right bytes. Data moves past the page cache
-(O_DIRECT) where the file system can. It stands in for DeepSpeed's async_io op, which never looks at the result of a
-request: a read into an address that is not a multiple of the sector moves nothing there and is counted as done
-(DeepSpeed 0.19.8, csrc/aio and csrc/pin_memory). It needs neither libaio nor a compiler.
+Guarantees: when `wait` returns, the kernel has confirmed every byte, or `wait` raises a `UserError` that names the
+file; any address, length and sector size gives the right bytes. Data bypasses the page cache (O_DIRECT) if the file
+system supports that. Replaces DeepSpeed's async_io op, which ignores the result of a request: there, a read into an
+address that is not a multiple of the sector size moves nothing and counts as done (DeepSpeed 0.19.8, csrc/aio and
+csrc/pin_memory). Needs neither libaio nor a compiler.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import threading
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from types import SimpleNamespace
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,15 +30,14 @@ logger = logging.getLogger("bagel_ds")
 
 SECTOR = 4096  # bytes; drives have sectors of 512 or 4096, and a multiple of 4096 suits both
 REQUEST = 8 * MIB  # bytes of one system call
-BOUNCE = MIB  # bytes that one thread copies at a time where an address is not aligned
+BOUNCE = MIB  # bytes that one thread copies at a time if an address is not aligned
 MOST_THREADS = 8
 
 
 class SwapHandle:
-    """What DeepSpeed's swappers call instead of `async_io.aio_handle`, with the same arguments.
+    """Replaces `async_io.aio_handle` in DeepSpeed's swappers, with the same arguments.
 
-    `queue_depth` is the number of requests in flight (8 at most, each of 8 MiB). The other arguments tune the op that
-    this class stands in for.
+    `queue_depth` is the number of requests in flight (at most 8, each of 8 MiB). The other arguments have no effect.
     """
 
     def __init__(
@@ -63,9 +61,9 @@ class SwapHandle:
         return self._begin(buffer, path, file_offset, write=True)
 
     def wait(self) -> int:
-        """Wait for all that was begun since the last call; returns the number of tensors.
+        """Wait for all transfers begun since the last call; returns the number of tensors.
 
-        Raises UserError where a file could not be read or written in full. All requests have ended by then.
+        Raises UserError if a file could not be read or written in full. All requests have ended by then.
         """
         pending, self._pending = self._pending, []
         faults = [fault for transfer in pending for fault in transfer.finish()]
@@ -78,17 +76,17 @@ class SwapHandle:
         return locked_tensor(numel, example.dtype)
 
     def free_cpu_locked_tensor(self, tensor: Tensor) -> bool:
-        """Whether this memory is ours. It goes away with its last tensor."""
+        """Whether this memory is from `locked_tensor`. It is freed with its last tensor."""
         return tensor.data_ptr() in _locked
 
     def is_pinned(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in page-locked memory, ours or torch's, so that DeepSpeed needs no copy of it."""
+        """Whether a tensor is in page-locked memory, ours or torch's, so that DeepSpeed needs no copy of it."""
         begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         ours = any(start <= begin and end <= start + size for start, size in list(_locked.items()))
         return tensor.device.type == "cpu" and (ours or tensor.is_pinned())
 
     def _begin(self, buffer: Tensor, path: str, file_offset: int, write: bool) -> int:
-        assert buffer.device.type == "cpu" and buffer.is_contiguous(), f"{path}: swapped tensors lie on the host"
+        assert buffer.device.type == "cpu" and buffer.is_contiguous(), f"{path}: swapped tensors must be on the host"
         assert file_offset % SECTOR == 0, f"{path}: offset {file_offset} in the file is not a multiple of {SECTOR}"
         self._pending.append(_Transfer(self._pool, buffer, path, file_offset, write))
         return 0
@@ -103,7 +101,7 @@ class _Request(NamedTuple):
 
 
 class _Transfer:
-    """One tensor on its way, cut into requests; holds the tensor and the file until it is done."""
+    """One tensor in transit, cut into requests. Keeps the tensor and the file until all are done."""
 
     def __init__(self, pool: ThreadPoolExecutor, buffer: Tensor, path: str, position: int, write: bool):
         self._buffer, self._write = buffer, write
@@ -115,7 +113,7 @@ class _Transfer:
         ]
 
     def finish(self) -> Iterator[UserError]:
-        """Wait for the requests and close the file; the faults that came up."""
+        """Wait for the requests and close the file; yields their faults."""
         errors = [future.exception() for future in self._futures]
         self._file.close()
         for error in errors:
@@ -131,7 +129,7 @@ def _requests(address: int, position: int, nbytes: int) -> Iterator[_Request]:
 
 
 class _SwapFile:
-    """An open swap file. Every thread of a handle uses it; positions are given with each call."""
+    """An open swap file, used by every thread of a handle. Each call gives its position."""
 
     def __init__(self, path: str, write: bool):
         self.path = path
@@ -143,7 +141,7 @@ class _SwapFile:
         try:
             self._descriptor = self._open()
         except OSError as error:
-            self._fault = error  # raised where the transfer is waited for, with its name
+            self._fault = error  # raised by `move`, so that `wait` reports it with the file's name
 
     def _open(self) -> int:
         if self.direct:
@@ -161,8 +159,8 @@ class _SwapFile:
             self._descriptor = -1
 
     def move(self, request: _Request, write: bool) -> None:
-        """Move all bytes of a request or raise OSError. O_DIRECT wants whole sectors at aligned addresses; the rest
-        goes through a buffer of this thread."""
+        """Move all bytes of a request or raise OSError. O_DIRECT needs whole sectors at aligned addresses; all else is
+        copied through a buffer of this thread."""
         if self._fault is not None:
             raise self._fault
         whole = request.nbytes - request.nbytes % SECTOR if request.address % SECTOR == 0 else 0
@@ -183,7 +181,7 @@ class _SwapFile:
             ctypes.memmove(address, start, nbytes)
 
     def _exactly(self, memory: memoryview, position: int, write: bool, needed: int) -> None:
-        """Move at least `needed` bytes of `memory`: the kernel may move fewer at a time."""
+        """Move at least `needed` bytes of `memory`; the kernel may move fewer per call."""
         done = 0
         while done < needed:
             moved = self._some(memory[done:], position + done, write)
@@ -193,18 +191,18 @@ class _SwapFile:
 
     def _some(self, memory: memoryview, position: int, write: bool) -> int:
         call = os.pwritev if write else os.preadv
-        direct = self.direct  # as it is for this call: another thread may give it up before the call fails
+        direct = self.direct  # for this call; another thread may give it up before the call fails
         try:
             return call(self._descriptor, [memory], position)
         except OSError as error:
             if error.errno != errno.EINVAL or not direct:
                 raise
-        with self._lock:  # other threads may use the descriptor: it keeps its number
+        with self._lock:  # the descriptor keeps its number, because other threads may be using it
             if self.direct:
                 plain = os.open(self.path, self._flags, 0o600)
                 os.dup2(plain, self._descriptor)
                 os.close(plain)
-                self._give_up_direct()  # last: a call that finds it given up has the plain file
+                self._give_up_direct()  # last, so that a call that sees this uses the plain file
         return call(self._descriptor, [memory], position)
 
     def _give_up_direct(self) -> None:
@@ -213,8 +211,8 @@ class _SwapFile:
         if folder not in _without_direct:
             _without_direct.add(folder)
             logger.warning(
-                "NVMe: the file system of %s can't read and write past the page cache (O_DIRECT); swapping goes on "
-                "through the cache, which is slower. A folder on a local ext4 or xfs disk is faster.",
+                "NVMe: the file system of %s can't bypass the page cache (O_DIRECT), so swapping goes through it, "
+                "which is slower; a folder on a local ext4 or xfs disk is faster",
                 folder,
             )
 
@@ -223,34 +221,33 @@ def _fault(path: str, nbytes: int, write: bool, error: OSError) -> UserError:
     what = f"--nvme_path: {path} could not be {'written' if write else 'read'} ({nbytes:,} bytes): "
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            f"{what}{error.strerror}. Free some there, take another disk, or a preset that keeps more in memory "
-            "(zero3_cpu), and resume from the last checkpoint."
+            f"{what}{error.strerror}. Free space there, or pass another --nvme_path or a preset that keeps more in "
+            "memory (zero3_cpu), and resume from the last checkpoint."
         )
     return UserError(
-        f"{what}{error.strerror}. Training can't go on with what was there before. Check the drive (dmesg, smartctl), "
+        f"{what}{error.strerror}. Training can't continue without these values. Check the drive (dmesg, smartctl), "
         "make sure that nothing else removes these files, and resume from the last checkpoint."
     )
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
-_locked: dict[int, int] = {}  # address -> bytes of page-locked memory
+_locked: dict[int, int] = {}  # address -> size of page-locked memory
 _without_direct: set[str] = set()  # folders whose file system refuses O_DIRECT
 _said: set[str] = set()
 _threads = threading.local()
 
 
 def locked_tensor(numel: int, dtype: torch.dtype) -> Tensor:
-    """A zeroed 1-D CPU tensor that begins at a page; locked in RAM where the limits of this process allow that."""
+    """A zeroed 1-D CPU tensor that begins at a page, locked in RAM if this process's limits allow that."""
     nbytes = max(1, numel * dtype.itemsize)
     memory = mmap.mmap(-1, nbytes)
-    with suppress(OSError):  # kernels without huge pages: then the drive's reads and writes pin more, smaller ones
+    with suppress(OSError):  # kernels without huge pages, where each read or write pins many small ones
         memory.madvise(mmap.MADV_HUGEPAGE)
     tensor = torch.frombuffer(memory, dtype=dtype, count=numel) if numel else torch.empty(0, dtype=dtype)
     address = _address(memory)
     if ctypes.CDLL(None, use_errno=True).mlock(ctypes.c_void_p(address), ctypes.c_size_t(nbytes)) != 0:
         _say_once(
-            "NVMe: swap buffers could not be locked in memory (%s); raise `ulimit -l` to keep the system from swapping "
-            "them out",
+            "NVMe: swap buffers can't be locked in memory (%s); raise `ulimit -l`, or the system may swap them out",
             os.strerror(ctypes.get_errno()),
         )
     _locked[address] = nbytes
@@ -278,7 +275,7 @@ def _say_if_copied(buffer: Tensor, path: str) -> None:
     if buffer.nbytes >= MIB and buffer.data_ptr() % SECTOR:
         _say_once(
             "NVMe: %s and others are swapped through a copy, because their buffer does not begin at a multiple of "
-            "4096 bytes. Leave aio.intra_op_parallelism out of the ds_config or set it to a multiple of 4.",
+            "4096 bytes; remove aio.intra_op_parallelism from the ds_config or set it to a multiple of 4",
             os.path.basename(path),
         )
 
@@ -287,79 +284,3 @@ def _say_once(message: str, *values: Any) -> None:
     if message not in _said:
         _said.add(message)
         logger.info(message, *values)
-
-
-# ---------------------------------------------------------------------------------------------- into DeepSpeed's place
-def use_checked_swapping() -> None:
-    """Have every NVMe swapper that DeepSpeed makes from now on in this process read and write through `SwapHandle`."""
-    from deepspeed.ops.op_builder.builder import OpBuilder
-    from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
-    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
-    from deepspeed.runtime.zero import partition_parameters
-
-    OpBuilder._loaded_ops["async_io"] = SimpleNamespace(aio_handle=SwapHandle)
-    OptimizerSwapper._adjust_for_misaligned_lengths = _cut_gradients
-    AsyncPartitionedParameterSwapper.reserve_partitioned_swap_space = _reserve_swap_space
-    if not hasattr(partition_parameters._no_gather_coalesced, "copies_swapped"):
-        partition_parameters._no_gather_coalesced = _copying_swapped(partition_parameters._no_gather_coalesced)
-
-
-def _cut_gradients(swapper: Any, tensors: list[Tensor], offsets: list[int]) -> tuple[list[Tensor], list[int]]:
-    """Cut gradients so that what is swapped begins and ends at whole sectors of the group's buffer.
-
-    `offsets` are elements in that buffer. What lies outside, less than a sector at each end, stays in memory, as do
-    pieces too small to be swapped. DeepSpeed's own method leaves the beginning unaligned, and keeps small pieces as
-    views, which keep whole gradients alive on the device.
-    """
-    cut: list[Tensor] = []
-    places: list[int] = []
-    for tensor, offset in zip(tensors, offsets):
-        if not swapper.is_swappable_tensor(tensor=tensor):
-            cut.append(tensor.cpu())
-            places.append(offset)
-            continue
-        step = SECTOR // tensor.element_size()
-        begin, end = -offset % step, tensor.numel() - (offset + tensor.numel()) % step
-        for first, last in ((0, begin), (begin, end), (end, tensor.numel())):
-            if first < last:
-                piece = tensor.narrow(0, first, last - first)
-                cut.append(piece if swapper.is_swappable_tensor(tensor=piece) else piece.to("cpu", copy=True))
-                places.append(offset + first)
-    return cut, places
-
-
-def _copying_swapped(gather: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`gather`, which gives a single rank its whole parameters, with copies of those that lie in a swap buffer.
-
-    Under activation checkpointing autograd holds on to a weight's memory until the backward pass of its layer is done.
-    On a CPU a single rank's weight would be the swap buffer itself, which by then holds another parameter.
-    """
-
-    def gather_and_copy(parameters: Any) -> Any:
-        parameters = list(parameters)
-        handle = gather(parameters)
-        for parameter in parameters:
-            held = parameter.ds_tensor
-            if getattr(held.final_location, "value", None) == "nvme" and parameter.data_ptr() == held.data_ptr():
-                parameter.data = parameter.data.clone()
-        return handle
-
-    gather_and_copy.copies_swapped = True  # type: ignore[attr-defined]
-    return gather_and_copy
-
-
-def _reserve_swap_space(swapper: Any, partition_num_elems: list[int]) -> None:
-    """Make the buffer through which updated parameters of one group go to NVMe.
-
-    DeepSpeed sizes it for the group with the most elements, but each swapped parameter is padded to
-    `numel_alignment`: a group with fewer elements in more parameters can need more. Every one of those has at least
-    `min_aio_bytes`, which bounds their number.
-    """
-    from deepspeed.runtime.swap_tensor.utils import SwapBufferPool
-
-    numel = sum(swapper._io_aligned_numel(count) for count in partition_num_elems)
-    padded = numel * swapper.swap_element_size // swapper.min_aio_bytes + 1
-    room = swapper._io_aligned_numel(numel) + padded * swapper.numel_alignment
-    buffer = locked_tensor(room, swapper.dtype)
-    swapper.partitioned_swap_buffer = buffer
-    swapper.partitioned_swap_pool = SwapBufferPool([buffer], aio_handle=swapper.aio_write_handle)

@@ -1,7 +1,7 @@
-"""This rank's share of the module's weights, those it computes with.
+"""This rank's share of the weights that the module computes with.
 
-Guarantees: under ZeRO-3 nothing is gathered to load or to read a weight, also where parameters live on NVMe (they are
-read in and written back one at a time); padding stays zero.
+Guarantees: under ZeRO-3 nothing is gathered to load or read a weight, even with parameters on NVMe (each is read in and
+written back by itself); padding stays zero.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bagel_ds.ranges import Pieces, Range, WeightSource, copy_range
 
 
 def stage3_range(parameter: Any, name: str) -> Range:
-    """What this rank holds of a ZeRO-3 parameter: ceil(numel / world) elements, the last rank's tail being padding."""
+    """What this rank holds of a ZeRO-3 parameter: ceil(numel / world) elements, without the last rank's padding."""
     per_rank = parameter.partition_numel()
     start = min(torch.distributed.get_rank(group=parameter.ds_process_group) * per_rank, parameter.ds_numel)
     return Range(name, start, min(per_rank, parameter.ds_numel - start))
@@ -33,9 +33,9 @@ def full_shape(parameter: Any) -> tuple[int, ...]:
 
 @contextmanager
 def held_weight(name: str, parameter: Any, write: bool = False) -> Iterator[tuple[Range, Tensor]]:
-    """The share of a parameter that this rank keeps: its range and the 1-D tensor that holds it, padding included.
+    """The share of a parameter that this rank keeps: its range and the 1-D tensor that holds it, with padding.
 
-    Without ZeRO-3 the range is the whole parameter, on every rank. Changes to a parameter on NVMe last with write=True.
+    Without ZeRO-3 every rank keeps the whole parameter. Changes to one on NVMe are kept only with write=True.
     """
     if not is_partitioned(parameter):
         yield Range(name, 0, parameter.numel()), parameter.data.view(-1)
@@ -53,7 +53,7 @@ def held_weight(name: str, parameter: Any, write: bool = False) -> Iterator[tupl
 
 
 def frozen_pieces(module: nn.Module) -> Iterator[Pieces]:
-    """This rank's share of the parameters that do not train; whole copies are handed out by rank 0 alone."""
+    """This rank's share of the parameters that don't train. Of whole copies, only rank 0 yields its own."""
     first = torch.distributed.get_rank() == 0
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -76,9 +76,9 @@ def load_weights(module: nn.Module, source: WeightSource) -> int:
 
 
 def _forget_second_copy(parameter: Any) -> None:
-    """Drop what hpZ keeps per group: it is of what the module was built with.
+    """Drop the copy that hpZ keeps in each group: it still has the values the module was built with.
 
-    The first step would compute with it, and with frozen parameters' for ever. DeepSpeed makes it anew once a parameter
-    has been gathered.
+    The first step would compute with it, and every step with that of frozen parameters. DeepSpeed makes a new one when
+    it next gathers the parameter.
     """
     parameter.ds_secondary_tensor = None

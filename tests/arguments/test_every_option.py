@@ -55,7 +55,7 @@ def _read_outside_arguments() -> set[str]:
 READ = _read_outside_arguments() & all_options().keys()
 # Read by properties of RunConfig, which the code asks instead: `config.attention`, `exported_dtype`, `wandb_wanted`.
 BY_PROPERTY = {"attn", "use_flex", "save_dtype", "enable_wandb"}
-# Explained by `zero/config/fsdp.py`, which knows the DeepSpeed configuration.
+# Explained by `zero/config/sharding.py`, which knows the DeepSpeed configuration.
 BY_FSDP = {"num_replicate", "backward_prefetch"}
 UNREAD = sorted(all_options().keys() - READ - BY_PROPERTY - BY_FSDP)
 
@@ -87,8 +87,8 @@ def test_the_list_of_exceptions_is_true() -> None:
     outside = [path for path in PACKAGE.rglob("*.py") if path.parent.name != "arguments"]
     used = " ".join(path.read_text(encoding="utf-8") for path in outside)
     assert [name for name in ("config.attention", ".exported_dtype", "wandb_wanted(") if name not in used] == []
-    fsdp = (PACKAGE / "zero" / "config" / "fsdp.py").read_text(encoding="utf-8")
-    assert [name for name in BY_FSDP if f'if "{name}" in given' not in fsdp] == []
+    source = (PACKAGE / "zero" / "config" / "sharding.py").read_text(encoding="utf-8")
+    assert [name for name in BY_FSDP if f'if "{name}" in given' not in source] == []
     assert not (BY_PROPERTY | BY_FSDP) & READ
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from bagel_ds.checkpoint import gather
-from bagel_ds.checkpoint.gather import export_tensors
 from bagel_ds.ranges import Pieces, Range, TensorInfo
+from tests.checkpoint.written import export_tensors
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bagel_ds.checkpoint.serving import checkpoint_readme
-from bagel_ds.checkpoint.state import Held, write_rank
+from bagel_ds.checkpoint.state import Held
 from bagel_ds.checkpoint.step_folders import write_json, write_manifest
 from bagel_ds.cli import main
 from bagel_ds.demo.model import network_config, write_model
@@ -30,6 +30,7 @@ from bagel_ds.model.shape.config import BagelConfig, LLMConfig, ViTConfig
 from bagel_ds.model_folder.average import average_or_weights
 from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.ranges import Pieces, Range
+from tests.checkpoint.written import write_rank
 
 Tensors = dict[str, Tensor]
 LATENT, VIT = "latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed"
@@ -353,7 +354,7 @@ def test_what_a_program_builds_otherwise_is_refused_and_vllm_omni_reads_it_from_
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "step_7", demo_model, LONG, interpolate_pos=True)
     message = refused(checkpoint, tmp_path, capsys, "--for", "comfyui")
-    assert "--for comfyui: it always builds interpolate_pos False, and this model has True" in message
+    assert "--for comfyui: it always builds interpolate_pos False, but this model has True" in message
     assert export(checkpoint, tmp_path / "out", "--for", "vllm-omni") == 0
     assert read_json(tmp_path / "out" / "config.json")["interpolate_pos"] is True
 
@@ -371,8 +372,8 @@ def test_every_fault_of_a_network_that_can_not_be_served_is_listed(
     changed |= {name: tensor.bfloat16() for name, tensor in features.items()}
     checkpoint = make_checkpoint(tmp_path / "step_7", demo_model, LONG, changed=changed)
     message = refused(checkpoint, tmp_path, capsys, "--for", "original")
-    assert "builds latent_patch_size 2, and this model has 1" in message
-    assert "builds vit_max_num_patch_per_side 70, and this model has 40" in message
+    assert "builds latent_patch_size 2, but this model has 1" in message
+    assert "builds vit_max_num_patch_per_side 70, but this model has 40" in message
     assert export(checkpoint, tmp_path / "out", "--for", "vllm-omni") == 0
     network, config, _ = vllm_omni(tmp_path / "out")
     assert (config.latent_patch_size, config.vit.max_patches_per_side) == (1, 40)

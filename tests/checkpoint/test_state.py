@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from bagel_ds.checkpoint.state import EMA, WEIGHT, Held, StateFiles, rank_file, write_rank
+from bagel_ds.checkpoint.state import EMA, WEIGHT, Held, StateFiles, rank_file
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import Pieces, Range
+from tests.checkpoint.written import write_rank
 
 SIZES = {"a.weight": 37, "b": 1, "c.weight": 64}
 MASTER = "master"

@@ -124,7 +124,7 @@ def test_index_fails_where_its_result_cannot_be_kept(
         patched.setattr("bagel_ds.data.index.cache.save_file", full)
         assert main.main(["index", *words, "--index_cache", str(tmp_path / "cache")]) == 2
     captured = capsys.readouterr()
-    assert "could not be kept" in captured.err and "No space left on device" in captured.err and captured.out == ""
+    assert "could not be stored" in captured.err and "No space left on device" in captured.err and captured.out == ""
     assert main.main(["index", *words, "--index_cache", str(tmp_path / "cache")]) == 0
 
 
@@ -142,7 +142,7 @@ def test_inspect_finds_an_unwritable_out_before_the_work(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (["--packs", "0", "--out", "seen"], "--out seen takes packs, and --packs 0 shows none"),
+        (["--packs", "0", "--out", "seen"], "--out seen is for packs, but --packs 0 shows none"),
         (["--packs", "0", "--steps", "0"], "leave nothing to show"),
         (["--json", "--steps", "0"], "--steps 0 leaves none"),
         (["--json", "--pack", "results/nonfinite/step_1"], "--pack leaves none"),
@@ -201,7 +201,7 @@ def test_the_commands_need_no_deepspeed(words: list[str], monkeypatch: pytest.Mo
         (["inspect", "--pakcs", "3"], "the nearest known one is --packs "),
         (["index", "--sahrd", "1/2"], "the nearest known one is --shard "),
         (["memory", "--model", "7b", "--word_size", "3"], "the nearest known one is --world_size "),
-        (["memory", "--model", "7b", "--num_gpus", "3"], "--world_size says how many ranks there are"),
+        (["memory", "--model", "7b", "--num_gpus", "3"], "pass the number of ranks as --world_size"),
         (["check", "--num_gpus", "3"], "leave it out"),
         (
             ["check", "--max_num_tokes", "3"],

@@ -187,7 +187,7 @@ def test_a_folder_of_the_released_models_name_that_is_not_here_is_planned_as_tha
     expected = said(SEVEN_B, capsys)
     assert main([*SEVEN_B.replace("--model 7b", "--model_path /models/BAGEL-7B-MoT").split(), "--json"]) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out) == expected and "is not there: planned for the released" in printed.err
+    assert json.loads(printed.out) == expected and "does not exist: planning for the released" in printed.err
 
 
 LAUNCH = (
@@ -234,8 +234,8 @@ def test_suggestions_to_freeze_say_what_then_trains(capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().out.splitlines()
     behind = {line.split("  (")[0].split()[-2]: after for line, after in zip(lines, lines[1:]) if "True  (GiB" in line}
     und, llm = behind["--freeze_und"], behind["--freeze_llm"]
-    assert "then trains only the generation expert" in und and "7.1 of 14.6 billion parameters" in und
-    assert "then trains only the ViT, the connector" in llm and "0.4 of 14.6 billion" in llm
+    assert "trains only the generation expert" in und and "7.1 of 14.6 billion parameters" in und
+    assert "trains only the ViT, the connector" in llm and "0.4 of 14.6 billion" in llm
     for suggestion in said(words, capsys)["suggestions"]:
         assert bool(suggestion["trains"]) == any("freeze" in setting for setting in suggestion["settings"])
 

@@ -24,7 +24,7 @@ from bagel_ds.demo.blockmoving import (
     random_puzzle,
     shortest_ways,
 )
-from bagel_ds.demo.scenes import COLOURS
+from bagel_ds.demo.scenes import COLORS
 
 
 def board_rows(demo: Path, split: str) -> list[dict[str, Any]]:
@@ -38,8 +38,8 @@ def seen(data: bytes) -> Image.Image:
 
 
 def read_board(image: Image.Image) -> Board:
-    """The board of a picture, from the colour in the middle of every cell."""
-    names = {colour: name for name, colour in COLOURS.items()}
+    """The board of a picture, from the color in the middle of every cell."""
+    names = {color: name for name, color in COLORS.items()}
     walls, blocks = set(), []
     for row in range(ROWS):
         for column in range(COLUMNS):
@@ -86,9 +86,9 @@ def test_every_written_solution_leads_from_the_start_picture_to_the_goal_picture
         board = start
         moves = [tuple(move.split()) for move in row["answer"].split(", ")]
         assert len(moves) == len(row["solution_images"])
-        for (colour, direction), data in zip(moves, row["solution_images"], strict=True):
+        for (color, direction), data in zip(moves, row["solution_images"], strict=True):
             assert direction in DIRECTIONS
-            board = board.slide((colour, direction))
+            board = board.slide((color, direction))
             assert read_board(seen(data)) == board
         assert board == goal != start
 
@@ -116,8 +116,8 @@ def test_no_puzzle_is_in_both_splits_or_twice(demo: Path) -> None:
 
 def test_the_text_of_a_move_counts_the_cells() -> None:
     puzzle = random_puzzle(random.Random(0), 1)
-    ((colour, direction),) = puzzle.moves
-    a, b = dict(puzzle.start.blocks)[colour], dict(puzzle.boards[0].blocks)[colour]
+    ((color, direction),) = puzzle.moves
+    a, b = dict(puzzle.start.blocks)[color], dict(puzzle.boards[0].blocks)[color]
     cells = abs(a[0] - b[0]) + abs(a[1] - b[1])
     text = puzzle_row(puzzle)["solution_interleave"][0]["content"]
-    assert f"the {colour} block slides {direction} by {'one cell' if cells == 1 else f'{cells} cells'}" in text
+    assert f"the {color} block slides {direction} by {'one cell' if cells == 1 else f'{cells} cells'}" in text

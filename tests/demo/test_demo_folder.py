@@ -198,7 +198,7 @@ def test_a_folder_with_other_files_is_refused_untouched(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "llm_config.json").write_text("mine")
     before = digests(tmp_path)
-    with pytest.raises(UserError, match=r"holds other files \(model\).*new or an empty folder"):
+    with pytest.raises(UserError, match=r"holds other files \(model\).*new or empty folder"):
         write_demo(tmp_path)
     assert digests(tmp_path) == before
 

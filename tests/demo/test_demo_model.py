@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from bagel_ds.demo.autoencoder import LOG_VARIANCE, MEAN_COLOUR
+from bagel_ds.demo.autoencoder import LOG_VARIANCE, MEAN_COLOR
 from bagel_ds.demo.blockmoving import draw_board, random_puzzle
 from bagel_ds.demo.model import network_config
 from bagel_ds.demo.scenes import draw, random_scene
@@ -153,13 +153,13 @@ def pixels(count: int) -> list[Tensor]:
 
 
 @torch.no_grad()
-def test_latents_hold_the_pictures_colours_and_hardly_any_noise(vae: AutoEncoder) -> None:
+def test_latents_hold_the_pictures_colors_and_hardly_any_noise(vae: AutoEncoder) -> None:
     latents = []
     for image in pixels(8):
         mean, log_variance = vae.moments(image).chunk(2, dim=1)
         assert torch.equal(log_variance, torch.full_like(log_variance, LOG_VARIANCE))
         # 4x4 averages, orthonormally mixed: the energy of the latent is that of the picture at this resolution.
-        coarse = torch.nn.functional.avg_pool2d(image - MEAN_COLOUR, 4)
+        coarse = torch.nn.functional.avg_pool2d(image - MEAN_COLOR, 4)
         assert 7.5**2 < mean.square().sum() / coarse.square().sum() < 8.5**2
         latents.append(vae.sample(torch.cat([mean, log_variance], 1), torch.zeros_like(mean)).flatten())
     assert 0.7 < torch.cat(latents).square().mean().sqrt() < 1.4
@@ -171,7 +171,7 @@ def test_the_decoder_paints_a_coarse_picture_of_what_was_encoded(vae: AutoEncode
         mean, _ = vae.moments(image).chunk(2, dim=1)
         decoded = vae.decode(vae.config.scale_factor * (mean - vae.config.shift_factor))
         assert decoded.shape == image.shape
-        # Inside: the smoothing reads zeros beyond the border. Per colour: the last norm sets each one's contrast.
+        # Inside: the smoothing reads zeros beyond the border. Per color: the last norm sets each one's contrast.
         inside = (torch.nn.functional.avg_pool2d(x, 8)[0, :, 1:-1, 1:-1].flatten(1) for x in (decoded, image))
         for ours, wanted in zip(*inside, strict=True):
             if wanted.std() > 0.1:

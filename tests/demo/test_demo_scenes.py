@@ -8,13 +8,13 @@ from collections.abc import Mapping
 import pytest
 
 from bagel_ds.demo.datasets import _general, _pair, _single
-from bagel_ds.demo.scenes import BACKGROUNDS, COLOURS, PLACES, Scene, Shape, captions, draw, random_edit, random_scene
+from bagel_ds.demo.scenes import BACKGROUNDS, COLORS, PLACES, Scene, Shape, captions, draw, random_edit, random_scene
 
 SEEDS = range(60)
 
 
-def centre_colours(scene: Scene) -> Mapping[str, tuple[int, ...]]:
-    """Colour in the middle of each quarter of the drawn picture."""
+def centre_colors(scene: Scene) -> Mapping[str, tuple[int, ...]]:
+    """Color in the middle of each quarter of the drawn picture."""
     picture = draw(scene)
     found = {}
     for index, place in enumerate(PLACES):
@@ -25,18 +25,18 @@ def centre_colours(scene: Scene) -> Mapping[str, tuple[int, ...]]:
     return found
 
 
-def expected_colours(scene: Scene) -> Mapping[str, tuple[int, ...]]:
+def expected_colors(scene: Scene) -> Mapping[str, tuple[int, ...]]:
     return dict.fromkeys(PLACES, BACKGROUNDS[scene.background]) | {
-        shape.place: COLOURS[shape.colour] for shape in scene.shapes
+        shape.place: COLORS[shape.color] for shape in scene.shapes
     }
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_every_shape_is_drawn_where_and_in_the_colour_it_is_said_to_be(seed: int) -> None:
+def test_every_shape_is_drawn_where_and_in_the_color_it_is_said_to_be(seed: int) -> None:
     rng = random.Random(seed)
     scene = random_scene(rng)
     for _ in range(4):
-        assert centre_colours(scene) == expected_colours(scene)
+        assert centre_colors(scene) == expected_colors(scene)
         scene, _ = random_edit(scene, rng)
 
 
@@ -53,7 +53,7 @@ def test_an_edit_changes_one_thing_keeps_the_size_and_names_what_changes(seed: i
     assert all(any(word in text for word in words) for text in instructions)
 
 
-def test_no_scene_holds_two_shapes_of_one_kind_place_or_colour() -> None:
+def test_no_scene_holds_two_shapes_of_one_kind_place_or_color() -> None:
     for seed in SEEDS:
         rng = random.Random(seed)
         scene = random_scene(rng)
@@ -82,7 +82,7 @@ def test_answers_follow_from_the_pictures(seed: int) -> None:
         if question.startswith("How many"):
             assert str(len(first.shapes)) in answer
         elif question.startswith("What colour is the"):
-            assert kinds[question[:-1].split()[-1]].colour in answer
+            assert kinds[question[:-1].split()[-1]].color in answer
         elif question.startswith("Is there"):
             assert answer.startswith("Yes") == (question.split()[3] in kinds)
     for question, answer in _pair([first, second], rng):

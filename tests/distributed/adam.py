@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import sys
 from functools import cache
 from pathlib import Path
@@ -26,13 +27,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from bagel_ds.arguments.run_config import make_config
-from bagel_ds.checkpoint.gather import export_tensors
 from bagel_ds.ranges import MASTER, TensorInfo
 from bagel_ds.train.saves.restore import restore_moments
-from bagel_ds.zero.config.nvme import clean_nvme, fit_buffers
+from bagel_ds.zero.config.nvme import fit_buffers
 from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.partitions import MOMENTS
+from tests.checkpoint.written import export_tensors
 
 UPDATES = 3
 # On both sides of stage3_param_persistence_threshold (100,000); sizes that no number of ranks divides.
@@ -136,7 +137,7 @@ class Run:
 
     def close(self) -> None:
         self.engine.close()
-        clean_nvme(self.ds_config)
+        shutil.rmtree(self.results / "nvme", ignore_errors=True)
         # Or an engine with hpZ is the only one of its process: DeepSpeed makes the group once and asserts that.
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 

@@ -32,7 +32,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bagel_ds.errors import UserError
-from bagel_ds.train.main import run_rank
+from bagel_ds.train.main import read_arguments, run_rank
 from bagel_ds.train.process.detach import run_detached
 from bagel_ds.train.ranks.launcher import Started, started
 
@@ -60,7 +60,7 @@ def _faulty_run(faults: list[dict[str, Any]], by: Started) -> int:
     if "BAGEL_TEST_HOST" in os.environ:
         socket.gethostname = lambda: os.environ["BAGEL_TEST_HOST"]
     with going_wrong(faults), _instead(deepspeed.comm, "destroy_process_group", destroy_together):
-        return run_rank(by=by)
+        return run_rank(read_arguments(), by)
 
 
 @contextmanager

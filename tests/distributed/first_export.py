@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from bagel_ds.arguments.run_config import parse_arguments
-from bagel_ds.checkpoint.gather import export_tensors
 from bagel_ds.ranges import MASTER, TensorInfo
 from bagel_ds.train.metrics.console import setup_logging
 from bagel_ds.train.process.quiet import quiet_warnings
@@ -26,6 +25,7 @@ from bagel_ds.train.ranks.launcher import read_launch
 from bagel_ds.train.ranks.process_group import join_ranks
 from bagel_ds.train.trainer import Trainer
 from bagel_ds.zero.weights import frozen_pieces
+from tests.checkpoint.written import export_tensors
 
 
 def export(trainer: Trainer, folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from bagel_ds.arguments.run_config import make_config
 from bagel_ds.machine.device import uses_cuda
 from bagel_ds.ranges import MASTER
 from bagel_ds.zero import ema
-from bagel_ds.zero.config.nvme import clean_nvme, fit_buffers
+from bagel_ds.zero.config.nvme import fit_buffers
 from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.ema import EMAOptions
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
@@ -84,7 +85,7 @@ def train(case: dict[str, Any], results: Path) -> None:
         (results / f"{case['name']}.json").write_text(json.dumps(described))
     dist.barrier()
     engine.close()
-    clean_nvme(ds_config)
+    shutil.rmtree(results / "nvme", ignore_errors=True)
     dist.barrier()
 
 

@@ -7,6 +7,7 @@ Arguments: a JSON file with a list of cases {name, variant, ds_config, accumulat
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from itertools import chain
 from pathlib import Path
@@ -16,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from bagel_ds.arguments.run_config import make_config
-from bagel_ds.checkpoint.gather import export_tensors
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.losses.normalization import LossOptions
 from bagel_ds.model.recompute import recompute_mode
@@ -24,11 +24,12 @@ from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
 from bagel_ds.ranges import MASTER, TensorInfo
 from bagel_ds.train.schedule import learning_rate
 from bagel_ds.train.step import accumulate, update
-from bagel_ds.zero.config.nvme import clean_nvme, fit_buffers
+from bagel_ds.zero.config.nvme import fit_buffers
 from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.ema import EMAOptions
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.weights import frozen_pieces
+from tests.checkpoint.written import export_tensors
 from tests.recordings import bagel_config, read_json, recorded_batch, reference, tensors, weights_of
 
 
@@ -101,7 +102,7 @@ def replay(case: dict, results: Path) -> None:
     if rank == 0:
         (results / f"{case['name']}.json").write_text(json.dumps(steps))
     engine.close()
-    clean_nvme(ds_config)
+    shutil.rmtree(results / "nvme", ignore_errors=True)
 
 
 if __name__ == "__main__":

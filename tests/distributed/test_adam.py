@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bagel_ds.zero.config.resolve import ds_configs_folder
+from bagel_ds.zero.config.files import ds_configs_folder
 from bagel_ds.zero.partitions import MOMENTS
 from tests.distributed.adam import UPDATES, gradients, start_weights, weight_name
 from tests.distributed.cases import launch

@@ -56,13 +56,13 @@ def _change_number(path: Path, _: int) -> None:
 
 
 DAMAGE: dict[str, tuple[str, Callable[[Path, int], None], int, str]] = {
-    "a_flipped_bit": ("state/rank_00001.safetensors", _flip, -9, "other bytes than were saved, at"),
+    "a_flipped_bit": ("state/rank_00001.safetensors", _flip, -9, "does not match its checksum, at"),
     "a_flipped_bit_in_a_header": ("state/rank_00000.safetensors", _flip, 8, "rank_00000.safetensors"),
     "a_missing_file": ("state/rank_00001.safetensors", _remove, 0, "is missing"),
     "a_state_without_files": ("state", _empty, 0, "state/rank_00000.safetensors is missing"),
     "a_missing_trainer_json": (TRAINER, _remove, 0, "is missing"),
-    "a_file_cut_short": ("state/rank_00000.safetensors", _truncate, 0, "its manifest says"),
-    "another_number_of_steps": (TRAINER, _change_number, 0, "other bytes than were saved"),
+    "a_file_cut_short": ("state/rank_00000.safetensors", _truncate, 0, "but manifest.json says"),
+    "another_number_of_steps": (TRAINER, _change_number, 0, "does not match its checksum"),
     "a_manifest_that_is_none": (MANIFEST, _flip, 0, "can't be read"),
     "a_missing_manifest": (MANIFEST, _remove, 0, "can't be read"),
 }
@@ -93,7 +93,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     main, other = outcomes[name]
     assert (main.code, other.code) == (0, 0), main.output + other.output
     file, _, _, reason = DAMAGE[name]
-    assert "passed over" in main.output and reason in main.output and file in main.output, main.output
+    assert "skipping" in main.output and reason in main.output and file in main.output, main.output
     assert "resumed after step 1" in main.output
     assert losses(folder / name) == {1: losses(folder / "whole")[1]}, "the second step again, and the same"
 

@@ -76,6 +76,18 @@ def test_ranks_of_three_launchers_on_hosts_of_unequal_size_train_together(demo: 
     assert len(losses(tmp_path)) == 2
 
 
+def test_two_hosts_of_a_run_swap_to_folders_of_different_names(demo: Path, tmp_path: Path) -> None:
+    """Their DeepSpeed configurations differ only in these names."""
+    nvme = tmp_path / "nvme"
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "BAGEL_TEST_FAULTS": "[]"}
+    variables = [{**place, "RANK": str(rank), "BAGEL_TEST_HOST": host} for rank, host in enumerate(("one", "two"))]
+    words = words_of(demo, tmp_path / "run", ds_config="zero3_nvme", nvme_path=nvme, total_steps=2)
+    found = start_by_hand(words, free_port(), variables)
+    assert [code for code, _ in found] == [0, 0], "\n".join(text[-3000:] for _, text in found)
+    assert f"NVMe: {nvme}" in found[0][1] and len(losses(tmp_path / "run")) == 2
+    assert list(nvme.iterdir()) == []
+
+
 def test_a_rank_that_runs_out_of_memory_ends_a_job_of_torchrun_whose_other_rank_hangs(
     demo: Path, tmp_path: Path
 ) -> None:

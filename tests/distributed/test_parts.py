@@ -54,7 +54,7 @@ def test_a_start_from_parts_with_new_vocabulary_rows_can_be_resumed_and_fine_tun
     outcomes = run_cases(tmp_path / "launch", cases)
     for name, (found,) in outcomes.items():
         assert found.code == 0, f"{name}: {found.output[-4000:]}"
-    assert f"{MISSING_ROWS} are added" in outcomes["begun"][0].output
+    assert f"{MISSING_ROWS} rows are added" in outcomes["begun"][0].output
     assert "resumed after step 1" in outcomes["resumed"][0].output
     assert "0 missing; 0 unexpected" in outcomes["tuned"][0].output
 

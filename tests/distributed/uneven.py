@@ -9,6 +9,7 @@ micro-batches. Mixed batches hold text, an image to read and an image to generat
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from itertools import chain
 from pathlib import Path
@@ -19,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bagel_ds.arguments.run_config import make_config
-from bagel_ds.checkpoint.gather import export_tensors
 from bagel_ds.data.batches.layout import Loaded, layout
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT
@@ -34,10 +34,11 @@ from bagel_ds.model_folder.tokenizer import load_tokenizer
 from bagel_ds.ranges import MASTER, TensorInfo
 from bagel_ds.train.ranks.agreement import everyone
 from bagel_ds.train.step import accumulate, update
-from bagel_ds.zero.config.nvme import clean_nvme, fit_buffers
+from bagel_ds.zero.config.nvme import fit_buffers
 from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.weights import frozen_pieces
+from tests.checkpoint.written import export_tensors
 from tests.recordings import bagel_config, weights_of
 
 SIDES = ((4, 6), (5, 3))  # latent tokens of a batch's images: rows, columns
@@ -109,7 +110,7 @@ def train(case: dict, steps: int, folder: Path, results: Path) -> None:
         (results / f"{case['name']}.json").write_text(json.dumps(values))
         (results / f"{case['name']}.parts.json").write_text(json.dumps(by_part))
     engine.close()
-    clean_nvme(ds_config)
+    shutil.rmtree(nvme, ignore_errors=True)
 
 
 def main(model: str, cases_file: str, results: str) -> None:

@@ -204,7 +204,7 @@ def test_a_file_name_that_is_no_text_is_named(tmp_path: Path) -> None:
     code = "from bagel_ds.machine.output import run_command\nimport sys\n"
     code += "sys.exit(run_command(lambda: len('caf\\udce9.parquet'.encode()) and 0))"
     ran = run(program(tmp_path, code), stdout=subprocess.PIPE)
-    assert ran.returncode == 2 and "the file name caf\\udce9.parquet is no text" in ran.stderr
+    assert ran.returncode == 2 and "the file name caf\\udce9.parquet is not valid" in ran.stderr
 
 
 READER = """

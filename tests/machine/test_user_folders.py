@@ -187,7 +187,7 @@ def test_a_replacement_belongs_to_this_user_alone(
 def test_without_any_folder_one_is_asked_for(nobody: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "file"))
-    with pytest.raises(UserError, match="set HOME or TMPDIR to a folder you may write"):
+    with pytest.raises(UserError, match="set HOME or TMPDIR to a folder that you can write to"):
         settle_user_folders()
 
 

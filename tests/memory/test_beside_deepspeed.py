@@ -16,11 +16,12 @@ from deepspeed.runtime.zero import stage3, stage_1_and_2
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from bagel_ds.memory.phases import _NORM, _ON_ITS_WAY, _TO_NVME, _reduction
+from bagel_ds.memory.phases import _IN_TRANSIT, _NORM, _TO_NVME, _reduction
 from bagel_ds.memory.states import Sharding, backward_states, states, window_gradients
 from bagel_ds.memory.traffic import offloaded_gradient_bytes
 from bagel_ds.model.shape.parameters import ParameterSize
-from bagel_ds.zero.swap_io import _cut_gradients
+from bagel_ds.zero.config.settings import ZeroSettings
+from bagel_ds.zero.swap_patches import _cut_gradients
 from tests.two_places import TwoPlaces
 
 NUMEL, COUNT = 2**19, 4  # of the parameters
@@ -47,11 +48,11 @@ class Window(NamedTuple):
             "bf16": {"enabled": self.precision == "bf16"},
             "data_types": {"grad_accum_dtype": self.sums},
             "gradient_accumulation_steps": self.micro_batches,
-            "zero_optimization": {**zero, "offload_optimizer": {"device": self.device}},
-            "aio": {"block_size": 2**20, "intra_op_parallelism": 2},
+            "zero_optimization": {**zero, "offload_optimizer": {"device": self.device, "nvme_path": "nvme"}},
         }
         names = [f"model.layers.{index}.weight" for index in range(COUNT)]
-        return Sharding(ds, tuple(ParameterSize(name, self.numel, True) for name in names), 1, on_cpu=False)
+        sizes = tuple(ParameterSize(name, self.numel, True) for name in names)
+        return Sharding.over(ZeroSettings.of(ds), sizes, 1, on_cpu=False)
 
 
 class _GPU:
@@ -111,7 +112,7 @@ def swapper(master: torch.Tensor, window: Window) -> Any:
         for tensor in tensor_list:
             torch.empty(tensor.shape).copy_(tensor)
 
-    aio = window.sharding.ds["aio"]
+    aio = {"block_size": 2**20, "intra_op_parallelism": 2}
     return with_attributes(
         PartitionedOptimizerSwapper,
         min_aio_bytes=aio["block_size"],
@@ -225,7 +226,7 @@ def test_gradients_on_their_way_take_what_they_take_of_the_gpu(window: Window) -
     with TwoPlaces():
         _, peak, stays = (stage3_window if window.stage == 3 else stage12_window)(window)
     parts = {state.name: state.size for state in [*_reduction(sharding, 0), *window_gradients(sharding)]}
-    planned = sum(parts.get(name, 0) for name in (_NORM, _ON_ITS_WAY, _TO_NVME, "gradients"))
+    planned = sum(parts.get(name, 0) for name in (_NORM, _IN_TRANSIT, _TO_NVME, "gradients"))
     # Beside a few scalars; and not all of the fp32 copies are there when the last norm is taken.
     assert peak <= planned + 4096 and planned <= 1.4 * peak
     assert stays == pytest.approx(parts.get("gradients", 0), abs=4096)
@@ -233,7 +234,7 @@ def test_gradients_on_their_way_take_what_they_take_of_the_gpu(window: Window) -
 
 @pytest.mark.parametrize("numel", [2**19, 2**19 + 512, 2**19 + 1, 2**18 - 1, 1024])
 def test_gradients_that_are_not_swapped_leave_the_gpu(numel: int) -> None:
-    """Small ones and the ends of others (zero/swap_io.py); DeepSpeed itself keeps whole gradients for them."""
+    """Small ones and the ends of others (zero/swap_patches.py); DeepSpeed itself keeps whole gradients for them."""
     window = Window(3, "nvme", numel=numel)
     with TwoPlaces():
         moved, _, left = stage3_window(window)

@@ -118,17 +118,17 @@ def test_sums_of_micro_batches_are_on_the_gpu_where_deepspeed_makes_them() -> No
 def test_fp32_gradients_wait_for_nvme_on_the_gpu() -> None:
     """A bucket of them: 0.37 GiB on one GPU."""
     on_nvme, on_host = plan("zero3_nvme.json", 1), plan("zero3_cpu.json", 1)
-    (waiting,) = (item for item in on_nvme.items if item.name == "fp32 gradients on their way to NVMe")
+    (waiting,) = (item for item in on_nvme.items if item.name == "fp32 gradients in transit to NVMe")
     assert waiting.place == "gpu"
-    peaks = [dict(found.gpu_moments)["decoder layer backward"] for found in (on_nvme, on_host)]
+    peaks = [dict(found.gpu_phases)["decoder layer backward"] for found in (on_nvme, on_host)]
     assert peaks[0] - peaks[1] == pytest.approx(1.05 * 4 * 1e8, rel=0.02)
 
 
 def test_hpz_keeps_a_second_copy_per_group() -> None:
     run = config("zero3.json", num_shard=4, sharding_strategy="HYBRID_SHARD")
-    ds = resolved("zero3.json", run, MODEL, 8)
-    assert ds["zero_optimization"]["zero_hpz_partition_size"] == 4
-    found = plan_memory(MODEL, ds, MemoryOptions.of(run, 8))
+    settings = resolved("zero3.json", run, MODEL, 8)
+    assert settings.hpz_group == 4
+    found = plan_memory(MODEL, settings, MemoryOptions.of(run, 8))
     (copy,) = items(found, "weights, second copy within the group (hpZ)")
     assert copy.bytes == 2 * PARAMETERS // 4
 
@@ -184,7 +184,7 @@ def test_offloaded_layer_inputs_take_one_exact_block_and_leave_the_others_exact(
     llm, vit = MODEL.llm, MODEL.vit
     per_token = 2 * (llm.num_hidden_layers * llm.hidden_size + vit.num_layers * vit.hidden_size)
     assert arena.place == "host" and arena.bytes == pytest.approx(2 * 11520 * per_token, rel=1e-3)
-    load = [dict(found.host_moments).get("load", 0) for found in (kept, offloaded)]
+    load = [dict(found.host_phases).get("load", 0) for found in (kept, offloaded)]
     assert load[0] == load[1]  # it is made by the first forward pass
     assert offloaded.host_peak == kept.host_peak + arena.bytes
 
@@ -221,7 +221,7 @@ def test_small_pieces_of_page_locked_memory_are_kept_and_large_ones_not() -> Non
 def test_gradients_are_there_twice_while_they_are_page_locked() -> None:
     found = plan("zero3_nvme.json")
     (copied,) = items(found, "gradients being laid out")
-    assert copied.moment == "load" and copied.bytes == pytest.approx(2 * PARAMETERS, rel=0.005)
+    assert copied.phase == "load" and copied.bytes == pytest.approx(2 * PARAMETERS, rel=0.005)
 
 
 def test_keeping_all_activations_takes_more() -> None:
@@ -233,7 +233,7 @@ def test_checkpoints_on_the_host_leave_the_gpu() -> None:
     """But for two layers' inputs: one is used, the next is on its way."""
     on_gpu, on_host = plan("zero3_cpu.json"), plan("zero3_cpu.json", activation_checkpointing="offload")
     assert on_host.gpu_peak < on_gpu.gpu_peak and on_host.host_peak > on_gpu.host_peak
-    peaks = [dict(found.gpu_moments)["decoder layer backward"] for found in (on_gpu, on_host)]
+    peaks = [dict(found.gpu_phases)["decoder layer backward"] for found in (on_gpu, on_host)]
     llm, vit = MODEL.llm, MODEL.vit
     patches = (11520 // 2) * vit.num_layers * vit.hidden_size
     less = 2 * (11520 * (llm.num_hidden_layers - 2) * llm.hidden_size + patches)
@@ -243,7 +243,7 @@ def test_checkpoints_on_the_host_leave_the_gpu() -> None:
 def test_a_vit_layers_backward_pass_finds_the_inputs_of_all() -> None:
     vit = MODEL.vit
     on_gpu, on_host = plan("zero3_cpu.json"), plan("zero3_cpu.json", activation_checkpointing="offload")
-    peaks = [dict(found.gpu_moments)["ViT layer backward"] for found in (on_gpu, on_host)]
+    peaks = [dict(found.gpu_phases)["ViT layer backward"] for found in (on_gpu, on_host)]
     less = 2 * (11520 // 2) * (vit.num_layers - 2) * vit.hidden_size
     assert peaks[0] - peaks[1] == pytest.approx(1.05 * less, rel=1e-3)
 
@@ -335,7 +335,7 @@ def test_what_is_suggested_are_remedies_of_different_kinds() -> None:
 
 def test_what_was_compared_with_nothing_is_said() -> None:
     found = plan("zero3_nvme.json", gpu_memory=24, host_memory=128)
-    expected = f"what was compared fits; NVMe: {found.nvme / GIB:.0f} GiB needed, not compared (pass --nvme)"
+    expected = f"it fits the sizes you gave; NVMe not compared: {found.nvme / GIB:.0f} GiB needed (pass --nvme)"
     assert found.fits and verdict(found) == expected
     assert verdict(plan("zero3_nvme.json", **budgets(24, 128, 1000))) == "it fits"
 

@@ -97,5 +97,5 @@ def test_a_broken_trainer_json_is_a_message(text: str, tmp_path: Path) -> None:
 
 def test_broken_metadata_is_a_message(tmp_path: Path) -> None:
     folder_with(tmp_path, "ema", "model", metadata={"training_steps": "many", "ema_decay": "0.5"})
-    with pytest.raises(UserError, match="ema.safetensors: its metadata gives training_steps 'many'"):
+    with pytest.raises(UserError, match="ema.safetensors: its metadata holds training_steps 'many'"):
         average_or_weights(tmp_path)

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from bagel_ds.demo import write_demo
 from bagel_ds.errors import UserError
+from bagel_ds.model_folder.autoencoder import load_vae
 from bagel_ds.model_folder.finite import CheckedWeights, first_not_finite
-from bagel_ds.model_folder.folder import load_vae
 from bagel_ds.model_folder.tensor_files import TensorFiles
 from bagel_ds.ranges import Range, copy_range
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from bagel_ds.errors import UserError
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.shape.config import BagelConfig, LLMConfig, ViTConfig
-from bagel_ds.model_folder.pretrained import PartsWeights, assemble_folder, missing_parts
+from bagel_ds.model_folder.pretrained import PretrainedWeights, assemble_folder, missing_pretrained
 from bagel_ds.model_folder.tokenizer import load_tokenizer
 
 CONFIG = BagelConfig(llm=LLMConfig(32, 48, 2, 4, 2, 64), vit=ViTConfig(24, 32, 2, 2), max_latent_size=8)
@@ -24,6 +24,8 @@ PATCHES = "vit_model.vision_model.embeddings.patch_embedding.weight"
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+
+Models = tuple[Path, Path, dict[str, Tensor]]  # a language model, a ViT, all their tensors
 
 
 def shapes(vocabulary: int = CONFIG.llm.vocab_size) -> dict[str, tuple[int, ...]]:
@@ -40,7 +42,7 @@ def write_tokenizer(folder: Path, words: int, special: tuple[str, ...] = SPECIAL
 
 
 @pytest.fixture
-def parts(tmp_path: Path) -> tuple[Path, Path, dict[str, Tensor]]:
+def pretrained(tmp_path: Path) -> Models:
     """A Qwen2 (tied, without q and k norms) and a SigLIP (convolution patches, one layer more) as the hub has them."""
     generator = torch.Generator().manual_seed(0)
     stored: dict[str, Tensor] = {}
@@ -68,33 +70,33 @@ def parts(tmp_path: Path) -> tuple[Path, Path, dict[str, Tensor]]:
     return tmp_path / "llm", tmp_path / "vit", stored
 
 
-def weights(parts: tuple[Path, Path, dict[str, Tensor]], copy_init_moe: bool = True, seed: int = 1) -> PartsWeights:
-    return PartsWeights(parts[0], parts[1], shapes(), copy_init_moe, seed)
+def weights(pretrained: Models, copy_init_moe: bool = True, seed: int = 1) -> PretrainedWeights:
+    return PretrainedWeights(pretrained[0], pretrained[1], shapes(), copy_init_moe, seed)
 
 
-def test_stored_tensors_come_from_their_files(parts: tuple[Path, Path, dict[str, Tensor]]) -> None:
-    source = weights(parts)
-    for name, expected in parts[2].items():
+def test_stored_tensors_come_from_their_files(pretrained: Models) -> None:
+    source = weights(pretrained)
+    for name, expected in pretrained[2].items():
         assert torch.equal(source.read(name).reshape(expected.shape).bfloat16(), expected), name
 
 
-def test_the_generation_expert_starts_as_a_copy(parts: tuple[Path, Path, dict[str, Tensor]]) -> None:
-    source = weights(parts)
+def test_the_generation_expert_starts_as_a_copy(pretrained: Models) -> None:
+    source = weights(pretrained)
     for name in shapes():
         if "_moe_gen" in name:
             assert torch.equal(source.read(name), source.read(name.replace("_moe_gen", ""))), name
 
 
-def test_without_copies_it_is_drawn_from_seed_and_name(parts: tuple[Path, Path, dict[str, Tensor]]) -> None:
+def test_without_copies_it_is_drawn_from_seed_and_name(pretrained: Models) -> None:
     name = "language_model.model.layers.1.mlp_moe_gen.up_proj.weight"
-    one, same, other = (weights(parts, False, seed).read(name) for seed in (1, 1, 2))
+    one, same, other = (weights(pretrained, False, seed).read(name) for seed in (1, 1, 2))
     assert torch.equal(one, same) and not torch.equal(one, other)
     assert 0.015 < float(one.std()) < 0.025
-    assert weights(parts, False).read(name.replace("up_proj", "down_proj")).tolist()[:9] != one.tolist()[:9]
+    assert weights(pretrained, False).read(name.replace("up_proj", "down_proj")).tolist()[:9] != one.tolist()[:9]
 
 
-def test_what_the_parts_lack_is_made_by_rule(parts: tuple[Path, Path, dict[str, Tensor]]) -> None:
-    source = weights(parts)
+def test_missing_tensors_are_initialized_by_rule(pretrained: Models) -> None:
+    source = weights(pretrained)
     assert torch.equal(
         source.read("language_model.lm_head.weight"), source.read("language_model.model.embed_tokens.weight")
     )
@@ -104,8 +106,8 @@ def test_what_the_parts_lack_is_made_by_rule(parts: tuple[Path, Path, dict[str, 
     assert float(connector.abs().max()) <= 24**-0.5 and float(connector.std()) > 0.1
 
 
-def test_any_range_is_that_part_of_the_whole(parts: tuple[Path, Path, dict[str, Tensor]]) -> None:
-    source = weights(parts)
+def test_any_range_is_that_part_of_the_whole(pretrained: Models) -> None:
+    source = weights(pretrained)
     for name in shapes():
         whole = source.read(name)
         start = len(whole) // 3
@@ -113,38 +115,40 @@ def test_any_range_is_that_part_of_the_whole(parts: tuple[Path, Path, dict[str, 
         assert whole.numel() == source.info(name).numel
 
 
-def grown(parts: tuple[Path, Path, dict[str, Tensor]], vocabulary: int, seed: int = 1) -> PartsWeights:
-    return PartsWeights(parts[0], parts[1], shapes(vocabulary), True, seed)
+def grown(pretrained: Models, vocabulary: int, seed: int = 1) -> PretrainedWeights:
+    return PretrainedWeights(pretrained[0], pretrained[1], shapes(vocabulary), True, seed)
 
 
 def test_new_vocabulary_rows_follow_the_stored_ones_and_are_drawn_from_seed_and_name(
-    parts: tuple[Path, Path, dict[str, Tensor]],
+    pretrained: Models,
 ) -> None:
-    spread = json.loads((parts[0] / "config.json").read_text())
-    (parts[0] / "config.json").write_text(json.dumps({**spread, "initializer_range": 0.5}))
+    spread = json.loads((pretrained[0] / "config.json").read_text())
+    (pretrained[0] / "config.json").write_text(json.dumps({**spread, "initializer_range": 0.5}))
     rows, width = shapes(1064)[EMBEDDING]
-    one, same, other = (grown(parts, rows, seed).read(EMBEDDING).reshape(rows, width) for seed in (1, 1, 2))
-    assert torch.equal(one[:64], parts[2][EMBEDDING]) and one.dtype == torch.bfloat16
+    one, same, other = (grown(pretrained, rows, seed).read(EMBEDDING).reshape(rows, width) for seed in (1, 1, 2))
+    assert torch.equal(one[:64], pretrained[2][EMBEDDING]) and one.dtype == torch.bfloat16
     assert torch.equal(one, same) and not torch.equal(one[64:], other[64:])
     assert float(one[64:].float().std()) == pytest.approx(0.5, rel=0.05)
-    assert torch.equal(grown(parts, rows).read(HEAD), one.flatten()), "tied tables stay equal"
-    assert "1000 are added" in "".join(grown(parts, rows).description())
-    assert "are added" not in "".join(weights(parts).description())
+    assert torch.equal(grown(pretrained, rows).read(HEAD), one.flatten()), "tied tables stay equal"
+    assert "1000 rows are added" in "".join(grown(pretrained, rows).description())
+    assert "are added" not in "".join(weights(pretrained).description())
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_new_rows_are_the_same_on_any_number_of_ranks(parts: tuple[Path, Path, dict[str, Tensor]], ranks: int) -> None:
-    source = grown(parts, 71)
+def test_new_rows_are_the_same_on_any_number_of_ranks(pretrained: Models, ranks: int) -> None:
+    source = grown(pretrained, 71)
     whole, share = source.read(EMBEDDING), -(-71 * 32 // ranks)
     pieces = [source.read(EMBEDDING, start, min(share, 71 * 32 - start)) for start in range(0, 71 * 32, share)]
     assert torch.equal(torch.cat(pieces), whole)
 
 
-def test_a_table_that_is_not_what_its_own_config_says_is_refused(parts: tuple[Path, Path, dict[str, Tensor]]) -> None:
-    config = json.loads((parts[0] / "config.json").read_text())
-    (parts[0] / "config.json").write_text(json.dumps({**config, "vocab_size": 70}))
+def test_a_table_that_is_not_what_its_own_config_says_is_refused(
+    pretrained: Models,
+) -> None:
+    config = json.loads((pretrained[0] / "config.json").read_text())
+    (pretrained[0] / "config.json").write_text(json.dumps({**config, "vocab_size": 70}))
     with pytest.raises(UserError, match="embed_tokens.weight has shape"):
-        grown(parts, 70)
+        grown(pretrained, 70)
 
 
 @pytest.mark.parametrize(
@@ -152,39 +156,41 @@ def test_a_table_that_is_not_what_its_own_config_says_is_refused(parts: tuple[Pa
     [(40, SPECIAL, 64), (59, SPECIAL, 64), (60, SPECIAL, 65), (61, SPECIAL[:3], 66), (40, SPECIAL[:3], 64)],
 )
 def test_the_vocabulary_grows_to_the_tokenizer_and_is_never_cut(
-    parts: tuple[Path, Path, dict[str, Tensor]], tmp_path: Path, words: int, special: tuple[str, ...], vocabulary: int
+    pretrained: Models,
+    tmp_path: Path,
+    words: int,
+    special: tuple[str, ...],
+    vocabulary: int,
 ) -> None:
     """A language model that saw no images (Qwen2) lacks the tokens around them."""
-    write_tokenizer(parts[0], words, special)
-    folder = assemble_folder(tmp_path / "out", parts[0], parts[1], tmp_path / "ae.safetensors")
+    write_tokenizer(pretrained[0], words, special)
+    folder = assemble_folder(tmp_path / "out", pretrained[0], pretrained[1], tmp_path / "ae.safetensors")
     assert json.loads((folder / "llm_config.json").read_text())["vocab_size"] == vocabulary
     found = load_tokenizer(folder)
     assert found.size == words + 5 and found.special.start_of_image == words + 3 and found.special.eos == words + 2
-    assert [path.name for path in parts[0].iterdir() if path.name.startswith(".")] == []
+    assert [path.name for path in pretrained[0].iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_part_that_does_not_fit_is_named(parts: tuple[Path, Path, dict[str, Tensor]]) -> None:
-    save_file({"model.norm.weight": torch.ones(7)}, parts[0] / "model.safetensors")
+def test_a_tensor_that_does_not_fit_is_named(pretrained: Models) -> None:
+    save_file({"model.norm.weight": torch.ones(7)}, pretrained[0] / "model.safetensors")
     with pytest.raises(UserError, match=r"(?s)embed_tokens.weight is missing"):
-        weights(parts)
+        weights(pretrained)
 
 
-def test_the_assembled_folder_has_everything_but_weights(
-    parts: tuple[Path, Path, dict[str, Tensor]], tmp_path: Path
-) -> None:
-    folder = assemble_folder(tmp_path / "out", parts[0], parts[1], tmp_path / "ae.safetensors")
+def test_the_assembled_folder_has_everything_but_weights(pretrained: Models, tmp_path: Path) -> None:
+    folder = assemble_folder(tmp_path / "out", pretrained[0], pretrained[1], tmp_path / "ae.safetensors")
     names = {path.name for path in folder.iterdir()}
     assert names == {"llm_config.json", "vit_config.json", "tokenizer.json", "ae.safetensors"}
     assert json.loads((folder / "vit_config.json").read_text()) == {"hidden_size": 24}
-    assert assemble_folder(tmp_path / "out", parts[0], parts[1], tmp_path / "ae.safetensors") == folder
+    assert assemble_folder(tmp_path / "out", pretrained[0], pretrained[1], tmp_path / "ae.safetensors") == folder
     assert {path.name for path in folder.iterdir()} == names
     (tmp_path / "other.safetensors").write_text("another autoencoder")
-    assemble_folder(tmp_path / "out", parts[0], parts[1], tmp_path / "other.safetensors")
+    assemble_folder(tmp_path / "out", pretrained[0], pretrained[1], tmp_path / "other.safetensors")
     assert (folder / "ae.safetensors").read_text() == "another autoencoder"
     assert (tmp_path / "ae.safetensors").read_text() == "autoencoder"
 
 
-def test_missing_parts_are_all_named(tmp_path: Path) -> None:
+def test_missing_models_are_all_named(tmp_path: Path) -> None:
     (tmp_path / "vit").mkdir()
-    found = missing_parts(tmp_path / "llm", tmp_path / "vit", tmp_path / "ae")
+    found = missing_pretrained(tmp_path / "llm", tmp_path / "vit", tmp_path / "ae")
     assert [text.split()[0] for text in found] == ["--llm_path", "--vit_path", "--vae_path"]

@@ -12,7 +12,7 @@ from tokenizers import decoders, pre_tokenizers
 
 from bagel_ds.errors import UserError
 from bagel_ds.model_folder import tokenizer as module
-from bagel_ds.model_folder.tokenizer import load_tokenizer
+from bagel_ds.model_folder.tokenizer import complete_tokenizer, load_tokenizer
 from tests.small_data import SPECIAL, byte_tokenizer
 
 
@@ -99,8 +99,8 @@ def test_a_list_that_lacks_one_is_not_completed_by_guessing(tmp_path: Path) -> N
     [
         ({}, "found: nothing"),
         ({"vocab.json": "{}"}, "found: vocab.json"),
-        ({"tokenizer.json": "{"}, "cannot be read as a tokenizer"),
-        ({"vocab.json": "[", "merges.txt": ""}, "cannot be read as a tokenizer"),
+        ({"tokenizer.json": "{"}, "can't be read as a tokenizer"),
+        ({"vocab.json": "[", "merges.txt": ""}, "vocab.json is not valid JSON"),
     ],
 )
 def test_missing_or_broken_files_are_named(tmp_path: Path, files: dict[str, str], expected: str) -> None:
@@ -114,3 +114,149 @@ def test_missing_or_broken_files_are_named(tmp_path: Path, files: dict[str, str]
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         load_tokenizer(tmp_path / "absent")
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+LISTED = "tokenizer_config.json"
+
+
+def _entry(entry: str, number: str = "261") -> str:
+    return f'{{"added_tokens_decoder": {{"{number}": {entry}}}}}'
+
+
+# Kinds of nonsense that any of the files may hold instead of its content.
+WHOLE = {
+    "empty": "",
+    "a list": '["a"]',
+    "a number": "3",
+    "null": "null",
+    "text": '"nonsense"',
+    "truncated": '{"model": {"vocab": {"a": 0',
+    "deep": DEEP,
+    "deep inside": f'{{"added_tokens_decoder": {DEEP}, "model": {DEEP}}}',
+    "binary": b"\x00\xff\xfe",
+    "a web page": "<html><body>Not found</body></html>",
+}
+CHANGED = {  # of the demo's tokenizer.json: keys and the value in their place
+    "no model": ("model", None),
+    "a model without a type": ("model", []),
+    "a vocabulary that is a list": ("model.vocab", [1]),
+    "ids that are text": ("model.vocab", {"a": "0"}),
+    "ids below zero": ("model.vocab", {"a": -1}),
+    "merges of unknown tokens": ("model.merges", ["qq zz"]),
+    "merges that are a number": ("model.merges", 3),
+    "added tokens that are text": ("added_tokens", ["a"]),
+    "an added token without text": ("added_tokens", [{"id": 3}]),
+    "an unknown pre-tokenizer": ("pre_tokenizer", {"type": "Nothing"}),
+    "a broken pattern": (
+        "pre_tokenizer",
+        {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False},
+    ),
+    "a decoder that is a number": ("decoder", 3),
+    # The library reads it, and panics when a text is encoded.
+    "a template of unknown tokens": (
+        "post_processor",
+        {
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "X", "type_id": 0}}],
+            "pair": [],
+            "special_tokens": {},
+        },
+    ),
+}
+VOCABS = {
+    "ids that are text": '{"a": "0"}',
+    "ids that are fractions": '{"a": 0, "b": 1.5}',
+    "ids below zero": '{"a": -1}',
+    "ids too large": '{"a": 1099511627776}',
+    "the same id twice": '{"a": 0, "b": 0}',
+    "a number of 5000 digits": f'{{"a": {"9" * 5000}}}',
+}
+MERGES = {
+    "one word": "abc\n",
+    "three words": "a b c\n",
+    "unknown tokens": "qq zz\n",
+    "binary": b"\xff\xfe",
+    "JSON": '{"a": 0}',
+}
+LISTS = {
+    "a list": '{"added_tokens_decoder": [1]}',
+    "text": '{"added_tokens_decoder": "abc"}',
+    "true": '{"added_tokens_decoder": true}',
+    "an entry that is text": _entry('"a"'),
+    "an entry that is null": _entry("null"),
+    "no content": _entry("{}"),
+    "content that is a number": _entry('{"content": 3}'),
+    "content that is a list": _entry('{"content": ["a"]}'),
+    "empty content": _entry('{"content": ""}'),
+    "half a surrogate pair": _entry('{"content": "\\ud800"}'),
+    "a flag that is text": _entry('{"content": "a", "special": "no"}'),
+    "an id that is a word": _entry('{"content": "a"}', "first"),
+    "an id below zero": _entry('{"content": "a"}', "-1"),
+    "an id that is a fraction": _entry('{"content": "a"}', "1.5"),
+    "an id of 5000 digits": _entry('{"content": "a"}', "9" * 5000),
+    "an id that others have": _entry('{"content": "a"}', "5"),
+    "very long content": _entry(json.dumps({"content": "x" * 10**6}), "5"),
+}
+ADDED = {
+    "ids that are text": '{"a": "b"}',
+    "ids that are null": '{"a": null}',
+    "ids that are lists": '{"a": [1]}',
+    "infinite ids": '{"a": 1e999}',
+    "half a surrogate pair": '{"\\ud800": 5}',
+    "empty text": '{"": 5}',
+}
+NONSENSE = [
+    *(("tokenizer.json", name, text) for name, text in WHOLE.items()),
+    *(("vocab.json", name, text) for name, text in (WHOLE | VOCABS).items()),
+    *(("merges.txt", name, text) for name, text in MERGES.items()),
+    *((LISTED, name, text) for name, text in (WHOLE | LISTS).items()),
+    *(("added_tokens.json", name, text) for name, text in (WHOLE | ADDED).items()),
+]
+
+
+@pytest.mark.parametrize(("file", "text"), [pytest.param(*case[::2], id=": ".join(case[:2])) for case in NONSENSE])
+def test_nonsense_in_a_file_is_one_message_that_names_it(file: str, text: str | bytes, tmp_path: Path) -> None:
+    if file in ("vocab.json", "merges.txt"):
+        _vocab_and_merges(tmp_path)
+    else:
+        byte_tokenizer(tmp_path)
+    (tmp_path / file).write_bytes(text if isinstance(text, bytes) else text.encode())
+    _refuses(tmp_path, file)
+
+
+@pytest.mark.parametrize(("key", "value"), CHANGED.values(), ids=CHANGED)
+def test_a_tokenizer_json_that_makes_no_sense_is_one_message(key: str, value: object, tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(path.read_text())
+    *outer, last = key.split(".")
+    holder = content
+    for name in outer:
+        holder = holder[name]
+    holder[last] = value
+    path.write_text(json.dumps(content))
+    _refuses(tmp_path, "tokenizer.json")
+
+
+def _refuses(folder: Path, file: str) -> None:
+    for load in (load_tokenizer, complete_tokenizer):
+        with pytest.raises(UserError) as caught:
+            load(folder)
+        message = str(caught.value)
+        assert str(folder) in message and file in message and len(message) < 500, message
+
+
+def test_many_tokens_that_can_not_be_used_are_one_short_message(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path)
+    (tmp_path / LISTED).write_text(json.dumps({"added_tokens_decoder": {str(i): {} for i in range(300, 400)}}))
+    with pytest.raises(UserError, match="lists tokens that can't be used") as caught:
+        load_tokenizer(tmp_path)
+    assert "added_tokens_decoder[300]" in str(caught.value) and "... and 92 more" in str(caught.value)
+
+
+def test_a_config_without_a_list_of_tokens_is_accepted(tmp_path: Path) -> None:
+    plain = byte_tokenizer(tmp_path)
+    for text in ("{}", '{"added_tokens_decoder": null}', '{"added_tokens_decoder": {}}'):
+        (tmp_path / LISTED).write_text(text)
+        assert load_tokenizer(tmp_path).encode("text") == plain.encode("text")

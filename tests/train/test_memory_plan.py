@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Sequence
 
 import pytest
 import torch
@@ -14,10 +15,12 @@ from bagel_ds.data.config.dataset_config import DatasetConfig, GroupConfig
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.errors import UserError
 from bagel_ds.memory.planner import MemoryOptions, MemoryPlan
+from bagel_ds.memory.suggestions import resolved
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.train import memory_plan
 from bagel_ds.train.memory_plan import host_memory_gib, outcome, plan_lines, plan_run
-from bagel_ds.zero.config.resolve import resolve_ds_config
+from bagel_ds.units import GIB
+from bagel_ds.zero.config.settings import ZeroSettings
 
 # The transforms of data/configs/example.yaml in the original's repository.
 VAE = ImageTransform(image_stride=16, max_image_size=1024, min_image_size=512)
@@ -25,10 +28,10 @@ VIT = ImageTransform(image_stride=14, max_image_size=980, min_image_size=378, ma
 
 
 def plan(config: RunConfig, ranks_here: int = 1, groups: Sequence[GroupConfig] = ()) -> MemoryPlan:
-    ds_config, _ = resolve_ds_config(config.training.ds_config, config, 2)
+    settings = resolved(config.training.ds_config, config, BagelConfig(), 2)
     groups = groups or [GroupConfig("t2i_pretrain", "t2i_pretrain", (), VAE, None)]
     datasets = DatasetConfig(tuple(groups), "here")
-    return plan_run(config, datasets, BagelConfig(), VAEConfig(), ds_config, 2, ranks_here)
+    return plan_run(config, datasets, BagelConfig(), VAEConfig(), settings, 2, ranks_here)
 
 
 def test_the_largest_image_that_is_drawn_counts_and_those_that_are_read_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,9 +39,9 @@ def test_the_largest_image_that_is_drawn_counts_and_those_that_are_read_do_not(m
     seen: list[int] = []
     real = memory_plan.plan_memory
 
-    def record(model: BagelConfig, ds_config: dict[str, Any], options: MemoryOptions) -> MemoryPlan:
+    def record(model: BagelConfig, settings: ZeroSettings, options: MemoryOptions) -> MemoryPlan:
         seen.append(options.image_pixels)
-        return real(model, ds_config, options)
+        return real(model, settings, options)
 
     monkeypatch.setattr(memory_plan, "plan_memory", record)
     config = parse_arguments(["--ds_config", "zero3_cpu"])
@@ -116,3 +119,21 @@ def test_the_outcome_names_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     line = outcome(found, 19.5, 3.0)
     assert "GPU 19.50 GiB reserved by torch, 20.00 planned" in line and "host 3.00 GiB seen" in line
     assert "GPU" not in outcome(found, None, 3.0)
+
+
+def test_without_space_for_swap_files_no_option_starts_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drive needs what the plan says; --ignore_memory_plan can't help there."""
+    monkeypatch.setattr(memory_plan, "host_memory_gib", lambda: 2000.0)
+    words = ["--ds_config", "zero3_nvme", "--nvme_path", str(tmp_path), "--checkpoint_dir", str(tmp_path / "saves")]
+    config = parse_arguments([*words, "--ignore_memory_plan", "True"])
+    (folder,) = resolved("zero3_nvme", config, BagelConfig(), 2).swap_folders
+    folder.mkdir()
+    usage = shutil.disk_usage(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
+    needed = plan(config, ranks_here=2).nvme
+    assert 200 * GIB < needed < 10**12
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed - 1))
+    with pytest.raises(UserError, match=f"--nvme_path: {folder} has .* free, this run needs {needed / GIB:.0f} GiB"):
+        plan(config, ranks_here=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=needed))
+    assert not plan(config, ranks_here=2).fits, "the file system keeps some for itself"

@@ -73,10 +73,10 @@ def test_a_sweep_removes_what_killed_runs_left_and_nothing_that_lives(tmp_path: 
     (old / "zero_stage_3").mkdir(parents=True)
     (tmp_path / "mine").mkdir()
     with rank(killed, "first") as gone, rank(lives, "first") as one:
-        assert sweep_folders(tmp_path) == [old]
+        assert sweep_folders(str(tmp_path)) == [old]
         gone.kill()
         gone.wait()
-        assert sweep_folders(tmp_path) == [killed]
+        assert sweep_folders(str(tmp_path)) == [killed]
         assert sorted(tmp_path.iterdir()) == sorted([lives, tmp_path / "mine"]) and list(lives.glob("*.swp"))
         leaves(one)
     assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
@@ -89,7 +89,7 @@ def test_a_sweep_takes_no_folder_that_only_begins_like_ours(tmp_path: Path) -> N
         (tmp_path / name / "precious").touch()
     left = tmp_path / f"bagel_ds_gone_{'0' * 32}"
     left.mkdir()
-    assert sweep_folders(tmp_path) == [left]
+    assert sweep_folders(str(tmp_path)) == [left]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     assert all([path.name for path in (tmp_path / name).iterdir()] == ["precious"] for name in names)
 
@@ -122,7 +122,7 @@ def test_a_path_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written"):
         take_folder(run_folder(tmp_path / "file", "checkpoints"), first=True)
-    assert sweep_folders(tmp_path / "absent") == []
+    assert sweep_folders(str(tmp_path / "absent")) == []
 
 
 KILLED = """
@@ -131,9 +131,10 @@ from pathlib import Path
 from bagel_ds.train import main
 from bagel_ds.zero.swap_folders import run_folder, take_folder
 
-def run_rank(argv, by):
-    take_folder(run_folder(Path(argv[1]), "checkpoints"), first=True)
-    Path(argv[1], "reached").touch()
+def run_rank(config, by):
+    path = Path(config.training.nvme_path)
+    take_folder(run_folder(path, "checkpoints"), first=True)
+    (path / "reached").touch()
     os.kill(os.getpid(), signal.SIGKILL)
 
 main.run_rank = run_rank

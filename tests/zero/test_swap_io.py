@@ -13,7 +13,6 @@ import resource
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from bagel_ds.errors import UserError
 from bagel_ds.zero import swap_io
-from bagel_ds.zero.swap_io import BOUNCE, MOST_THREADS, REQUEST, SECTOR, SwapHandle, _cut_gradients, locked_tensor
+from bagel_ds.zero.swap_io import BOUNCE, MOST_THREADS, REQUEST, SECTOR, SwapHandle, locked_tensor
 
 LENGTHS = [1, 3, SECTOR - 1, SECTOR, SECTOR + 1, BOUNCE - 1, BOUNCE, BOUNCE + 1, REQUEST - 1, REQUEST, REQUEST + 1]
 LENGTHS += [2 * REQUEST + BOUNCE + SECTOR + 7, (MOST_THREADS + 1) * REQUEST]
@@ -123,7 +122,7 @@ def test_a_full_disk_is_named_with_its_remedies(
 
     monkeypatch.setattr(os, "pwritev", full)
     handle.async_pwrite(torch.ones(2**20), str(tmp_path / "a.swp"))
-    with pytest.raises(UserError, match="No space left on device. Free some there"):
+    with pytest.raises(UserError, match="No space left on device. Free space there"):
         handle.wait()
 
 
@@ -252,60 +251,3 @@ def test_memory_that_cannot_be_locked_is_used_all_the_same(caplog: pytest.LogCap
         assert not locked_tensor(5, torch.float32).any()
         assert not locked_tensor(0, torch.float32).any()
     assert sum("ulimit -l" in record.getMessage() for record in caplog.records) == 1
-
-
-# ----------------------------------------------------------------------------------------------------------- gradients
-STEP = SECTOR // 4  # fp32 elements of a sector
-MIB_ELEMENTS = 2**20 // 4
-
-
-def swapper() -> Any:
-    return SimpleNamespace(is_swappable_tensor=lambda tensor: tensor.numel() >= MIB_ELEMENTS)
-
-
-@pytest.mark.parametrize("offset", [0, 1, 64, 128, STEP - 1, STEP, STEP + 1])
-@pytest.mark.parametrize(
-    "count", [1, STEP - 1, MIB_ELEMENTS - 1, MIB_ELEMENTS, MIB_ELEMENTS + 1, MIB_ELEMENTS + STEP + 3]
-)
-def test_gradients_are_cut_so_that_what_is_swapped_fills_whole_sectors(offset: int, count: int) -> None:
-    gradient = torch.arange(count).float()
-    pieces, places = _cut_gradients(swapper(), [gradient, gradient], [offset, offset + count])
-    whole = torch.full((2 * count + offset,), -1.0)
-    swapped = 0
-    for piece, place in zip(pieces, places):
-        assert (whole[place : place + piece.numel()] == -1).all(), "no two pieces overlap"
-        whole[place : place + piece.numel()] = piece
-        if piece.numel() >= MIB_ELEMENTS:
-            assert place % STEP == 0 and piece.numel() % STEP == 0
-            swapped += piece.numel()
-        elif piece.numel() < count:
-            assert piece.untyped_storage().nbytes() == piece.nbytes, "a small piece does not keep the gradient alive"
-    assert torch.equal(whole[offset:], gradient.repeat(2)) and (whole[:offset] == -1).all()
-    if count >= MIB_ELEMENTS + 2 * STEP:
-        assert swapped > 0
-
-
-# ---------------------------------------------------------------------------------------------- into DeepSpeed's place
-def test_deepspeed_finds_our_handle_where_there_is_no_cuda_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own op for a GPU joins CUDA_HOME, which is None with torch from pip, after saying that all is well."""
-    import torch.utils.cpp_extension
-    from deepspeed.ops.op_builder.async_io import AsyncIOBuilder
-    from deepspeed.ops.op_builder.builder import OpBuilder
-    from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
-    from deepspeed.runtime.swap_tensor.partitioned_param_swapper import AsyncPartitionedParameterSwapper
-    from deepspeed.runtime.zero import partition_parameters
-
-    for owner, name in (
-        (OptimizerSwapper, "_adjust_for_misaligned_lengths"),
-        (AsyncPartitionedParameterSwapper, "reserve_partitioned_swap_space"),
-        (partition_parameters, "_no_gather_coalesced"),
-    ):
-        monkeypatch.setattr(owner, name, getattr(owner, name))  # put back at the end
-    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
-    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
-    monkeypatch.delenv("DS_BUILD_AIO", raising=False)
-    swap_io.use_checked_swapping()
-    assert AsyncIOBuilder().load().aio_handle is SwapHandle
-    gather = partition_parameters._no_gather_coalesced
-    swap_io.use_checked_swapping()
-    assert partition_parameters._no_gather_coalesced is gather, "a second engine wraps nothing twice"

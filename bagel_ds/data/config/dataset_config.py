@@ -49,13 +49,6 @@ class DatasetConfig:
     path: str
 
 
-# The published values, used where a config gives none (dialect B never does).
-_TRANSFORMS: dict[str, tuple[ImageTransform | None, ImageTransform | None]] = {
-    "t2i": (ImageTransform(16, 1024, 512), None),
-    "edit": (ImageTransform(16, 1024, 512), ImageTransform(14, 518, 224)),
-    "vlm": (None, ImageTransform(14, 980, 378, 2_007_040)),
-    "interleave": (ImageTransform(16, 512, 512), ImageTransform(14, 512, 512)),
-}
 _GROUP_KEYS = (
     *("dataset_names", "image_transform_args", "vit_image_transform_args", "frame_sampler_args", "is_mandatory"),
     *("num_used_data", "weight", "shuffle_lines", "shuffle_seed", "resume_data_status", "kind"),
@@ -158,14 +151,14 @@ class _Reader:
         kind = self._kind(name, value.get("kind"))
         if kind is None:
             return None
-        source = KINDS[kind].name
-        vae, vit = _TRANSFORMS[source]
+        source = KINDS[kind]
+        vae, vit = source.vae_transform, source.vit_transform
         if vae is None:
             vit = self._transform(name, value, "image_transform_args", vit)
         else:
             vae = self._transform(name, value, "image_transform_args", vae)
             vit = None if vit is None else self._transform(name, value, "vit_image_transform_args", vit)
-        if value.get("vit_image_transform_args") and None in _TRANSFORMS[source]:
+        if value.get("vit_image_transform_args") and None in (source.vae_transform, source.vit_transform):
             self.fault(
                 f"group {name!r}: vit_image_transform_args has no meaning for the kind {kind}, whose images come in one"
                 " size, that of image_transform_args; remove it",
@@ -297,7 +290,7 @@ class _Reader:
                 return None
             values, where = self.info.datasets[section][name], self.info.where(section, name)
         entry = EntryReader(f"{where}: dataset {group}/{name}", folder, self.faults)
-        return entry.read(name, KINDS[kind].name, values, num_used)
+        return entry.read(name, KINDS[kind].jsonl, values, num_used)
 
     def _unknown_dataset(self, group: str, name: str) -> str:
         where = self.document.where(*(("data_names", group) if self.is_dialect_b else (group, "dataset_names")))

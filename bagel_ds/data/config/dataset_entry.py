@@ -52,8 +52,8 @@ class EntryReader:
     def fault(self, text: str) -> None:
         self.faults.append(f"{self.where}: {text}")
 
-    def read(self, name: str, source: str, values: Any, num_used: int | None) -> DatasetEntry | None:
-        """The dataset that `values` describe; None, with a fault, where they don't."""
+    def read(self, name: str, jsonl: bool, values: Any, num_used: int | None) -> DatasetEntry | None:
+        """The dataset that `values` describe, with rows in a jsonl file or in parquet; None, with a fault, if not."""
         if not isinstance(values, Mapping):
             self.fault(f"expected a mapping with paths, found {shown(values)}")
             return None
@@ -62,14 +62,14 @@ class EntryReader:
             if key not in _ENTRY_KEYS:
                 self.fault(f"unknown key {shown(key)}; {nearest(key, _ENTRY_KEYS)}")
         data_dir = self._text(values, "data_dir") or self._text(values, "path")
-        jsonl_path = self._text(values, "jsonl_path") if source == "vlm" else ""
+        jsonl_path = self._text(values, "jsonl_path") if jsonl else ""
         if not data_dir and len(self.faults) == before:
             self.fault("data_dir (or path) is missing")
-        if source == "vlm" and not jsonl_path and len(self.faults) == before:
+        if jsonl and not jsonl_path and len(self.faults) == before:
             self.fault("jsonl_path is missing")
         if len(self.faults) > before:
             return None
-        if source == "vlm":
+        if jsonl:
             return self._conversations(name, data_dir, jsonl_path, values, num_used)
         folder = self.folder
         if filesystems.is_uri(data_dir):

@@ -15,6 +15,7 @@ from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats.record import UNUSED_TEXT, Note
 from bagel_ds.data.formats.source import MSE, ParsedRow, Piece, Record, Source, image_bytes, list_of, needed_columns
 from bagel_ds.data.samples.draws import Draws
+from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, BadRow
 
 # Of the combinations of two steps' alternatives, at most so many are kept, evenly spread.
@@ -26,6 +27,8 @@ class Edit(Source):
     kinds = ("unified_edit", "competition_level_mining", "foundational_structure_generation")
     version = 1
     losses = frozenset({MSE})
+    vae_transform = ImageTransform(16, 1024, 512)
+    vit_transform = ImageTransform(14, 518, 224)
     conditions_drop = True
 
     def columns(self, available: Sequence[str]) -> list[str]:

@@ -26,6 +26,7 @@ from bagel_ds.data.formats.source import (
     text_of,
 )
 from bagel_ds.data.samples.draws import Draws
+from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.data.samples.sample import TEXT, VAE, VIT, BadRow
 from bagel_ds.errors import shown
 
@@ -40,6 +41,8 @@ class Interleave(Source):
     kinds = ("interleave_reasoning",)
     version = 1
     losses = frozenset({CE, MSE})
+    vae_transform = ImageTransform(16, 512, 512)
+    vit_transform = ImageTransform(14, 512, 512)
     conditions_drop = True
 
     def columns(self, available: Sequence[str]) -> list[str]:

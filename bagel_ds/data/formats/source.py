@@ -1,9 +1,9 @@
 """What a data format is to the rest of the package: it parses a row and arranges a sample.
 
-Guarantees: a format is one small class that knows its columns and the order of a sample's pieces; sizes, token counts,
-dropout, modality switches and reading are common code elsewhere. `parse` numbers the texts and images of a row in one
-fixed order, and all later steps (index, plan, `materialize`) name them by that number. Whatever a row holds, `parse`
-gives a `ParsedRow` or raises; `BadRow` says in words what was found and what was expected.
+Guarantees: a format is one small class that knows its columns, the order of a sample's pieces and the default sizes of
+its images. Resizing, token counts, dropout, modality switches and reading are common code elsewhere. `parse` numbers
+the texts and images of a row in one fixed order, and all later steps (index, plan, `materialize`) use these numbers.
+Whatever a row holds, `parse` gives a `ParsedRow` or raises `BadRow`, which says what was found and what was expected.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats.record import ParsedRow, Record
 from bagel_ds.data.samples.draws import Draws
+from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.data.samples.sample import BadRow
 from bagel_ds.data.samples.video import FrameSampler
 from bagel_ds.errors import shown
@@ -41,6 +42,9 @@ class Source(ABC):
     kinds: ClassVar[tuple[str, ...]]  # names in dataset configs, the original's first
     version: ClassVar[int]  # raise it when `parse` changes what is indexed
     losses: ClassVar[frozenset[str]]  # CE, MSE
+    # The published sizes of images to draw and to read, used if a dataset config gives none; None: there are no such.
+    vae_transform: ClassVar[ImageTransform | None]
+    vit_transform: ClassVar[ImageTransform | None]
     conditions_drop: ClassVar[bool]  # texts and clean images are dropped with the *_cond_dropout_prob
     jsonl: ClassVar[bool] = False  # rows are lines of a jsonl file rather than of parquet
     images_share_pixels: ClassVar[bool] = False  # a row's images (or its video's frames) share max_pixels

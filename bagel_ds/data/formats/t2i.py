@@ -13,6 +13,7 @@ from typing import Any
 from bagel_ds.data.files.image_folder import ImageFolder
 from bagel_ds.data.formats.source import MSE, ParsedRow, Piece, Record, Source, image_bytes, needed_columns, text_of
 from bagel_ds.data.samples.draws import Draws
+from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.data.samples.sample import TEXT, VAE, BadRow
 from bagel_ds.errors import shown
 
@@ -22,6 +23,8 @@ class TextToImage(Source):
     kinds = ("t2i_pretrain", "code_derived_captions", "repurposing_competition")
     version = 1
     losses = frozenset({MSE})
+    vae_transform = ImageTransform(16, 1024, 512)
+    vit_transform = None
     conditions_drop = True
 
     def columns(self, available: Sequence[str]) -> list[str]:

@@ -21,6 +21,7 @@ from bagel_ds.data.formats.record import UNUSED_IMAGE, UNUSED_TEXT, Note
 from bagel_ds.data.formats.source import CE, ParsedRow, Piece, Record, Source, list_of, text_of
 from bagel_ds.data.samples import video
 from bagel_ds.data.samples.draws import Draws
+from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.data.samples.sample import TEXT, VIT, BadRow
 from bagel_ds.errors import shown
 from bagel_ds.regular_files import file_fault
@@ -39,6 +40,8 @@ class VisionLanguage(Source):
     kinds = ("vlm_sft",)
     version = 3
     losses = frozenset({CE})
+    vae_transform = None
+    vit_transform = ImageTransform(14, 980, 378, 2_007_040)
     conditions_drop = False
     jsonl = True
     images_share_pixels = True

@@ -189,17 +189,17 @@ class DataIndex:
                 raise _changed(file.path)
         tasks = [task for file in missing for task in _tasks(self.indexes[file])]
         left = Counter(task.read.file for task in tasks)
-        parts: dict[DataFile, list[Chunk]] = {file: [] for file in missing}
+        chunks: dict[DataFile, list[Chunk]] = {file: [] for file in missing}
         total = sum(self.indexes[file].rows for file in missing)
         with self._bar(total, "indexing") as bar:
             for file in (file for file in missing if not left[file]):
                 self.indexes[file].set(joined([]))
-            for task, part in zip(tasks, _run(tasks, total, self._tokenizer, self._workers), strict=True):
+            for task, chunk in zip(tasks, _run(tasks, total, self._tokenizer, self._workers), strict=True):
                 file, index = task.read.file, self.indexes[task.read.file]
-                parts[file].append(part)
-                bar.update(len(part.lengths))
-                if len(parts[file]) == left[file]:
-                    index.set(joined(parts.pop(file), index.outdated))
+                chunks[file].append(chunk)
+                bar.update(len(chunk.lengths))
+                if len(chunks[file]) == left[file]:
+                    index.set(joined(chunks.pop(file), index.outdated))
         if self._progress:
             tell_speed([self.indexes[file] for file in missing], time.monotonic() - began)
 

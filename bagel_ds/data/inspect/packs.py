@@ -133,7 +133,7 @@ class _Reader:
             return self._text(common, start, start + length)
         if entry.kind == VIT:
             image = self._vit_image(entry)
-            return ShownPiece(VIT, "image to look at", *common, image=image, width=entry.width, height=entry.height)
+            return ShownPiece(VIT, "image to read", *common, image=image, width=entry.width, height=entry.height)
         image = batch.images[self.vae].permute(1, 2, 0)
         timestep = float(batch.timesteps[self.latents])
         self.vae += 1
@@ -185,7 +185,7 @@ def pack_text(pack: ShownPack, timestep_shift: float = 1.0) -> list[str]:
     for number, sample in enumerate(pack.samples):
         lines += ["", f"  sample {number}: {sample.name} (epoch {sample.epoch}), {sample.length:,} tokens"]
         if sample.reason:
-            lines.append(f"    dropped out: {sample.reason}")
+            lines.append(f"    skipped: {sample.reason}")
         for piece in sample.pieces:
             lines += _piece_lines(piece, timestep_shift)
     return lines

@@ -1,8 +1,8 @@
-"""A pack as a picture: its samples, what each piece is for, and the attention mask.
+"""Draws a pack: its samples, the role of each piece, and the attention mask.
 
-Guarantees: images are the pixels that the model gets; the mask's pixels are those of the attention layout's dense mask
-at evenly spaced tokens, without building that mask (it has T x T cells). A text that is too long for its card ends in
-"..."; `packs.txt` has all of it.
+Guarantees: images are the pixels that the model gets. The mask shows the attention layout's dense mask at evenly spaced
+tokens, without building that mask (it has T x T cells). A text that is too long for its card ends in "..."; `packs.txt`
+holds the whole text.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from bagel_ds.model.attention.layout import AttentionLayout
 
 Color = tuple[int, int, int]
 
-_CARD, _GAP, _MARGIN, _BAND = 210, 10, 24, 20  # pixels: side of a card, between cards, around all, head of a card
-_COLUMNS = 6  # cards beside each other
-_PAGE = 6000  # pixels of cards on a page, about
+# In pixels.
+_CARD, _GAP, _MARGIN, _BAND = 210, 10, 24, 20  # side of a card, space between cards, page margin, title of a card
+_COLUMNS = 6  # cards in a row
+_PAGE = 6000  # approximate height of the cards of a page
 _MASK = 560  # side of the mask
-_STRIP = 14  # bars along the mask that say what the tokens are
+_STRIP = 14  # width of the bars along the mask that show the tokens' roles
 _LINE = 15  # height of a line of small text
 _KINDS = {TEXT: "text", VIT: "image (ViT)", VAE: "image (VAE)"}
 _PAPER, _INK, _FAINT = (250, 250, 248), (30, 30, 34), (120, 120, 126)
@@ -37,7 +38,7 @@ class _Look(NamedTuple):
 _LOOKS = {
     "text given": _Look("text given (no loss)", (120, 130, 145)),
     "text to learn": _Look("text to learn (cross-entropy)", (216, 120, 30)),
-    "image to look at": _Look("image to look at (ViT)", (52, 120, 200)),
+    "image to read": _Look("image to read (ViT)", (52, 120, 200)),
     "image given": _Look("image given (clean VAE latents)", (30, 150, 120)),
     "image to generate": _Look("image to generate (noised VAE latents, velocity loss)", (190, 50, 110)),
     "dropped": _Look("condition dropped", (190, 190, 190)),
@@ -45,7 +46,7 @@ _LOOKS = {
 
 
 def contact_sheets(pack: ShownPack, timestep_shift: float = 1.0) -> list[Image.Image]:
-    """The whole pack on one page, or on several where it has many samples."""
+    """The whole pack on one page, or on several if it has many samples."""
     pages: list[list[int]] = [[]]
     height = 0
     for number, sample in enumerate(pack.samples):
@@ -61,7 +62,7 @@ def contact_sheets(pack: ShownPack, timestep_shift: float = 1.0) -> list[Image.I
 
 
 def _sheet(pack: ShownPack, numbers: list[int], page: str, shift: float) -> Image.Image:
-    """Rows of cards for these samples on the left, the pack's mask and the legend on the right."""
+    """One page: cards of these samples on the left, the pack's mask and the legend on the right."""
     cards_width = _COLUMNS * (_CARD + _GAP)
     width = 3 * _MARGIN + cards_width + _STRIP + _MASK
     cards_height = sum(_sample_height(pack.samples[number]) for number in numbers)
@@ -89,7 +90,7 @@ def _draw_sample(
     draw.line((_MARGIN, top, _MARGIN + _COLUMNS * (_CARD + _GAP) - _GAP, top), (215, 215, 210))
     draw.text((_MARGIN, top + 4), _clipped(head, _COLUMNS * (_CARD + _GAP), _font(12)), _INK, _font(12))
     if sample.reason:
-        draw.text((_MARGIN, top + 4 + _LINE), f"dropped out: {sample.reason}", (180, 30, 30), _font(12))
+        draw.text((_MARGIN, top + 4 + _LINE), f"skipped: {sample.reason}", (180, 30, 30), _font(12))
     for place, piece in enumerate(sample.pieces):
         left = _MARGIN + place % _COLUMNS * (_CARD + _GAP)
         card_top = top + 2 * _LINE - 4 + place // _COLUMNS * (_CARD + _GAP)
@@ -122,7 +123,7 @@ def _draw_card(
 
 
 def _place_image(sheet: Image.Image, image: Image.Image, box: tuple[int, int, int, int]) -> None:
-    """Scaled to fill `box` as far as its shape allows, in its middle."""
+    """Draw an image as large as `box` allows, centered."""
     width, height = box[2] - box[0], box[3] - box[1]
     scale = min(width / image.width, height / image.height)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -153,7 +154,7 @@ def _spaced(tokens: int, side: int) -> np.ndarray:
 
 def _draw_mask(sheet: Image.Image, draw: ImageDraw.ImageDraw, pack: ShownPack, left: int, top: int) -> None:
     batch, length = pack.batch, pack.batch.sequence_length
-    draw.text((left, top), "who sees whom: queries down, keys to the right in their color", _INK, _font(13))
+    draw.text((left, top), "attention mask: queries down, visible keys to the right in their color", _INK, _font(13))
     top += 2 * _LINE
     if length:
         colors = _token_colors(pack)[_spaced(length, _MASK)]
@@ -174,14 +175,14 @@ def _draw_mask(sheet: Image.Image, draw: ImageDraw.ImageDraw, pack: ShownPack, l
 
 
 def _draw_borders(draw: ImageDraw.ImageDraw, pack: ShownPack, left: int, top: int) -> None:
-    """Lines and numbers of the samples that are large enough for them."""
+    """Borders and numbers of samples that are large enough for them."""
     length = pack.batch.sequence_length
     for number, sample in enumerate(pack.samples):
         start, end = (place * _MASK // length for place in (sample.start, sample.start + sample.length))
         if end - start >= _LINE:
             draw.line((left + start, top, left + start, top + _MASK - 1), (205, 205, 205))
             draw.line((left, top + start, left + _MASK - 1, top + start), (205, 205, 205))
-            past_end = end + 30 > _MASK  # then left of the block, where it is empty too
+            past_end = end + 30 > _MASK  # then to the left of the block, which is also empty
             draw.text((left + (start - 20 if past_end else end + 4), top + start), str(number), _FAINT, _font(12))
 
 
@@ -196,7 +197,7 @@ def _token_colors(pack: ShownPack) -> np.ndarray:
 
 @cache
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """A font of the system that has Chinese letters where there is one, else Pillow's own (Latin only)."""
+    """A system font, if possible with Chinese characters, else Pillow's own (Latin only)."""
     for name in ("NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "wqy-microhei.ttc", "DejaVuSans.ttf"):
         try:
             return ImageFont.truetype(name, size)
@@ -206,7 +207,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _wrapped(text: str, width: int, lines: int) -> list[str]:
-    """`text` in at most `lines` lines of `width` pixels; the last ends in "..." where not all of it fits."""
+    """`text` in at most `lines` lines of `width` pixels; the last ends in "..." if the text is longer."""
     font = _font(12)
     found: list[str] = []
     for word in _words(text, width, font):
@@ -221,7 +222,7 @@ def _wrapped(text: str, width: int, lines: int) -> list[str]:
 
 
 def _words(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Words of `text`; one that is wider than a line is split."""
+    """Words of `text`; a word wider than a line is split."""
     words = []
     for word in text.split():
         while font.getlength(word) > width:

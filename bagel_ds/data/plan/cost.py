@@ -1,16 +1,16 @@
 """What a pack costs: floating-point operations of one training micro-step, counted from the shapes of the network.
 
-Guarantees: integer arithmetic only, so every rank and every machine gets the same numbers; a pack costs exactly the
-sum of its samples (attention never crosses samples). Two numbers, because they are two phases with a barrier each:
-the language model, and vision (ViT and VAE). The operations are those of a step with activation checkpointing under
-ZeRO-3, as torch counts them (tests/data/plan/test_cost.py); work too small to matter (norms, embeddings, the
-64-wide latent projections) is not in it.
+Guarantees: integer arithmetic only, so every rank and machine computes the same numbers. A pack costs exactly the sum
+of its samples, because attention never crosses samples. There are two costs, because ranks wait for each other after
+each: vision (ViT and VAE) and the language model. Operations are those of a step with activation checkpointing under
+ZeRO-3, as torch counts them (tests/data/plan/test_cost.py), without negligible ones (norms, embeddings, the 64-wide
+latent projections).
 
-Calibrated by bench/cost_model.py (docs/benchmarks.md, "What a pack costs"), so far on a CPU: counted operations explain
-the language model's time of full packs to 1.5 %, tokens to 3.8 %. Operations of different kinds are priced alike.
-Kernels reach different shares of the peak, but ratios from 1/2 to 4 between attention and linear layers, or between VAE
-and ViT, change the imbalance of planned packs in time by less than the packer's tolerances: attention is an eighth of
-the language model's work at 7B, vision a thirtieth of all.
+bench/cost_model.py compares costs with measured times (docs/benchmarks.md, "What a pack costs"), so far on a CPU:
+operations explain the language model's time of full packs to 1.5 %, tokens to 3.8 %. All kinds of operations have the
+same price. Kernels reach different shares of the peak, but ratios from 1/2 to 4 between attention and linear layers, or
+between VAE and ViT, change the imbalance of planned packs by less than the packer's tolerances: attention is an eighth
+of the language model's work at 7B, vision a thirtieth of the total.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from bagel_ds.model.shape.flops import (
 from bagel_ds.model.shape.parts import Freezing, trainable_parts
 
 UNIT = 10**6  # costs are whole MFLOP: sums over any pack stay far below 2**53, exact as int64 and as float64
-# Matrix products of a checkpointed layer in one step, in forwards: forward, again in the backward pass, the gradient of
-# its input; and one more for that of its weights where they train.
+# Matrix products of a checkpointed layer in one step, in units of a forward pass: forward, recomputation, gradient of
+# the input, and (only if they train) gradient of the weights.
 FROZEN_PASSES, TRAINED_PASSES = 3, 4
-# Attention's backward recomputes the scores: 2.5 forwards (Dao, FlashAttention-2, section 4.1). In halves: an integer.
+# Attention's backward recomputes the scores: 2.5 forwards (Dao, FlashAttention-2, section 4.1). Doubled: an integer.
 ATTENTION_HALF_PASSES = 9
 
 
@@ -46,7 +46,7 @@ class Cost(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What a sample asks of the network, before it is priced."""
+    """What a sample asks of the network, in the units that `CostModel` prices."""
 
     und_tokens: int  # text, ViT patches and all image markers
     gen_tokens: int  # VAE latents
@@ -62,7 +62,7 @@ class Work(NamedTuple):
 
 
 def work_of(plan: SamplePlan) -> Work:
-    """Counts over the sample's splits; a query sees its own (text: up to itself) and all earlier ones but noise."""
+    """Count a sample's work. A query sees its own split (text: up to itself) and all earlier ones except noise."""
     und = gen = ce = pairs = visible = 0
     vit: list[int] = []
     vae: list[int] = []
@@ -91,9 +91,9 @@ def work_of(plan: SamplePlan) -> Work:
 
 
 def vit_flops_per_patch(vit: ViTConfig, llm_hidden: int, trains: bool = True, connector_trains: bool = True) -> int:
-    """FLOP of one patch in one step: patch embedding, all layers' linear maps, connector.
+    """FLOP of one patch in one step: patch embedding, linear maps of all layers, connector.
 
-    Only layers are checkpointed, and where no gradient passes they run once. Pixels need none.
+    Only layers are checkpointed, and without a gradient they run once. Pixels need no gradient.
     """
     embedding = vit.num_channels * vit.patch_size**2 * vit.hidden_size
     return 2 * (
@@ -106,9 +106,9 @@ def vit_flops_per_patch(vit: ViTConfig, llm_hidden: int, trains: bool = True, co
 
 @dataclass(frozen=True)
 class CostModel:
-    """Prices of the units of `Work`, in FLOP of one training step, built by `of`.
+    """Prices of the units of `Work` in FLOP of one training step; build it with `of`.
 
-    At 7B a token costs 52 GFLOP, a visible pair 1.8 MFLOP: attention over 8,192 visible keys is about a quarter of
+    At 7B a token costs 52 GFLOP and a visible pair 1.8 MFLOP: attention over 8,192 visible keys is about a quarter of
     a token's linear work.
     """
 
@@ -126,7 +126,7 @@ class CostModel:
     def of(
         cls, config: BagelConfig | None = None, vae: VAEConfig | None = None, freezing: Freezing = Freezing()
     ) -> CostModel:
-        """The prices of a network; BAGEL-7B-MoT with the FLUX autoencoder, all of it trained, by default."""
+        """The prices of a network. Default: BAGEL-7B-MoT with the FLUX autoencoder, fully trained."""
         config, vae = config or BagelConfig(), vae or VAEConfig()
         llm, vit = config.llm, config.vit
         trained = trainable_parts(config, freezing)
@@ -134,7 +134,7 @@ class CostModel:
         def passes(part: str) -> int:
             return TRAINED_PASSES if part in trained else FROZEN_PASSES
 
-        # freeze_und stops the gradient of the input, too.
+        # freeze_und also stops the gradient of the input.
         und_passes = 2 if config.freeze_und else passes("und_expert")
         vit_half_passes = ATTENTION_HALF_PASSES if "vit" in trained else 2
         token = 2 * llm_matmul_parameters(llm)

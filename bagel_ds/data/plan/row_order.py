@@ -22,9 +22,9 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
 
 
-def stable_key(*parts: int | str) -> int:
-    """A 64-bit number that depends on the parts only."""
-    text = "\0".join(str(part) for part in parts)
+def stable_key(*values: int | str) -> int:
+    """A 64-bit number that depends only on the values."""
+    text = "\0".join(str(value) for value in values)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

@@ -1,4 +1,4 @@
-"""How many tokens an image takes: patch sizes and the sides of the position tables."""
+"""The numbers that decide how many tokens an image takes: patch sizes and the sides of the position tables."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayoutOptions:
-    """What an image becomes: sizes of patches in pixels (latent patches: in cells), of position tables in patches."""
+    """Patch sizes are in pixels (of latent patches: in latent cells), sides of position tables in patches."""
 
     vit_patch_size: int = 14
     latent_patch_size: int = 2
@@ -19,7 +19,7 @@ class LayoutOptions:
 
     @property
     def latent_stride(self) -> int:
-        """Pixels per latent token and side."""
+        """Pixels per side of a latent token."""
         return self.latent_patch_size * self.vae_downsample
 
     @property

@@ -1,7 +1,7 @@
 """The registry of attention kernels. Importing it needs no torch, so the command line can read it for `--help`.
 
 To add a kernel, write a module with `prepare(layout) -> Attend` and name it here. tests/reference/test_masks.py then
-compares it with a dense mask, and `--attn` accepts it.
+compares it with a dense mask. `--attn` takes the names in arguments/options.py.
 """
 
 from __future__ import annotations

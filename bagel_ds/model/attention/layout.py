@@ -1,9 +1,9 @@
 """The mask rule: which token of a pack sees which.
 
 Guarantees: query i sees key j iff both are of one sample and (j <= i or both in the same full/noise split) and j is not
-in a noise split other than i's own (REFERENCE 7). No [T, T] mask exists: the rule is exact per split, because every
-split sees whole earlier splits and itself. A key/value cache is the splits of a sample that came before: keys without
-queries, under the same rule.
+in a noise split other than i's own. No [T, T] mask exists: the rule is exact per split, because every split sees whole
+earlier splits and itself. A key/value cache holds earlier splits of a sample: keys without queries, under the same
+rule.
 
 Shape legend: T tokens of a pack, S segments.
 """

@@ -1,8 +1,8 @@
 """A step's losses by dataset, and its velocity error by timestep.
 
 Guarantees: a step adds up its sums on the device, without a synchronization and without communication; they are read
-and combined over ranks only when the step is logged. Tokens weigh as in the loss itself, so the means of the parts,
-weighted by their tokens, give the loss. A part without tokens in the step gets no number.
+and combined over ranks only when the step is logged. Tokens weigh as in the loss itself, so the means of the subsets,
+weighted by their tokens, give the loss. A subset without tokens in the step gets no number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BANDS = 4  # of t after the shift, from 0 (clean) to 1 (noise)
 
 
 class LossBreakdown:
-    """Adds up one step's weighted losses and their weights in a tensor [2, parts]."""
+    """Adds up one step's weighted losses and their weights in a tensor [2, subsets]."""
 
     def __init__(self, datasets: Sequence[str], timestep_shift: float, options: LossOptions):
         self._datasets = {name: place for place, name in enumerate(datasets)}
@@ -53,7 +53,7 @@ class LossBreakdown:
         _add(sums, bands + 2 * count, mse, torch.ones_like(mse))
 
     def means(self, by_rank: Sequence[Sequence[Sequence[float]]]) -> dict[str, float]:
-        """Means over all ranks of the parts that have tokens, from each rank's sums as nested lists."""
+        """Means over all ranks of the subsets that have tokens, from each rank's sums as nested lists."""
         losses, weights = ([sum(column) for column in zip(*rows, strict=True)] for rows in zip(*by_rank, strict=True))
         return {
             name: loss / weight for name, loss, weight in zip(self.names, losses, weights, strict=True) if weight > 0
@@ -64,5 +64,5 @@ def _to(numbers: list[int], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
 
 
-def _add(sums: Tensor, parts: Tensor, losses: Tensor, weights: Tensor) -> None:
-    sums.index_add_(1, parts, torch.stack([losses, weights]).double())
+def _add(sums: Tensor, subsets: Tensor, losses: Tensor, weights: Tensor) -> None:
+    sums.index_add_(1, subsets, torch.stack([losses, weights]).double())

@@ -11,7 +11,6 @@ import os
 from datetime import timedelta
 from typing import NamedTuple
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -33,6 +32,7 @@ from bagel_ds.train.ranks.launcher import Launch, LauncherProcess, check_address
 from bagel_ds.train.ranks.rendezvous import check_meeting_point, let_first_rank_report, meet
 from bagel_ds.units import MIB
 from bagel_ds.zero.ops import build
+from bagel_ds.zero.process_group import ask_mpi, start_process_group
 from bagel_ds.zero.shm_buffers import BUFFER_BYTES, SUMS, leave_out_sums, remove_own_buffers, remove_stale_buffers
 
 _LEAST_TIMEOUT = 600.0  # of a collective call; torch's default for NCCL
@@ -73,7 +73,7 @@ def join_ranks(launch: Launch, stall_timeout: float, launcher: LauncherProcess |
         remove_stale_buffers()
     of_host = [] if uses_cuda() else _ready_sums(hosts)
     with quiet_start():
-        deepspeed.init_distributed(verbose=False, timeout=collective_timeout(stall_timeout))
+        start_process_group(collective_timeout(stall_timeout))
     agreement.barrier()  # makes the group, on all ranks
     if not uses_cuda():
         remove_own_buffers()  # all ranks have mapped each other's
@@ -97,7 +97,7 @@ def set_timeouts(timeout: timedelta) -> None:
 def _with_address(launch: Launch) -> Launch:
     """`launch` with rank 0's address; mpirun does not set it, so MPI is asked."""
     if launch.address is None:
-        deepspeed.comm.comm.mpi_discovery(distributed_port=launch.port, verbose=False)  # sets RANK and the others
+        ask_mpi(launch.port)
         launch = read_launch(os.environ)
     return launch
 

@@ -13,8 +13,9 @@ from typing import Mapping
 from bagel_ds.arguments.options import TrainingArguments
 from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
 from bagel_ds.checkpoint.step_folders import STATE
-from bagel_ds.model_folder.folder import BagelWeights, ModelFolder
-from bagel_ds.model_folder.pretrained import PartsWeights
+from bagel_ds.model_folder.folder import ModelFolder
+from bagel_ds.model_folder.pretrained import PretrainedWeights
+from bagel_ds.model_folder.weights import BagelWeights
 from bagel_ds.ranges import MASTER, WeightSource, copy_range
 from bagel_ds.train.ranks.agreement import together
 from bagel_ds.train.saves.start import StartPoint
@@ -43,10 +44,10 @@ def open_start(start: StartPoint, training: TrainingArguments, shapes: Mapping[s
         if training.ema > 0 and not had_ema:
             lines.append("the checkpoint holds no moving average: it starts at the weights")
         return StartWeights(state.source(shapes, MASTER, WEIGHT), averages if had_ema else None, state, lines)
-    if start.parts is not None:
-        made = PartsWeights(*start.parts, shapes, training.copy_init_moe, training.global_seed)
+    if start.pretrained is not None:
+        made = PretrainedWeights(*start.pretrained, shapes, training.copy_init_moe, training.global_seed)
         return StartWeights(
-            made, None, None, [f"starting from {' and '.join(map(str, start.parts))}", *made.description()]
+            made, None, None, [f"starting from {' and '.join(map(str, start.pretrained))}", *made.description()]
         )
     folder = ModelFolder(start.folder)
     files = folder.open_weights(training.finetune_from_ema)

@@ -31,7 +31,7 @@ from bagel_ds.train.ranks.agreement import SharedFault, everyone, is_main, toget
 
 logger = logging.getLogger("bagel_ds")
 
-Parts = tuple[Path, Path]  # folders of a language model and of a ViT
+Pretrained = tuple[Path, Path]  # folders of a language model and of a ViT
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class StartPoint:
     folder: Path
     full: bool
     reason: str
-    parts: Parts | None = None  # weights come from these instead of `folder`
+    pretrained: Pretrained | None = None  # weights come from these instead of `folder`
     checked: bool = False  # `folder` is a checkpoint, to be compared with its checksums
 
 
@@ -49,11 +49,11 @@ def find_start(
     training: TrainingArguments,
     model_folder: Path,
     damaged: frozenset[Path] = frozenset(),
-    parts: Parts | None = None,
+    pretrained: Pretrained | None = None,
 ) -> StartPoint:
     """Decide where to start, without checkpoints in `damaged`. Raises `UserError` if there is nothing to start from.
 
-    Pass `parts` if the run may start from a separate language model and ViT.
+    Pass `pretrained` if the run may start from a separate language model and ViT.
     """
     if training.auto_resume:
         newest = newest_state(Path(training.checkpoint_dir), damaged)
@@ -76,8 +76,8 @@ def find_start(
         return _named_start(folder, training.resume_model_only)
     if training.finetune_from_hf:
         return StartPoint(model_folder, False, "finetune_from_hf: the weights of model_path")
-    if parts is not None:
-        return StartPoint(model_folder, False, "llm_path and vit_path", parts)
+    if pretrained is not None:
+        return StartPoint(model_folder, False, "llm_path and vit_path", pretrained)
     raise UserError(
         "nothing to start from: pass --finetune_from_hf True to fine-tune model_path, --resume_from with a checkpoint, "
         "--auto_resume True with a checkpoint_dir that holds one, or folders of a language model and a ViT as "
@@ -101,7 +101,7 @@ def _named_start(folder: Path, model_only: bool) -> StartPoint:
     return StartPoint(folder, False, f"resume_from: only the weights, {lacks}", checked=saved)
 
 
-def sound_start(training: TrainingArguments, model_folder: Path, parts: Parts | None = None) -> StartPoint:
+def sound_start(training: TrainingArguments, model_folder: Path, pretrained: Pretrained | None = None) -> StartPoint:
     """`find_start`, on all ranks together, with the checkpoint's file sizes and its state's checksums verified.
 
     --auto_resume skips a damaged checkpoint with a warning. A damaged --resume_from is an error that names the newest
@@ -109,7 +109,7 @@ def sound_start(training: TrainingArguments, model_folder: Path, parts: Parts | 
     """
     damaged: frozenset[Path] = frozenset()
     while True:
-        start = together(partial(find_start, training, model_folder, damaged, parts))
+        start = together(partial(find_start, training, model_folder, damaged, pretrained))
         with waiting_for(f"the checksums of {start.folder}'s training state", "once per resume"):
             fault = damage_of(start.folder) if start.checked else None
         if fault is None:
@@ -122,7 +122,7 @@ def sound_start(training: TrainingArguments, model_folder: Path, parts: Parts | 
                 f"checkpoint --resume_from {start.folder} is damaged: {fault}. {offer}; --resume_model_only True loads "
                 "only its weights."
             )
-        logger.warning("checkpoint %s is damaged and passed over: %s", start.folder, fault)
+        logger.warning("skipping damaged checkpoint %s: %s", start.folder, fault)
         damaged |= {start.folder}
 
 

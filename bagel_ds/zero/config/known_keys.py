@@ -1,9 +1,9 @@
 """The keys and types of a DeepSpeed configuration file, as DeepSpeed itself reads them.
 
-Guarantees: an unknown key at any level, which DeepSpeed would ignore, and a value of a wrong type are named with file,
-line and the nearest known key, all at once. What is known comes from DeepSpeed: its pydantic models, the signatures of
-its optimizers and schedulers, and for all other sections what its own reader asks a dictionary for. "auto" is right
-for every known key. Imports deepspeed, which takes seconds.
+Guarantees: every unknown key, which DeepSpeed would ignore, and every value of a wrong type is reported with file, line
+and the nearest known key, all at once. What is known comes from DeepSpeed: its pydantic models, the signatures of its
+optimizers and schedulers and, for all other sections, the keys that its own reader asks a dictionary for. Every known
+key may be "auto". Imports deepspeed, which takes seconds.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class _Check:
         self.faults.append(f"--ds_config {self.document.where(*path)}: {text}")
 
     def removed(self, content: Mapping[str, Any]) -> dict[str, Any]:
-        """The content without the keys that DeepSpeed had once and refuses now."""
+        """The content without keys that DeepSpeed used to have and now refuses."""
         kept = dict(content)
         zero = content.get("zero_optimization")
         for key, message in ds_config._REMOVED_TOP_LEVEL_CONFIG_KEYS.items():
@@ -119,14 +119,14 @@ class _Check:
                 )
 
     def section(self, path: Path, section: Mapping[str, Any], model: type[pydantic.BaseModel]) -> None:
-        """A section that DeepSpeed reads with a pydantic model, and those inside it."""
+        """Check a section that DeepSpeed reads with a pydantic model, and the sections inside it."""
         self.model_names(path, section, model)
         try:
             model(**_known_values(section, model))
         except pydantic.ValidationError as error:
             for found in error.errors():
                 self.model_fault(path, section, found)
-        except _REFUSALS as error:  # by what DeepSpeed does with old names
+        except _REFUSALS as error:  # raised where DeepSpeed converts old names
             self.fault(path, f"{'.'.join(path)}: {_words(error)}")
 
     def model_names(self, path: Path, section: Mapping[str, Any], model: type[pydantic.BaseModel]) -> None:
@@ -148,11 +148,11 @@ class _Check:
         if found["type"] == "extra_forbidden":
             return  # reported by name already
         if not place or (isinstance(value, dict) and found["type"] in ("value_error", "assertion_error")):
-            return  # about several keys, some of which may be open yet: the resolved configuration is checked, too
+            return  # about several keys, which may still be "auto": `check_resolved` finds these
         self.fault((*path, *place), f"{'.'.join((*path, *place))} is {found['input']!r:.60}: {found['msg']}")
 
     def optimizer(self, section: Any) -> None:
-        """Its parameters are those of any Adam that DeepSpeed may choose; other optimizers are refused elsewhere."""
+        """Check its parameters against every Adam that DeepSpeed may choose; resolve.py refuses other optimizers."""
         if not self.is_section((constants.OPTIMIZER,), section):
             return
         self.names((constants.OPTIMIZER,), section, _OPTIMIZER)
@@ -182,9 +182,9 @@ class _Check:
             self.names(path, params, set(_parameters(scheduler)))
 
     def rest(self, content: dict[str, Any]) -> None:
-        """Everything that DeepSpeed reads key by key: have it read, and see what it asks for.
+        """Check all that DeepSpeed reads key by key: let it read, and note which keys it asks for.
 
-        A key at which it fails is left out and the rest read again.
+        A key at which it fails is left out, and the rest is read again.
         """
         while True:
             asked = _Asked(_pruned(content), self)
@@ -208,7 +208,7 @@ class _Check:
             self.fault(path, f"{'.'.join(path)} is {value!r:.60}, which DeepSpeed can't read ({_words(error)})")
 
     def data_types(self, section: Any) -> None:
-        """Names of number formats, which the engine looks up long after it has read the file."""
+        """Check names of number formats, which the engine looks up long after it has read the file."""
         known = {name for each in ds_config.DtypeEnum for name in each._all_values if isinstance(name, str)}
         for key in _DTYPES:
             value = _at(section, (key,))
@@ -218,9 +218,9 @@ class _Check:
 
 
 class _Asked(dict[str, Any]):
-    """A section that notes which keys DeepSpeed asks for, and by its defaults of which type their values are.
+    """A section that notes which keys DeepSpeed asks for, and the types of their values, from DeepSpeed's defaults.
 
-    A section that is walked over or copied whole has no names to check.
+    A section that DeepSpeed iterates over or copies as a whole has no names to check.
     """
 
     def __init__(self, content: Mapping[str, Any], check: _Check, path: Path = (), root: _Asked | None = None) -> None:
@@ -297,7 +297,7 @@ class _Asked(dict[str, Any]):
 
 
 class _AskedKeys(KeysView[str]):
-    """`section.keys()`: membership is a question about one key, anything else takes the section whole."""
+    """`section.keys()`: a membership test asks for one key, anything else takes the section as a whole."""
 
     def __init__(self, section: _Asked) -> None:
         self._section = section
@@ -310,7 +310,7 @@ class _AskedKeys(KeysView[str]):
 
 
 def _is_like(value: Any, default: Any) -> bool:
-    """Whether a value of the file is of the type of DeepSpeed's default; whole numbers may be written as 5e8."""
+    """Whether a value has the type of DeepSpeed's default; whole numbers may be written as 5e8."""
     if value in (AUTO, None) or type(default) not in _KINDS:
         return True
     if isinstance(default, bool) or isinstance(value, bool):
@@ -335,7 +335,7 @@ def _model_in(annotation: Any) -> type[pydantic.BaseModel] | None:
 
 
 def _known_values(section: Mapping[str, Any], model: type[pydantic.BaseModel]) -> dict[str, Any]:
-    """What the section says under names of the model, without "auto", also in sections inside it."""
+    """The section's values under names of the model, without "auto", also in sections inside it."""
     names, found = _names_of(model), {}
     for key, value in section.items():
         inner = _model_in(model.model_fields[names[key]].annotation) if key in names else None
@@ -347,12 +347,12 @@ def _known_values(section: Mapping[str, Any], model: type[pydantic.BaseModel]) -
 
 
 def _parameters(function: Any) -> list[str]:
-    """Names of what can be passed besides the first parameter (the optimizer, or the model's parameters)."""
+    """Names of the parameters after the first (which is the optimizer, or the model's parameters)."""
     return list(inspect.signature(function).parameters)[1:]
 
 
 def _at(content: Any, path: typing.Sequence[str]) -> Any:
-    """The value at `path`, "auto" where there is none."""
+    """The value at `path`, "auto" if there is none."""
     for key in path:
         content = content.get(key, AUTO) if isinstance(content, dict) else AUTO
     return content
@@ -366,7 +366,7 @@ def _pruned(content: Any) -> Any:
 
 
 def _without(content: Mapping[str, Any], paths: typing.Collection[Path]) -> dict[str, Any]:
-    """The content with the sections at `paths` left out; a section around one of them stays."""
+    """The content without the sections at `paths`; sections around them stay."""
     return {
         key: _without(value, {path[1:] for path in paths if path[0] == key and len(path) > 1})
         if isinstance(value, dict)

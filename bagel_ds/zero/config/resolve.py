@@ -1,54 +1,35 @@
-"""The DeepSpeed configuration of a run: found by path or name, "auto" filled in, contradictions refused.
+"""The DeepSpeed configuration of a run: "auto" is filled in from the arguments, contradictions are refused.
 
-Guarantees: what is returned holds no "auto" and says explicitly what DeepSpeed's defaults would decide silently
-(clipping, batch sizes, precision). A contradiction is an error only for lr, betas, eps, clipping, accumulation,
-micro-batch and precision, plus for what this trainer would not do as written; everything else in the file holds as it
-stands. The FSDP options of the original's scripts act only where given and left open in the file. Needs no deepspeed,
-except to check a file's keys (`check_*`).
+Guarantees: the result holds no "auto" and spells out what DeepSpeed's defaults would decide silently (clipping, batch
+sizes, precision). A file that contradicts an argument (learning rate, betas, eps, clipping, accumulation, batch size or
+precision), or asks for what this trainer doesn't do, is refused with all faults at once. Everything else in the file
+holds as written. Needs no deepspeed.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import io
-import logging
-import sys
-from contextlib import redirect_stdout
 from typing import Any
 
+from bagel_ds.arguments.options import TrainingArguments
 from bagel_ds.arguments.run_config import RunConfig
-from bagel_ds.errors import UserError, all_faults
-from bagel_ds.zero.config.draft import (
-    AUTO,
-    Draft,
-    ds_configs_folder,
-    find_ds_config,
-    offload_device,
-    read_ds_config,
-    zero_stage,
-)
-from bagel_ds.zero.config.fsdp import settle_sharding
-
-__all__ = [
-    "check_file_with_deepspeed",
-    "check_planned_file",
-    "check_with_deepspeed",
-    "ds_configs_folder",
-    "find_ds_config",
-    "offload_device",
-    "read_ds_config",
-    "resolve_ds_config",
-    "zero_stage",
-]
+from bagel_ds.errors import all_faults
+from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.parameters import parameter_sizes
+from bagel_ds.model.shape.parts import Freezing, trainable_parts
+from bagel_ds.zero.config.draft import AUTO, Draft
+from bagel_ds.zero.config.files import ds_configs_folder, find_ds_config, read_ds_config
+from bagel_ds.zero.config.nvme import fit_buffers, settle_nvme
+from bagel_ds.zero.config.settings import ZeroSettings, offload_device
+from bagel_ds.zero.config.sharding import settle_sharding
 
 
 def resolve_ds_config(
     name_or_path: str, config: RunConfig, world_size: int, ranks_per_host: int | None = None
 ) -> tuple[dict[str, Any], list[str]]:
-    """The dict for `deepspeed.initialize` on `world_size` ranks, and one-line remarks for the log.
+    """The configuration for `deepspeed.initialize` on `world_size` ranks, and one-line remarks for the log.
 
     `ranks_per_host` None means that all are on one host. The file's optimizer and scheduler sections are checked
-    against the arguments and left out: the trainer brings its own AdamW and schedule. Raises UserError naming every
+    against the arguments and removed, because the trainer has its own AdamW and schedule. Raises UserError with every
     fault.
     """
     path = find_ds_config(name_or_path)
@@ -57,6 +38,8 @@ def resolve_ds_config(
     if path.parent.resolve() != presets.resolve() and (presets / path.name).is_file():
         draft.notes.append(f"ds_config is the file {path}, not the preset of the same name")
     settle_sharding(draft)
+    if draft.ds["zero_optimization"]["stage"] == 3:
+        settle_nvme(draft)
     _settle_batch(draft)
     _settle_precision(draft)
     _check_optimizer(draft)
@@ -67,41 +50,21 @@ def resolve_ds_config(
     return draft.ds, draft.notes
 
 
-def check_file_with_deepspeed(name_or_path: str) -> None:
-    """Raise UserError with every key of a file that DeepSpeed doesn't know or can't read. Imports deepspeed."""
-    from bagel_ds.zero.config.known_keys import check_keys
-
-    check_keys(read_ds_config(find_ds_config(name_or_path)))
-
-
-def check_planned_file(name_or_path: str) -> str | None:
-    """`check_file_with_deepspeed` for commands that work without DeepSpeed; a remark where it could not be checked.
-
-    Presets are known to be right, so only files of a user's own cost the seconds that importing deepspeed takes.
-    """
-    path = find_ds_config(name_or_path)
-    if path.parent.resolve() == ds_configs_folder().resolve():
-        return None
-    if importlib.util.find_spec("deepspeed") is None:
-        return f"the keys of {path} are not checked, as deepspeed is not installed: DeepSpeed ignores misspelled ones"
-    if "deepspeed" not in sys.modules:
-        with redirect_stdout(io.StringIO()):  # it logs to stdout, which belongs to the command's result
-            import deepspeed  # noqa: F401
-        logging.getLogger("DeepSpeed").handlers[:] = [logging.lastResort]  # type: ignore[list-item]
-    check_file_with_deepspeed(name_or_path)
-    return None
+def fit_to_network(
+    ds: dict[str, Any], model: BagelConfig, training: TrainingArguments, world_size: int
+) -> ZeroSettings:
+    """Settle in a resolved configuration what depends on the network, and return its values. Raises UserError."""
+    trains = trainable_parts(model, Freezing(training.freeze_llm, training.freeze_vit))
+    has_frozen = not {"und_expert", "gen_expert", "vit"} <= trains
+    largest = max(parameter.numel for parameter in parameter_sizes(model))
+    fit_buffers(ds, largest, world_size, has_frozen and training.activation_checkpointing != "none")
+    return ZeroSettings.of(ds)
 
 
-def check_with_deepspeed(ds: dict[str, Any]) -> None:
-    """Let DeepSpeed read a resolved configuration, for what concerns several keys together."""
-    from deepspeed.runtime.config import DeepSpeedConfigError, _reject_removed_config_keys
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    try:
-        _reject_removed_config_keys(ds)
-        DeepSpeedZeroConfig(**ds.get("zero_optimization", {}))
-    except (ValueError, AssertionError, DeepSpeedConfigError) as fault:
-        raise UserError(f"ds_config: DeepSpeed refuses it: {fault}") from None
+def same_on_all_hosts(ds: dict[str, Any]) -> dict[str, Any]:
+    """A resolved configuration without what differs between hosts: the folders of swap files."""
+    kept = {key: value for key, value in ds.items() if key != "nvme_path"}
+    return {key: same_on_all_hosts(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 # ------------------------------------------------------------------------------------- batch, clipping and precision
@@ -120,7 +83,7 @@ def _settle_batch(draft: Draft) -> None:
         f"--gradient_accumulation_steps {steps} on {world} ranks makes {steps * world}",
         "change --gradient_accumulation_steps",
     )
-    # Always written: DeepSpeed clips at 1.0 where nothing is said (DeepSpeed #8068).
+    # Always written: DeepSpeed's default is to clip at 1.0 (DeepSpeed #8068).
     norm = training.max_grad_norm
     draft.settle("gradient_clipping", norm, f"--max_grad_norm is {norm}", "make the two equal")
 
@@ -131,7 +94,7 @@ def _settle_precision(draft: Draft) -> None:
     other = "--precision fp32" if is_bf16 else "--precision bf16"
     draft.settle("bf16.enabled", is_bf16, f"--precision is {precision}", f"pass {other}")
     if draft.section("bf16").get("check_grad_overflow", AUTO) not in (AUTO, True):
-        draft.fault("bf16.check_grad_overflow is off: gradients that are not finite would be applied; remove the key")
+        draft.fault("bf16.check_grad_overflow is off, so gradients that are not finite would be used; remove the key")
     for key in ("fp16", "torch_autocast"):
         if key in draft.ds and draft.section(key).get("enabled", AUTO) not in (AUTO, False):
             draft.fault(f"{key} is enabled, but --precision is {precision}; remove the section")
@@ -141,7 +104,7 @@ def _settle_precision(draft: Draft) -> None:
 
 
 def _check_bf16_masters(draft: Draft) -> None:
-    """Masters and moments in bf16 exist for the CPU optimizer alone: 12 instead of 20 bytes per parameter."""
+    """Only the CPU optimizer can have masters and moments in bf16 (12 instead of 20 bytes per parameter)."""
     on_cpu = offload_device(draft.ds, "optimizer") == "cpu"
     keys = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
     wanted = [key for key in keys if draft.section("bf16").get(key, AUTO) not in (AUTO, False)]
@@ -149,16 +112,16 @@ def _check_bf16_masters(draft: Draft) -> None:
         if draft.config.training.precision != "bf16":
             draft.fault(f"bf16.{key} needs --precision bf16, found {draft.config.training.precision}; remove the key")
         elif not on_cpu:
-            draft.fault(f"bf16.{key} needs offload_optimizer on the CPU; remove the key, or take preset zero3_cpu_bf16")
+            draft.fault(f"bf16.{key} needs offload_optimizer on the CPU; remove the key, or use preset zero3_cpu_bf16")
     if wanted:
-        draft.notes.append("bf16 masters: updates much smaller than a weight are rounded away (docs/low_memory.md)")
+        draft.notes.append("bf16 masters: updates much smaller than a weight are lost to rounding (docs/low_memory.md)")
 
 
 def _settle_gradient_types(draft: Draft) -> None:
     """Number formats of gradients, where the file leaves them open.
 
-    They travel in the run's precision, as the original's do, and are summed over micro-batches in fp32 where DeepSpeed
-    can (ZeRO 2 and 3, for 2 more bytes per parameter); with one micro-batch there is nothing to sum.
+    Ranks exchange gradients in the run's precision, as in the original. They are summed over micro-batches in fp32 if
+    DeepSpeed supports it (ZeRO 2 and 3, for 2 more bytes per parameter); with one micro-batch there is nothing to sum.
     """
     training, types = draft.config.training, draft.section("data_types")
     stage = draft.section("zero_optimization")["stage"]
@@ -171,7 +134,7 @@ def _settle_gradient_types(draft: Draft) -> None:
     elif is_bf16 and stage < 2 and chosen != "bf16":
         draft.fault(
             f"data_types.grad_accum_dtype {chosen} with --precision bf16 needs ZeRO stage 2 or 3, found stage {stage}; "
-            'write "auto" in the file or take another stage'
+            'write "auto" in the file or use another stage'
         )
     if draft.ds.get("communication_data_type", AUTO) in (AUTO, None):
         draft.ds["communication_data_type"] = training.precision
@@ -207,19 +170,21 @@ def _check_scheduler(draft: Draft) -> None:
             "--warmup_steps and --min_lr; remove the section and pass these"
         )
     else:
-        draft.notes.append("ds_config's scheduler has no effect: lr_scheduler, lr, warmup_steps and min_lr hold")
+        draft.notes.append(
+            "ds_config's scheduler has no effect: --lr_scheduler, --lr, --warmup_steps and --min_lr apply"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------ all the rest
 _UNSUPPORTED = {
-    "gradient_allreduce_op": ("avg", "the loss is normalised for averaged gradients"),
+    "gradient_allreduce_op": ("avg", "the loss is normalized for averaged gradients"),
     "managed_gradient_accumulation": (True, "the trainer counts micro-batches itself"),
-    "prescale_gradients": (False, "the loss is normalised for averaged gradients"),
+    "prescale_gradients": (False, "the loss is normalized for averaged gradients"),
     "data_efficiency": (None, "packs come from the trainer's own plan"),
-    "tensor_parallel": (None, "the model is sharded by ZeRO alone"),
-    "sequence_parallel_size": (1, "the model is sharded by ZeRO alone"),
-    "pipeline": (None, "the model is sharded by ZeRO alone"),
-    "expert_parallel": (None, "the model is sharded by ZeRO alone"),
+    "tensor_parallel": (None, "the model is sharded only by ZeRO"),
+    "sequence_parallel_size": (1, "the model is sharded only by ZeRO"),
+    "pipeline": (None, "the model is sharded only by ZeRO"),
+    "expert_parallel": (None, "the model is sharded only by ZeRO"),
     "hybrid_engine": (None, "it is for reinforcement learning"),
     "weight_quantization": (None, "weights are trained in full"),
     "zero_optimization.zenflow": (None, "it failed with this model"),
@@ -237,11 +202,11 @@ def _refuse_unsupported(draft: Draft) -> None:
             draft.fault(f"{path} is not supported: {reason}; remove it")
     if "activation_checkpointing" in draft.ds:
         del draft.ds["activation_checkpointing"]
-        draft.notes.append("ds_config's activation_checkpointing has no effect: the argument of that name holds")
+        draft.notes.append("ds_config's activation_checkpointing has no effect: --activation_checkpointing applies")
 
 
 def _settle_leftovers(draft: Draft) -> None:
-    """Any other "auto": in the ZeRO section what our preset of the stage says, elsewhere DeepSpeed's own default."""
+    """Any other "auto": the value of our preset for the stage in the ZeRO section, DeepSpeed's default elsewhere."""
     zero = draft.ds["zero_optimization"]
     preset = read_ds_config(ds_configs_folder() / f"zero{zero['stage']}.json").content["zero_optimization"]
     for key, value in list(zero.items()):

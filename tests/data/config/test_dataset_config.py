@@ -11,6 +11,8 @@ import yaml
 
 from bagel_ds.data.config.dataset_config import DatasetConfig, FrameSampler, load_dataset_config
 from bagel_ds.data.files.image_folder import ImageFolder
+from bagel_ds.data.formats.registry import KINDS
+from bagel_ds.data.formats.t2i import TextToImage
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.errors import UserError
 from tests.small_data import t2i_rows, write_config, write_conversations, write_parquet
@@ -50,6 +52,24 @@ def _faults(config: str, info: str | None = None) -> str:
     with pytest.raises(UserError) as caught:
         load_dataset_config(config, info)
     return str(caught.value)
+
+
+class Posters(TextToImage):
+    name = "posters"
+    kinds = ("posters_pretrain",)
+    vae_transform = ImageTransform(16, 256, 128)
+
+
+def test_a_new_format_needs_only_its_class_in_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CONTRIBUTING says so."""
+    monkeypatch.setitem(KINDS, "posters_pretrain", Posters())
+    write_parquet(tmp_path / "posters" / "a.parquet", t2i_rows(1))
+    info = {"posters_pretrain": {"mine": {"data_dir": str(tmp_path / "posters"), "num_files": 1}}}
+    (tmp_path / "dataset_info.yaml").write_text(yaml.safe_dump(info))
+    (tmp_path / "config.yaml").write_text("posters_pretrain: {dataset_names: [mine], num_used_data: [1], weight: 1}")
+    (group,) = load_dataset_config(str(tmp_path / "config.yaml")).groups
+    assert (group.kind, group.vae_transform, group.vit_transform) == ("posters_pretrain", Posters.vae_transform, None)
+    assert len(group.datasets) == 1
 
 
 def test_dialect_a_as_the_original_publishes_it(tmp_path: Path, data: dict[str, Any]) -> None:

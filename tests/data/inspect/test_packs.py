@@ -106,7 +106,7 @@ def test_a_sample_that_cannot_be_read_is_shown_with_its_reason(tmp_path: Path, t
     broken = [sample for sample in pack.samples if sample.reason]
     assert broken and len(broken) == len(pack.batch.skipped)
     assert all("no such file" in sample.reason and not sample.pieces for sample in broken)
-    assert f"dropped out: {broken[0].reason}" in "\n".join(pack_text(pack))
+    assert f"skipped: {broken[0].reason}" in "\n".join(pack_text(pack))
     assert contact_sheets(pack)
 
 

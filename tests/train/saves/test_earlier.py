@@ -206,10 +206,10 @@ def _incomplete(folder: Path) -> None:
 LATEST: dict[str, tuple[Callable[[Path], object], str]] = {
     "another complete one": (lambda folder: (folder / "latest").write_text("step_20\n"), "names step_20, a complete"),
     "a link to another": (_linked_to_another, "names step_10, a complete"),
-    "none": (lambda folder: (folder / "latest").unlink(), "is missing or names no step"),
-    "empty": (lambda folder: (folder / "latest").write_text(""), "is missing or names no step"),
-    "one that is gone": (_gone, "names step_50, which is not there"),
-    "one that is incomplete": (_incomplete, "names step_20, which is not there or not complete"),
+    "none": (lambda folder: (folder / "latest").unlink(), "is missing or does not name a step"),
+    "empty": (lambda folder: (folder / "latest").write_text(""), "is missing or does not name a step"),
+    "one that is gone": (_gone, "names step_50, which is missing"),
+    "one that is incomplete": (_incomplete, "names step_20, which is missing or incomplete"),
 }
 
 
@@ -237,7 +237,7 @@ def test_a_dangling_latest_is_named_also_where_no_checkpoint_is_left(
         shutil.rmtree(earlier / f"step_{step}")
     assert not sound_start_of(tmp_path, auto_resume=True, finetune_from_hf=True).full
     (line,) = caplog.messages
-    assert "auto_resume finds no complete checkpoint" in line and "latest names step_36, which is not there" in line
+    assert "auto_resume finds no complete checkpoint" in line and "latest names step_36, which is missing" in line
     (earlier / "latest").unlink()
     assert not sound_start_of(tmp_path, auto_resume=True, finetune_from_hf=True).full
     assert len(caplog.messages) == 1

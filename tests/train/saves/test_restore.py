@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from bagel_ds.checkpoint.state import WEIGHT, Held, StateFiles, rank_file, write_rank
+from bagel_ds.checkpoint.state import WEIGHT, Held, StateFiles, rank_file
 from bagel_ds.ranges import MASTER, Pieces, Range
 from bagel_ds.train.saves.restore import restore_moments
 from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ
+from tests.checkpoint.written import write_rank
 from tests.train.saves.one_rank_engine import Engine
 
 pytestmark = pytest.mark.usefixtures("one_rank")

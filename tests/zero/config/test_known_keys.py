@@ -11,13 +11,9 @@ import pytest
 from bagel_ds.arguments.run_config import parse_arguments
 from bagel_ds.cli import main
 from bagel_ds.errors import UserError
-from bagel_ds.zero.config import resolve as zero_config
-from bagel_ds.zero.config.resolve import (
-    check_file_with_deepspeed,
-    check_with_deepspeed,
-    ds_configs_folder,
-    resolve_ds_config,
-)
+from bagel_ds.zero.config import check
+from bagel_ds.zero.config.files import ds_configs_folder
+from bagel_ds.zero.config.resolve import resolve_ds_config
 
 AUTO = "auto"
 # As the documentation of Hugging Face's Trainer and Accelerate shows them.
@@ -153,31 +149,31 @@ def _written(tmp_path: Path, content: Any) -> str:
 
 def _faults(tmp_path: Path, content: Any) -> str:
     with pytest.raises(UserError) as caught:
-        check_file_with_deepspeed(_written(tmp_path, content))
+        check.check_file(_written(tmp_path, content))
     return str(caught.value)
 
 
 @pytest.mark.parametrize("preset", sorted(path.stem for path in ds_configs_folder().glob("*.json")))
 def test_every_preset_passes(preset: str) -> None:
-    check_file_with_deepspeed(preset)
+    check.check_file(preset)
 
 
 @pytest.mark.parametrize("content", [HF_ZERO2, HF_ZERO3, ACCELERATE])
 def test_files_of_hugging_face_pass_and_resolve(tmp_path: Path, content: dict[str, Any]) -> None:
     path = _written(tmp_path, content)
-    check_file_with_deepspeed(path)
+    check.check_file(path)
     ds, _ = resolve_ds_config(path, parse_arguments([]), 4)
-    check_with_deepspeed(ds)
+    check.check_resolved(ds)
 
 
 @pytest.mark.parametrize("content", DOCUMENTED, ids=lambda content: "-".join(content) or "empty")
 def test_documented_sections_pass_also_with_auto_in_them(tmp_path: Path, content: dict[str, Any]) -> None:
-    check_file_with_deepspeed(_written(tmp_path, content))
+    check.check_file(_written(tmp_path, content))
     opened = {
         key: dict.fromkeys(value, AUTO) if isinstance(value, dict) and key not in ("optimizer", "scheduler") else AUTO
         for key, value in content.items()
     }
-    check_file_with_deepspeed(_written(tmp_path, opened))
+    check.check_file(_written(tmp_path, opened))
 
 
 UNKNOWN: list[tuple[dict[str, Any], str, str]] = [
@@ -293,7 +289,7 @@ def test_the_planner_refuses_a_misspelled_file(tmp_path: Path, capsys: pytest.Ca
 def test_without_deepspeed_the_planner_says_what_it_did_not_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(zero_config.importlib.util, "find_spec", lambda name: None)
-    remark = zero_config.check_planned_file(_written(tmp_path, {"zero_optimisation": {}}))
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
+    remark = check.check_file_if_possible(_written(tmp_path, {"zero_optimisation": {}}))
     assert remark is not None and "not checked" in remark and "mine.json" in remark
-    assert zero_config.check_planned_file("zero3") is None
+    assert check.check_file_if_possible("zero3") is None

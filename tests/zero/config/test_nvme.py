@@ -1,4 +1,4 @@
-"""NVMe paths that can't work are said before training; settings that silently stay in memory are caught."""
+"""Folders and buffers on NVMe; settings that crash, or silently keep all in memory, are refused."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import pytest
 
 from bagel_ds.arguments.run_config import parse_arguments
 from bagel_ds.errors import UserError
-from bagel_ds.zero.config.nvme import (
-    LARGEST_7B,
-    average_folder,
-    check_nvme,
-    clean_nvme,
-    file_system,
-    fit_buffers,
-    nvme_bytes,
-    nvme_folders,
-)
-from bagel_ds.zero.config.resolve import resolve_ds_config
+from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.parameters import parameter_sizes
+from bagel_ds.zero.config.files import ds_configs_folder
+from bagel_ds.zero.config.nvme import fit_buffers
+from bagel_ds.zero.config.resolve import resolve_ds_config, same_on_all_hosts
+from bagel_ds.zero.config.settings import ZeroSettings
+
+LARGEST_7B = max(parameter.numel for parameter in parameter_sizes(BagelConfig()))
 
 
 def resolved(preset: str, path: Path, world: int = 2) -> dict[str, Any]:
     words = ["--nvme_path", str(path), "--checkpoint_dir", str(path / "checkpoints")]
     return resolve_ds_config(preset, parse_arguments(words), world)[0]
+
+
+def swap_folders(ds: dict[str, Any]) -> list[Path]:
+    return ZeroSettings.of(ds).swap_folders
 
 
 def changed(preset: str, path: Path, section: str, **values: Any) -> dict[str, Any]:
@@ -78,65 +79,58 @@ def test_parameters_that_persist_and_swap_are_refused(tmp_path: Path, world: int
 
 
 def test_two_runs_use_two_folders_and_a_run_finds_its_own_again(tmp_path: Path) -> None:
-    (one,) = nvme_folders(resolved("zero3_nvme_all", tmp_path))
-    assert [one] == nvme_folders(resolved("zero3_nvme", tmp_path))
+    (one,) = swap_folders(resolved("zero3_nvme_all", tmp_path))
+    assert [one] == swap_folders(resolved("zero3_nvme", tmp_path))
     other = resolve_ds_config("zero3_nvme", parse_arguments(["--nvme_path", str(tmp_path)]), 2)[0]
-    assert nvme_folders(other) != [one]
+    assert swap_folders(other) != [one]
 
 
-def test_too_little_space_is_said_with_both_numbers(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="needs 931323 GiB"):
-        check_nvme(resolved("zero3_nvme", tmp_path), 10**15)
+def test_hosts_differ_in_nothing_but_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks compare what they have resolved; a folder's name holds the host's."""
+    found = []
+    for host in ("host-1", "host-2"):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        found.append(resolved("zero3_nvme_all", tmp_path))
+    assert found[0] != found[1] and same_on_all_hosts(found[0]) == same_on_all_hosts(found[1])
+    found[1]["zero_optimization"]["offload_param"]["buffer_size"] = 1
+    assert same_on_all_hosts(found[0]) != same_on_all_hosts(found[1])
 
 
-def test_a_disk_that_is_memory_is_refused() -> None:
-    if file_system(Path("/dev/shm")) != "tmpfs":
-        pytest.skip("no tmpfs at /dev/shm on this machine")
-    ds = resolved("zero3_nvme", Path("/dev/shm"))
-    with pytest.raises(UserError, match="which is memory"):
-        check_nvme(ds, 0)
-    clean_nvme(ds)
-
-
-def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="can't be written"):
-        check_nvme(resolved("zero3_nvme", tmp_path / "file"), 0)
-
-
-SILENT = [
-    ("zero3_nvme_all", "aio", {"block_size": 2**20 + 1}, "block_size"),
-    ("zero3_nvme_all", "aio", {"use_gds": True}, "use_gds"),
-    ("zero3_nvme_all", "offload_param", {"max_in_cpu": 10**9}, "max_in_cpu"),
-    ("zero3_nvme", "offload_optimizer", {"buffer_count": 2}, "buffer_count"),
-    ("zero3_nvme", "offload_optimizer", {"pipeline_read": True}, "pipeline_read"),
+FAULTS = [
+    ("aio", {"block_size": 2**20 + 1}, "aio.block_size is 1,048,577"),
+    ("aio", {"use_gds": True}, "aio.use_gds"),
+    ("offload_param", {"max_in_cpu": 1e9}, "max_in_cpu is 1,000,000,000"),
+    ("offload_optimizer", {"buffer_count": 2}, "buffer_count is 2"),
+    ("offload_optimizer", {"pipeline_read": True}, "pipeline_read"),
 ]
 
 
-@pytest.mark.parametrize("preset, section, values, word", SILENT)
-def test_settings_that_keep_all_in_memory_or_crash_are_caught(
-    tmp_path: Path, preset: str, section: str, values: dict[str, Any], word: str
+def written(path: Path, section: str, values: dict[str, Any], device: str) -> str:
+    """A file like the preset zero3_nvme_all, offloading to `device`, with other values in one section."""
+    content = json.loads((ds_configs_folder() / "zero3_nvme_all.json").read_text())
+    for part in ("offload_optimizer", "offload_param"):
+        content["zero_optimization"][part]["device"] = device
+    place = content if section == "aio" else content["zero_optimization"]
+    place.setdefault(section, {}).update(values)
+    (path / "mine.json").write_text(json.dumps(content))
+    return str(path / "mine.json")
+
+
+@pytest.mark.parametrize("section, values, words", FAULTS)
+def test_settings_that_keep_all_in_memory_or_crash_are_refused(
+    tmp_path: Path, section: str, values: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(UserError, match=word):
-        check_nvme(changed(preset, tmp_path, section, **values), 0)
+    with pytest.raises(UserError, match=f"ds_config mine.json: .*{words}"):
+        resolved(written(tmp_path, section, values, "nvme"), tmp_path)
+    resolved(written(tmp_path, section, dict.fromkeys(values, "auto"), "nvme"), tmp_path)
+    resolved(written(tmp_path, section, values, "cpu"), tmp_path)
 
 
-def test_cleaning_removes_the_runs_folder_and_nothing_else(tmp_path: Path) -> None:
+def test_the_average_lies_beside_an_optimizer_on_nvme(tmp_path: Path) -> None:
     ds = resolved("zero3_nvme", tmp_path)
-    (folder,) = nvme_folders(ds)
-    (folder / "zero_stage_3").mkdir(parents=True)
-    (tmp_path / "mine").mkdir()
-    clean_nvme(ds)
-    assert not folder.exists() and (tmp_path / "mine").is_dir()
-    ds["zero_optimization"]["offload_optimizer"]["nvme_path"] = str(tmp_path / "mine")
-    clean_nvme(ds)
-    assert (tmp_path / "mine").is_dir()
-
-
-def test_bytes_on_nvme(tmp_path: Path) -> None:
-    assert nvme_bytes(resolved("zero3_cpu", tmp_path), 100, 90, 4) == 0
-    assert nvme_bytes(resolved("zero3_nvme", tmp_path), 100, 90, 0) == 16 * 90
-    assert nvme_bytes(resolved("zero3_nvme_all", tmp_path), 100, 90, 4) == 20 * 90 + 2 * 100
-    assert average_folder(resolved("zero3_cpu", tmp_path), 0) is None
-    assert average_folder(resolved("zero3_nvme", tmp_path), 1) is not None
-    assert json.dumps(resolved("zero3_nvme", tmp_path))
+    settings = ZeroSettings.of(ds)
+    (folder,) = settings.swap_folders
+    assert settings.average_folder(1) == folder / "ema" / "rank1"
+    in_memory = ZeroSettings.of(resolved("zero3_cpu", tmp_path))
+    assert in_memory.average_folder(0) is None and in_memory.swap_folders == []
+    assert json.dumps(ds), "DeepSpeed gets plain JSON"

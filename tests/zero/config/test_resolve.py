@@ -10,14 +10,10 @@ import pytest
 
 from bagel_ds.arguments.run_config import RunConfig, parse_arguments
 from bagel_ds.errors import UserError
-from bagel_ds.zero.config.resolve import (
-    check_with_deepspeed,
-    ds_configs_folder,
-    find_ds_config,
-    offload_device,
-    resolve_ds_config,
-    zero_stage,
-)
+from bagel_ds.zero.config.check import check_resolved
+from bagel_ds.zero.config.files import ds_configs_folder, find_ds_config
+from bagel_ds.zero.config.resolve import resolve_ds_config
+from bagel_ds.zero.config.settings import ZeroSettings, offload_device
 
 PRESETS = sorted(path.stem for path in ds_configs_folder().glob("*.json"))
 RUNS = [(preset, precision) for preset in PRESETS for precision in ("bf16", "fp32")]
@@ -59,11 +55,11 @@ def test_every_preset_resolves_without_auto_and_deepspeed_accepts_it(preset: str
     assert ds["communication_data_type"] == precision
     assert "optimizer" not in ds and "scheduler" not in ds
     stage = int(preset[4])
-    assert zero_stage(ds) == stage
+    assert ZeroSettings.of(ds).stage == stage
     sums_in_fp32 = precision == "fp32" or stage >= 2
     assert ds["data_types"]["grad_accum_dtype"] == ("fp32" if sums_in_fp32 else "bf16")
     assert len(notes) == (0 if sums_in_fp32 and preset != "zero3_cpu_bf16" else 1)
-    check_with_deepspeed(ds)
+    check_resolved(ds)
 
 
 def test_presets_offload_what_their_names_say() -> None:
@@ -92,7 +88,7 @@ def test_a_file_goes_before_a_preset_of_the_same_name(tmp_path: Path, monkeypatc
     (tmp_path / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
     monkeypatch.chdir(tmp_path)
     ds, notes = resolve_ds_config("zero3.json", config(), 1)
-    assert zero_stage(ds) == 2
+    assert ZeroSettings.of(ds).stage == 2
     assert "not the preset" in notes[0]
 
 
@@ -143,7 +139,7 @@ def test_agreeing_values_are_no_contradiction(tmp_path: Path) -> None:
     }
     ds, _ = resolve(tmp_path, content, "--lr", "2e-5", "--gradient_accumulation_steps", "2")
     assert ds["steps_per_print"] == 7
-    assert zero_stage(ds) == 1
+    assert ZeroSettings.of(ds).stage == 1
 
 
 def test_a_file_written_for_the_hugging_face_trainer_resolves(tmp_path: Path) -> None:
@@ -170,7 +166,7 @@ def test_a_file_written_for_the_hugging_face_trainer_resolves(tmp_path: Path) ->
     assert ds["zero_optimization"]["reduce_bucket_size"] == preset["reduce_bucket_size"]
     assert '"auto"' not in json.dumps(ds) and "fp16" not in ds
     assert any("scheduler" in note for note in notes)
-    check_with_deepspeed(ds)
+    check_resolved(ds)
 
 
 UNSUPPORTED: list[tuple[dict[str, Any], str]] = [
@@ -195,9 +191,9 @@ def test_what_would_change_results_is_refused(tmp_path: Path, content: dict[str,
 
 def test_deepspeeds_own_refusals_become_messages() -> None:
     with pytest.raises(UserError, match="stge"):
-        check_with_deepspeed({"zero_optimization": {"stge": 3}})
+        check_resolved({"zero_optimization": {"stge": 3}})
     with pytest.raises(UserError, match="elasticity|Elastic"):
-        check_with_deepspeed({"elasticity": {}})
+        check_resolved({"elasticity": {}})
 
 
 # ---------------------------------------------------------------------------------------------------- FSDP options
@@ -205,7 +201,7 @@ def test_the_hpz_preset_keeps_a_copy_per_host() -> None:
     ds, (note,) = resolve_ds_config("zero3_hpz", config(), 16, 8)
     assert ds["zero_optimization"]["zero_hpz_partition_size"] == 8
     assert "per host of 8" in note
-    check_with_deepspeed(ds)
+    check_resolved(ds)
 
 
 def test_the_hpz_preset_on_hosts_that_no_group_divides_keeps_a_single_copy_and_says_so() -> None:
@@ -237,7 +233,7 @@ def test_num_shard_below_the_world_is_an_hpz_group(preset: str) -> None:
     ds, notes = resolve_ds_config(preset, config("--num_shard", "2"), 4)
     assert ds["zero_optimization"]["zero_hpz_partition_size"] == 2
     assert len(notes) == 1
-    check_with_deepspeed(ds)
+    check_resolved(ds)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +269,7 @@ def test_cpu_offload_acts_where_the_file_leaves_it_open(preset: str, param: str)
 def test_sharding_strategy_fills_an_open_stage(tmp_path: Path, strategy: str, stage: int) -> None:
     for content in ({}, {"zero_optimization": {"stage": "auto"}}):
         ds, notes = resolve(tmp_path, content, "--sharding_strategy", strategy)
-        assert zero_stage(ds) == stage
+        assert ZeroSettings.of(ds).stage == stage
         assert len(notes) == 1
 
 

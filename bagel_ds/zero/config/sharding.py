@@ -1,14 +1,14 @@
-"""What the original's FSDP options mean in a DeepSpeed configuration.
+"""ZeRO stage, offload and sharding groups of a configuration, from the file and the original's FSDP options.
 
-Guarantees: sharding_strategy, num_shard, num_replicate, cpu_offload and backward_prefetch never contradict the file:
-they act only where given, and left open in it ("auto" or absent). Otherwise one line says what holds.
-After `settle_sharding` the draft says its ZeRO stage, and no offload section has an open device.
+Guarantees: sharding_strategy, num_shard, num_replicate, cpu_offload and backward_prefetch act only if they are given
+and the file leaves the choice open ("auto" or absent). An option without effect is one line in the log. After
+`settle_sharding` the draft has a ZeRO stage, and every offload section has a device.
 """
 
 from __future__ import annotations
 
-from bagel_ds.zero.config.draft import AUTO, Draft, offload_device, same
-from bagel_ds.zero.config.nvme import settle_nvme
+from bagel_ds.zero.config.draft import AUTO, Draft, same
+from bagel_ds.zero.config.settings import offload_device
 
 _STAGE_OF_STRATEGY = {
     "FULL_SHARD": 3,
@@ -21,7 +21,7 @@ _MISSING = object()
 
 
 def settle_sharding(draft: Draft) -> None:
-    """Stage, offload and sharding groups of the draft, in that order: each looks at the ones before."""
+    """Settle stage, offload and sharding groups in this order, as each depends on the ones before."""
     _convert_old_keys(draft)
     _settle_stage(draft)
     _settle_offload(draft)
@@ -29,7 +29,7 @@ def settle_sharding(draft: Draft) -> None:
 
 
 def _convert_old_keys(draft: Draft) -> None:
-    """DeepSpeed still reads `cpu_offload: true` and `bfloat16`; one spelling keeps the rest of this file honest."""
+    """Give keys their present names: DeepSpeed still reads `cpu_offload: true` and `bfloat16`."""
     zero = draft.section("zero_optimization")
     for old, new in (("cpu_offload", "offload_optimizer"), ("cpu_offload_param", "offload_param")):
         if old in zero:
@@ -53,7 +53,7 @@ def _settle_stage(draft: Draft) -> None:
             zero["stage"] = _STAGE_OF_STRATEGY[strategy]
             draft.notes.append(f"sharding_strategy {strategy}: ZeRO stage {zero['stage']}")
         else:
-            zero["stage"] = 3 if found == AUTO else 0  # 0 is what DeepSpeed takes where nothing is written
+            zero["stage"] = 3 if found == AUTO else 0  # DeepSpeed's default is 0
     elif found not in (0, 1, 2, 3) or isinstance(found, bool):
         draft.fault(f"zero_optimization.stage must be 0, 1, 2 or 3, found {found!r}")
         zero["stage"] = 3
@@ -62,22 +62,22 @@ def _settle_stage(draft: Draft) -> None:
             f"sharding_strategy {strategy} has no effect: ds_config {draft.file} says ZeRO stage {found}"
         )
     if "backward_prefetch" in given:
-        draft.notes.append("backward_prefetch has no meaning here: ZeRO-3 prefetches by stage3_prefetch_bucket_size")
+        draft.notes.append("backward_prefetch has no effect: ZeRO-3 prefetches by stage3_prefetch_bucket_size")
 
 
 def _settle_offload(draft: Draft) -> None:
     zero, config = draft.section("zero_optimization"), draft.config
     asked = config.training.cpu_offload and "cpu_offload" in config.explicit
     moved = []
-    for part, least_stage in (("optimizer", 1), ("param", 3)):
-        key = f"offload_{part}"
+    for what, least_stage in (("optimizer", 1), ("param", 3)):
+        key = f"offload_{what}"
         section = draft.section("zero_optimization", key)
         device = section.get("device", AUTO)
         if device != AUTO:
             _check_offload(draft, key, device, least_stage)
         elif asked and zero["stage"] >= least_stage:
             zero[key] = {"pin_memory": True, **section, "device": "cpu"}
-            moved.append(part)
+            moved.append(what)
         else:
             del zero[key]
     if "cpu_offload" in config.explicit:
@@ -86,11 +86,9 @@ def _settle_offload(draft: Draft) -> None:
 
 def _check_offload(draft: Draft, key: str, device: str, least_stage: int) -> None:
     stage = draft.section("zero_optimization")["stage"]
-    if device == "nvme" and stage == 3:
-        settle_nvme(draft, key.removeprefix("offload_"))
-    elif device == "nvme":
+    if device == "nvme" and stage != 3:
         draft.fault(f"{key}.device nvme needs ZeRO stage 3, found stage {stage}; use cpu, or raise the stage")
-    elif device not in ("none", "cpu"):
+    elif device not in ("none", "cpu", "nvme"):
         draft.fault(f"{key}.device must be none, cpu or nvme, found {device!r}")
     elif device == "cpu" and stage < least_stage:
         draft.fault(
@@ -100,7 +98,7 @@ def _check_offload(draft: Draft, key: str, device: str, least_stage: int) -> Non
 
 
 def _explain_offload(draft: Draft, moved: list[str]) -> None:
-    on_cpu = [part for part in ("optimizer", "param") if offload_device(draft.ds, part) == "cpu"]
+    on_cpu = [what for what in ("optimizer", "param") if offload_device(draft.ds, what) == "cpu"]
     if moved:
         draft.notes.append(f"cpu_offload True: offload to CPU memory of {' and '.join(moved)} (ZeRO)")
     elif draft.config.training.cpu_offload and not on_cpu:
@@ -110,11 +108,11 @@ def _explain_offload(draft: Draft, moved: list[str]) -> None:
 
 
 def _settle_sharding_group(draft: Draft) -> None:
-    """num_shard below the world: hpZ of ZeRO++, which keeps a second copy of the parameters within each group."""
+    """num_shard below the world size is hpZ of ZeRO++, which keeps a second copy of the parameters in each group."""
     zero, training, given = draft.section("zero_optimization"), draft.config.training, draft.config.explicit
     group, world = min(training.num_shard, draft.world_size), draft.world_size
     if "num_replicate" in given:
-        draft.notes.append("num_replicate has no effect: the groups follow from the GPUs and num_shard")
+        draft.notes.append("num_replicate has no effect: num_shard and the number of GPUs decide the groups")
     is_hybrid = training.sharding_strategy == "HYBRID_SHARD"
     present = zero.get("zero_hpz_partition_size")
     asked = "num_shard" in given or ("sharding_strategy" in given and is_hybrid)
@@ -125,7 +123,7 @@ def _settle_sharding_group(draft: Draft) -> None:
         asked = 1 < group < world
         if group == 1 < world:
             draft.notes.append(
-                "no copy of the parameters per host: hosts have one rank each, or no number that divides all of theirs"
+                "no copy of the parameters per host: hosts have one rank each, or no group size fits all of them"
             )
     if not asked or group == world or (present != AUTO and same(present, group)):
         return
@@ -138,7 +136,7 @@ def _settle_sharding_group(draft: Draft) -> None:
 
 
 def _why_no_group(draft: Draft, group: int) -> str:
-    """What keeps a sharding group of `group` ranks from being made; "" for nothing."""
+    """Why there can't be sharding groups of `group` ranks; "" if there can."""
     zero = draft.section("zero_optimization")
     present = zero.get("zero_hpz_partition_size", AUTO)
     if zero["stage"] != 3:
