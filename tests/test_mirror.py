@@ -20,6 +20,8 @@ COVERED_BY: dict[str, tuple[str, str]] = {
     "cli/option_values.py": ("cli/test_memory.py", "the commands' own options go through it"),
     "cli/web.py": ("web/test_web.py", "it does nothing but start the page"),
     "cli/run.py": ("distributed/test_stop.py", "stop needs a run; export is in checkpoint/test_export.py"),
+    "cli/convert.py": ("convert/test_conversion.py", "its options are those of the conversion"),
+    "convert/": ("convert/test_conversion.py", "one input leads through all of it"),
     "data/batches/batch_workers.py": ("data/batches/test_loader.py", "workers exist only below a loader"),
     "data/config/": ("data/config/test_dataset_config.py", "one YAML leads through all three files"),
     "data/files/": ("data/files/test_rows.py", "both serve `open_rows`; broken files are in test_damage.py"),

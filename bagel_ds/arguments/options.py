@@ -134,7 +134,8 @@ class TrainingArguments:
     min_lr: float = option(1e-7, "where the cosine schedule ends")
     beta1: float = option(0.9, "AdamW's decay of the mean of gradients")
     beta2: float = option(0.95, "AdamW's decay of the mean of squared gradients")
-    eps: float = option(1e-15, "AdamW's epsilon; weight decay is 0, as in the original")
+    eps: float = option(1e-15, "AdamW's epsilon")
+    weight_decay: float = option(0.0, "(ours) AdamW's weight decay; 0 as in the original")
     ema: float = option(0.9999, "decay of the moving average of the weights; 0 turns it off")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 turns clipping off")
     timestep_shift: float = option(1.0, "shifts flow timesteps towards noise")
@@ -150,6 +151,17 @@ class TrainingArguments:
     freeze_und: bool = option(False, "no gradient through understanding tokens: only the generation side learns")
     copy_init_moe: bool = option(True, "generation expert starts as a copy where the checkpoint lacks it")
     use_flex: bool = option(False, "same as attn flex")
+
+    lora_rank: int = option(0, "(ours) train low-rank adapters (LoRA) of this rank, and nothing else; 0 for none")
+    lora_alpha: float | None = option(
+        None, "(ours) adapters are scaled by lora_alpha / lora_rank; default: twice the rank"
+    )
+    lora_dropout: float = option(0.0, "(ours) share of an adapter's inputs that is set to 0 at random")
+    lora_targets: str = option(
+        "both",
+        "(ours) which linear layers get an adapter: gen or und (the language model's, of that expert), both, or a "
+        "regular expression that matches whole names such as connector\\.fc[12]",
+    )
 
     num_replicate: int = option(1, "FSDP only: see sharding_strategy")
     num_shard: int = option(8, "FSDP only: GPUs of one sharding group; as many as there are, or more, means all")

@@ -122,16 +122,16 @@ _AT_LEAST_ONE = """max_num_tokens_per_sample expected_num_tokens max_num_tokens 
     num_replicate num_shard ema_every val_every""".split()
 _NOT_NEGATIVE = """num_workers prefer_buffer_before max_buffer_size data_seed global_seed debug_batches warmup_steps lr
     min_lr eps max_grad_norm mse_weight ce_weight peak_device_tflops keep_last stall_timeout max_nonfinite
-    val_max_batches""".split()
+    val_max_batches weight_decay lora_rank""".split()
 _PROBABILITIES = ["text_cond_dropout_prob", "vae_cond_dropout_prob", "vit_cond_dropout_prob"]
-_DECAYS = ["beta1", "beta2", "ema"]
+_DECAYS = ["beta1", "beta2", "ema", "lora_dropout"]
 
 _RANGES: list[tuple[list[str], Callable[[Any], bool], str]] = [
     (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
     (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
     (_PROBABILITIES, lambda value: 0 <= value <= 1, "a probability between 0 and 1"),
     (_DECAYS, lambda value: 0 <= value < 1, "0 or more and below 1"),
-    (["timestep_shift"], lambda value: value > 0, "above 0"),
+    (["timestep_shift", "lora_alpha"], lambda value: value > 0, "above 0"),
     (["vit_select_layer"], lambda value: value < 0, "below 0 (counted from the last layer)"),
 ]
 
@@ -174,6 +174,18 @@ def _faults(config: RunConfig) -> list[str]:
         faults.append(f"--stop_after {values['stop_after']}: expected a duration such as 3h50m, 90m, 45s or seconds")
     if values["lr_scheduler"] == "cosine" and values["lr"] == 0:
         faults.append("--lr_scheduler cosine needs an --lr above 0, found 0")
+    try:
+        re.compile(values["lora_targets"])
+    except re.error as error:
+        faults.append(
+            f"--lora_targets {shown(values['lora_targets'])}: expected gen, und, both or a regular expression over "
+            f"names of layers ({error})"
+        )
+    if values["lora_rank"] and values["lora_dropout"] and values["activation_checkpointing"] == "offload":
+        faults.append(
+            "--lora_dropout with --activation_checkpointing offload: the masks would not be the same when a layer is "
+            "recomputed; pass --activation_checkpointing full, or leave out lora_dropout"
+        )
     if values["ce_weight"] == 0 and values["mse_weight"] == 0:
         faults.append("--ce_weight 0 and --mse_weight 0 leave no loss; raise at least one of the two")
     return faults
@@ -229,6 +241,9 @@ def _effectless_notes(config: RunConfig) -> list[str]:
         notes.append("min_lr has no effect: lr_scheduler is constant")
     if "prefetch_factor" in given and config.data.num_workers == 0:
         notes.append("prefetch_factor has no effect: num_workers is 0")
+    lora = sorted({"lora_alpha", "lora_dropout", "lora_targets"} & given)
+    if lora and not config.training.lora_rank:
+        notes.append(f"{', '.join(lora)} without effect: lora_rank is 0")
     validation = sorted({"val_every", "val_max_batches"} & given)
     if validation and config.training.val_config is None:
         notes.append(f"no effect: {', '.join(validation)}, because val_config is not given")

@@ -38,6 +38,9 @@ from bagel_ds.checkpoint.step_folders import (
     write_json,
 )
 from bagel_ds.errors import UserError, disk_fault
+from bagel_ds.lora.base import base_files
+from bagel_ds.lora.peft_files import EMA_FOLDER, AdapterFolder, adapter_files, holds_adapter
+from bagel_ds.lora.weights import MergedWeights
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.model_folder.average import averaging_of
 from bagel_ds.model_folder.folder import CONFIG_FILES, EMA, MODEL, TOKENIZER_FILES, VAE
@@ -57,7 +60,7 @@ class _Plan(NamedTuple):
 
     layout: Layout
     copied: list[Path]
-    state: StateFiles
+    sources: Mapping[str, WeightSource]  # by stem of the weight file
     stored: dict[str, tuple[int, ...]]  # shapes in the checkpoint
     dtype: torch.dtype
     metadata: dict[str, str]  # steps and decay of the average, if the checkpoint records them
@@ -80,6 +83,7 @@ def export_checkpoint(
     shard_bytes: int | None = None,
     program: str | None = None,
     serve: str = "auto",
+    base: Path | None = None,
 ) -> list[Path]:
     """Write `out` as a model folder. Returns the weight files.
 
@@ -90,13 +94,21 @@ def export_checkpoint(
     if `out` can't be written. `out` is then unchanged.
     """
     checkpoint = meant_checkpoint(checkpoint)  # `latest`, or `step_final` if it is a text file
-    _check_options(checkpoint, out, shard_bytes, program)
-    fault = manifest_fault(checkpoint)
+    _check_options(out, shard_bytes, program)
+    if base is None:
+        _check_checkpoint(checkpoint)
+    from_peft = base is not None and not (checkpoint / MANIFEST).is_file()  # which writes no checksums
+    fault = None if from_peft else manifest_fault(checkpoint)
     if fault is None:
-        plan = _plan(checkpoint, dtype, program, serve)
+        plan = (
+            _plan(checkpoint, dtype, program, serve)
+            if base is None
+            else _merged_plan(checkpoint, base, dtype, program, serve)
+        )
         _check_replaceable(out, plan)
-        with waiting_for(f"the checksums of {checkpoint}'s training state", "the export begins after that"):
-            fault = checksum_fault(checkpoint, state_files(checkpoint))
+        names = state_files(checkpoint) if base is None else adapter_files(checkpoint)
+        with waiting_for(f"the checksums of {checkpoint}", "the export begins after that"):
+            fault = None if from_peft else checksum_fault(checkpoint, names)
     if fault is not None:
         raise UserError(f"{checkpoint} is damaged: {fault}. Export another checkpoint.")
     # An existing `out` may be a mount point: only inside it are files sure to be on the same file system.
@@ -118,10 +130,18 @@ def export_checkpoint(
         shutil.rmtree(staging, ignore_errors=True)
     if program is not None:
         logger.info("%s %s", out / EMA, plan.layout.reason)
+    for stem, source in plan.sources.items():
+        if isinstance(source, MergedWeights) and (share := source.rounded_away()) > 0.001:
+            logger.info(
+                "%s.safetensors: rounding to %s changed what the adapter adds by %.1f%%; --save_dtype fp32 keeps it",
+                stem,
+                str(dtype).removeprefix("torch."),
+                100 * share,
+            )
     return [out / path.relative_to(staging) for path in written]
 
 
-def _check_options(checkpoint: Path, out: Path, shard_bytes: int | None, program: str | None) -> None:
+def _check_options(out: Path, shard_bytes: int | None, program: str | None) -> None:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; pass the name of a folder, new or existing.")
     if (out / MANIFEST).exists():
@@ -130,6 +150,14 @@ def _check_options(checkpoint: Path, out: Path, shard_bytes: int | None, program
         raise UserError(
             f"--max_shard_size can't be combined with --for {program}: these programs read one weight file, {EMA}. "
             "Leave out --max_shard_size."
+        )
+
+
+def _check_checkpoint(checkpoint: Path) -> None:
+    if holds_adapter(checkpoint):
+        raise UserError(
+            f"{checkpoint} holds an adapter: pass --merge to add it to its base model's weights (--model_path, if that "
+            "is no longer where the adapter says)"
         )
     if not holds_state(checkpoint):
         found = "holds no training state" if checkpoint.is_dir() else "does not exist"
@@ -151,7 +179,29 @@ def _plan(checkpoint: Path, dtype: torch.dtype, program: str | None, serve: str)
     averaging = averaging_of(checkpoint) if "ema" in stems else None
     metadata = {} if averaging is None else averaging.metadata()
     kept = [path for path in copied if path.name not in layout.texts]
-    return _Plan(layout, kept, state, shapes, dtype, metadata)
+    sources = {stem: state.source(shapes, _KINDS[stem], WEIGHT) for stem in stems}
+    return _Plan(layout, kept, sources, shapes, dtype, metadata)
+
+
+def _merged_plan(adapter: Path, base: Path, dtype: torch.dtype, program: str | None, serve: str) -> _Plan:
+    """A base model with the adapter of a checkpoint, or of any folder in peft's format, added to it."""
+    folders = {"model": AdapterFolder(adapter)}
+    if (adapter / EMA_FOLDER).is_dir():
+        folders["ema"] = AdapterFolder(adapter / EMA_FOLDER)
+    files = base_files(base, list(folders.values()))
+    shapes = {name: files.info(name).shape for name in files.names}
+    for folder in folders.values():
+        folder.check_fits(shapes)
+    if program is None:
+        layout = Layout({f"{stem}.safetensors": stem for stem in folders})
+    else:
+        layout = serving_layout(program, serve, adapter, "ema" in folders, dtype, base, files)
+    copied = [path for name in (*CONFIG_FILES, *TOKENIZER_FILES, VAE) if (path := base / name).is_file()]
+    kept = [path for path in copied if path.name not in layout.texts]
+    averaging = averaging_of(adapter) if "ema" in folders else None
+    metadata = {} if averaging is None else averaging.metadata()
+    sources = {stem: MergedWeights(files, [folder], dtype) for stem, folder in folders.items()}
+    return _Plan(layout, kept, sources, shapes, dtype, metadata)
 
 
 def _write_model(plan: _Plan, folder: Path, shard_bytes: int | None) -> list[Path]:
@@ -165,7 +215,7 @@ def _write_model(plan: _Plan, folder: Path, shard_bytes: int | None) -> list[Pat
     for name, stem in plan.layout.weights.items():
         path = folder / name
         path.parent.mkdir(exist_ok=True)
-        source = WithTables(plan.state.source(plan.stored, _KINDS[stem], WEIGHT), plan.layout.tables)
+        source = WithTables(plan.sources[stem], plan.layout.tables)
         metadata = plan.metadata if path.name == EMA else {}
         written += write_weights(
             path.parent, path.stem, source, plan.shapes, plan.dtype, shard_bytes, metadata | plan.layout.metadata(stem)

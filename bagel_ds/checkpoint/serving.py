@@ -17,9 +17,10 @@ from typing import Any, Mapping, NamedTuple
 import torch
 from torch import Tensor
 
-from bagel_ds.checkpoint.step_folders import read_trainer
+from bagel_ds.checkpoint.step_folders import TRAINER, read_trainer
 from bagel_ds.config_files import read_json
 from bagel_ds.errors import UserError, all_faults
+from bagel_ds.lora.peft_files import holds_adapter
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.embeddings import position_table
 from bagel_ds.model.shape.config import BagelConfig
@@ -80,16 +81,27 @@ class WithTables:
         return values if numel is None else values[:numel]
 
 
-def serving_layout(program: str, serve: str, checkpoint: Path, has_average: bool, dtype: torch.dtype) -> Layout:
+def serving_layout(
+    program: str,
+    serve: str,
+    checkpoint: Path,
+    has_average: bool,
+    dtype: torch.dtype,
+    base: Path | None = None,
+    files: TensorFiles | None = None,
+) -> Layout:
     """The layout in which `program` reads a checkpoint with weights of `dtype`. Raises `UserError`.
 
+    For an adapter, `base` is the model folder that it is merged into, and `files` are that folder's weights.
     `serve` is "average", "weights" or "auto" (chosen by `model_folder.average`).
     """
     for option, value, known in ("--for", program, PROGRAMS), ("--serve", serve, SERVE):
         if value not in known:
             raise UserError(f"{option} {value} is not known; expected {', '.join(known[:-1])} or {known[-1]}.")
-    config, downsample = _network(checkpoint)
-    _check_program(program, checkpoint, config, downsample)
+    folder = checkpoint if base is None else base
+    interpolates = bool(_arguments(checkpoint).get("interpolate_pos", False))
+    config, downsample = _network(folder, TensorFiles([folder / MODEL]) if files is None else files)
+    _check_program(program, folder, config, downsample, interpolates)
     served = _served(serve, checkpoint, has_average)
     other = "model" if served.stem == "ema" else "ema"
     weights = {EMA: served.stem}
@@ -99,7 +111,7 @@ def serving_layout(program: str, serve: str, checkpoint: Path, has_average: bool
         config = replace(config, max_latent_size=_LATENT_SIDE)
     sides = dict(zip(POSITION_TABLES, (config.max_latent_size, config.vit.max_patches_per_side), strict=True))
     tables = {name: position_table(config.llm.hidden_size, side) for name, side in sides.items()}
-    return Layout(weights, _config_texts(checkpoint, config, downsample, dtype), tables, served)
+    return Layout(weights, _config_texts(folder, config, downsample, dtype, interpolates), tables, served)
 
 
 def _served(serve: str, checkpoint: Path, has_average: bool) -> Choice:
@@ -112,9 +124,9 @@ def _served(serve: str, checkpoint: Path, has_average: bool) -> Choice:
     return chosen(averaging_of(checkpoint)) if has_average else Choice("model", "the run kept no moving average")
 
 
-def _network(checkpoint: Path) -> tuple[BagelConfig, int]:
+def _network(checkpoint: Path, files: TensorFiles) -> tuple[BagelConfig, int]:
     """The network of a checkpoint, from its tensors' shapes, and the pixels per latent cell. Raises `UserError`."""
-    files, folder, where = TensorFiles([checkpoint / MODEL]), ModelFolder(checkpoint), str(checkpoint / MODEL)
+    folder, where = ModelFolder(checkpoint), str(files.paths[0])
     needed = (*POSITION_TABLES, "vae2llm.weight")
     all_faults([f"{where}: tensor {name} is missing" for name in needed if name not in files], f"{where}:")
     latent_side, vit_side = (round(files.info(name).shape[0] ** 0.5) for name in POSITION_TABLES)
@@ -141,7 +153,7 @@ def _network(checkpoint: Path) -> tuple[BagelConfig, int]:
     return config, vae.downsample
 
 
-def _check_program(program: str, checkpoint: Path, config: BagelConfig, downsample: int) -> None:
+def _check_program(program: str, checkpoint: Path, config: BagelConfig, downsample: int, interpolates: bool) -> None:
     """Raise `UserError` if `program` would build another network or can't read the folder's tokenizer."""
     tokenizer = [name for name in ("vocab.json", "merges.txt") if not (checkpoint / name).is_file()]
     if program == "vllm-omni" and (checkpoint / "tokenizer.json").is_file():
@@ -150,7 +162,6 @@ def _check_program(program: str, checkpoint: Path, config: BagelConfig, downsamp
     if tokenizer:
         faults.append(f"its tokenizer reads {' and '.join(tokenizer)}, which {checkpoint} lacks; copy them there")
     if program in _HARD_CODED:
-        interpolates = _arguments(checkpoint).get("interpolate_pos", False)
         for what, found, built in (
             ("latent_patch_size", config.latent_patch_size, 2),
             ("vit_max_num_patch_per_side", config.vit.max_patches_per_side, _VIT_SIDE),
@@ -165,11 +176,15 @@ def _check_program(program: str, checkpoint: Path, config: BagelConfig, downsamp
 
 
 def _arguments(checkpoint: Path) -> dict[str, Any]:
-    """The run's arguments."""
+    """The run's arguments; none for an adapter that another program trained."""
+    if holds_adapter(checkpoint) and not (checkpoint / TRAINER).is_file():
+        return {}
     return read_trainer(checkpoint).get("arguments", {})
 
 
-def _config_texts(checkpoint: Path, config: BagelConfig, downsample: int, dtype: torch.dtype) -> dict[str, str]:
+def _config_texts(
+    checkpoint: Path, config: BagelConfig, downsample: int, dtype: torch.dtype, interpolates: bool
+) -> dict[str, str]:
     """config.json, llm_config.json, vit_config.json, and preprocessor_config.json if the checkpoint has none."""
     stored = str(dtype).removeprefix("torch.")
     llm = _llm_config(checkpoint, config, stored)
@@ -177,7 +192,7 @@ def _config_texts(checkpoint: Path, config: BagelConfig, downsample: int, dtype:
     whole = {
         "architectures": ["BagelForConditionalGeneration"],
         "connector_act": config.connector_act,
-        "interpolate_pos": _arguments(checkpoint).get("interpolate_pos", False),
+        "interpolate_pos": interpolates,
         "latent_patch_size": config.latent_patch_size,
         "llm_config": llm,
         "max_latent_size": config.max_latent_size,

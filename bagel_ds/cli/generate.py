@@ -61,6 +61,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default=None, help="cpu, cuda or cuda:N (default: the launcher's GPU, or the first)")
     add("--precision", choices=("bf16", "fp32"), default=None, help="default bf16 on a GPU, fp32 on a CPU")
     add("--weights", choices=("ema", "model"), default=None, help="default: the average, unless it is too young")
+    add("--lora", type=Path, action="append", default=[], help="adapter of the model; may be given several times")
     add("--max_gpu_memory", default=None, metavar="SIZE", help="such as 24GiB: layers beyond it stay in host memory")
 
 
@@ -145,7 +146,9 @@ def _opened(options: argparse.Namespace) -> Any:
     device = options.device
     if device is None and local is not None and device_type() == "cuda":
         device = f"cuda:{local}"
-    return open_inferencer(options.model_path, device, options.precision, options.weights, options.max_gpu_memory)
+    return open_inferencer(
+        options.model_path, device, options.precision, options.weights, options.max_gpu_memory, options.lora
+    )
 
 
 def _writable(out: Path | None) -> None:

@@ -18,6 +18,7 @@ from bagel_ds.cli.launch_line import LaunchLine, Ranks, launched_ranks, read_lau
 from bagel_ds.cli.option_values import at_least_one, gibibytes, gibibytes_or_none
 from bagel_ds.errors import UserError
 from bagel_ds.inputs.files import is_hub_id
+from bagel_ds.lora.targets import with_adapters
 from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.memory.report import not_compared, report_lines, size_options, suggestion_lines
 from bagel_ds.memory.suggestions import resolved, suggestions
@@ -162,13 +163,14 @@ def _network(model: str | None, config: RunConfig) -> tuple[BagelConfig, VAEConf
 def _released(config: RunConfig) -> BagelConfig:
     """BAGEL-7B-MoT with the run's switches."""
     training = config.training
-    return dataclasses.replace(
+    network = dataclasses.replace(
         BagelConfig(),
         max_latent_size=config.model.max_latent_size or BagelConfig().max_latent_size,
         visual_gen=training.visual_gen,
         visual_und=training.visual_und,
         freeze_und=training.freeze_und,
     )
+    return with_adapters(training, network)
 
 
 def _from_folder(config: RunConfig, path: Path) -> tuple[BagelConfig, VAEConfig]:

@@ -40,6 +40,12 @@ def add_commands(commands: Any) -> None:
         help="with --for: average, weights or auto, the default: ema.safetensors holds the average, but the weights "
         "where the half-life of the average exceeds the run",
     )
+    export.add_argument(
+        "--merge", action="store_true", help="the checkpoint is an adapter (LoRA): add it to its base model's weights"
+    )
+    export.add_argument(
+        "--model_path", type=Path, default=None, help="with --merge: the base model (default: where the adapter says)"
+    )
     export.add_argument("--json", action="store_true", help="print what was written as JSON")
     export.set_defaults(run=_export)
 
@@ -71,7 +77,11 @@ def _export(options: argparse.Namespace) -> None:
     limit = None if options.max_shard_size is None else _bytes_of(options.max_shard_size)
     if options.serve is not None and options.program is None:
         raise UserError(f"--serve {options.serve} needs --for; without it, both weight files are written")
-    written = export_checkpoint(options.checkpoint, options.out, dtype, limit, options.program, options.serve or "auto")
+    base = _base_of(options) if options.merge else None
+    if options.model_path is not None and base is None:
+        raise UserError("--model_path goes with --merge; other checkpoints hold the whole model")
+    serve = options.serve or "auto"
+    written = export_checkpoint(options.checkpoint, options.out, dtype, limit, options.program, serve, base)
     if options.json:
         print(json.dumps({str(path.relative_to(options.out)): path.stat().st_size for path in written}))
     else:
@@ -84,6 +94,17 @@ def _export(options: argparse.Namespace) -> None:
             "because each holds one larger tensor",
             file=sys.stderr,
         )
+
+
+def _base_of(options: argparse.Namespace) -> Path:
+    """The folder of the model that an adapter is merged into."""
+    from bagel_ds.checkpoint.step_folders import meant_checkpoint
+    from bagel_ds.lora.peft_files import AdapterFolder
+
+    named = options.model_path or AdapterFolder(meant_checkpoint(options.checkpoint)).base
+    if named is None or not Path(named).is_dir():
+        raise UserError(f"--merge: {named or 'the base model'} is no folder here; pass --model_path with its folder")
+    return Path(named)
 
 
 def _bytes_of(size: str) -> int:

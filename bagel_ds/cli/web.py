@@ -37,6 +37,7 @@ def run(options: argparse.Namespace) -> int:
         device=options.device,
         precision=options.precision,
         max_gpu_memory=options.max_gpu_memory,
+        lora=options.lora,
     )
     with Server(Work(models), options.host, options.port) as server:
         if not server.loopback:

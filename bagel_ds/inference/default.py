@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ def setup_models(
     precision: str | None = None,
     weights: str | None = None,
     max_gpu_memory: float | str | None = None,
+    lora: Sequence[str | Path] = (),
 ) -> tuple[Any, Any, Any, dict[str, int]]:
     """(model, vae_model, tokenizer, new_token_ids) of a model folder; `inferencer` uses them from here on.
 
@@ -47,7 +49,7 @@ def setup_models(
     """
     from bagel_ds.inference.loading import open_inferencer
 
-    opened = open_inferencer(model_path, device, precision, weights, max_gpu_memory)
+    opened = open_inferencer(model_path, device, precision, weights, max_gpu_memory, lora)
     inferencer._current = opened
     special = opened.network.tokenizer.special
     new_token_ids = {

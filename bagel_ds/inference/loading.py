@@ -21,6 +21,9 @@ from bagel_ds.inference.network import Network
 from bagel_ds.inference.placement import gpu_limit, place_weights
 from bagel_ds.inference.streaming import StreamedLayers
 from bagel_ds.inputs.network import open_tokenizer
+from bagel_ds.lora.base import base_files
+from bagel_ds.lora.peft_files import AdapterFolder, holds_adapter
+from bagel_ds.lora.weights import MergedWeights
 from bagel_ds.machine.device import device_type
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.shape.config import BagelConfig
@@ -47,12 +50,14 @@ def open_inferencer(
     precision: str | None = None,
     weights: str | None = None,
     max_gpu_memory: float | str | None = None,
+    lora: Sequence[str | Path] = (),
 ) -> Inferencer:
     """The model of a folder, ready.
 
     `device`: cpu, cuda or cuda:N. `precision`: bf16 or fp32 (default: bf16 on a GPU, fp32 on a CPU). `weights`: ema or
     model; by default the average, unless the folder's record says that it is too young. `max_gpu_memory`: GiB, or text
-    such as 24GiB; layers that don't fit are streamed from host memory. Raises `UserError` for a folder that is missing,
+    such as 24GiB; layers that don't fit are streamed from host memory. `lora`: folders of adapters, which are merged
+    into the weights while these are loaded. Raises `UserError` for a folder that is missing,
     incomplete or not a BAGEL model, and for a limit that is too small.
     """
     folder = ModelFolder(Path(path))
@@ -63,7 +68,10 @@ def open_inferencer(
     limit = None if max_gpu_memory is None else gpu_limit(max_gpu_memory)
     if limit is not None and place.type != "cuda":
         logger.info("max_gpu_memory has no effect on %s", place)
-    files = _weight_files(folder, weights)
+    adapters = [AdapterFolder(Path(name)) for name in lora]
+    if not adapters and holds_adapter(folder.path):
+        raise UserError(f"{path} is an adapter: pass it as lora (--lora), and its base model as model_path")
+    files = _base_files(folder, adapters, weights) if adapters else _weight_files(folder, weights)
     vae = folder.load_vae().to(place) if (folder.path / VAE).exists() else None
     generates = any(part_of(name) in GENERATION for name in files.names)
     config = BagelConfig(
@@ -75,7 +83,7 @@ def open_inferencer(
     )
     vae_bytes = sum(parameter.nbytes for parameter in vae.parameters()) if vae is not None else 0
     placement = place_weights(config, dtype.itemsize, limit if place.type == "cuda" else None, vae_bytes)
-    model = load_bagel(config, files, str(folder.path), place, dtype, placement.streamed)
+    model = load_bagel(config, files, str(folder.path), place, dtype, placement.streamed, adapters)
     if placement.streamed:
         logger.info(
             "%d of %d layers are streamed from host memory: %.1f GiB of weights on the GPU, %.1f GiB over PCIe in each "
@@ -117,10 +125,11 @@ def load_bagel(
     device: torch.device,
     dtype: torch.dtype,
     streamed: Sequence[int] = (),
+    adapters: Sequence[AdapterFolder] = (),
 ) -> Bagel:
     """The network with the weights of `files`; decoder layers in `streamed` stay in host memory and visit `device`.
 
-    Without `visual_gen` the generating parts get no memory.
+    Without `visual_gen` the generating parts get no memory. Weights of `adapters` are added to the layers' own.
     """
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in Bagel(config).named_parameters()}
@@ -133,9 +142,14 @@ def load_bagel(
             f"{where} holds {len(weights.unexpected)} tensors that this network does not have ({named}); they would be "
             "left out. Merge adapters first."
         )
-    checked = CheckedWeights(weights, where)
+    for adapter in adapters:
+        adapter.check_fits(shapes)
+    merged = MergedWeights(weights, adapters, dtype)
+    checked = CheckedWeights(merged, where)
     model = place_bagel(config, shapes, checked, device, dtype, streamed)
     checked.check()
+    if (share := merged.rounded_away()) > 0.001:
+        logger.info("rounding to %s changed what the adapters add by %.1f%%", dtype, 100 * share)
     return model
 
 
@@ -159,6 +173,16 @@ def place_bagel(
     if streamed:
         StreamedLayers([model.language_model.model.layers[number] for number in streamed], device)
     return model.eval()
+
+
+def _base_files(folder: ModelFolder, adapters: Sequence[AdapterFolder], weights: str | None) -> TensorFiles:
+    """The weights that the adapters were trained on."""
+    if weights is not None:
+        raise UserError("weights: the adapter says which of the base model's files it belongs to; leave it out")
+    files = base_files(folder.path, adapters)
+    for adapter in adapters:
+        logger.info("%s: adapter of %d layers, rank %d", adapter.folder, len(adapter.layers), adapter.rank)
+    return files
 
 
 def _weight_files(folder: ModelFolder, weights: str | None) -> TensorFiles:

@@ -12,6 +12,7 @@ from pathlib import Path
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.errors import UserError
 from bagel_ds.inputs.files import instead_of_base_model, is_hub_id, pretrained_of, starts_from_pretrained
+from bagel_ds.lora.targets import with_adapters
 from bagel_ds.machine.liveness import timed_elsewhere
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
@@ -75,7 +76,7 @@ def bagel_config(config: RunConfig, folder: ModelFolder, weights: Path | None, v
     if side is None:
         held = latent_side(ModelFolder(weights).open_weights(training.finetune_from_ema)) if weights else None
         side = held or BagelConfig().max_latent_size
-    return BagelConfig(
+    network = BagelConfig(
         llm=llm,
         vit=vit,
         z_channels=vae.z_channels,
@@ -87,6 +88,7 @@ def bagel_config(config: RunConfig, folder: ModelFolder, weights: Path | None, v
         freeze_und=training.freeze_und,
         attention=config.attention,
     )
+    return with_adapters(training, network)
 
 
 def open_tokenizer(folder: Path, model: BagelConfig) -> Tokenizer:

@@ -2,7 +2,8 @@
 
 Guarantees: every suggestion was planned and fits, and no suggestion is dominated by another (such as the same with
 fewer tokens), so the list shows different ways out. The order is by harm to the result, then to speed: offload, a
-moving average in bf16, fewer tokens, no moving average, frozen parts, bf16 masters. NVMe ranks behind host memory.
+moving average in bf16, fewer tokens, adapters (LoRA), no moving average, frozen parts, bf16 masters. NVMe ranks behind
+host memory.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, Iterable, NamedTuple
 
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.errors import UserError
+from bagel_ds.lora.targets import with_adapters
 from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model.shape.parameters import parameter_sizes
@@ -45,6 +47,8 @@ PARTS = {
     "vae2llm": "the latents' projections",
     "llm2vae": "the latents' projections",
 }
+LORA_RANK = 64  # of published recipes (docs/lora.md)
+LORA_HARM = 4.0  # before NVMe, frozen parts and bf16 masters; after what still trains everything on these cards
 PLACEHOLDER = "nvme"  # stands for --nvme_path while only planning
 
 
@@ -70,17 +74,21 @@ def resolved(
     return fit_to_network(ds, model, config.training, world_size)
 
 
-def suggestions(model: BagelConfig, config: RunConfig, run: MemoryOptions, count: int = 5) -> list[Suggestion]:
-    """Up to `count` changed runs that fit the budgets of `run`, best first.
+def suggestions(
+    model: BagelConfig, config: RunConfig, run: MemoryOptions, count: int = 6, adapters: bool = True
+) -> list[Suggestion]:
+    """Up to `count` changed runs that fit the budgets of `run`, best first; with `adapters` also those with LoRA.
 
     `run` is `MemoryOptions.of(config, ...)`. Its budgets and its machine are kept; the rest follows the changes.
     """
     found: list[tuple[tuple[_Change, ...], Suggestion]] = []
-    as_it_is, *candidates = sorted(itertools.product(*_axes(model, config, run)), key=_harm)
+    as_it_is, *candidates = sorted(itertools.product(*_axes(model, config, run, adapters)), key=_harm)
     assert not _settings(as_it_is)
     for changes in candidates:
         if any(_is_no_worse(better, changes) for better, _ in found):
             continue
+        if _adds_adapters(changes) and any(_adds_adapters(better) for better, _ in found):
+            continue  # their variants would hide the other ways
         try:
             plan = _plan(model, config, run, changes)
         except UserError:
@@ -102,14 +110,14 @@ class _Change(NamedTuple):
 _AS_IT_IS = _Change({}, (0.0,))
 
 
-def _axes(model: BagelConfig, config: RunConfig, run: MemoryOptions) -> list[list[_Change]]:
+def _axes(model: BagelConfig, config: RunConfig, run: MemoryOptions, adapters: bool) -> list[list[_Change]]:
     """The possible changes of each setting; each list begins with no change."""
     return [
         _presets(config.training.ds_config),
         _tokens(run.max_num_tokens),
         _checkpointing(run.activation_checkpointing),
         _averages(run),
-        _freezings(model, run),
+        _trained(model, run, adapters),
     ]
 
 
@@ -138,14 +146,25 @@ def _averages(run: MemoryOptions) -> list[_Change]:
     return found
 
 
-def _freezings(model: BagelConfig, run: MemoryOptions) -> list[_Change]:
-    """What else could be frozen such that something still trains."""
-    found = [_AS_IT_IS]
+def _trained(model: BagelConfig, run: MemoryOptions, adapters: bool) -> list[_Change]:
+    """Adapters instead of the weights, or what else could be frozen such that something still trains.
+
+    Neither of the two kinds is worse than the other in every way.
+    """
+    found = [_Change({}, (0.0, 0.0))]
+    if model.lora is not None:
+        return found
+    if adapters:
+        found.append(_Change({"lora_rank": LORA_RANK}, (LORA_HARM, 0.0)))
     if model.visual_gen and not model.freeze_und and not run.freeze_llm:
-        found.append(_Change({"freeze_und": True}, (10.0,)))
+        found.append(_Change({"freeze_und": True}, (0.0, 10.0)))
     if not run.freeze_llm and (model.visual_gen or (model.visual_und and not model.freeze_und)):
-        found.append(_Change({"freeze_llm": True}, (30.0,)))
+        found.append(_Change({"freeze_llm": True}, (0.0, 30.0)))
     return found
+
+
+def _adds_adapters(changes: Iterable[_Change]) -> bool:
+    return any("lora_rank" in change.settings for change in changes)
 
 
 def _harm(changes: Iterable[_Change]) -> float:
@@ -169,7 +188,8 @@ def _plan(model: BagelConfig, config: RunConfig, run: MemoryOptions, changes: tu
         data=dataclasses.replace(config.data, **tokens),
         training=dataclasses.replace(config.training, **values),
     )
-    model = dataclasses.replace(model, freeze_und=model.freeze_und or config.training.freeze_und)
+    model = dataclasses.replace(model, freeze_und=model.freeze_und or config.training.freeze_und, lora=None)
+    model = with_adapters(config.training, model)
     changed = MemoryOptions.of(config, run.world_size)
     run = dataclasses.replace(run, **{name: getattr(changed, name) for name in _FOLLOWING})
     settings = resolved(config.training.ds_config, config, model, run.world_size, run.ranks_per_host)
@@ -178,7 +198,10 @@ def _plan(model: BagelConfig, config: RunConfig, run: MemoryOptions, changes: tu
 
 def _still_trains(model: BagelConfig, run: MemoryOptions, changes: Iterable[_Change]) -> str:
     """ "the ViT and the connector: 0.4 of 14.6 billion parameters", or "" if the changes freeze nothing."""
-    frozen = {name for change in changes for name in change.settings if name.startswith("freeze")}
+    changed = {name for change in changes for name in change.settings}
+    frozen = {name for name in changed if name.startswith("freeze")}
+    if "lora_rank" in changed:
+        return f"adapters of rank {LORA_RANK} in the language model's layers, not the weights themselves"
     if not frozen:
         return ""
     model = dataclasses.replace(model, freeze_und=model.freeze_und or "freeze_und" in frozen)

@@ -1,8 +1,9 @@
 """The table of docs/low_memory.md: which settings train BAGEL-7B-MoT on which machine.
 
-Guarantees: every row is the planner's answer for one host. Settings are full fine-tuning with the moving average if
-that fits with the guides' packs, else the best suggestion. Tokens are the longest packs that fit with these settings,
-and the other numbers are for such packs. `bagel-ds memory --table` prints the table; a test compares the page with it.
+Guarantees: every row is the planner's answer for one host. The first rows train adapters (LoRA). In the others settings
+are full fine-tuning with the moving average if that fits with the guides' packs, else the best suggestion. Tokens are
+the longest packs that fit with these settings, and the other numbers are for such packs. `bagel-ds memory --table`
+prints the table; a test compares the page with it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import dataclasses
 
 from bagel_ds.arguments.run_config import RunConfig, parse_arguments
+from bagel_ds.lora.targets import with_adapters
 from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
-from bagel_ds.memory.suggestions import resolved, suggestions
+from bagel_ds.memory.suggestions import PRESETS, resolved, suggestions
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.units import GIB
 
+LORA_MACHINES = ((1, 24, 64), (2, 24, 64))  # with the GiB of RAM
+LORA = "--lora_rank 64"
 MACHINES = ((1, 24), (2, 24), (4, 24), (2, 40), (4, 80), (8, 80))  # GPUs and GiB of each
 HOST_GIB = (128, 256, 512)
 NVME_GIB = (0, 1000)
@@ -33,6 +37,8 @@ _HEADER = """\
 def table() -> str:
     """The table in Markdown; memory in GiB per GPU and per host. Machines with equal GPUs and answers share a row."""
     lines = [_HEADER]
+    for count, gpu, host in LORA_MACHINES:
+        lines.append(f"| {count} x {gpu} | {host} | none | {_with_adapters(count, gpu, host)} |")
     for count, gpu in MACHINES:
         found = {(host, nvme): _answer(count, gpu, host, nvme) for host in HOST_GIB for nvme in NVME_GIB}
         for answer in dict.fromkeys(found.values()):
@@ -50,6 +56,16 @@ def _answer(count: int, gpu: float, host: float, nvme: float) -> str:
     return f"{_markdown(words)} | {tokens:,} | {_numbers(plan, count)}"
 
 
+def _with_adapters(count: int, gpu: float, host: float) -> str:
+    """The cells of a row for adapters, with the fastest preset that fits."""
+    for preset, *_ in PRESETS:
+        words = (f"--ds_config {preset}", LORA)
+        if _plan(*_run(count, gpu, host, 0, words, TOKENS)).fits:
+            tokens, plan = longest_packs(count, gpu, host, 0, words)
+            return f"{_markdown(words)} | {tokens:,} | {_numbers(plan, count)}"
+    return "does not fit | | | | | "
+
+
 def _places(machines: list[tuple[int, int]]) -> list[tuple[str, str]]:
     """The RAM and NVMe columns of machines with the same answer: sizes of RAM with equal NVMe sizes share a row."""
     rows: dict[tuple[int, ...], list[int]] = {}
@@ -65,7 +81,7 @@ def best_settings(count: int, gpu: float, host: float, nvme: float) -> tuple[str
         config, run = _run(count, gpu, host, nvme, words, TOKENS)
         if _plan(config, run).fits:
             return words
-    found = suggestions(BagelConfig(), config, run, count=1)
+    found = suggestions(BagelConfig(), config, run, count=1, adapters=False)
     if not found:
         return None
     settings = found[0].settings
@@ -94,6 +110,7 @@ def _run(
 
 def _plan(config: RunConfig, run: MemoryOptions) -> MemoryPlan:
     model = dataclasses.replace(BagelConfig(), freeze_und=config.training.freeze_und)
+    model = with_adapters(config.training, model)
     return plan_memory(model, resolved(config.training.ds_config, config, model, run.world_size), run)
 
 

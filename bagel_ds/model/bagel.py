@@ -23,6 +23,7 @@ from bagel_ds.model.layers import GELUMLP, Linear
 from bagel_ds.model.mot import GEN, Experts, LanguageModel, LayerCache, PackGeometry
 from bagel_ds.model.recompute import Recompute, keep
 from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.parameters import adapted_layers
 from bagel_ds.model.vit import NaViT
 
 
@@ -54,6 +55,11 @@ class Bagel(nn.Module):
         self.vit_model = NaViT(config.vit)
         self.connector = GELUMLP(config.vit.hidden_size, width, width)
         self.vit_pos_embed = PositionTable(width, config.vit.max_patches_per_side)
+        if config.lora is not None:
+            adapted = adapted_layers(config)
+            for name, layer in self.named_modules():
+                if isinstance(layer, Linear) and name in adapted:
+                    layer.add_adapter(config.lora)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -10,10 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bagel_ds.model.shape.lora import LoRA
+
 
 class Linear(nn.Linear):
+    """A linear layer, with an adapter beside its weight once `add_adapter` was called."""
+
+    lora: LoRA | None = None
+
     def reset_parameters(self) -> None:
         """Does nothing: the checkpoint fills it."""
+
+    def add_adapter(self, lora: LoRA) -> None:
+        """Give the layer `lora_A` [rank, inputs] and `lora_B` [outputs, rank], which are not initialized here."""
+        self.lora = lora
+        self.lora_A = nn.Parameter(torch.empty(lora.rank, self.in_features))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, lora.rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, inputs] -> [N, outputs]."""
+        y = super().forward(x)
+        if self.lora is None:
+            return y
+        low = F.linear(F.dropout(x, self.lora.dropout, self.training), self.lora_A)
+        return torch.addmm(y, low, self.lora_B.T, alpha=self.lora.scale)  # adds without a second tensor of y's size
 
 
 class Embedding(nn.Embedding):

@@ -7,6 +7,7 @@ the same values and gradients.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Callable
 
 import torch
@@ -23,15 +24,20 @@ def keep(layer: nn.Module, *args: Any) -> Any:
     return layer(*args)
 
 
-def recompute(layer: nn.Module, *args: Any) -> Any:
+def recompute(layer: nn.Module, *args: Any, draws: bool = False) -> Any:
+    """`draws`: the layer draws random numbers, and must draw the same ones again."""
     if not torch.is_grad_enabled():
         return layer(*args)
-    # No layer draws random numbers, so there is no generator state to restore.
-    return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(layer, *args, use_reentrant=False, preserve_rng_state=draws)
 
 
-def recompute_mode(name: str, arena_bytes: int = 0) -> Recompute:
-    """The function for one of `MODES`. `arena_bytes`: the initial host memory of "offload", which grows if needed."""
+def recompute_mode(name: str, arena_bytes: int = 0, draws: bool = False) -> Recompute:
+    """The function for one of `MODES`. `arena_bytes`: the initial host memory of "offload", which grows if needed.
+
+    `draws` as of `recompute`; not for "offload".
+    """
     if name == "offload":
+        assert not draws, "run_config.py refuses dropout with it"
         return OffloadedInputs(arena_bytes)
-    return {"none": keep, "full": recompute}[name]
+    modes: dict[str, Recompute] = {"none": keep, "full": partial(recompute, draws=draws)}
+    return modes[name]

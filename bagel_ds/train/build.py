@@ -18,7 +18,6 @@ from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.shape.activations import arena_bytes
-from bagel_ds.model.shape.parts import part_of
 from bagel_ds.model.vae import encode_batch
 from bagel_ds.model_folder.finite import CheckedWeights
 from bagel_ds.train.prepare import Prepared, trainable
@@ -35,11 +34,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def build_engine(config: RunConfig, prepared: Prepared) -> ZeroEngine:
     """The network in an engine, without weights."""
     model, training = prepared.model, config.training
-    trains = trainable(config, model)
     # No pack has more tokens, so this is the most that layer inputs take in host memory ("offload").
     arena = arena_bytes(model, config.data.max_num_tokens, DTYPES[training.precision].itemsize)
-    recompute = recompute_mode(training.activation_checkpointing, arena)
-    return ZeroEngine(lambda: Bagel(model, recompute), lambda name: part_of(name) in trains, prepared.ds_config)
+    recompute = recompute_mode(training.activation_checkpointing, arena, draws=training.lora_dropout > 0)
+    return ZeroEngine(lambda: Bagel(model, recompute), trainable(config, model), prepared.ds_config)
 
 
 def load(engine: ZeroEngine, config: RunConfig, prepared: Prepared, updates_done: int) -> ShardedEMA | None:
@@ -48,7 +46,7 @@ def load(engine: ZeroEngine, config: RunConfig, prepared: Prepared, updates_done
     for line in opened.description:
         logger.info(line)
     weights = CheckedWeights(opened.weights, str(prepared.start.folder))
-    adam = AdamOptions((training.beta1, training.beta2), training.eps)
+    adam = AdamOptions((training.beta1, training.beta2), training.eps, training.weight_decay)
     engine.start(weights, adam, loaded=lambda: together(weights.check))
     ema = None if training.ema == 0 else _load_average(engine, config, prepared, updates_done)
     if opened.state is not None:

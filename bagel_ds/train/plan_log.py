@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch.distributed as dist
 
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.data.inspect.packs import first_packs, pack_text
 from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.lora import is_adapter
 from bagel_ds.model.shape.parts import part_of
 from bagel_ds.train.memory_plan import plan_lines
 from bagel_ds.train.prepare import Prepared, parameter_shapes, trainable
@@ -50,13 +51,14 @@ def log_packs(config: RunConfig, prepared: Prepared, plan_state: dict[str, Any] 
     path.write_text("\n".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
-def describe_parameters(model: BagelConfig, trains: set[str]) -> list[str]:
+def describe_parameters(model: BagelConfig, trains: Callable[[str], bool]) -> list[str]:
     """A table of the network's parts, their sizes and whether they train."""
-    counts: dict[str, int] = {}
+    counts: dict[tuple[str, bool], int] = {}
     for name, shape in parameter_shapes(model).items():
-        counts[part_of(name)] = counts.get(part_of(name), 0) + math.prod(shape)
-    total, training = sum(counts.values()), sum(count for part, count in counts.items() if part in trains)
+        kind = f"{part_of(name)}, LoRA" if is_adapter(name) else part_of(name), trains(name)
+        counts[kind] = counts.get(kind, 0) + math.prod(shape)
+    total, training = sum(counts.values()), sum(count for (_, learns), count in counts.items() if learns)
     lines = [f"parameters: {total:,}, of which {training:,} train"]
     return lines + [
-        f"  {part:<16} {count:>16,}  {'trains' if part in trains else 'frozen'}" for part, count in counts.items()
+        f"  {part:<16} {count:>16,}  {'trains' if learns else 'frozen'}" for (part, learns), count in counts.items()
     ]

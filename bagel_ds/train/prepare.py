@@ -11,7 +11,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
@@ -27,11 +27,12 @@ from bagel_ds.errors import UserError
 from bagel_ds.inputs.data import open_data, open_datasets, open_held_out
 from bagel_ds.inputs.files import check_inputs, pretrained_of, starts_from_pretrained
 from bagel_ds.inputs.network import bagel_config, resolve_model_path
+from bagel_ds.lora.peft_files import holds_adapter
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.memory.planner import MemoryPlan
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.shape.config import BagelConfig
-from bagel_ds.model.shape.parts import Freezing, trainable_parts
+from bagel_ds.model.shape.parts import Freezing, trains_by_name
 from bagel_ds.model.vae import AutoEncoder
 from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.train.memory_plan import plan_run
@@ -97,7 +98,7 @@ def prepare(config: RunConfig) -> Prepared:
     datasets = together(lambda: open_datasets(config))
     memory = together(lambda: plan_run(config, datasets, model, vae.config, zero, world, here))
     # Before the data, whose indexing may take long.
-    weights = together(lambda: open_start(start, config.training, parameter_shapes(model)))
+    weights = together(lambda: open_start(start, config.training, parameter_shapes(model), model_folder, model.lora))
     saved = together(lambda: _saved_run(config, start))
     place = None if saved is None else saved["plan_state"]
     data = one_per_host_first(
@@ -240,12 +241,13 @@ def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[Bagel
     vae = folder.load_vae(decodes=False)
     if start.pretrained is not None and config.model.max_latent_size is None:  # the original's default
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_latent_size=32))
-    return bagel_config(config, folder, None if start.pretrained else start.folder, vae.config), vae
+    weights = path if holds_adapter(start.folder) else start.folder
+    return bagel_config(config, folder, None if start.pretrained else weights, vae.config), vae
 
 
-def trainable(config: RunConfig, model: BagelConfig) -> set[str]:
-    """Names of the parts that train."""
-    return trainable_parts(model, Freezing(config.training.freeze_llm, config.training.freeze_vit))
+def trainable(config: RunConfig, model: BagelConfig) -> Callable[[str], bool]:
+    """Whether the parameter of a name trains."""
+    return trains_by_name(model, Freezing(config.training.freeze_llm, config.training.freeze_vit))
 
 
 def parameter_shapes(model: BagelConfig) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Callable, Generator, NamedTuple, Sequence
 
+import torch
 import torch.distributed as dist
 
 from bagel_ds.arguments.parse import duration_seconds
@@ -24,11 +25,13 @@ from bagel_ds.checkpoint.step_folders import mark_final, read_trainer
 from bagel_ds.data.batches.loader import MicroBatch, primed
 from bagel_ds.data.index.background import BackgroundIndex, index_in_background
 from bagel_ds.errors import UserError
+from bagel_ds.lora.peft_files import AdapterRecord
 from bagel_ds.machine.device import uses_cuda
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.losses.breakdown import LossBreakdown
 from bagel_ds.model.losses.normalization import LossOptions
+from bagel_ds.model.shape.parameters import adapted_layers
 from bagel_ds.train.build import DTYPES, build_engine, image_encoder, load
 from bagel_ds.train.evaluation import Evaluation
 from bagel_ds.train.memory_plan import outcome
@@ -133,6 +136,8 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------------ the step
     def _step(self, number: int, window: list[MicroBatch], saves: OverlappedSaves, stop: StopRequest) -> Step:
         packs = _packs(window)
+        if self.args.lora_dropout:  # the only random numbers of a step; a resumed run draws the same
+            torch.manual_seed(hash((self.args.global_seed, number, dist.get_rank())))
         try:
             losses = accumulate(self.engine, self.encode, packs, self.loss_options, self.breakdown)
             saves.finish()  # before the update changes what is being saved
@@ -261,8 +266,15 @@ class Trainer:
             self.args.del_previous_state,
             self.args.keep_last,
             one_host=on_one_host(),
+            adapter=self._adapter(),
         )
         return OverlappedSaves(options, self.engine, self.ema, self.watch, self.args.save_every)
+
+    def _adapter(self) -> AdapterRecord | None:
+        model, fingerprint = self.prepared.model, self.prepared.weights.base
+        if model.lora is None or fingerprint is None:
+            return None
+        return AdapterRecord(model.lora, adapted_layers(model), self.config.model.model_path, fingerprint)
 
     def _listen_for_stops(self) -> StopRequest:
         folders = [Path(self.args.results_dir), Path(self.args.checkpoint_dir)]

@@ -22,11 +22,12 @@ class Models:
 
     def __init__(self, path: Path, weights: str | None = None, **options: Any) -> None:
         self.path, self._options = path, options
-        folder = ModelFolder(path)
+        opened = open_inferencer(path, weights=weights, **options)
         default = weights or average_or_weights(path).stem
-        others = [name for name in TITLES if name != default and weights is None and folder.weight_files(name)]
+        alone = weights is not None or options.get("lora")  # an adapter belongs to one of the files
+        others = [name for name in TITLES if name != default and not alone and ModelFolder(path).weight_files(name)]
         self.names = (default, *others)
-        self._loaded = {default: open_inferencer(path, weights=weights, **options)}
+        self._loaded = {default: opened}
 
     @property
     def default(self) -> Inferencer:

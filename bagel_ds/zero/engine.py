@@ -23,16 +23,17 @@ from bagel_ds.zero.config.settings import ZeroSettings
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.partitions import Partitions, load_masters
 from bagel_ds.zero.swap_patches import use_checked_swapping
-from bagel_ds.zero.weights import full_shape, load_weights
+from bagel_ds.zero.weights import full_shape, is_partitioned, load_weights
 
 logger = logging.getLogger("bagel_ds")
 
 
 class AdamOptions(NamedTuple):
-    """AdamW without weight decay, as the original trains."""
+    """AdamW; the defaults are the original's."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-15
+    weight_decay: float = 0.0
 
 
 class ZeroEngine:
@@ -135,7 +136,9 @@ class ZeroEngine:
         if self.stage == 3:
             # The dtype comes from the configuration: zero.Init's own argument is ignored where fp16 is unsupported.
             with deepspeed.zero.Init(config_dict_or_path=self._ds_config):
-                return build()
+                module = build()
+            _partition_rest(module)
+            return module
         before = torch.get_default_dtype()
         torch.set_default_dtype(torch.bfloat16 if self._settings.bf16 else torch.float32)
         try:
@@ -145,7 +148,8 @@ class ZeroEngine:
             torch.set_default_dtype(before)
 
     def _adam(self, parameters: list[nn.Parameter], adam: AdamOptions) -> torch.optim.Optimizer:
-        options: dict[str, Any] = {"lr": 0.0, "betas": adam.betas, "eps": adam.eps, "weight_decay": 0.0}
+        options: dict[str, Any] = {"lr": 0.0, "betas": adam.betas, "eps": adam.eps}
+        options["weight_decay"] = adam.weight_decay
         if self._settings.optimizer.device != "none":
             from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles its kernel on first use
 
@@ -170,3 +174,12 @@ class ZeroEngine:
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         pieces = (piece for gradient in gradients for piece in gradient.reshape(-1).split(COPIED_ELEMENTS))
         return torch.stack([torch.linalg.vector_norm(piece.float()) for piece in pieces]).norm()
+
+
+def _partition_rest(module: nn.Module) -> None:
+    """Partition what a module's parent gave it after its construction (adapters): zero.Init looks only once."""
+    parameters = list(module.parameters())
+    rest = [parameter for parameter in parameters if not is_partitioned(parameter)]
+    if rest:
+        partitioned: Any = next(parameter for parameter in parameters if is_partitioned(parameter))
+        partitioned.convert_to_zero_parameters(param_list=rest)

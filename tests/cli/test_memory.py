@@ -237,7 +237,9 @@ def test_suggestions_to_freeze_say_what_then_trains(capsys: pytest.CaptureFixtur
     assert "trains only the generation expert" in und and "7.1 of 14.6 billion parameters" in und
     assert "trains only the ViT, the connector" in llm and "0.4 of 14.6 billion" in llm
     for suggestion in said(words, capsys)["suggestions"]:
-        assert bool(suggestion["trains"]) == any("freeze" in setting for setting in suggestion["settings"])
+        assert bool(suggestion["trains"]) == any(
+            "freeze" in setting or "lora" in setting for setting in suggestion["settings"]
+        )
 
 
 def test_what_trains_after_a_suggestion_counts_what_is_frozen_already(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bagel_ds.cli.main import main
 from bagel_ds.data.config.dataset_config import load_dataset_config
 from bagel_ds.data.streams.opening import open_streams
 from bagel_ds.data.streams.stream import SampleOptions
@@ -88,6 +90,26 @@ def test_own_data_as_the_page_prepares_it(tmp_path: Path, monkeypatch: pytest.Mo
     tokenizer = byte_tokenizer(tmp_path / "tokenizer")
     (stream,) = open_streams(config, tokenizer, SampleOptions(), str(tmp_path / "index"), False)
     assert stream.rows == 1 and stream.plan_sample(0, 0) is not None
+
+
+def test_what_people_have_is_converted_as_the_page_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "A cat."}]
+    Path("pictures/sub").mkdir(parents=True)
+    for name in ("pictures/cat.jpg", "pictures/sub/dog.png"):
+        Path(name).write_bytes(picture(64, 48, kind="PNG" if name.endswith("png") else "JPEG"))
+        Path(name).with_suffix(".txt").write_text("An animal.")
+    Path("captions.csv").write_text("image,caption\npictures/cat.jpg,A cat.\n")
+    edit = {"source": "pictures/cat.jpg", "target": "pictures/sub/dog.png", "instruction": "make it a dog"}
+    Path("pairs.jsonl").write_text(json.dumps(edit))
+    Path("llava.json").write_text(json.dumps([{"image": "pictures/cat.jpg", "conversations": turns}]))
+    commands = [shlex.split(line, comments=True)[1:] for line in _block("bash convert").splitlines()]
+    assert [main(words) for words in commands] == [0] * 4
+    tokenizer = byte_tokenizer(tmp_path / "tokenizer")
+    for name, rows in (("mine", 2), ("captions", 1), ("pairs", 1), ("llava", 1)):
+        config = load_dataset_config(f"data/{name}.yaml")
+        (stream,) = open_streams(config, tokenizer, SampleOptions(), str(tmp_path / "index"), False)
+        assert stream.rows == rows and not stream.bad_rows
 
 
 def test_the_video_row_gives_a_sample(tmp_path: Path) -> None:

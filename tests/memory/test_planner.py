@@ -15,6 +15,7 @@ import pytest
 from bagel_ds.arguments.options import all_options
 from bagel_ds.arguments.run_config import RunConfig, make_config, parse_arguments
 from bagel_ds.errors import UserError
+from bagel_ds.lora.targets import with_adapters
 from bagel_ds.memory import table as table_module
 from bagel_ds.memory.planner import MemoryItem, MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.memory.report import verdict
@@ -274,7 +275,7 @@ def test_the_guides_own_machine_needs_nvme_or_frozen_parts() -> None:
         options = MemoryOptions.of(run, 2, **budgets(24, 128, nvme))
         present = plan_memory(MODEL, resolved("zero3_cpu.json", run, MODEL, 2), options)
         assert set(present.shortfalls) == {"host"}
-        best = suggestions(MODEL, run, options)[0]
+        best = suggestions(MODEL, run, options, adapters=False)[0]
         assert any(expected in setting for setting in best.settings)
 
 
@@ -286,7 +287,7 @@ def replanned(words: str, machine: Machine) -> MemoryPlan:
     """What `bagel-ds memory` and the trainer make of a command line."""
     world, gpu, host, nvme = machine
     run = parse_arguments(words.split())
-    model = dataclasses.replace(MODEL, freeze_und=run.training.freeze_und)
+    model = with_adapters(run.training, dataclasses.replace(MODEL, freeze_und=run.training.freeze_und))
     options = MemoryOptions.of(run, world, gpu_memory=gpu, host_memory=host, nvme=nvme)
     return plan_memory(model, resolved(run.training.ds_config, run, model, world), options)
 
@@ -327,7 +328,14 @@ def test_what_is_suggested_are_remedies_of_different_kinds() -> None:
     run = config("zero3.json", max_num_tokens=36864)
     found = suggestions(MODEL, run, MemoryOptions.of(run, 2, **budgets(24, 128, 1000)))
     settings = [" ".join(suggestion.settings) for suggestion in found]
-    for remedy in ("zero3_nvme.json", "--max_num_tokens", "--freeze_und", "zero3_cpu_bf16", "--ema_dtype bf16"):
+    for remedy in (
+        "--lora_rank 64",
+        "zero3_nvme.json",
+        "--max_num_tokens",
+        "--freeze_und",
+        "zero3_cpu_bf16",
+        "--ema_dtype bf16",
+    ):
         assert any(remedy in each for each in settings), (remedy, settings)
     harmless = suggestions(MODEL, config("zero3.json"), MemoryOptions.of(config(), 4, **budgets(78, 128, 0)))
     assert harmless[0].settings == ("--ema_dtype bf16",)
@@ -368,7 +376,8 @@ def test_the_pages_table_is_current() -> None:
 
 
 def test_the_table_says_no_answer_twice_and_has_one_for_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table().splitlines()[2:]]
+    assert all("lora_rank" in line for line in table().splitlines()[2:4])
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table().splitlines()[4:]]
     answers = [(gpus, *answer) for gpus, _, _, *answer in rows]
     assert len(set(answers)) == len(answers)
     machines = Counter(
@@ -382,9 +391,23 @@ def test_the_table_says_no_answer_twice_and_has_one_for_every_machine(monkeypatc
     answer = {(128, 0): "a", (128, 1000): "b", (256, 0): "b", (256, 1000): "b", (512, 0): "c", (512, 1000): "b"}
     monkeypatch.setattr(table_module, "MACHINES", ((1, 24),))
     monkeypatch.setattr(table_module, "_answer", lambda count, gpu, host, nvme: answer[host, nvme])
-    assert table().splitlines()[2:] == [
+    assert table().splitlines()[4:] == [
         "| 1 x 24 | 128 | none | a |",
         "| 1 x 24 | 128, 512 | 1000 | b |",
         "| 1 x 24 | 256 | none or 1000 | b |",
         "| 1 x 24 | 512 | none | c |",
     ]
+
+
+def test_adapters_are_suggested_before_what_costs_more_and_after_what_trains_everything() -> None:
+    run = config("zero3_cpu.json")
+    options = MemoryOptions.of(run, 1, **budgets(24, 64, 0))
+    best, *_ = suggestions(MODEL, run, options)
+    assert "--lora_rank 64" in best.settings and best.plan.fits and "adapters of rank 64" in best.trains
+    for adapters in True, False:
+        found = suggestions(MODEL, run, MemoryOptions.of(run, 2, **budgets(24, 256, 1000)), adapters=adapters)
+        assert any("lora_rank" in setting for setting in found[0].settings) == adapters
+    run = config("zero3.json")
+    found = suggestions(MODEL, run, MemoryOptions.of(run, 4, **budgets(78, 128, 0)))
+    places = [place for place, each in enumerate(found) if any("lora_rank" in setting for setting in each.settings)]
+    assert places != [0]

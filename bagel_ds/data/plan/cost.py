@@ -129,7 +129,8 @@ class CostModel:
         """The prices of a network. Default: BAGEL-7B-MoT with the FLUX autoencoder, fully trained."""
         config, vae = config or BagelConfig(), vae or VAEConfig()
         llm, vit = config.llm, config.vit
-        trained = trainable_parts(config, freezing)
+        # Adapters are too small to count; their layers' weights get no gradient.
+        trained = set() if config.lora is not None else trainable_parts(config, freezing)
 
         def passes(part: str) -> int:
             return TRAINED_PASSES if part in trained else FROZEN_PASSES

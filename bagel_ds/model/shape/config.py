@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bagel_ds.model.attention.backends import DEFAULT_BACKEND
+from bagel_ds.model.shape.lora import LoRA
 
 FREQUENCIES = 256  # width of the timestep embedding's sinusoid
 
@@ -65,7 +66,8 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class BagelConfig:
-    """The whole network; the last five change the computation, not the tensors."""
+    """The whole network; those from `visual_gen` to `attention` change the computation, not
+    the tensors."""
 
     llm: LLMConfig = LLMConfig()
     vit: ViTConfig = ViTConfig()
@@ -78,6 +80,7 @@ class BagelConfig:
     timestep_shift: float = 1.0
     freeze_und: bool = False
     attention: str = DEFAULT_BACKEND  # a name of model/attention/backends.py; the result is the same
+    lora: LoRA | None = None
 
     @property
     def latent_features(self) -> int:

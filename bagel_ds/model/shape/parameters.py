@@ -10,7 +10,8 @@ from functools import lru_cache
 from typing import Iterator, NamedTuple
 
 from bagel_ds.model.shape.config import FREQUENCIES, BagelConfig, LLMConfig, VAEConfig, ViTConfig
-from bagel_ds.model.shape.parts import Freezing, part_of, trainable_parts
+from bagel_ds.model.shape.lora import LORA_A, LORA_B
+from bagel_ds.model.shape.parts import Freezing, part_of, trains_by_name
 
 _GEN = "_moe_gen"
 
@@ -24,8 +25,24 @@ class ParameterSize(NamedTuple):
 @lru_cache(maxsize=16)
 def parameter_sizes(config: BagelConfig, freezing: Freezing = Freezing()) -> tuple[ParameterSize, ...]:
     """All parameters in the network's own order."""
-    trains = trainable_parts(config, freezing)
-    return tuple(ParameterSize(name, numel, part_of(name) in trains) for name, numel in _named(config))
+    trains = trains_by_name(config, freezing)
+    return tuple(ParameterSize(name, shape.numel, trains(name)) for name, shape in _with_adapters(config))
+
+
+@lru_cache(maxsize=16)
+def adapted_layers(config: BagelConfig) -> frozenset[str]:
+    """Names of the linear layers that get an adapter."""
+    lora = config.lora
+    if lora is None:
+        return frozenset()
+    found = (name for name in linear_layers(config) if lora.names(name))
+    return frozenset(name for name in found if part_of(name) not in lora.frozen_parts)
+
+
+@lru_cache(maxsize=16)
+def linear_layers(config: BagelConfig) -> tuple[str, ...]:
+    """Names of all layers that can have an adapter."""
+    return tuple(module_of(name) for name, shape in _named(config) if shape.inputs)
 
 
 def module_of(parameter: str) -> str:
@@ -33,52 +50,79 @@ def module_of(parameter: str) -> str:
     return parameter.rpartition(".")[0]
 
 
-def _named(config: BagelConfig) -> Iterator[tuple[str, int]]:
+class _Shape(NamedTuple):
+    """Elements of a parameter; `inputs` and `outputs` are those of the layer whose weight it is, if that is linear."""
+
+    numel: int
+    inputs: int = 0
+    outputs: int = 0
+
+
+def _with_adapters(config: BagelConfig) -> Iterator[tuple[str, _Shape]]:
+    """`_named`, with the parameters of each adapter behind the others of its layer."""
+    adapted = adapted_layers(config)
+    waiting: list[tuple[str, _Shape]] = []
+    for name, shape in _named(config):
+        if waiting and module_of(waiting[0][0]) != module_of(name):
+            yield from waiting
+            waiting = []
+        yield name, shape
+        if shape.inputs and config.lora is not None and module_of(name) in adapted:
+            layer, rank = module_of(name), config.lora.rank
+            waiting = [
+                (f"{layer}.{LORA_A}", _Shape(rank * shape.inputs)),
+                (f"{layer}.{LORA_B}", _Shape(shape.outputs * rank)),
+            ]
+    yield from waiting
+
+
+def _named(config: BagelConfig) -> Iterator[tuple[str, _Shape]]:
     width, features = config.llm.hidden_size, config.latent_features
     yield from _language_model(config.llm)
     yield from _linear("time_embedder.mlp.0", FREQUENCIES, width)
     yield from _linear("time_embedder.mlp.2", width, width)
     yield from _linear("vae2llm", features, width)
     yield from _linear("llm2vae", width, features)
-    yield "latent_pos_embed.pos_embed", config.max_latent_size**2 * width
+    yield "latent_pos_embed.pos_embed", _Shape(config.max_latent_size**2 * width)
     yield from _vit(config.vit)
     yield from _linear("connector.fc1", config.vit.hidden_size, width)
     yield from _linear("connector.fc2", width, width)
-    yield "vit_pos_embed.pos_embed", config.vit.max_patches_per_side**2 * width
+    yield "vit_pos_embed.pos_embed", _Shape(config.vit.max_patches_per_side**2 * width)
 
 
-def _language_model(llm: LLMConfig) -> Iterator[tuple[str, int]]:
+def _language_model(llm: LLMConfig) -> Iterator[tuple[str, _Shape]]:
     model, width = "language_model.model", llm.hidden_size
-    yield f"{model}.embed_tokens.weight", llm.vocab_size * width
+    yield f"{model}.embed_tokens.weight", _Shape(llm.vocab_size * width)
     for layer in range(llm.num_hidden_layers):
         yield from _mot_layer(f"{model}.layers.{layer}", llm)
     for suffix in ("", _GEN):
-        yield f"{model}.norm{suffix}.weight", width
-    yield "language_model.lm_head.weight", llm.vocab_size * width
+        yield f"{model}.norm{suffix}.weight", _Shape(width)
+    yield "language_model.lm_head.weight", _Shape(llm.vocab_size * width)
 
 
-def _mot_layer(name: str, llm: LLMConfig) -> Iterator[tuple[str, int]]:
+def _mot_layer(name: str, llm: LLMConfig) -> Iterator[tuple[str, _Shape]]:
     width, inner = llm.hidden_size, llm.intermediate_size
     queries, keys = llm.num_attention_heads * llm.head_dim, llm.num_key_value_heads * llm.head_dim
     for suffix in ("", _GEN):
         yield from _linear(f"{name}.self_attn.q_proj{suffix}", width, queries)
         yield from _linear(f"{name}.self_attn.k_proj{suffix}", width, keys)
         yield from _linear(f"{name}.self_attn.v_proj{suffix}", width, keys)
-        yield f"{name}.self_attn.o_proj{suffix}.weight", queries * width
+        yield from _linear(f"{name}.self_attn.o_proj{suffix}", queries, width, bias=False)
         if llm.qk_norm:
-            yield f"{name}.self_attn.q_norm{suffix}.weight", llm.head_dim
-            yield f"{name}.self_attn.k_norm{suffix}.weight", llm.head_dim
+            yield f"{name}.self_attn.q_norm{suffix}.weight", _Shape(llm.head_dim)
+            yield f"{name}.self_attn.k_norm{suffix}.weight", _Shape(llm.head_dim)
     for suffix in ("", _GEN):
-        for projection in ("gate_proj", "up_proj", "down_proj"):
-            yield f"{name}.mlp{suffix}.{projection}.weight", width * inner
-        yield f"{name}.input_layernorm{suffix}.weight", width
-        yield f"{name}.post_attention_layernorm{suffix}.weight", width
+        for projection in ("gate_proj", "up_proj"):
+            yield from _linear(f"{name}.mlp{suffix}.{projection}", width, inner, bias=False)
+        yield from _linear(f"{name}.mlp{suffix}.down_proj", inner, width, bias=False)
+        yield f"{name}.input_layernorm{suffix}.weight", _Shape(width)
+        yield f"{name}.post_attention_layernorm{suffix}.weight", _Shape(width)
 
 
-def _vit(vit: ViTConfig) -> Iterator[tuple[str, int]]:
+def _vit(vit: ViTConfig) -> Iterator[tuple[str, _Shape]]:
     model, width = "vit_model.vision_model", vit.hidden_size
     yield from _linear(f"{model}.embeddings.patch_embedding", vit.num_channels * vit.patch_size**2, width)
-    yield f"{model}.embeddings.position_embedding.weight", vit.max_patches_per_side**2 * width
+    yield f"{model}.embeddings.position_embedding.weight", _Shape(vit.max_patches_per_side**2 * width)
     for layer in range(vit.num_layers):
         name = f"{model}.encoder.layers.{layer}"
         for projection in ("k_proj", "v_proj", "q_proj", "out_proj"):
@@ -90,14 +134,15 @@ def _vit(vit: ViTConfig) -> Iterator[tuple[str, int]]:
     yield from _norm(f"{model}.post_layernorm", width)
 
 
-def _linear(name: str, inputs: int, outputs: int) -> Iterator[tuple[str, int]]:
-    yield f"{name}.weight", inputs * outputs
-    yield f"{name}.bias", outputs
+def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> Iterator[tuple[str, _Shape]]:
+    yield f"{name}.weight", _Shape(inputs * outputs, inputs, outputs)
+    if bias:
+        yield f"{name}.bias", _Shape(outputs)
 
 
-def _norm(name: str, width: int) -> Iterator[tuple[str, int]]:
-    yield f"{name}.weight", width
-    yield f"{name}.bias", width
+def _norm(name: str, width: int) -> Iterator[tuple[str, _Shape]]:
+    yield f"{name}.weight", _Shape(width)
+    yield f"{name}.bias", _Shape(width)
 
 
 def vae_encoder_parameters(vae: VAEConfig) -> int:

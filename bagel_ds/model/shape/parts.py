@@ -5,13 +5,15 @@ Guarantees: every parameter belongs to exactly one part, and the run's switches 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.shape.lora import is_adapter
 
 GENERATION = ("gen_expert", "time_embedder", "vae2llm", "llm2vae")
 UNDERSTANDING_VISION = ("vit", "connector")
 LLM = ("embed_tokens", "und_expert", "gen_expert", "lm_head")
+PARTS = frozenset((*LLM, *GENERATION, *UNDERSTANDING_VISION, "position_tables"))
 POSITION_TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
 
 
@@ -52,8 +54,15 @@ def trainable_parts(config: BagelConfig, freezing: Freezing) -> set[str]:
         frozen.update(GENERATION)
     if not config.visual_und:
         frozen.update(UNDERSTANDING_VISION)
-    every_part = {*LLM, *GENERATION, *UNDERSTANDING_VISION, "position_tables"}
-    return every_part - frozen
+    return set(PARTS - frozen)
+
+
+def trains_by_name(config: BagelConfig, freezing: Freezing) -> Callable[[str], bool]:
+    """Whether the parameter of a name receives updates. With adapters, only they do."""
+    if config.lora is not None:
+        return is_adapter
+    parts = trainable_parts(config, freezing)
+    return lambda name: part_of(name) in parts
 
 
 def generation_twin(name: str) -> str | None:

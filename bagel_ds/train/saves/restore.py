@@ -8,11 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Mapping
 
 from bagel_ds.arguments.options import TrainingArguments
 from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
 from bagel_ds.checkpoint.step_folders import STATE
+from bagel_ds.errors import UserError, all_faults
+from bagel_ds.lora.base import base_fingerprint
+from bagel_ds.lora.peft_files import AdapterFolder, holds_adapter
+from bagel_ds.lora.weights import NewAdapters, WithAdapters
+from bagel_ds.model.shape.lora import LoRA, is_adapter
 from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.model_folder.pretrained import PretrainedWeights
 from bagel_ds.model_folder.weights import BagelWeights
@@ -32,10 +38,24 @@ class StartWeights:
     averages: WeightSource | None
     state: StateFiles | None
     description: list[str]  # lines for the run's plan
+    base: str | None = None  # fingerprint of the model that adapters belong to
 
 
-def open_start(start: StartPoint, training: TrainingArguments, shapes: Mapping[str, tuple[int, ...]]) -> StartWeights:
+def open_start(
+    start: StartPoint,
+    training: TrainingArguments,
+    shapes: Mapping[str, tuple[int, ...]],
+    model_folder: Path,
+    lora: LoRA | None = None,
+) -> StartWeights:
     """Open what `start` names and check the shape of every tensor. Raises `UserError`."""
+    if lora is not None:
+        return _open_adapters(start, training, shapes, model_folder, lora)
+    if holds_adapter(start.folder):
+        raise UserError(
+            f"{start.folder} holds an adapter, not a model: pass --lora_rank and the other --lora_* options of the run "
+            "that saved it to go on with it, or merge it into its base model with `bagel-ds export ... --merge`"
+        )
     if start.full:
         state = StateFiles(start.folder / STATE)
         averages = state.source(shapes, EMA, WEIGHT)
@@ -59,6 +79,71 @@ def open_start(start: StartPoint, training: TrainingArguments, shapes: Mapping[s
             folder.open_weights(prefer_ema=True), shapes, training.copy_init_moe, str(ema_files[0])
         )
     return StartWeights(weights, averages_source, None, [f"loading {start.folder} ({start.reason})", *_loaded(weights)])
+
+
+def _open_adapters(
+    start: StartPoint,
+    training: TrainingArguments,
+    shapes: Mapping[str, tuple[int, ...]],
+    model_folder: Path,
+    lora: LoRA,
+) -> StartWeights:
+    """The base model of model_path with adapters: new ones, or those of the checkpoint or folder `start`."""
+    adapters = {name: shape for name, shape in shapes.items() if is_adapter(name)}
+    files = ModelFolder(model_folder).open_weights(training.finetune_from_ema)
+    weights = {name: shape for name, shape in shapes.items() if name not in adapters}
+    base = BagelWeights(files, weights, training.copy_init_moe, str(files.paths[0]))
+    fingerprint = base_fingerprint(files)
+    lines = [f"base model: {model_folder} (fingerprint {fingerprint})", *_loaded(base)]
+    if not holds_adapter(start.folder):
+        if start.pretrained is not None or start.folder.resolve() != model_folder.resolve():
+            raise UserError(
+                f"--lora_rank: {start.folder} holds no adapter. To train adapters on top of it, pass it as "
+                "--model_path with --finetune_from_hf True"
+            )
+        new = NewAdapters(adapters, training.global_seed)
+        lines.append(f"{len(adapters) // 2} layers get a new adapter")
+        return StartWeights(WithAdapters(base, new), None, None, lines, fingerprint)
+    lines.append(f"loading adapters of {start.folder} ({start.reason})")
+    held = AdapterFolder(start.folder)
+    _check_adapters(held, adapters, lora)
+    if not start.full:
+        return StartWeights(WithAdapters(base, held), None, None, lines, fingerprint)
+    if held.fingerprint != fingerprint:
+        raise UserError(
+            f"--model_path {model_folder} is not the model that the adapters of {start.folder} were trained on "
+            f"(fingerprint {fingerprint}, expected {held.fingerprint}); pass {held.base} or wherever that "
+            "model is now, or --resume_model_only True to train these adapters further on another model"
+        )
+    state = StateFiles(start.folder / STATE)
+    masters, averages = (state.source(adapters, kind) for kind in (MASTER, EMA))
+    had_ema = any(state.has(EMA, name) for name in adapters)
+    return StartWeights(WithAdapters(base, masters), averages if had_ema else None, state, lines, fingerprint)
+
+
+def _check_adapters(held: AdapterFolder, wanted: Mapping[str, tuple[int, ...]], lora: LoRA) -> None:
+    """Raise `UserError` unless a folder holds the adapters that the run asks for, neither fewer nor more."""
+    layers = {name.rpartition(".")[0] for name in wanted}
+    faults = []
+    if different := sorted(layers ^ held.layers):
+        faults.append(
+            f"{held.folder} holds adapters of {len(held.layers)} layers, --lora_targets {lora.targets} asks for "
+            f"{len(layers)} ({different[0]} is only in one of the two); pass the --lora_targets and freeze_* options "
+            "of the run that saved them"
+        )
+    elif wrong := [name for name, shape in wanted.items() if held.info(name).shape != shape]:
+        found = list(held.info(wrong[0]).shape)
+        faults.append(
+            f"{wrong[0]} in {held.folder} is {found}, the run asks for {list(wanted[wrong[0]])}; pass --lora_rank "
+            f"{held.rank} and the --model_path of the run that saved it"
+        )
+    elif held.scale(min(layers)) != lora.scale:
+        alpha = held.scale(min(layers)) * lora.rank
+        faults.append(
+            f"--lora_alpha {lora.alpha:g}: the adapters of {held.folder} were trained with {alpha:g}; pass "
+            f"--lora_alpha {alpha:g}"
+        )
+    all_faults(faults, "The adapters don't fit this run:")
 
 
 def _loaded(weights: BagelWeights) -> list[str]:

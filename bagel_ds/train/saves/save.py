@@ -31,6 +31,10 @@ from bagel_ds.checkpoint import step_folders
 from bagel_ds.checkpoint.gather import stream_tensors
 from bagel_ds.checkpoint.serving import checkpoint_readme
 from bagel_ds.checkpoint.state import Held
+from bagel_ds.lora.peft_files import CONFIG as ADAPTER_CONFIG
+from bagel_ds.lora.peft_files import EMA_FOLDER, AdapterRecord, adapter_readme, peft_name
+from bagel_ds.lora.peft_files import WEIGHTS as ADAPTER
+from bagel_ds.model.shape.lora import is_adapter
 from bagel_ds.model_folder.folder import CONFIG_FILES, EMA, MODEL, TOKENIZER_FILES, VAE
 from bagel_ds.model_folder.tensor_files import TensorFileWriter, joined_checksums
 from bagel_ds.ranges import MASTER, Pieces, TensorInfo
@@ -66,6 +70,7 @@ class SaveOptions:
     delete_previous_state: bool
     keep_last: int = 0
     one_host: bool = True  # all ranks run on one host
+    adapter: AdapterRecord | None = None  # then only adapters are saved
 
 
 class Save:
@@ -78,7 +83,13 @@ class Save:
         self._options, self._engine, self._ema, self._last = options, engine, ema, last
         self._folder = options.checkpoint_dir / f"step_{step}"
         self._unfinished = step_folders.unfinished_folder(self._folder)
-        self._infos = {name: TensorInfo(options.dtype, shape) for name, shape in engine.shapes.items()}
+        self._adapts = options.adapter is not None
+        self._metadata = {} if options.adapter is None else options.adapter.metadata()
+        self._infos = {
+            self._stored_name(name): TensorInfo(options.dtype, shape)
+            for name, shape in engine.shapes.items()
+            if not self._adapts or is_adapter(name)
+        }
         self._files: dict[Path, TensorFileWriter] = {}  # that this rank writes
         self._shared: list[Path] = []  # files that other ranks also write
         self._background = Background(engine.device)
@@ -117,22 +128,49 @@ class Save:
 
     # ------------------------------------------------------------------------------------------------- states
     def _write_states(self) -> None:
-        write_together(lambda: _make_empty(self._unfinished) if is_main() else None)
+        write_together(lambda: self._make_empty() if is_main() else None)
         path = state_files.rank_file(self._unfinished / step_folders.STATE, dist.get_rank())
-        held = list(_held(self._engine, self._ema))
+        held = list(self._held())
         write_together(lambda: self._open(path, held))
-        self._fill(partial(state_files.fill_rank, self._files[path], held), _state_pieces(self._engine, self._ema))
+        self._fill(partial(state_files.fill_rank, self._files[path], held), self._state_pieces())
+
+    def _make_empty(self) -> None:
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+        for folder in {self._unfinished / step_folders.STATE, *(path.parent for path in self._weight_files())}:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def _held(self) -> Iterator[Held]:
+        kinds = [MASTER, EXP_AVG, EXP_AVG_SQ] + ([state_files.EMA] if self._ema is not None else [])
+        for group in self._engine.partitions.groups:
+            if group.owned:
+                for held, _ in group.ranges:
+                    for kind in kinds:
+                        yield Held(kind, *held, torch.float32)
+        for piece in self._frozen():
+            for held, values in piece.ranges:
+                yield Held(state_files.WEIGHT, *held, values.dtype)
+
+    def _state_pieces(self) -> Iterator[tuple[str, Pieces]]:
+        for kind in (MASTER, EXP_AVG, EXP_AVG_SQ):
+            for piece in self._engine.partitions.pieces(kind):
+                yield kind, piece
+        if self._ema is not None:
+            for piece in self._ema.pieces():
+                yield state_files.EMA, piece
+        for piece in self._frozen():
+            yield state_files.WEIGHT, piece
 
     def _open(self, path: Path, held: list[Held]) -> None:
         """Reserve the space of every file that this rank creates: its states and, on rank 0, the weights."""
         self._files[path] = state_files.open_rank(path, held)
         if is_main():
             for weights in self._weight_files():
-                self._files[weights] = TensorFileWriter(weights, self._infos)
+                self._files[weights] = TensorFileWriter(weights, self._infos, self._metadata)
 
     # ------------------------------------------------------------------------------------------------ weights
     def _weight_files(self) -> list[Path]:
-        return [self._unfinished / name for name in ([MODEL] if self._ema is None else [MODEL, EMA])]
+        both = [ADAPTER, f"{EMA_FOLDER}/{ADAPTER}"] if self._adapts else [MODEL, EMA]
+        return [self._unfinished / name for name in (both[:1] if self._ema is None else both)]
 
     def _open_weights(self) -> dict[Path, Iterable[Pieces]]:
         """The weight files, opened on every rank of a single host, with this rank's pieces of each."""
@@ -141,12 +179,22 @@ class Save:
             self._shared = paths
             write_together(self._join_weights)
         sources = [self._engine.partitions.pieces(MASTER)] + ([] if self._ema is None else [self._ema.pieces()])
-        return {path: chain(pieces, frozen_pieces(self._engine.module)) for path, pieces in zip(paths, sources)}
+        return {path: self._renamed(chain(pieces, self._frozen())) for path, pieces in zip(paths, sources)}
+
+    def _renamed(self, pieces: Iterable[Pieces]) -> Iterator[Pieces]:
+        return (Pieces(self._stored_name(name), ranges) for name, ranges in pieces)
+
+    def _stored_name(self, name: str) -> str:
+        return peft_name(name) if self._adapts else name
+
+    def _frozen(self) -> Iterator[Pieces]:
+        """This rank's share of frozen weights; none of a base model, which adapters leave as it is."""
+        return iter(()) if self._adapts else frozen_pieces(self._engine.module)
 
     def _join_weights(self) -> None:
         for path in self._shared:
             if path not in self._files:
-                self._files[path] = TensorFileWriter(path, self._infos, joins=True)
+                self._files[path] = TensorFileWriter(path, self._infos, self._metadata, joins=True)
 
     def _write_weights(self, path: Path, pieces: Iterable[Pieces]) -> None:
         if self._options.one_host:
@@ -166,6 +214,12 @@ class Save:
 
     # --------------------------------------------------------------------------------------------------- rest
     def _write_rest(self, trainer: dict[str, Any]) -> None:
+        step_folders.write_json(self._unfinished / step_folders.TRAINER, trainer)
+        if self._options.adapter is not None:
+            for path in self._weight_files():
+                (path.parent / ADAPTER_CONFIG).write_text(self._options.adapter.config())
+            (self._unfinished / step_folders.README).write_text(adapter_readme(self._ema is not None))
+            return
         source = self._source_of_rest()
         for name in (*CONFIG_FILES, *TOKENIZER_FILES):
             if (source / name).is_file():
@@ -174,7 +228,6 @@ class Save:
             os.link((source / VAE).resolve(), self._unfinished / VAE)  # the same 335 MB in every checkpoint
         except OSError:
             shutil.copyfile(source / VAE, self._unfinished / VAE)
-        step_folders.write_json(self._unfinished / step_folders.TRAINER, trainer)
         (self._unfinished / step_folders.README).write_text(checkpoint_readme(self._unfinished))
 
     def _source_of_rest(self) -> Path:
@@ -226,31 +279,3 @@ class Save:
             if is_main():
                 shutil.rmtree(self._unfinished, ignore_errors=True)
             raise SaveFault(f"{self._folder} could not be saved: {error}") from None
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / step_folders.STATE).mkdir(parents=True)
-
-
-def _held(engine: ZeroEngine, ema: ShardedEMA | None) -> Iterator[Held]:
-    kinds = [MASTER, EXP_AVG, EXP_AVG_SQ] + ([state_files.EMA] if ema is not None else [])
-    for group in engine.partitions.groups:
-        if group.owned:
-            for held, _ in group.ranges:
-                for kind in kinds:
-                    yield Held(kind, *held, torch.float32)
-    for piece in frozen_pieces(engine.module):
-        for held, values in piece.ranges:
-            yield Held(state_files.WEIGHT, *held, values.dtype)
-
-
-def _state_pieces(engine: ZeroEngine, ema: ShardedEMA | None) -> Iterator[tuple[str, Pieces]]:
-    for kind in (MASTER, EXP_AVG, EXP_AVG_SQ):
-        for piece in engine.partitions.pieces(kind):
-            yield kind, piece
-    if ema is not None:
-        for piece in ema.pieces():
-            yield state_files.EMA, piece
-    for piece in frozen_pieces(engine.module):
-        yield state_files.WEIGHT, piece

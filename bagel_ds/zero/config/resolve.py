@@ -55,7 +55,7 @@ def fit_to_network(
 ) -> ZeroSettings:
     """Settle in a resolved configuration what depends on the network, and return its values. Raises UserError."""
     trains = trainable_parts(model, Freezing(training.freeze_llm, training.freeze_vit))
-    has_frozen = not {"und_expert", "gen_expert", "vit"} <= trains
+    has_frozen = model.lora is not None or not {"und_expert", "gen_expert", "vit"} <= trains
     largest = max(parameter.numel for parameter in parameter_sizes(model))
     fit_buffers(ds, largest, world_size, has_frozen and training.activation_checkpointing != "none")
     return ZeroSettings.of(ds)
@@ -93,6 +93,11 @@ def _settle_precision(draft: Draft) -> None:
     is_bf16 = precision == "bf16"
     other = "--precision fp32" if is_bf16 else "--precision bf16"
     draft.settle("bf16.enabled", is_bf16, f"--precision is {precision}", f"pass {other}")
+    if draft.config.training.lora_rank and draft.section("bf16").get("bf16_master_weights_and_grads", AUTO) is True:
+        draft.fault(
+            "bf16.bf16_master_weights_and_grads loses half of what adapters learn (--lora_rank); remove the key, or "
+            "take zero3_cpu.json, whose fp32 masters of adapters are small"
+        )
     if draft.section("bf16").get("check_grad_overflow", AUTO) not in (AUTO, True):
         draft.fault("bf16.check_grad_overflow is off, so gradients that are not finite would be used; remove the key")
     for key in ("fp16", "torch_autocast"):

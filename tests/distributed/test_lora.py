@@ -1,0 +1,160 @@
+"""Adapters in real launches: what is saved, taken up on other ranks and stages, merged, and refused.
+
+That the base stays as it was needs no test of its own: a resumed run reads it from its files, so a base that had moved
+would give other losses than the run that never stopped.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from bagel_ds.cli.main import main
+from bagel_ds.lora.peft_files import AdapterFolder
+from tests.distributed.cases import Case, Outcome, arguments, linked_model, losses, own, run_cases
+
+pytestmark = pytest.mark.distributed
+
+STEPS, STOPPED_AT = 6, 3
+RANK = 4
+
+
+def words_of(demo: Path, results: Path, ranks: int, until: int, **changed: object) -> list[str]:
+    options: dict[str, object] = {
+        "precision": "fp32",
+        "max_num_tokens": 448,
+        "gradient_accumulation_steps": 2 // ranks,
+        "total_steps": until,
+        "lr": 1e-2,
+        "weight_decay": 1e-2,
+        "lr_scheduler": "constant",
+        "save_every": 100,
+        "auto_resume": True,
+        "lora_rank": RANK,
+        "global_seed": 5,
+        **changed,
+    }
+    return arguments(demo, results, **options)
+
+
+@pytest.fixture(scope="module")
+def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Outcome]]]:
+    """A run that never stops beside one that changes its ranks and stages; then what must be refused."""
+    folder = tmp_path_factory.mktemp("lora")
+    other = linked_model(demo / "model", folder / "other")
+    file = own(other / "ema.safetensors")
+    save_file({name: value * 1.001 for name, value in load_file(file).items()}, file)
+    stopped = folder / "stopped"
+    cases = [
+        Case("whole", words_of(demo, folder / "whole", 2, STEPS)),
+        Case("first", words_of(demo, stopped, 2, STOPPED_AT)),
+        Case("second", words_of(demo, stopped, 2, STOPPED_AT + 1, ds_config="zero2_cpu.json")),
+    ]
+    outcomes = run_cases(folder / "two_ranks", cases, ranks=2)
+    cases = [
+        Case("another_base", words_of(demo, stopped, 1, STEPS, model_path=other)),
+        Case("another_rank", words_of(demo, stopped, 1, STEPS, lora_rank=8)),
+        Case("another_alpha", words_of(demo, stopped, 1, STEPS, lora_alpha=3)),
+        Case("other_layers", words_of(demo, stopped, 1, STEPS, lora_targets="gen")),
+        Case("none", words_of(demo, stopped, 1, STEPS, lora_rank=0)),
+        Case("nothing", words_of(demo, folder / "nothing", 1, STEPS, lora_targets="gen", visual_gen=False)),
+        Case("unknown", words_of(demo, folder / "nothing", 1, STEPS, lora_targets="q_proj")),
+        Case("third", words_of(demo, stopped, 1, STEPS, ds_config="zero3_cpu.json")),
+    ]
+    return folder, outcomes | run_cases(folder / "one_rank", cases)
+
+
+def test_a_run_goes_on_exactly_on_other_ranks_and_stages(runs: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    folder, outcomes = runs
+    for name in ("whole", "first", "second", "third"):
+        assert outcomes[name][0].code == 0, outcomes[name][0].output[-4000:]
+    whole, found = losses(folder / "whole"), losses(folder / "stopped")
+    assert sorted(found) == sorted(whole) == list(range(STEPS))
+    for step, expected in whole.items():
+        assert found[step] == pytest.approx(expected, rel=1e-5), step
+    for part in ".", "ema":
+        last = f"checkpoints/step_{STEPS}/{part}/adapter_model.safetensors"
+        one, other = load_file(folder / "whole" / last), load_file(folder / "stopped" / last)
+        assert one.keys() == other.keys()
+        moved = sum(float(one[name].square().sum()) for name in one if "lora_B" in name) ** 0.5
+        apart = sum(float((one[name] - other[name]).square().sum()) for name in one) ** 0.5
+        assert moved > 0.01 and apart < 1e-3 * moved
+
+
+def test_a_checkpoint_holds_adapters_their_optimizer_and_the_plan_only(
+    runs: tuple[Path, dict[str, list[Outcome]]], demo: Path
+) -> None:
+    checkpoint = runs[0] / "whole" / "checkpoints" / f"step_{STEPS}"
+    files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    states = {f"state/rank_{rank:05d}.safetensors" for rank in range(2)}
+    adapters = {f"{part}adapter_{kind}" for part in ("", "ema/") for kind in ("config.json", "model.safetensors")}
+    assert files == states | adapters | {"trainer.json", "manifest.json", "README.md"}
+    for state in states:
+        assert all("lora_" in name for name in load_file(checkpoint / state))
+    held = AdapterFolder(checkpoint)
+    assert held.rank == RANK and held.base == str(demo / "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("another_base", "is not the model that the adapters of"),
+        ("another_rank", f"pass --lora_rank {RANK} and the --model_path"),
+        ("another_alpha", f"were trained with {2 * RANK}; pass --lora_alpha {2 * RANK}"),
+        ("other_layers", "--lora_targets gen asks for"),
+        ("none", "holds an adapter, not a model: pass --lora_rank"),
+        ("nothing", "keep from training"),
+        ("unknown", "--lora_targets q_proj matches no linear layer"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(
+    name: str, said: str, runs: tuple[Path, dict[str, list[Outcome]]]
+) -> None:
+    outcome = runs[1][name][0]
+    assert outcome.code == 2 and said in outcome.output and "Traceback" not in outcome.output
+
+
+def test_the_merged_export_is_the_base_with_the_adapter_and_draws_what_the_adapter_draws(
+    runs: tuple[Path, dict[str, list[Outcome]]], demo: Path, tmp_path: Path
+) -> None:
+    checkpoint = runs[0] / "whole" / "checkpoints" / f"step_{STEPS}"
+    merged, base = tmp_path / "merged", load_file(demo / "model" / "ema.safetensors")
+    with pytest.raises(SystemExit) as refused:
+        main(["export", str(checkpoint), "--out", str(merged)])
+    assert refused.value.code == 2 and not merged.exists(), "an adapter is not exported as if it were a model"
+    main(["export", str(checkpoint), "--out", str(merged), "--merge", "--save_dtype", "fp32"])
+    for stem, part in ("model", checkpoint), ("ema", checkpoint / "ema"):
+        found, adapter = load_file(merged / f"{stem}.safetensors"), AdapterFolder(part)
+        assert found.keys() == base.keys() and adapter.layers
+        for name, value in found.items():
+            layer, expected = name.removesuffix(".weight"), base[name].float()
+            if layer in adapter.layers and name.endswith(".weight"):
+                outputs = len(expected)
+                expected = expected + 2.0 * adapter.rows_of_b(layer, 0, outputs) @ adapter.a(layer)
+            torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
+    common = ["--prompt", "a red ball", "--image_shapes", "32", "32", "--num_timesteps", "3", "--seed", "1"]
+    pictures = []
+    for name, words in {
+        "merged": ["--model_path", merged, "--weights", "model"],
+        "adapter": ["--model_path", demo / "model", "--lora", checkpoint],
+        "base": ["--model_path", demo / "model"],
+    }.items():
+        main(["generate", *map(str, words), *common, "--out", str(tmp_path / f"{name}.png")])
+        pictures.append(Image.open(tmp_path / f"{name}.png").tobytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+@pytest.mark.slow
+def test_adapters_train_alike_with_everything_on_nvme(
+    runs: tuple[Path, dict[str, list[Outcome]]], demo: Path, tmp_path: Path
+) -> None:
+    words = words_of(demo, tmp_path / "nvme", 2, STEPS, ds_config="zero3_nvme.json", nvme_path=tmp_path / "swap")
+    outcome = run_cases(tmp_path / "launch", [Case("nvme", words)], ranks=2)["nvme"][0]
+    assert outcome.code == 0, outcome.output[-4000:]
+    whole, found = losses(runs[0] / "whole"), losses(tmp_path / "nvme")
+    for step, expected in whole.items():
+        assert found[step] == pytest.approx(expected, rel=1e-5), step
