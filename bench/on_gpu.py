@@ -77,6 +77,15 @@ PIECES = (
     Piece("saving", "bench/saving.py", "--width 1024", "--width 128 --saves 1 --presets zero3.json"),
     Piece("cost-small", "bench/cost_model.py", "", "--packs 6 --tokens 512 --repeats 1"),
     Piece("cost-7b", "bench/cost_model.py", "--size 7b", "--packs 6 --tokens 512 --repeats 1"),
+    Piece(
+        "inference", "bench/inference.py", "--width 2048 --pixels 512", "--width 64 --layers 1 --pixels 32 --steps 2"
+    ),
+    Piece(
+        "inference-7b",
+        "bench/inference.py",
+        "--size 7b --pixels 512 --steps 5 --repeats 2 --tokens 8 --max_gpu_memory 24GB",
+        "--width 64 --layers 1 --pixels 32 --steps 2 --max_gpu_memory 24GB",
+    ),
     Piece("nvme", "bench/nvme_step.py", "--elements 268435456", "--elements 4194304 --steps 1"),
 )
 

@@ -61,6 +61,17 @@ def nvme_step(report: Any) -> str:
     )
 
 
+def inference(report: Any) -> str:
+    found = []
+    for kind in ("images", "tokens"):
+        rates = [f"{name} {one['per_second']:.3g}" for name, one in report[kind].items()]
+        found.append(f"{kind} per second: {', '.join(rates)}")
+    if report["peak_gpu_gib"] is not None:
+        limit = report["max_gpu_memory"]
+        found.append(f"{report['peak_gpu_gib']:.1f} GiB at the peak" + (f", limit {limit}" if limit else ""))
+    return f"{report['parameters']:,} parameters, {report['prompts']} prompts. {'; '.join(found)}"
+
+
 # By the script's name; tests/gpu share one.
 NUMBERS: dict[str, Numbers] = {
     "tests": tests,
@@ -68,6 +79,7 @@ NUMBERS: dict[str, Numbers] = {
     "saving": saving,
     "cost_model": cost_model,
     "nvme_step": nvme_step,
+    "inference": inference,
 }
 
 

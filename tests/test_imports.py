@@ -19,6 +19,7 @@ PACKAGE = Path(bagel_ds.__file__).parent
 # From the top. A package may import from those after it, at every level of folders.
 ROOMS = (
     "cli",
+    "web",
     "demo",
     "train",
     "inference",

@@ -51,12 +51,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--max_iterations", type=at_least_one, default=None, help="texts and images of interleaved reasoning")
     add("--layout", choices=("plain", "geneval", "wise"), default="plain", help="file and folders of a benchmark")
     add("--batch_size", type=at_least_one, default=4, help="prompts of a file at a time (default 4)")
+    add_model_options(parser)
+    add("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """How the model is loaded."""
+    add = parser.add_argument
     add("--device", default=None, help="cpu, cuda or cuda:N (default: the launcher's GPU, or the first)")
     add("--precision", choices=("bf16", "fp32"), default=None, help="default bf16 on a GPU, fp32 on a CPU")
     add("--weights", choices=("ema", "model"), default=None, help="default: the average, unless it is too young")
     add("--lora", type=Path, action="append", default=[], help="adapter of the model; may be given several times")
     add("--max_gpu_memory", default=None, metavar="SIZE", help="such as 24GiB: layers beyond it stay in host memory")
-    add("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
 
 
 def run(options: argparse.Namespace) -> int:
@@ -91,11 +97,7 @@ def _one(options: argparse.Namespace, common: dict[str, Any]) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        if mode == "interleave":
-            items = inferencer.reason([request], on_step)[0]
-        else:
-            result = inferencer.run([request], on_step)[0]
-            items = [item for item in (result.text, result.image) if item is not None]
+        items = inferencer.items(request, mode, on_step)
     out = options.out or Path("out.png")
     pictures = [item for item in items if not isinstance(item, str)]
     for number, item in enumerate(items):

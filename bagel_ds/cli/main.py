@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bagel_ds
-from bagel_ds.cli import convert, data, evaluate, generate, run
+from bagel_ds.cli import convert, data, evaluate, generate, run, web
 from bagel_ds.cli import memory as memory_command
 from bagel_ds.cli.option_values import not_negative
 from bagel_ds.errors import UserError
@@ -69,6 +69,7 @@ def make_parser() -> argparse.ArgumentParser:
     data.add_commands(commands)
     run.add_commands(commands)
     generate.add_command(commands)
+    web.add_command(commands)
     evaluate.add_command(commands)
     for command in commands.choices.values():
         command.set_defaults(command=command)

@@ -10,13 +10,12 @@ import argparse
 import io
 import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw
 
-from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.demo.summary import last_checkpoint
 from bagel_ds.errors import UserError
 from bagel_ds.inference.generation import Inferencer, Result
@@ -50,14 +49,6 @@ def examples(data: Path) -> list[Example]:
             picture = Image.open(data / "vlm" / "images" / row["image"]).convert("RGB")
             found.append(Example(picture, question.replace("<image>", "").strip(), answer))
     return found
-
-
-def at_the_demos_sizes(inferencer: Inferencer) -> Inferencer:
-    """The same inferencer with the image sizes that the demo trains on (example.yaml) instead of BAGEL-7B-MoT's."""
-    network = replace(
-        inferencer.network, vae_transform=ImageTransform(16, 96, 64), vit_transform=ImageTransform(14, 98, 56)
-    )
-    return Inferencer(network, inferencer.cannot_draw)
 
 
 def answers(inferencer: Inferencer, found: list[Example]) -> list[Result]:
@@ -112,9 +103,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         found = examples(options.demo / "data" / "bagel_example")
-        results = answers(
-            at_the_demos_sizes(open_inferencer(last_checkpoint(options.checkpoint) or options.checkpoint)), found
-        )
+        results = answers(open_inferencer(last_checkpoint(options.checkpoint) or options.checkpoint), found)
         sheet(found, results).save(options.out)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

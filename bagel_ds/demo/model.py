@@ -24,6 +24,7 @@ from bagel_ds.model.shape.config import BagelConfig, LLMConfig, ViTConfig
 
 VIT = ViTConfig(hidden_size=64, intermediate_size=128, num_layers=2, num_attention_heads=4)
 VIT_LAYERS_IN_FILE = VIT.num_layers + 1  # one more than is built, as in the released vit_config.json
+IMAGE_SIZES = {"vae": [96, 64], "vit": [98, 56]}  # longest and shortest side in pixels, as in example.yaml
 TWIN_NOISE = 0.2  # of the generation expert, relative to the standard deviation of the weights
 
 
@@ -100,6 +101,7 @@ def _write_configs(folder: Path, config: BagelConfig, tokenizer: Tokenizer) -> N
     llm, vit = _llm_json(config.llm, tokenizer), _vit_json(config.vit)
     whole = {
         "connector_act": config.connector_act,
+        "image_sizes": IMAGE_SIZES,  # only here: inference reads images at the sizes of example.yaml
         "interpolate_pos": False,
         "latent_patch_size": config.latent_patch_size,
         "llm_config": llm,

@@ -108,7 +108,7 @@ def evaluate_folder(
     scores = validate(batches, forward, device, held_out.datasets, inputs.model.timestep_shift)
     if metric is not None:
         layout = layout_options(inputs.config, inputs.model, inputs.vae)
-        network = Network(model, vae, inputs.tokenizer, layout, *image_transforms(layout), device=device)
+        network = Network(model, vae, inputs.tokenizer, layout, *image_transforms(layout, model_folder), device=device)
         cannot_draw = None if inputs.model.visual_gen else "--visual_gen False leaves out what generates images"
         mean = metric.mean(Inferencer(network, cannot_draw), held_out, progress)
         scores |= {} if mean is None else {f"val/{metric.name}": mean}

@@ -150,8 +150,7 @@ class Inferencer:
         settings = Settings().changed(options)
         inputs = tuple(item if isinstance(item, str) else pictures.opened(item) for item in input_lists)
         request = Request(inputs, understanding_output, think, think_prompt, settings, seed)
-        result = self.run([request])[0]
-        return [item for item in (result.text, result.image) if item is not None]
+        return self.items(request, None)
 
     @staticmethod
     def request(
@@ -193,14 +192,23 @@ class Inferencer:
         """Interleaved reasoning: the texts and images that answer each request, in order."""
         return reason(self.network, [(own.inputs, own.settings, own.seed) for own in requests], on_step)
 
+    def items(self, request: Request, mode: str | None, on_step: OnStep = lambda done, total: None) -> list[Item]:
+        """What a request made by `mode` gives, in order: thought and picture, an answer, or texts and images."""
+        if mode == "interleave":
+            return self.reason([request], on_step)[0]
+        result = self.run([request], on_step)[0]
+        return [item for item in (result.text, result.image) if item is not None]
+
     def contexts(self, requests: Sequence[Request]) -> list[_Work]:
         """Each request's contexts after all its inputs, thinking prompt included.
 
-        `cfg_text` is what was read before the last text, `cfg_img` the texts without the images.
+        `cfg_text` is what was read before the last text, `cfg_img` the texts without the images. Where there are no
+        images that is all of it, so `cfg_img` is the same context as `gen`, and the sampler computes the two once.
         """
         before: list[list[Loaded]] = []
         after: list[list[Loaded]] = []
         texts: list[list[Loaded]] = []
+        alike: list[bool] = []  # cfg_img has read what gen has
         works = []
         empty = self.network.empty
         for request in requests:
@@ -224,12 +232,13 @@ class Inferencer:
                     snapshot = len(gen)
             before.append(gen[:snapshot])
             after.append(gen[snapshot:])
-            texts.append([] if request.answers else text)
+            alike.append(len(text) == len(gen))
+            texts.append([] if request.answers or alike[-1] else text)
             works.append(_Work(request, generator, Branches(empty, empty, empty), size))
         shared = self.network.read([empty] * len(works), before)
         read = self.network.read([*shared, *[empty] * len(works)], [*after, *texts])
-        for work, cfg_text, gen_context, cfg_img in zip(works, shared, read, read[len(works) :]):
-            work.branches = Branches(gen_context, cfg_text, cfg_img)
+        for work, cfg_text, gen_context, cfg_img, same in zip(works, shared, read, read[len(works) :], alike):
+            work.branches = Branches(gen_context, cfg_text, gen_context if same else cfg_img)
         return works
 
     def text_entry(self, text: str) -> Loaded:
@@ -284,7 +293,7 @@ def _seed(seed: int | Sequence[int]) -> int:
     return seed if isinstance(seed, int) else seed[0]
 
 
-def _listed(image: Any) -> list[Image.Image | str | Path]:
+def _listed(image: Any) -> list[Image.Image | str | Path | bytes]:
     if image is None:
         return []
     return list(image) if isinstance(image, (list, tuple)) else [image]

@@ -179,18 +179,7 @@ def _arguments(words: dict[str, Any]) -> dict[str, Any]:
     words = {"prompt": "", **words}
     if isinstance(words.get("image"), dict):  # a hub dataset's struct
         words["image"] = words["image"].get("bytes") or words["image"].get("path")
-    if isinstance(words.get("image"), bytes):
-        words["image"] = _decoded(words["image"])
     return words
-
-
-def _decoded(content: bytes) -> Image.Image:
-    from bagel_ds.data.samples.images import BadImage, decode_rgb
-
-    try:
-        return decode_rgb(content)
-    except BadImage as fault:
-        raise UserError(f"image: {fault}") from None
 
 
 def _rows(path: Path, faults: list[str], option: str = "--prompts") -> Iterator[tuple[int, str, dict[str, Any]]]:

@@ -8,7 +8,7 @@ questions, and says why it can't draw. The log says which of the two weight file
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,11 +35,12 @@ from bagel_ds.model_folder.finite import CheckedWeights
 from bagel_ds.model_folder.folder import VAE, ModelFolder
 from bagel_ds.model_folder.tensor_files import TensorFiles
 from bagel_ds.model_folder.weights import BagelWeights, latent_side
+from bagel_ds.ranges import WeightSource
 from bagel_ds.units import GIB
 
 logger = logging.getLogger("bagel_ds")
 
-# The original app's; a network with smaller position tables gets what these allow.
+# The original app's, for folders that don't say theirs; smaller position tables get what these allow.
 VAE_SIZES, VIT_SIZES = (1024, 512), (980, 224)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -109,15 +110,18 @@ def open_inferencer(
         vit_max_num_patch_per_side=config.vit.max_patches_per_side,
         latent_channels=config.z_channels,
     )
-    transforms = image_transforms(options)
+    transforms = image_transforms(options, folder)
     network = Network(model, vae, tokenizer, options, transforms.vae, transforms.vit, place)
     return Inferencer(network, _lacks(folder, generates, vae))
 
 
-def image_transforms(options: LayoutOptions) -> ImageTransforms:
-    """The rules by which images to read are resized."""
-    vae_sizes = [min(size, options.max_latent_size * options.latent_stride) for size in VAE_SIZES]
-    vit_sizes = [min(size, options.vit_max_num_patch_per_side * options.vit_patch_size) for size in VIT_SIZES]
+def image_transforms(options: LayoutOptions, folder: ModelFolder | None) -> ImageTransforms:
+    """The rules by which images to read are resized: to the sizes that the folder names, else the original's."""
+    vae_named, vit_named = (folder and folder.image_sizes(kind) for kind in ("vae", "vit"))
+    vae_most = options.max_latent_size * options.latent_stride
+    vit_most = options.vit_max_num_patch_per_side * options.vit_patch_size
+    vae_sizes = [min(size, vae_most) for size in vae_named or VAE_SIZES]
+    vit_sizes = [min(size, vit_most) for size in vit_named or VIT_SIZES]
     return ImageTransforms(
         ImageTransform(options.latent_stride, *vae_sizes), ImageTransform(options.vit_patch_size, *vit_sizes)
     )
@@ -137,8 +141,7 @@ def load_bagel(
     Without `visual_gen` the generating parts get no memory. Weights of `adapters` are added to the layers' own.
     """
     with torch.device("meta"):
-        model = Bagel(config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        shapes = {name: tuple(parameter.shape) for name, parameter in Bagel(config).named_parameters()}
     if not config.visual_gen:
         shapes = {name: shape for name, shape in shapes.items() if part_of(name) not in GENERATION}
     weights = BagelWeights(files, shapes, False, where)
@@ -152,15 +155,30 @@ def load_bagel(
         adapter.check_fits(shapes)
     merged = MergedWeights(weights, adapters, dtype)
     checked = CheckedWeights(merged, where)
-    on_host = tuple(f"language_model.model.layers.{number}." for number in streamed)
-    for name, shape in shapes.items():
-        goes_to = torch.device("cpu") if name.startswith(on_host) else device
-        value = checked.read(name).reshape(shape).to(goes_to, dtype)
-        owner, _, own = name.rpartition(".")
-        setattr(model.get_submodule(owner), own, torch.nn.Parameter(value, requires_grad=False))
+    model = place_bagel(config, shapes, checked, device, dtype, streamed)
     checked.check()
     if (share := merged.rounded_away()) > 0.001:
         logger.info("rounding to %s changed what the adapters add by %.1f%%", dtype, 100 * share)
+    return model
+
+
+def place_bagel(
+    config: BagelConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    weights: WeightSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    streamed: Sequence[int] = (),
+) -> Bagel:
+    """The network with the parameters named in `shapes`, read one at a time; `streamed` as in `load_bagel`."""
+    with torch.device("meta"):
+        model = Bagel(config)
+    on_host = tuple(f"language_model.model.layers.{number}." for number in streamed)
+    for name, shape in shapes.items():
+        goes_to = torch.device("cpu") if name.startswith(on_host) else device
+        value = weights.read(name).reshape(shape).to(goes_to, dtype)
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(owner), own, torch.nn.Parameter(value, requires_grad=False))
     if streamed:
         StreamedLayers([model.language_model.model.layers[number] for number in streamed], device)
     return model.eval()

@@ -20,14 +20,15 @@ from bagel_ds.inference.network import Network
 from bagel_ds.model.batch import unpatchify
 
 
-def opened(image: Image.Image | str | Path) -> Image.Image:
-    """RGB, alpha composited on white. Raises `UserError` for a file that can't be read or is too large."""
+def opened(image: Image.Image | str | Path | bytes) -> Image.Image:
+    """RGB, alpha composited on white. Raises `UserError` for a file (or its bytes) that is damaged or too large."""
     if isinstance(image, Image.Image):
         return to_rgb(image)
     try:
-        return decode_rgb(Path(image))
+        return decode_rgb(image if isinstance(image, bytes) else Path(image))
     except BadImage as fault:
-        raise UserError(f"image {image}: {fault}. Pass a PNG, JPEG or WebP file.") from None
+        named = "image" if isinstance(image, bytes) else f"image {image}"
+        raise UserError(f"{named}: {fault}. Pass a PNG, JPEG or WebP file.") from None
 
 
 def resized(network: Network, image: Image.Image) -> Image.Image:

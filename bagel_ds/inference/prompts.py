@@ -18,6 +18,7 @@ from bagel_ds.inference.loading import image_transforms
 from bagel_ds.inference.workload import Workload, batched, together, workload
 from bagel_ds.memory.between_steps import SampleShape
 from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model_folder.folder import ModelFolder
 
 OPTION = "--sample_prompts"
 Batch = tuple[tuple[Job, Request], ...]
@@ -65,7 +66,9 @@ class Prompts:
         return batched(self.works[rank::world_size], self.max_tokens)
 
 
-def open_prompts(path: Path, model: BagelConfig, layout: LayoutOptions, max_tokens: int) -> Prompts:
+def open_prompts(
+    path: Path, model: BagelConfig, layout: LayoutOptions, max_tokens: int, folder: ModelFolder | None = None
+) -> Prompts:
     """Raises one `UserError` for all that is wrong with the file."""
     faults: list[str] = []
     cannot_draw = None if model.visual_gen else "--visual_gen False leaves out what generates images"
@@ -83,7 +86,7 @@ def open_prompts(path: Path, model: BagelConfig, layout: LayoutOptions, max_toke
     all_faults([f"{OPTION} {fault}" for fault in faults], "These prompts can't be used:")
     if not jobs:
         raise UserError(f'{OPTION} {path} holds no prompts; write one per line, such as {{"prompt": "a red teapot"}}')
-    transforms = image_transforms(layout)
+    transforms = image_transforms(layout, folder)
     works = [workload(request, layout, transforms, interleaves(job)) for job, request in zip(jobs, requests)]
     return Prompts(tuple(jobs), tuple(requests), tuple(works), max_tokens)
 

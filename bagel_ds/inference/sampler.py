@@ -1,6 +1,7 @@
 """Images by flow matching: Euler steps over velocities, with classifier-free guidance; many images in one call a step.
 
-Guarantees: the branches of all images are one call of the network per step; each image follows its own schedule, is
+Guarantees: the branches of all images are one call of the network per step, and branches that have read the same are
+computed once (both guidances of a picture from text alone compare with `gen`); each image follows its own schedule, is
 guided and renormalized by itself, and ends by itself.
 
 Source: the original's inferencer (guidance, schedule), TaylorSeer (arXiv 2503.06923) for extrapolation.
@@ -163,22 +164,28 @@ class _Call:
 
     def __init__(self, network: Network) -> None:
         self.network = network
-        self._asked: list[tuple[int, str]] = []
+        self._asked: list[tuple[int, int]] = []
         self._pack: PackedBatch | None = None
 
     def __call__(self, asked: Sequence[tuple[Drawing, str]], step: int) -> list[tuple[Tensor, Tensor]]:
-        """(velocity [M, F] fp32, the last layer's output [M, C]) of each branch at its drawing's latents."""
-        contexts = [getattr(drawing.branches, branch) for drawing, branch in asked]
-        key = [(id(drawing), branch) for drawing, branch in asked]
-        if self._pack is None or key != self._asked:
-            queries = [[_query(drawing)] for drawing, _ in asked]
-            self._asked, self._pack = key, self.network.laid_out(queries, contexts)
-        sizes = [len(drawing.latents) for drawing, _ in asked]
-        times = torch.tensor([float(drawing.times[step]) for drawing, _ in asked])
+        """(velocity [M, F] fp32, the last layer's output [M, C]) of each branch at its drawing's latents.
+
+        Branches of a drawing that share a context get the same, computed once.
+        """
+        keys = [(id(drawing), id(getattr(drawing.branches, branch))) for drawing, branch in asked]
+        once = dict(zip(keys, asked))
+        contexts = [getattr(drawing.branches, branch) for drawing, branch in once.values()]
+        drawings = [drawing for drawing, _ in once.values()]
+        if self._pack is None or list(once) != self._asked:
+            queries = [[_query(drawing)] for drawing in drawings]
+            self._asked, self._pack = list(once), self.network.laid_out(queries, contexts)
+        sizes = [len(drawing.latents) for drawing in drawings]
+        times = torch.tensor([float(drawing.times[step]) for drawing in drawings])
         t_G = times.repeat_interleave(torch.tensor(sizes)).to(self.network.device)
-        latents_GF = torch.cat([drawing.latents for drawing, _ in asked])
+        latents_GF = torch.cat([drawing.latents for drawing in drawings])
         prediction, _ = self.network.predict(self._pack, contexts, latents_GF, t_G)
-        return list(zip(prediction.velocity.split(sizes), prediction.last.split(sizes)))
+        outputs = dict(zip(once, zip(prediction.velocity.split(sizes), prediction.last.split(sizes))))
+        return [outputs[key] for key in keys]
 
 
 def _query(drawing: Drawing) -> Loaded:

@@ -80,6 +80,20 @@ class ModelFolder:
             )
         return ViTConfig(**values, num_layers=layers, max_patches_per_side=max_patches_per_side)
 
+    def image_sizes(self, kind: str) -> tuple[int, int] | None:
+        """(longest, shortest) side in pixels of the images of `kind`, vae or vit, that the model was trained on.
+
+        Read from `image_sizes` of config.json, which BAGEL-7B-MoT doesn't have; None without it.
+        """
+        path = self.path / "config.json"
+        said = read_json(path).content.get("image_sizes", {}) if path.is_file() else {}
+        if not isinstance(said, dict) or kind not in said:
+            return None
+        sizes = said[kind]
+        if not (isinstance(sizes, list) and len(sizes) == 2 and all(type(size) is int and size > 0 for size in sizes)):
+            raise UserError(f"{path}: image_sizes has {kind} {sizes!r}, expected the longest and the shortest side")
+        return sizes[0], sizes[1]
+
     def weight_files(self, stem: str) -> list[Path]:
         """The files of `stem`, which is "model" or "ema": one file, the shards of an index, or none."""
         single, index = self.path / f"{stem}.safetensors", self.path / f"{stem}.safetensors.index.json"

@@ -98,7 +98,7 @@ def prepare(config: RunConfig) -> Prepared:
     zero = together(lambda: fit_to_network(ds_config, model, config.training, world))
     drive_notes = one_per_host_first(lambda: _ready_nvme(config, zero), "preparing its folder on NVMe")
     datasets = together(lambda: open_datasets(config))
-    prompts = together(lambda: _open_prompts(config, model, vae.config))
+    prompts = together(lambda: _open_prompts(config, ModelFolder(model_folder), model, vae.config))
     if prompts is not None:
         check_equal({"the prompts of --sample_prompts": [job.key for job in prompts.jobs]})
         if prompts.draws(dist.get_rank(), world):
@@ -258,11 +258,11 @@ def _open_held_out(config: RunConfig, folder: Path, model: BagelConfig, vae: Aut
     return held_out
 
 
-def _open_prompts(config: RunConfig, model: BagelConfig, vae: VAEConfig) -> Prompts | None:
+def _open_prompts(config: RunConfig, folder: ModelFolder, model: BagelConfig, vae: VAEConfig) -> Prompts | None:
     if config.training.sample_prompts is None:
         return None
     layout = layout_options(config, model, vae)
-    return open_prompts(Path(config.training.sample_prompts), model, layout, config.data.max_num_tokens)
+    return open_prompts(Path(config.training.sample_prompts), model, layout, config.data.max_num_tokens, folder)
 
 
 def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[BagelConfig, AutoEncoder]:

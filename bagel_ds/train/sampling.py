@@ -29,6 +29,7 @@ from bagel_ds.inference.network import Network
 from bagel_ds.inference.prompts import Prompts
 from bagel_ds.inputs.data import layout_options
 from bagel_ds.inputs.network import open_tokenizer
+from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.train.metrics.shown import Shown
 from bagel_ds.train.prepare import Prepared
 from bagel_ds.train.ranks.agreement import on_any_rank, to_main
@@ -63,6 +64,7 @@ class Sampling:
             return
         self._dtype, self._vae = DTYPES[config.training.precision], prepared.vae
         self._batches = self._prompts.batches(dist.get_rank(), dist.get_world_size())
+        self._folder = prepared.model_folder
         self._options = layout_options(config, prepared.model, prepared.vae.config)
         self._model, self._tokenizer = prepared.model, open_tokenizer(prepared.model_folder, prepared.model)
         self._empty = layout([], self._tokenizer.special, self._options).to(engine.device)
@@ -99,7 +101,7 @@ class Sampling:
         return self._made_as_is(source, calls)
 
     def _made_as_is(self, source: str, calls: int) -> list[Sample]:
-        engine, transforms = self._engine, image_transforms(self._options)
+        engine, transforms = self._engine, image_transforms(self._options, ModelFolder(self._folder))
         on_call = self._stopwatch(calls)
         network = JointCalls(self._model, self._dtype, engine.forward, on_any_rank, self._empty, on_call)
         inferencer = Inferencer(

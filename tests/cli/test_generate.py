@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from bagel_ds.cli.main import main
 from bagel_ds.demo import write_demo
@@ -145,3 +147,30 @@ def test_what_is_wrong_is_one_message(
     found = capsys.readouterr().err
     assert said in found and "Traceback" not in found
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_chooses_the_file_that_draws(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    both = tmp_path / "both"
+    shutil.copytree(model, both)
+    tensors = load_file(both / "ema.safetensors")
+    tensors["llm2vae.bias"] = tensors["llm2vae.bias"] + 1
+    save_file(tensors, both / "model.safetensors", {"format": "pt"})
+    drawn = {}
+    for words in ([], ["--weights", "ema"], ["--weights", "model"]):
+        out = tmp_path / "drawn.png"
+        assert generate(both, "--prompt", "a red square", "--out", out, *words) == 0
+        drawn[" ".join(words)] = pixels(out)
+    assert drawn[""] == drawn["--weights ema"] != drawn["--weights model"]
+    capsys.readouterr()
+    assert generate(model, "--prompt", "x", "--weights", "model") == 2
+    assert "holds no model.safetensors; leave out weights" in capsys.readouterr().err
+
+
+def test_max_gpu_memory_is_read_and_has_no_effect_on_a_cpu(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.png"
+    assert generate(model, "--prompt", "x", "--out", out, "--max_gpu_memory", "lots") == 2
+    assert "max_gpu_memory 'lots': expected a size such as 24 or 24GiB" in capsys.readouterr().err
+    assert generate(model, "--prompt", "x", "--out", out, "--max_gpu_memory", "24GB") == 0
+    assert "max_gpu_memory has no effect on cpu" in capsys.readouterr().err and out.is_file()

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from bagel_ds.demo import write_demo
-from bagel_ds.demo.gallery import answers, at_the_demos_sizes, examples, main, sheet
+from bagel_ds.demo.gallery import answers, examples, main, sheet
 from bagel_ds.inference.generation import Result
 from bagel_ds.inference.loading import open_inferencer
 
@@ -22,7 +22,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rows_are_drawn_at_their_size_and_questions_answered(demo: Path) -> None:
     found = examples(demo / "data" / "bagel_example")
-    results = answers(at_the_demos_sizes(open_inferencer(demo / "model", "cpu")), found)
+    results = answers(open_inferencer(demo / "model", "cpu"), found)
     assert [example.answer is None for example in found] == [True, True, False, False]
     for example, result in zip(found, results):
         if example.answer is None:

@@ -69,6 +69,18 @@ def test_four_prompts_with_all_their_branches_are_one_call_a_step() -> None:
     assert len(many) == len(one) == 7 + 2, "seven steps, and the contexts before and after the last text"
 
 
+def test_a_picture_from_text_alone_computes_two_branches_and_not_three() -> None:
+    """Image guidance compares with what has read the texts only, which is all that there is."""
+    found = inferencer()
+    options = TINY | {"cfg_interval": (0.0, 1.0), "enable_taylorseer": True}
+    drawn: list[int] = []
+    hook = found.network.model.register_forward_pre_hook(lambda _, args: drawn.append(len(args[0].latent_shapes)))
+    found.run([found.request("a red square", None, "t2i", **options)])
+    found.run([found.request("a red square", PICTURE, "edit", **options)])
+    hook.remove()
+    assert drawn == [0, 2, 2, 2] + [1, 0, 3, 3, 3]
+
+
 def test_texts_of_a_batch_take_as_many_calls_as_the_longest() -> None:
     found = inferencer()
     asked = [found.request("what?", PICTURE, "vqa", max_think_token_n=most) for most in (3, 9, 5)]

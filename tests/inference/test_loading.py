@@ -159,3 +159,18 @@ def test_max_gpu_memory_is_checked_and_says_that_a_cpu_ignores_it(demo: Path, ca
     assert "max_gpu_memory has no effect on cpu" in caplog.text
     with pytest.raises(UserError, match="expected a size"):
         open_inferencer(demo, "cpu", max_gpu_memory="plenty")
+
+
+def test_images_are_read_at_the_sizes_that_the_folder_names(folder: Path) -> None:
+    network = open_inferencer(folder, "cpu").network
+    assert network.vae_transform.size(300, 200) == (96, 64) and network.vit_transform.size(300, 200) == (98, 70)
+    config = folder / "config.json"
+    said = json.loads(config.read_text())
+    said["image_sizes"] = {"vae": [96, "64"]}
+    config.write_text(json.dumps(said))
+    with pytest.raises(UserError, match="image_sizes has vae .*expected the longest and the shortest side"):
+        open_inferencer(folder, "cpu")
+    del said["image_sizes"]
+    config.write_text(json.dumps(said))
+    network = open_inferencer(folder, "cpu").network
+    assert network.vae_transform.size(300, 200) == (768, 512), "BAGEL-7B-MoT's"
