@@ -1,5 +1,6 @@
 # Everything is made in .venv and .cache of this folder; nothing is installed elsewhere.
 #   make demo        a tiny BAGEL, trained for 60 steps with ZeRO-3 on two GPUs or two CPU processes
+#   make demo-long   the same model trained until it solves puzzles that it never saw, a few minutes
 #   make test        the tests that every change must pass (about 25 minutes on 2 cores)
 #   make test-full   the slow ones
 #   make soak        a run killed 100 times (KILLS, KILL_SEED), each time resumed: hours
@@ -25,15 +26,18 @@ export VIRTUAL_ENV := $(VENV)
 unexport PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help demo install test test-full soak measure test-gpu lint format check-machine
+.PHONY: help demo demo-long install test test-full soak measure test-gpu lint format check-machine
 
 help:
-	@sed -n '2,8s/^# *//p' Makefile
+	@sed -n '2,9s/^# *//p' Makefile
 
 install: $(VENV)/.installed
 
 demo: install
 	bash launch/demo.sh
+
+demo-long: install
+	bash launch/demo_long.sh
 
 test: install
 	$(call pytest,not slow and not gpu and not measured)

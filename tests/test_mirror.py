@@ -32,7 +32,7 @@ COVERED_BY: dict[str, tuple[str, str]] = {
     "data/samples/draws.py": ("data/batches/test_materialize.py", "draws show in the batches that they make"),
     "data/samples/": ("data/formats/test_formats.py", "plain records that a format fills"),
     "data/streams/": ("data/formats/test_formats.py", "opened and read by format; test_early_start.py has opening"),
-    "demo/": ("demo/test_demo_folder.py", "tests are named for what the demo shows; five more lie beside it"),
+    "demo/": ("demo/test_demo_folder.py", "tests are named for what the demo shows; others lie beside it"),
     "errors.py": ("doctor/test_environment.py", "one exception class, met in every test of bad input"),
     "inference/": ("inference/test_recordings.py", "the recordings run through all of it"),
     "inputs/network.py": ("inputs/test_data.py", "the network and the data are opened together"),

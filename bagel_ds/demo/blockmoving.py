@@ -8,7 +8,7 @@ picture of the solution shows the board after the moves so far. The columns are 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class Board:
 
     walls: frozenset[Cell]
     blocks: tuple[tuple[str, Cell], ...]
+    rows: int = ROWS
+    columns: int = COLUMNS
 
     def slide(self, move: Move) -> Board:
         """The board after `move`; an equal board if the block can't move."""
@@ -57,10 +59,10 @@ class Board:
         taken = self.walls | set(cells.values())
         while True:
             ahead = (row + step_row, column + step_column)
-            if not (0 <= ahead[0] < ROWS and 0 <= ahead[1] < COLUMNS) or ahead in taken:
+            if not (0 <= ahead[0] < self.rows and 0 <= ahead[1] < self.columns) or ahead in taken:
                 break
             row, column = ahead
-        return Board(self.walls, tuple(sorted([*cells.items(), (color, (row, column))])))
+        return replace(self, blocks=tuple(sorted([*cells.items(), (color, (row, column))])))
 
     def moves(self) -> list[Move]:
         """All moves, including those that change nothing."""

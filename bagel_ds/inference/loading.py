@@ -138,17 +138,19 @@ def load_bagel(
 ) -> Bagel:
     """The network with the weights of `files`; decoder layers in `streamed` stay in host memory and visit `device`.
 
-    Without `visual_gen` the generating parts get no memory. Weights of `adapters` are added to the layers' own.
+    Without `visual_gen` the generating parts of `files` are not used and get no memory. Weights of `adapters` are
+    added to the layers' own.
     """
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in Bagel(config).named_parameters()}
     if not config.visual_gen:
         shapes = {name: shape for name, shape in shapes.items() if part_of(name) not in GENERATION}
     weights = BagelWeights(files, shapes, False, where)
-    if weights.unexpected:
-        named = ", ".join(weights.unexpected[:5]) + (", ..." if weights.unexpected[5:] else "")
+    unexpected = [name for name in weights.unexpected if config.visual_gen or part_of(name) not in GENERATION]
+    if unexpected:
+        named = ", ".join(unexpected[:5]) + (", ..." if unexpected[5:] else "")
         raise UserError(
-            f"{where} holds {len(weights.unexpected)} tensors that this network does not have ({named}); they would be "
+            f"{where} holds {len(unexpected)} tensors that this network does not have ({named}); they would be "
             "left out. Merge adapters first."
         )
     for adapter in adapters:

@@ -64,7 +64,7 @@ class Bagel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The weights' dtype, in which activations travel."""
-        return self.llm2vae.weight.dtype
+        return self.language_model.model.embed_tokens.weight.dtype  # of a part that every network has
 
     @overload
     def forward(self, batch: PackedBatch, latents_GF: Tensor) -> BagelOutput: ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from bagel_ds.cli.evaluate import Row, table
 from bagel_ds.cli.main import main
 from bagel_ds.demo import write_demo
+from bagel_ds.demo.one_move import write_one_move
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +83,18 @@ def test_a_metric_of_the_users_gets_a_column(demo: Path, capsys: pytest.CaptureF
     assert main(["evaluate", *map(str, [*words, *metric])]) == 0
     head, line = capsys.readouterr().out.splitlines()
     assert head.split()[-1] == "length" and float(line.split()[-1]) > 0
+
+
+def test_runs_without_the_generation_side_score_the_same(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their checkpoints still hold its weights, which the network then doesn't have; the run's precision is bf16."""
+    data = write_one_move(tmp_path, random.Random(0), train_rows=4, test_rows=8)
+    words = [demo / "model", "--val_config", data / "test.yaml", "--device", "cpu", "--json", "--max_think_token_n", 2]
+    found = []
+    for generates in (True, False):
+        capsys.readouterr()
+        more = ["--visual_gen", generates, "--metric", f"{demo / 'exact_answer.py'}:exact_answer"]
+        assert main(["evaluate", *map(str, [*words, *more])]) == 0
+        found.append(json.loads(capsys.readouterr().out)["results"][0]["scores"])
+    assert found[0] == found[1] and {"val/ce", "val/exact_answer"} <= set(found[0])

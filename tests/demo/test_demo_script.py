@@ -1,4 +1,4 @@
-"""launch/demo.sh with a `deepspeed` that only writes down what it is asked: the whole run is a distributed test."""
+"""launch/demo.sh and demo_long.sh with stand-ins for `deepspeed`: whole runs are distributed tests."""
 
 from __future__ import annotations
 
@@ -82,6 +82,43 @@ def test_it_ends_with_where_everything_is_and_how_the_losses_fell(
     tail = done.stdout.split("The demo run is done.")[1]
     for part in ("MSE", "CE", "tensorboard", "my demo/results/checkpoints/step_60"):
         assert part in tail
+
+
+FAKE_LONG_DEEPSPEED = """#!/bin/sh
+printf '%s\\n' "$@" > arguments.txt
+checkpoints=out/results/checkpoints
+mkdir -p $checkpoints
+cp -r out/model $checkpoints/step_400
+mv $checkpoints/step_400/ema.safetensors $checkpoints/step_400/model.safetensors
+ln -s step_400 $checkpoints/step_final
+"""
+
+
+def test_the_long_demo_fails_where_training_did_not_learn_the_task(tmp_path: Path) -> None:
+    """The stand-in does not train; everything else is the script's own."""
+    scripts = {
+        "python": f'exec "{sys.executable}" "$@"',
+        "bagel-ds": f'exec "{sys.executable}" -m bagel_ds.cli.main "$@"',
+    }
+    for name, body in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+    (tmp_path / "deepspeed").write_text(FAKE_LONG_DEEPSPEED)
+    for name in (*scripts, "deepspeed"):
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(REPO),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = ["bash", str(REPO / "launch" / "demo_long.sh"), "out", "--lr", "1e-3"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "untrained, 0.0% trained; expected at least 80%" in done.stdout
+    assert (tmp_path / "out" / "results" / "answers.png").is_file()
+    arguments = (tmp_path / "arguments.txt").read_text().splitlines()
+    config = parse_arguments(arguments[5:])
+    assert (config.training.visual_gen, config.training.ema, config.training.lr) == (False, 0, 1e-3)
 
 
 @pytest.mark.parametrize(
