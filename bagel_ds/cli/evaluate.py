@@ -46,7 +46,13 @@ def add_command(commands: Any) -> None:
     )
     evaluate.set_defaults(run=run, training=[])
     add = evaluate.add_argument
-    add("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="checkpoint, export or model folder")
+    add(
+        "checkpoints",
+        type=Path,
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="checkpoint, adapter, export or model folder",
+    )
     add("--val_config", "--val-config", required=True, help="dataset YAML of the held-out split")
     add("--weights", choices=("both", *_STEMS), default="both", help="which of a folder's weight files (default both)")
     add("--metric", metavar="FILE.py:FUNCTION", help="also answer every row; FUNCTION(prediction, row) judges each")
@@ -94,6 +100,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def _weight_files(checkpoints: Sequence[Path], wanted: Sequence[str]) -> list[tuple[Path, str]]:
     """(folder, "average" or "weights") of every wanted weight file. Raises `UserError` for a folder without any."""
+    from bagel_ds.lora.peft_files import EMA_FOLDER, holds_adapter
     from bagel_ds.model_folder.folder import ModelFolder
 
     found, faults = [], []
@@ -101,7 +108,11 @@ def _weight_files(checkpoints: Sequence[Path], wanted: Sequence[str]) -> list[tu
         if not path.is_dir():
             faults.append(f"{path}: no such folder; pass a checkpoint such as results/checkpoints/step_1000")
             continue
-        own = [(path, kind) for kind in wanted if ModelFolder(path).weight_files(_STEMS[kind])]
+        if holds_adapter(path):
+            held = {"weights": True, "average": holds_adapter(path / EMA_FOLDER)}
+        else:
+            held = {kind: bool(ModelFolder(path).weight_files(stem)) for kind, stem in _STEMS.items()}
+        own = [(path, kind) for kind in wanted if held[kind]]
         found += own
         if not own:
             names = " and ".join(f"{_STEMS[kind]}.safetensors" for kind in wanted)

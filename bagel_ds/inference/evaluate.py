@@ -19,11 +19,14 @@ from torch import Tensor
 
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.data.batches.held_out import HeldOut
+from bagel_ds.errors import UserError
 from bagel_ds.inference.generation import Inferencer
 from bagel_ds.inference.loading import DTYPES, image_transforms, load_bagel
 from bagel_ds.inference.network import Network
 from bagel_ds.inference.task_metric import Progress, TaskMetric
 from bagel_ds.inputs.data import layout_options, open_held_out, open_inputs
+from bagel_ds.lora.base import base_files
+from bagel_ds.lora.peft_files import EMA_FOLDER, AdapterFolder, holds_adapter
 from bagel_ds.machine.liveness import going_on
 from bagel_ds.model.bagel import BagelOutput
 from bagel_ds.model.batch import PackedBatch
@@ -88,16 +91,20 @@ def evaluate_folder(
 ) -> Scores:
     """The scores of a model folder's "ema" or "model" weights on the split of --val_config, in one process.
 
-    `config` gives budgets, precision and switches. `progress(items, count)` may show a bar over packs and, for
-    `metric`, over rows. Raises `UserError`.
+    A folder with an adapter is evaluated on its base model: the config's model_path if that was given, else the one
+    that the adapter names. `config` gives budgets, precision and switches. `progress(items, count)` may show a bar over
+    packs and, for `metric`, over rows. Raises `UserError`.
     """
-    inputs = open_inputs(_for_folder(config, path))
+    adapters = [AdapterFolder(path / EMA_FOLDER if stem == "ema" else path)] if holds_adapter(path) else []
+    folder = _base_of(adapters[0], config) if adapters else path
+    inputs = open_inputs(_for_folder(config, folder))
     held_out: HeldOut = open_held_out(inputs.config, inputs.folder, inputs.model, inputs.vae, progress=True)
     dtype = DTYPES[config.training.precision]
     model_folder = ModelFolder(inputs.folder)
     vae = model_folder.load_vae(decodes=metric is not None).to(device)
-    files = TensorFiles(model_folder.weight_files(stem))
-    model = load_bagel(inputs.model, files, f"{inputs.folder} ({stem}.safetensors)", device, dtype)
+    files = base_files(folder, adapters) if adapters else TensorFiles(model_folder.weight_files(stem))
+    where = f"{inputs.folder} ({files.paths[0].name})"
+    model = load_bagel(inputs.model, files, where, device, dtype, adapters=adapters)
 
     def forward(batch: PackedBatch) -> BagelOutput:
         latents = encode_batch(vae, batch, inputs.model.latent_patch_size, dtype == torch.bfloat16)
@@ -115,6 +122,15 @@ def evaluate_folder(
     return scores
 
 
+def _base_of(adapter: AdapterFolder, config: RunConfig) -> Path:
+    base = config.model.model_path if "model_path" in config.explicit else adapter.base
+    if base is None or not Path(base).is_dir():
+        raise UserError(
+            f"{adapter.folder} is an adapter of {base or 'an unnamed model'}: pass --model_path with its folder"
+        )
+    return Path(base)
+
+
 def _for_folder(config: RunConfig, path: Path) -> RunConfig:
     """The same settings for another model folder; the held-out split is all the data there is."""
     validation = config.training.val_config
@@ -123,7 +139,9 @@ def _for_folder(config: RunConfig, path: Path) -> RunConfig:
         config,
         model=dataclasses.replace(config.model, model_path=str(path), max_latent_size=None),
         data=dataclasses.replace(config.data, dataset_config_file=validation),
-        training=dataclasses.replace(config.training, finetune_from_hf=True, resume_from=None, auto_resume=False),
+        training=dataclasses.replace(
+            config.training, finetune_from_hf=True, resume_from=None, auto_resume=False, lora_rank=0
+        ),
     )
 
 

@@ -57,8 +57,13 @@ def workload(
     drawn = _tokens((width, height), layout.latent_stride)
     steps, pixels = settings.num_timesteps - 1, width * height
     if not interleaves:
-        # A text is in up to three branches, an image in two (`Inferencer.contexts`). A thought is read once more.
-        tokens, context = max(read, 2 * texts, words + MARKERS, branches * drawn), 3 * texts + 2 * images + 2 * words
+        # A text is in up to three branches, an image in two; without an image two branches are one until a thought
+        # makes them differ (`Inferencer.contexts`). A thought is read once more.
+        copies = 3 if images else 2 if words else 1
+        branches = min(branches, 3 if images or words else 2)
+        alone = 2 * texts if images else texts
+        tokens = max(read, alone, words + MARKERS, branches * drawn)
+        context = copies * texts + 2 * images + 2 * words
         return Workload(3 if words else 2, words, steps, 0, tokens, context, pixels, seen)
     heard = 2 * (drawn + _tokens(transforms.vit.size(width, height), layout.vit_patch_size))  # into two contexts
     turns = settings.max_iterations

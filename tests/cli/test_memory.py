@@ -273,5 +273,5 @@ def test_samples_are_planned_by_the_runs_own_prompts(tmp_path: Path, capsys: pyt
     for side in (256, 1024):
         (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a cat", "image_shapes": [side, side]}))
         assert main([*words, "--json"]) == 0
-        peaks.append(json.loads(capsys.readouterr().out)["gpu_moments_gib"]["samples"])
+        peaks.append(json.loads(capsys.readouterr().out)["gpu_phases_gib"]["samples"])
     assert peaks[0] < peaks[1]

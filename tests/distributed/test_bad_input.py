@@ -136,13 +136,13 @@ def _changed_weights(demo: Path, folder: Path, change: Callable[[dict[str, torch
     return model
 
 
-@bad(r"ema\.safetensors", r"llm2vae\.bias", r"\[3\]", r"\[64\]", "belong together")
+@bad(r"ema\.safetensors", r"llm2vae\.bias", r"\[3\]", r"\[64\]", "don't match the folder")
 def a_tensor_of_the_wrong_shape(demo: Path, own_folder: Path) -> list[str]:
     model = _changed_weights(demo, own_folder, lambda tensors: tensors.update({"llm2vae.bias": torch.zeros(3)}))
     return arguments(demo, own_folder, model_path=model)
 
 
-@bad(r"ema\.safetensors", r"connector\.fc1\.weight is missing", "belong together")
+@bad(r"ema\.safetensors", r"connector\.fc1\.weight is missing", "don't match the folder")
 def a_missing_tensor(demo: Path, own_folder: Path) -> list[str]:
     model = _changed_weights(demo, own_folder, lambda tensors: tensors.pop("connector.fc1.weight"))
     return arguments(demo, own_folder, model_path=model)

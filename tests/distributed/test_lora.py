@@ -6,6 +6,7 @@ would give other losses than the run that never stopped.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
     folder = tmp_path_factory.mktemp("lora")
     other = linked_model(demo / "model", folder / "other")
     file = own(other / "ema.safetensors")
-    save_file({name: value * 1.001 for name, value in load_file(file).items()}, file)
+    save_file({name: 2 * value for name, value in load_file(file).items()}, file)
     stopped = folder / "stopped"
     cases = [
         Case("whole", words_of(demo, folder / "whole", 2, STEPS)),
@@ -123,10 +124,9 @@ def test_the_merged_export_is_the_base_with_the_adapter_and_draws_what_the_adapt
 ) -> None:
     checkpoint = runs[0] / "whole" / "checkpoints" / f"step_{STEPS}"
     merged, base = tmp_path / "merged", load_file(demo / "model" / "ema.safetensors")
-    with pytest.raises(SystemExit) as refused:
-        main(["export", str(checkpoint), "--out", str(merged)])
-    assert refused.value.code == 2 and not merged.exists(), "an adapter is not exported as if it were a model"
-    main(["export", str(checkpoint), "--out", str(merged), "--merge", "--save_dtype", "fp32"])
+    assert main(["export", str(checkpoint), "--out", str(merged)]) == 2
+    assert not merged.exists(), "an adapter is not exported as if it were a model"
+    assert main(["export", str(checkpoint), "--out", str(merged), "--merge", "--save_dtype", "fp32"]) == 0
     for stem, part in ("model", checkpoint), ("ema", checkpoint / "ema"):
         found, adapter = load_file(merged / f"{stem}.safetensors"), AdapterFolder(part)
         assert found.keys() == base.keys() and adapter.layers
@@ -143,9 +143,24 @@ def test_the_merged_export_is_the_base_with_the_adapter_and_draws_what_the_adapt
         "adapter": ["--model_path", demo / "model", "--lora", checkpoint],
         "base": ["--model_path", demo / "model"],
     }.items():
-        main(["generate", *map(str, words), *common, "--out", str(tmp_path / f"{name}.png")])
+        assert main(["generate", *map(str, words), *common, "--out", str(tmp_path / f"{name}.png")]) == 0
         pictures.append(Image.open(tmp_path / f"{name}.png").tobytes())
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_evaluation_of_the_adapter_gives_what_that_of_the_merged_model_does(
+    runs: tuple[Path, dict[str, list[Outcome]]], demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, merged = runs[0] / "whole" / "checkpoints" / f"step_{STEPS}", tmp_path / "merged"
+    main(["export", str(checkpoint), "--out", str(merged), "--merge", "--save_dtype", "fp32"])
+    capsys.readouterr()
+    words = ["evaluate", str(checkpoint), str(merged), "--val_config", str(demo / "example.yaml"), "--json"]
+    assert main([*words, "--val_max_batches", "2", "--precision", "fp32"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    scores = {(Path(row["checkpoint"]).name, row["weights"]): row["scores"] for row in results}
+    assert len(scores) == 4 and scores["merged", "weights"] != scores["merged", "average"]
+    for kind in "weights", "average":
+        assert scores[checkpoint.name, kind] == pytest.approx(scores["merged", kind], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def test_a_file_that_the_configuration_repeats_is_used_once(tmp_path: Path, toke
         write_parquet(tmp_path / "t2i" / f"{name}.parquet", t2i_rows(count))
     repeated = group({"data_dir": str(tmp_path / "t2i")}, "pictures", num_used_data=[5])
     held_out = opened(tmp_path, {"t2i_pretrain": repeated}, tokenizer)
-    assert sum(len(stream.uses) for stream in held_out._streams) == 5
+    assert sum(len(stream.uses) for stream in held_out.streams) == 5
     assert held_out.rows == 5 and set(rows_of(list(held_out.batches())).values()) == {1}
 
 

@@ -196,7 +196,7 @@ def shapes_of(model: Path) -> dict[str, tuple[int, ...]]:
 def test_the_only_file_is_used_and_named(model: Path) -> None:
     for from_ema in (True, False):
         opened = open_start(
-            StartPoint(model, False, "why"), TrainingArguments(finetune_from_ema=from_ema), shapes_of(model)
+            StartPoint(model, False, "why"), TrainingArguments(finetune_from_ema=from_ema), shapes_of(model), model
         )
         assert opened.state is None and opened.averages is None, "the average starts at the weights"
         text = "\n".join(opened.description)
@@ -214,7 +214,7 @@ def test_with_both_files_the_argument_chooses_and_the_average_is_emas(
     for name in ("llm_config.json", "vit_config.json"):
         (tmp_path / name).symlink_to(model / name)
     opened = open_start(
-        StartPoint(tmp_path, False, ""), TrainingArguments(finetune_from_ema=from_ema), shapes_of(model)
+        StartPoint(tmp_path, False, ""), TrainingArguments(finetune_from_ema=from_ema), shapes_of(model), tmp_path
     )
     bias = tensors["llm2vae.bias"]
     assert torch.equal(opened.weights.read("llm2vae.bias"), bias + {"model": 1.0, "ema": 2.0}[file])
@@ -234,7 +234,7 @@ def test_a_full_state_gives_masters_frozen_weights_and_average(with_average: boo
     pieces.append((WEIGHT, Pieces("t", [(Range("t", 0, 2), torch.ones(2, dtype=torch.bfloat16))])))
     (tmp_path / "state").mkdir()
     write_rank(rank_file(tmp_path / "state", 0), held, pieces)
-    opened = open_start(StartPoint(tmp_path, True, ""), TrainingArguments(), {"w": (4,), "t": (2,)})
+    opened = open_start(StartPoint(tmp_path, True, ""), TrainingArguments(), {"w": (4,), "t": (2,)}, tmp_path)
     assert opened.state is not None
     assert torch.equal(opened.weights.read("w"), values[MASTER]) and opened.weights.read("t").tolist() == [1, 1]
     if with_average:
