@@ -65,7 +65,10 @@ def add_command(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Evaluate; the exit code. Raises `UserError` before the first evaluation where a folder is not usable."""
+    from bagel_ds.checkpoint.step_folders import meant_checkpoint
+
     log_to_stderr()
+    options.checkpoints = [meant_checkpoint(path) for path in options.checkpoints]  # `latest` may be a text file
     wanted = list(_STEMS) if options.weights == "both" else [options.weights]
     found = _weight_files(options.checkpoints, wanted)
     config = _settings(options)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from bagel_ds.checkpoint.step_folders import meant_checkpoint
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.errors import UserError
@@ -68,7 +69,7 @@ def open_inferencer(
     into the weights while these are loaded. Raises `UserError` for a folder that is missing,
     incomplete or not a BAGEL model, and for a limit that is too small.
     """
-    folder = ModelFolder(Path(path))
+    folder = ModelFolder(meant_checkpoint(Path(path)))
     place = torch_device(device)
     if precision not in (None, *DTYPES):
         raise UserError(f"precision {precision!r}: expected bf16 or fp32")
@@ -76,7 +77,7 @@ def open_inferencer(
     limit = None if max_gpu_memory is None else gpu_limit(max_gpu_memory)
     if limit is not None and place.type != "cuda":
         logger.info("max_gpu_memory has no effect on %s", place)
-    adapters = [AdapterFolder(Path(name)) for name in lora]
+    adapters = [AdapterFolder(meant_checkpoint(Path(name))) for name in lora]
     if not adapters and holds_adapter(folder.path):
         raise UserError(f"{path} is an adapter: pass it as lora (--lora), and its base model as model_path")
     files = _base_files(folder, adapters, weights) if adapters else _weight_files(folder, weights)

@@ -43,6 +43,10 @@ def test_mistakes_are_reported_together_before_anything_is_loaded(
     (tmp_path / "empty").mkdir()
     text = error(capsys, tmp_path / "absent", tmp_path / "empty", "--val_config", demo / "example.yaml")
     assert "absent: no such folder" in text and "empty lacks ema.safetensors and model.safetensors" in text
+    (tmp_path / "latest").write_text("step_3")  # as on file systems without links
+    assert f"{tmp_path / 'step_3'}: no such folder" in error(
+        capsys, tmp_path / "latest", "--val_config", demo / "example.yaml"
+    )
     assert "--val_config nowhere.yaml: no such file" in error(capsys, demo / "model", "--val_config", "nowhere.yaml")
     assert "--val_every" in error(capsys, demo / "model", "--val_config", demo / "example.yaml", "--val_evry", 3)
 

@@ -174,3 +174,10 @@ def test_images_are_read_at_the_sizes_that_the_folder_names(folder: Path) -> Non
     config.write_text(json.dumps(said))
     network = open_inferencer(folder, "cpu").network
     assert network.vae_transform.size(300, 200) == (768, 512), "BAGEL-7B-MoT's"
+
+
+def test_latest_is_followed_where_it_is_a_text_file(demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "step_4").symlink_to(demo / "model")
+    (tmp_path / "latest").write_text("step_4\n")
+    found = open_inferencer(tmp_path / "latest", device="cpu")
+    assert found.network.tokenizer.size > 0
