@@ -70,14 +70,14 @@ def test_what_the_run_leaves_out_can_not_be_asked_for(tmp_path: Path) -> None:
 
 
 def test_prompts_are_dealt_in_turn_and_in_batches_that_fit(tmp_path: Path) -> None:
-    found = opened(tmp_path, [{"prompt": "p", **SMALL} for _ in range(7)], max_tokens=120)
+    found = opened(tmp_path, [{"prompt": "p", **SMALL} for _ in range(7)], max_tokens=80)
     dealt = [[[job.name for job, _ in batch] for batch in found.batches(rank, 2)] for rank in range(2)]
     assert dealt == [
         [["000000", "000002"], ["000004", "000006"]],
         [["000001", "000003"], ["000005"]],
-    ]  # a call draws three branches of 16 tokens and two markers for each
+    ]  # a call draws two branches of 16 tokens and two markers for each
     assert found.calls(2) == 2 * (2 + 4)
-    assert found.memory(2, average=False).tokens == 2 * 3 * 18
+    assert found.memory(2, average=False).tokens == 2 * 2 * 18
     assert found.batches(8, 9) == [] and not found.draws(8, 9)
 
 
