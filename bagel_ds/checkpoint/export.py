@@ -44,7 +44,7 @@ from bagel_ds.lora.weights import MergedWeights
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.model_folder.average import averaging_of
 from bagel_ds.model_folder.folder import CONFIG_FILES, EMA, MODEL, TOKENIZER_FILES, VAE
-from bagel_ds.model_folder.tensor_files import TensorFileWriter, read_header
+from bagel_ds.model_folder.tensor_files import TensorFiles, TensorFileWriter
 from bagel_ds.ranges import MASTER, TensorInfo, WeightSource
 from bagel_ds.units import GIB
 
@@ -100,11 +100,7 @@ def export_checkpoint(
     from_peft = base is not None and not (checkpoint / MANIFEST).is_file()  # which writes no checksums
     fault = None if from_peft else manifest_fault(checkpoint)
     if fault is None:
-        plan = (
-            _plan(checkpoint, dtype, program, serve)
-            if base is None
-            else _merged_plan(checkpoint, base, dtype, program, serve)
-        )
+        plan = _plan(checkpoint, base, dtype, program, serve)
         _check_replaceable(out, plan)
         names = state_files(checkpoint) if base is None else adapter_files(checkpoint)
         with waiting_for(f"the checksums of {checkpoint}", "the export begins after that"):
@@ -131,13 +127,8 @@ def export_checkpoint(
     if program is not None:
         logger.info("%s %s", out / EMA, plan.layout.reason)
     for stem, source in plan.sources.items():
-        if isinstance(source, MergedWeights) and (share := source.rounded_away()) > 0.001:
-            logger.info(
-                "%s.safetensors: rounding to %s changed what the adapter adds by %.1f%%; --save_dtype fp32 keeps it",
-                stem,
-                str(dtype).removeprefix("torch."),
-                100 * share,
-            )
+        if isinstance(source, MergedWeights) and (remark := source.remark()):
+            logger.info("%s.safetensors: %s; --save_dtype fp32 keeps it", stem, remark)
     return [out / path.relative_to(staging) for path in written]
 
 
@@ -166,42 +157,42 @@ def _check_checkpoint(checkpoint: Path) -> None:
         raise UserError(f"{checkpoint} {found}; {remedy}.")
 
 
-def _plan(checkpoint: Path, dtype: torch.dtype, program: str | None, serve: str) -> _Plan:
-    header, _ = read_header(checkpoint / MODEL)
-    shapes = {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    state = StateFiles(checkpoint / STATE)
+def _plan(checkpoint: Path, base: Path | None, dtype: torch.dtype, program: str | None, serve: str) -> _Plan:
+    """What is written of a checkpoint or, with `base`, of that model with the checkpoint's adapter added to it."""
+    folder = checkpoint if base is None else base  # of the configuration, the tokenizer and the autoencoder
+    files, sources = _stored(checkpoint) if base is None else _merged(checkpoint, base, dtype)
+    if program is None:
+        layout = Layout({f"{stem}.safetensors": stem for stem in sources})
+    else:
+        layout = serving_layout(program, serve, checkpoint, "ema" in sources, dtype, folder, files)
+    copied = [path for name in (*CONFIG_FILES, *TOKENIZER_FILES, VAE) if (path := folder / name).is_file()]
+    kept = [path for path in copied if path.name not in layout.texts]
+    averaging = averaging_of(checkpoint) if "ema" in sources else None
+    metadata = {} if averaging is None else averaging.metadata()
+    return _Plan(layout, kept, sources, _shapes(files), dtype, metadata)
+
+
+def _stored(checkpoint: Path) -> tuple[TensorFiles, Mapping[str, WeightSource]]:
+    """A checkpoint's weight file, for its shapes, and by stem the masters and averages of its training state."""
+    files, state = TensorFiles([checkpoint / MODEL]), StateFiles(checkpoint / STATE)
+    shapes = _shapes(files)
     stems = [stem for stem, kind in _KINDS.items() if any(state.has(kind, name) for name in shapes)]
-    if program is None:
-        layout = Layout({f"{stem}.safetensors": stem for stem in stems})
-    else:
-        layout = serving_layout(program, serve, checkpoint, "ema" in stems, dtype)
-    copied = [path for name in (*CONFIG_FILES, *TOKENIZER_FILES, VAE) if (path := checkpoint / name).is_file()]
-    averaging = averaging_of(checkpoint) if "ema" in stems else None
-    metadata = {} if averaging is None else averaging.metadata()
-    kept = [path for path in copied if path.name not in layout.texts]
-    sources = {stem: state.source(shapes, _KINDS[stem], WEIGHT) for stem in stems}
-    return _Plan(layout, kept, sources, shapes, dtype, metadata)
+    return files, {stem: state.source(shapes, _KINDS[stem], WEIGHT) for stem in stems}
 
 
-def _merged_plan(adapter: Path, base: Path, dtype: torch.dtype, program: str | None, serve: str) -> _Plan:
-    """A base model with the adapter of a checkpoint, or of any folder in peft's format, added to it."""
-    folders = {"model": AdapterFolder(adapter)}
-    if (adapter / EMA_FOLDER).is_dir():
-        folders["ema"] = AdapterFolder(adapter / EMA_FOLDER)
-    files = base_files(base, list(folders.values()))
-    shapes = {name: files.info(name).shape for name in files.names}
-    for folder in folders.values():
-        folder.check_fits(shapes)
-    if program is None:
-        layout = Layout({f"{stem}.safetensors": stem for stem in folders})
-    else:
-        layout = serving_layout(program, serve, adapter, "ema" in folders, dtype, base, files)
-    copied = [path for name in (*CONFIG_FILES, *TOKENIZER_FILES, VAE) if (path := base / name).is_file()]
-    kept = [path for path in copied if path.name not in layout.texts]
-    averaging = averaging_of(adapter) if "ema" in folders else None
-    metadata = {} if averaging is None else averaging.metadata()
-    sources = {stem: MergedWeights(files, [folder], dtype) for stem, folder in folders.items()}
-    return _Plan(layout, kept, sources, shapes, dtype, metadata)
+def _merged(checkpoint: Path, base: Path, dtype: torch.dtype) -> tuple[TensorFiles, Mapping[str, WeightSource]]:
+    """The base's weight files, and by stem the base with the adapter, or its average, added to it."""
+    adapters = {"model": AdapterFolder(checkpoint)}
+    if (checkpoint / EMA_FOLDER).is_dir():
+        adapters["ema"] = AdapterFolder(checkpoint / EMA_FOLDER)
+    files = base_files(base, list(adapters.values()))
+    for adapter in adapters.values():
+        adapter.check_fits(_shapes(files))
+    return files, {stem: MergedWeights(files, [adapter], dtype) for stem, adapter in adapters.items()}
+
+
+def _shapes(files: TensorFiles) -> dict[str, tuple[int, ...]]:
+    return {name: files.info(name).shape for name in files.names}
 
 
 def _write_model(plan: _Plan, folder: Path, shard_bytes: int | None) -> list[Path]:

@@ -87,8 +87,8 @@ def serving_layout(
     checkpoint: Path,
     has_average: bool,
     dtype: torch.dtype,
-    base: Path | None = None,
-    files: TensorFiles | None = None,
+    folder: Path,
+    files: TensorFiles,
 ) -> Layout:
     """The layout in which `program` reads a checkpoint with weights of `dtype`. Raises `UserError`.
 
@@ -98,9 +98,8 @@ def serving_layout(
     for option, value, known in ("--for", program, PROGRAMS), ("--serve", serve, SERVE):
         if value not in known:
             raise UserError(f"{option} {value} is not known; expected {', '.join(known[:-1])} or {known[-1]}.")
-    folder = checkpoint if base is None else base
     interpolates = bool(_arguments(checkpoint).get("interpolate_pos", False))
-    config, downsample = _network(folder, TensorFiles([folder / MODEL]) if files is None else files)
+    config, downsample = _network(folder, files)
     _check_program(program, folder, config, downsample, interpolates)
     served = _served(serve, checkpoint, has_average)
     other = "model" if served.stem == "ema" else "ema"

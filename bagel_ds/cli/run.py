@@ -71,13 +71,15 @@ def _export(options: argparse.Namespace) -> None:
     import torch
 
     from bagel_ds.checkpoint.export import export_checkpoint
+    from bagel_ds.checkpoint.step_folders import meant_checkpoint
+    from bagel_ds.lora.base import base_folder
 
     log_to_stderr()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.save_dtype]
     limit = None if options.max_shard_size is None else _bytes_of(options.max_shard_size)
     if options.serve is not None and options.program is None:
         raise UserError(f"--serve {options.serve} needs --for; without it, both weight files are written")
-    base = _base_of(options) if options.merge else None
+    base = base_folder(meant_checkpoint(options.checkpoint), options.model_path) if options.merge else None
     if options.model_path is not None and base is None:
         raise UserError("--model_path goes with --merge; other checkpoints hold the whole model")
     serve = options.serve or "auto"
@@ -94,17 +96,6 @@ def _export(options: argparse.Namespace) -> None:
             "because each holds one larger tensor",
             file=sys.stderr,
         )
-
-
-def _base_of(options: argparse.Namespace) -> Path:
-    """The folder of the model that an adapter is merged into."""
-    from bagel_ds.checkpoint.step_folders import meant_checkpoint
-    from bagel_ds.lora.peft_files import AdapterFolder
-
-    named = options.model_path or AdapterFolder(meant_checkpoint(options.checkpoint)).base
-    if named is None or not Path(named).is_dir():
-        raise UserError(f"--merge: {named or 'the base model'} is no folder here; pass --model_path with its folder")
-    return Path(named)
 
 
 def _bytes_of(size: str) -> int:

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.data.batches.held_out import HeldOut
-from bagel_ds.errors import UserError
 from bagel_ds.inference.generation import Inferencer
 from bagel_ds.inference.loading import DTYPES, image_transforms, load_bagel
 from bagel_ds.inference.network import Network
 from bagel_ds.inference.task_metric import Progress, TaskMetric
 from bagel_ds.inputs.data import layout_options, open_held_out, open_inputs
-from bagel_ds.lora.base import base_files
+from bagel_ds.lora.base import base_files, base_folder
 from bagel_ds.lora.peft_files import EMA_FOLDER, AdapterFolder, holds_adapter
 from bagel_ds.machine.liveness import going_on
 from bagel_ds.model.bagel import BagelOutput
@@ -96,7 +95,8 @@ def evaluate_folder(
     packs and, for `metric`, over rows. Raises `UserError`.
     """
     adapters = [AdapterFolder(path / EMA_FOLDER if stem == "ema" else path)] if holds_adapter(path) else []
-    folder = _base_of(adapters[0], config) if adapters else path
+    given = config.model.model_path if "model_path" in config.explicit else None
+    folder = base_folder(adapters[0].folder, given) if adapters else path
     inputs = open_inputs(_for_folder(config, folder))
     held_out: HeldOut = open_held_out(inputs.config, inputs.folder, inputs.model, inputs.vae, progress=True)
     dtype = DTYPES[config.training.precision]
@@ -120,15 +120,6 @@ def evaluate_folder(
         mean = metric.mean(Inferencer(network, cannot_draw), held_out, progress)
         scores |= {} if mean is None else {f"val/{metric.name}": mean}
     return scores
-
-
-def _base_of(adapter: AdapterFolder, config: RunConfig) -> Path:
-    base = config.model.model_path if "model_path" in config.explicit else adapter.base
-    if base is None or not Path(base).is_dir():
-        raise UserError(
-            f"{adapter.folder} is an adapter of {base or 'an unnamed model'}: pass --model_path with its folder"
-        )
-    return Path(base)
 
 
 def _for_folder(config: RunConfig, path: Path) -> RunConfig:

@@ -160,8 +160,8 @@ def load_bagel(
     checked = CheckedWeights(merged, where)
     model = place_bagel(config, shapes, checked, device, dtype, streamed)
     checked.check()
-    if (share := merged.rounded_away()) > 0.001:
-        logger.info("rounding to %s changed what the adapters add by %.1f%%", dtype, 100 * share)
+    if remark := merged.remark():
+        logger.info(remark)
     return model
 
 

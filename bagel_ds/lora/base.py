@@ -13,7 +13,7 @@ from typing import Sequence
 import torch
 
 from bagel_ds.errors import UserError
-from bagel_ds.lora.peft_files import AdapterFolder
+from bagel_ds.lora.peft_files import AdapterFolder, named_base
 from bagel_ds.model.shape.parts import POSITION_TABLES
 from bagel_ds.model_folder.average import average_or_weights
 from bagel_ds.model_folder.folder import ModelFolder
@@ -31,6 +31,15 @@ def base_fingerprint(files: TensorFiles) -> str:
         digest.update(f"{name} {info.dtype} {list(info.shape)}".encode())
         digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def base_folder(adapter: Path, named: str | Path | None) -> Path:
+    """The folder of an adapter's base model: `named`, else the one that the adapter names. Raises `UserError`."""
+    base = named or named_base(adapter)
+    if base is None or not Path(base).is_dir():
+        known = base or "an unnamed model"
+        raise UserError(f"{adapter} is an adapter of {known}: pass --model_path with that model's folder")
+    return Path(base)
 
 
 def base_files(model_path: Path, adapters: Sequence[AdapterFolder]) -> TensorFiles:

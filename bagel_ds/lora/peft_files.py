@@ -85,6 +85,11 @@ def holds_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file()
 
 
+def named_base(folder: Path) -> str | None:
+    """The base model that an adapter's configuration names. Raises `UserError`."""
+    return _read_config(folder).get("base_model_name_or_path")
+
+
 def adapter_files(folder: Path) -> list[str]:
     """The weight files of a folder and of the average in it, relative to the folder."""
     return [name for name in (WEIGHTS, f"{EMA_FOLDER}/{WEIGHTS}") if (folder / name).is_file()]

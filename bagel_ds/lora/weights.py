@@ -97,6 +97,12 @@ class MergedWeights:
         self._lost += float((values.to(self._dtype).float() - values).square().sum())
         return values
 
+    def remark(self) -> str:
+        """What rounding cost, for a log line; empty where it is below a thousandth."""
+        share = self.rounded_away()
+        changed = f"rounding to {str(self._dtype).removeprefix('torch.')} changed what the adapter adds by {share:.1%}"
+        return changed if share > 0.001 else ""
+
     def rounded_away(self) -> float:
         """Size of what rounding to `dtype` changed, relative to what was added; of what was read so far."""
         return math.sqrt(self._lost / self._added) if self._added else 0.0

@@ -64,8 +64,8 @@ class Sampling:
             return
         self._dtype, self._vae = DTYPES[config.training.precision], prepared.vae
         self._batches = self._prompts.batches(dist.get_rank(), dist.get_world_size())
-        self._folder = prepared.model_folder
         self._options = layout_options(config, prepared.model, prepared.vae.config)
+        self._transforms = image_transforms(self._options, ModelFolder(prepared.model_folder))
         self._model, self._tokenizer = prepared.model, open_tokenizer(prepared.model_folder, prepared.model)
         self._empty = layout([], self._tokenizer.special, self._options).to(engine.device)
 
@@ -101,7 +101,7 @@ class Sampling:
         return self._made_as_is(source, calls)
 
     def _made_as_is(self, source: str, calls: int) -> list[Sample]:
-        engine, transforms = self._engine, image_transforms(self._options, ModelFolder(self._folder))
+        engine, transforms = self._engine, self._transforms
         on_call = self._stopwatch(calls)
         network = JointCalls(self._model, self._dtype, engine.forward, on_any_rank, self._empty, on_call)
         inferencer = Inferencer(

@@ -178,8 +178,7 @@ class ZeroEngine:
             torch.set_default_dtype(before)
 
     def _adam(self, parameters: list[nn.Parameter], adam: AdamOptions) -> torch.optim.Optimizer:
-        options: dict[str, Any] = {"lr": 0.0, "betas": adam.betas, "eps": adam.eps}
-        options["weight_decay"] = adam.weight_decay
+        options: dict[str, Any] = {"lr": 0.0, **adam._asdict()}
         if self._settings.optimizer.device != "none":
             from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles its kernel on first use
 

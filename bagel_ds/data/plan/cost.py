@@ -129,8 +129,7 @@ class CostModel:
         """The prices of a network. Default: BAGEL-7B-MoT with the FLUX autoencoder, fully trained."""
         config, vae = config or BagelConfig(), vae or VAEConfig()
         llm, vit = config.llm, config.vit
-        # Adapters are too small to count; their layers' weights get no gradient.
-        trained = set() if config.lora is not None else trainable_parts(config, freezing)
+        trained = trainable_parts(config, freezing)  # adapters are too small to count
 
         def passes(part: str) -> int:
             return TRAINED_PASSES if part in trained else FROZEN_PASSES

@@ -7,6 +7,7 @@ arithmetic: listing 14.6 B parameters takes milliseconds and no memory.
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import groupby
 from typing import Iterator, NamedTuple
 
 from bagel_ds.model.shape.config import FREQUENCIES, BagelConfig, LLMConfig, VAEConfig, ViTConfig
@@ -61,19 +62,12 @@ class _Shape(NamedTuple):
 def _with_adapters(config: BagelConfig) -> Iterator[tuple[str, _Shape]]:
     """`_named`, with the parameters of each adapter behind the others of its layer."""
     adapted = adapted_layers(config)
-    waiting: list[tuple[str, _Shape]] = []
-    for name, shape in _named(config):
-        if waiting and module_of(waiting[0][0]) != module_of(name):
-            yield from waiting
-            waiting = []
-        yield name, shape
-        if shape.inputs and config.lora is not None and module_of(name) in adapted:
-            layer, rank = module_of(name), config.lora.rank
-            waiting = [
-                (f"{layer}.{LORA_A}", _Shape(rank * shape.inputs)),
-                (f"{layer}.{LORA_B}", _Shape(shape.outputs * rank)),
-            ]
-    yield from waiting
+    for layer, group in groupby(_named(config), key=lambda parameter: module_of(parameter[0])):
+        (name, weight), *others = group
+        yield from ((name, weight), *others)
+        if config.lora is not None and layer in adapted:
+            yield f"{layer}.{LORA_A}", _Shape(config.lora.rank * weight.inputs)
+            yield f"{layer}.{LORA_B}", _Shape(weight.outputs * config.lora.rank)
 
 
 def _named(config: BagelConfig) -> Iterator[tuple[str, _Shape]]:

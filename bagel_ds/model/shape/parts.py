@@ -38,11 +38,13 @@ def part_of(name: str) -> str:
 
 
 def trainable_parts(config: BagelConfig, freezing: Freezing) -> set[str]:
-    """Parts that receive updates.
+    """Parts whose weights receive updates; none where adapters do instead.
 
     Under freeze_und and for modalities that are off, the original keeps requires_grad and gets gradients of exactly
     zero. Not training these parts gives the same weights without their optimizer states.
     """
+    if config.lora is not None:
+        return set()
     frozen = {"position_tables"}
     if freezing.freeze_llm:
         frozen.update(LLM)

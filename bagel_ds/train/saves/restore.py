@@ -14,7 +14,7 @@ from typing import Mapping
 from bagel_ds.arguments.options import TrainingArguments
 from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
 from bagel_ds.checkpoint.step_folders import STATE
-from bagel_ds.errors import UserError, all_faults
+from bagel_ds.errors import UserError
 from bagel_ds.lora.base import base_fingerprint
 from bagel_ds.lora.peft_files import AdapterFolder, holds_adapter
 from bagel_ds.lora.weights import NewAdapters, WithAdapters
@@ -58,12 +58,9 @@ def open_start(
         )
     if start.full:
         state = StateFiles(start.folder / STATE)
-        averages = state.source(shapes, EMA, WEIGHT)
-        had_ema = any(state.has(EMA, name) for name in shapes)
         lines = [f"loading training state of {start.folder} ({start.reason})"]
-        if training.ema > 0 and not had_ema:
-            lines.append("the checkpoint holds no moving average: it starts at the weights")
-        return StartWeights(state.source(shapes, MASTER, WEIGHT), averages if had_ema else None, state, lines)
+        averages = _saved_average(state, shapes, training, lines)
+        return StartWeights(state.source(shapes, MASTER, WEIGHT), averages, state, lines)
     if start.pretrained is not None:
         made = PretrainedWeights(*start.pretrained, shapes, training.copy_init_moe, training.global_seed)
         return StartWeights(
@@ -116,34 +113,42 @@ def _open_adapters(
             "model is now, or --resume_model_only True to train these adapters further on another model"
         )
     state = StateFiles(start.folder / STATE)
-    masters, averages = (state.source(adapters, kind) for kind in (MASTER, EMA))
-    had_ema = any(state.has(EMA, name) for name in adapters)
-    return StartWeights(WithAdapters(base, masters), averages if had_ema else None, state, lines, fingerprint)
+    averages = _saved_average(state, adapters, training, lines)
+    return StartWeights(WithAdapters(base, state.source(adapters, MASTER)), averages, state, lines, fingerprint)
+
+
+def _saved_average(
+    state: StateFiles, shapes: Mapping[str, tuple[int, ...]], training: TrainingArguments, lines: list[str]
+) -> WeightSource | None:
+    """The moving average of a training state; None, with a line for the run's plan, if it holds none."""
+    averages = state.source(shapes, EMA, WEIGHT)
+    if any(state.has(EMA, name) for name in shapes):
+        return averages
+    if training.ema > 0:
+        lines.append("the checkpoint holds no moving average: it starts at the weights")
+    return None
 
 
 def _check_adapters(held: AdapterFolder, wanted: Mapping[str, tuple[int, ...]], lora: LoRA) -> None:
     """Raise `UserError` unless a folder holds the adapters that the run asks for, neither fewer nor more."""
     layers = {name.rpartition(".")[0] for name in wanted}
-    faults = []
     if different := sorted(layers ^ held.layers):
-        faults.append(
+        raise UserError(
             f"{held.folder} holds adapters of {len(held.layers)} layers, --lora_targets {lora.targets} asks for "
             f"{len(layers)} ({different[0]} is only in one of the two); pass the --lora_targets and freeze_* options "
             "of the run that saved them"
         )
-    elif wrong := [name for name, shape in wanted.items() if held.info(name).shape != shape]:
+    if wrong := [name for name, shape in wanted.items() if held.info(name).shape != shape]:
         found = list(held.info(wrong[0]).shape)
-        faults.append(
+        raise UserError(
             f"{wrong[0]} in {held.folder} is {found}, the run asks for {list(wanted[wrong[0]])}; pass --lora_rank "
             f"{held.rank} and the --model_path of the run that saved it"
         )
-    elif held.scale(min(layers)) != lora.scale:
-        alpha = held.scale(min(layers)) * lora.rank
-        faults.append(
-            f"--lora_alpha {lora.alpha:g}: the adapters of {held.folder} were trained with {alpha:g}; pass "
-            f"--lora_alpha {alpha:g}"
+    if (scale := held.scale(min(layers))) != lora.scale:
+        raise UserError(
+            f"--lora_alpha {lora.alpha:g}: the adapters of {held.folder} were trained with {scale * lora.rank:g}; pass "
+            f"--lora_alpha {scale * lora.rank:g}"
         )
-    all_faults(faults, "The adapters don't fit this run:")
 
 
 def _loaded(weights: BagelWeights) -> list[str]:

@@ -55,7 +55,7 @@ def fit_to_network(
 ) -> ZeroSettings:
     """Settle in a resolved configuration what depends on the network, and return its values. Raises UserError."""
     trains = trainable_parts(model, Freezing(training.freeze_llm, training.freeze_vit))
-    has_frozen = model.lora is not None or not {"und_expert", "gen_expert", "vit"} <= trains
+    has_frozen = not {"und_expert", "gen_expert", "vit"} <= trains
     largest = max(parameter.numel for parameter in parameter_sizes(model))
     fit_buffers(ds, largest, world_size, has_frozen and training.activation_checkpointing != "none")
     return ZeroSettings.of(ds)
