@@ -49,7 +49,6 @@ COVERED_BY: dict[str, tuple[str, str]] = {
     "model/vit.py": ("model/test_bagel.py", "as embeddings.py"),
     "model/recompute.py": ("model/test_offload.py", "both decide what a layer keeps"),
     "model/shape/": ("model/test_bagel.py", "counted against the network that is built from it"),
-    "model/vae.py": ("reference/test_vae.py", "the original's recordings judge it"),
     "model_folder/crc.py": ("model_folder/test_tensor_files.py", "its only user"),
     "processes/": ("processes/test_processes.py", "server, worker and pool work only together"),
     "train/build.py": ("distributed/test_weights.py", "needs a launch"),
