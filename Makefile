@@ -39,10 +39,12 @@ demo: install
 demo-long: install
 	bash launch/demo_long.sh
 
-test: install
-	$(call pytest,not slow and not gpu and not measured)
-
+# What starts ranks has all cores to itself; the rest runs in as many processes as there are cores.
 # Status 5 is pytest's "no test selected".
+test: install
+	$(call pytest,not distributed and not slow and not gpu and not measured) -n auto --dist loadfile || [ $$? -eq 5 ]
+	$(call pytest,distributed and not slow and not gpu and not measured) || [ $$? -eq 5 ]
+
 test-full: install
 	$(call pytest,slow and not gpu and not measured) || [ $$? -eq 5 ]
 
