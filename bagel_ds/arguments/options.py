@@ -172,6 +172,11 @@ class TrainingArguments:
         "(ours) which linear layers get an adapter: gen or und (the language model's, of that expert), both, or a "
         "regular expression that matches whole names such as connector\\.fc[12]",
     )
+    base_precision: str = option(
+        "full",
+        "(ours) with lora_rank: keep the language model's own weights in 4 bits (nf4) or 8 (int8); full: as precision",
+        choices=("full", "int8", "nf4"),
+    )
 
     num_replicate: int = option(1, "FSDP only: see sharding_strategy")
     num_shard: int = option(8, "FSDP only: GPUs of one sharding group; as many as there are, or more, means all")

@@ -186,6 +186,11 @@ def _faults(config: RunConfig) -> list[str]:
             f"--lora_targets {shown(values['lora_targets'])}: expected gen, und, both or a regular expression over "
             f"names of layers ({error})"
         )
+    if values["base_precision"] != "full" and not values["lora_rank"]:
+        faults.append(
+            f"--base_precision {values['base_precision']}: weights of 4 or 8 bits can't be trained, only adapters "
+            "beside them; pass --lora_rank 64, or leave out base_precision"
+        )
     if values["lora_rank"] and values["lora_dropout"] and values["activation_checkpointing"] == "offload":
         faults.append(
             "--lora_dropout with --activation_checkpointing offload: the masks would not be the same when a layer is "

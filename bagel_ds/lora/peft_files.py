@@ -22,7 +22,7 @@ from bagel_ds.ranges import TensorInfo
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMA_FOLDER = "ema"  # in a checkpoint: an adapter folder that holds the moving average
-_FINGERPRINT = "base_fingerprint"  # key of the metadata
+_FINGERPRINT, _PRECISION = "base_fingerprint", "base_precision"  # keys of the metadata
 _ROOT = "base_model.model."
 _LANGUAGE_MODEL = "language_model."
 
@@ -62,7 +62,8 @@ class AdapterRecord(NamedTuple):
 
     def metadata(self) -> dict[str, str]:
         """For the header of the weights: peft warns about keys of adapter_config.json that it doesn't know."""
-        return {"format": "pt", _FINGERPRINT: self.fingerprint}
+        precision = {} if self.lora.base_precision is None else {_PRECISION: self.lora.base_precision}
+        return {"format": "pt", _FINGERPRINT: self.fingerprint, **precision}
 
 
 def adapter_readme(has_average: bool) -> str:
@@ -131,6 +132,11 @@ class AdapterFolder:
     def fingerprint(self) -> str | None:
         """Of the base model's weights; None if another program wrote the folder."""
         return self._files.metadata.get(_FINGERPRINT)
+
+    @property
+    def base_precision(self) -> str | None:
+        """The format in which the run kept the base model's weights; None if it did not quantize them."""
+        return self._files.metadata.get(_PRECISION)
 
     def scale(self, layer: str) -> float:
         """What B A is multiplied with."""

@@ -26,6 +26,7 @@ def with_adapters(training: TrainingArguments, network: BagelConfig) -> BagelCon
         dropout=training.lora_dropout,
         targets=training.lora_targets,
         frozen_parts=frozenset(PARTS - trained),
+        base_precision=None if training.base_precision == "full" else training.base_precision,
     )
     adapted = replace(network, lora=lora)
     if adapted_layers(adapted):

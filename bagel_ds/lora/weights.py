@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from bagel_ds.lora.peft_files import AdapterFolder
+from bagel_ds.model.quantized import quantize
 from bagel_ds.model.shape.lora import LORA_A, is_adapter
+from bagel_ds.model.shape.quantization import CODES, Quantization, base_of
 from bagel_ds.ranges import TensorInfo, WeightSource
 
 
@@ -46,6 +48,41 @@ class NewAdapters:
             bound = 1 / math.sqrt(self._shapes[name][1])
             values.uniform_(-bound, bound, generator=generator)
         return values
+
+
+class QuantizedBase:
+    """A base model's weights, with codes and largest values of those that a network asks for in 4 or 8 bits.
+
+    Weights are quantized as they are read, range by range: none is ever whole here.
+    """
+
+    def __init__(self, base: WeightSource, quantization: Quantization):
+        self._base, self._quantization = base, quantization
+
+    def __contains__(self, name: str) -> bool:
+        found = base_of(name)
+        return (found[0] if found else name) in self._base
+
+    def info(self, name: str) -> TensorInfo:
+        if (found := base_of(name)) is None:
+            return self._base.info(name)
+        numel = self._base.info(found[0]).numel
+        if found[1] == CODES:
+            return TensorInfo(torch.uint8, (self._quantization.codes(numel),))
+        return TensorInfo(torch.bfloat16, (self._quantization.blocks(numel),))
+
+    def read(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
+        if (found := base_of(name)) is None:
+            return self._base.read(name, start, numel)
+        weight, kind = found
+        stop = self.info(name).numel if numel is None else start + numel
+        elements = self._quantization.per_byte if kind == CODES else self._quantization.block  # of the weight, in one
+        block = self._quantization.block
+        first, last = start * elements // block, self._quantization.blocks(stop * elements)
+        low, high = first * block, min(last * block, self._base.info(weight).numel)
+        codes, absmax = quantize(self._base.read(weight, low, high - low), self._quantization)
+        offset = start - low // elements
+        return (codes if kind == CODES else absmax)[offset : offset + stop - start]
 
 
 class WithAdapters:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from bagel_ds.memory.phases import Phase, StepShape, arena, gathering
+from bagel_ds.memory.phases import Phase, StepShape, arena, dequantized, gathering
 from bagel_ds.memory.states import DEVICE, HOST, Sharding, State
 from bagel_ds.model.shape.activations import decoder_bytes, vae_bytes
 from bagel_ds.model.shape.config import BagelConfig
@@ -63,9 +63,9 @@ def _call(s: Sharding, shape: StepShape, tokens: int) -> list[State]:
     """A forward pass over `tokens`: a layer needs the most in its MLP."""
     llm, live = shape.config.llm, gathering(s, shape)
     width = s.weight_bytes * (4 * llm.hidden_size + 3 * llm.intermediate_size) + 8 * llm.hidden_size
-    found = [State("activations of a forward pass", DEVICE, tokens * width)]
+    found = [State("activations of a forward pass", DEVICE, tokens * width), *dequantized(s, shape)]
     if live is not None:
-        found.append(State("gathered parameters", DEVICE, s.weight_bytes * live.largest))
+        found.append(State("gathered parameters", DEVICE, live.largest))
     return found
 
 

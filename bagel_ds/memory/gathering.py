@@ -22,11 +22,11 @@ PHASES = ("vit", "embedding", "layer", "head")
 
 @dataclass(frozen=True)
 class Gathered:
-    """Numbers of elements in one micro-batch."""
+    """Bytes of one micro-batch."""
 
-    peak: dict[str, int]  # by phase: most elements held whole at once
+    peak: dict[str, int]  # by phase: most that is held whole at once
     with_copies: dict[str, int]  # by phase: the same, including the flat buffers from which they are copied
-    reductions: dict[str, frozenset[tuple[int, int]]]  # by phase: (held whole, reduced) of each gradient reduction
+    reductions: dict[str, frozenset[tuple[int, int]]]  # by phase: (held whole, elements reduced) of each reduction
     persistent: int  # always held whole
     total: int  # gathered over the whole micro-batch; counted each time
 
@@ -36,19 +36,28 @@ class Gathered:
 
 
 @lru_cache(maxsize=64)
-def gathered(config: BagelConfig, freezing: Freezing, recompute: bool, options: Gathering) -> Gathered:
-    """Replay one micro-batch of this network under ZeRO-3."""
+def gathered(
+    config: BagelConfig, freezing: Freezing, recompute: bool, options: Gathering, weight_bytes: int
+) -> Gathered:
+    """Replay one micro-batch of this network under ZeRO-3, with `weight_bytes` per element of its weights."""
     parameters = parameter_sizes(config, freezing)
-    persistent = sum(p.numel for p in parameters if p.numel <= options.param_persistence_threshold)
-    replay = _Replay(parameters, step_calls(config, freezing, recompute), options)
+    persistent = sum(
+        p.element_bytes(weight_bytes) * p.numel for p in parameters if p.numel <= options.param_persistence_threshold
+    )
+    replay = _Replay(parameters, step_calls(config, freezing, recompute), options, weight_bytes)
     replay.run()
     reductions = {phase: frozenset(found) for phase, found in replay.reductions.items()}
     return Gathered(replay.peak, replay.with_copies, reductions, persistent, replay.total)
 
 
 class _Replay:
-    def __init__(self, parameters: tuple[ParameterSize, ...], calls: tuple[Call, ...], options: Gathering):
+    """DeepSpeed's limits count elements, memory counts bytes: both are kept."""
+
+    def __init__(
+        self, parameters: tuple[ParameterSize, ...], calls: tuple[Call, ...], options: Gathering, weight_bytes: int
+    ):
         self._sizes = sizes = [parameter.numel for parameter in parameters]
+        self._bytes = [parameter.element_bytes(weight_bytes) * parameter.numel for parameter in parameters]
         self._trains = [parameter.trains for parameter in parameters]
         self._calls, self._options = calls, options
         self._persists = [size <= options.param_persistence_threshold for size in sizes]
@@ -59,8 +68,9 @@ class _Replay:
         self._queue = deque((index, step) for step, call in enumerate(calls) for index in call.parameters)
         self._fetched_for: dict[int, int] = defaultdict(lambda: -1)
         self._live: dict[int, int] = {}  # parameter -> the gather that brought it
-        self._waiting: dict[int, int] = {}  # gather -> its elements, until its flat buffer has been copied out
-        self._now = self.total = 0
+        self._waiting: dict[int, int] = {}  # gather -> its bytes, until its flat buffer has been copied out
+        self._now = 0  # elements held whole
+        self._held = self.total = 0  # bytes
         self.peak: dict[str, int] = dict.fromkeys(PHASES, 0)
         self.with_copies = dict(self.peak)
         self._bucket = 0  # elements of gradients waiting to be reduced
@@ -75,7 +85,7 @@ class _Replay:
             if call.backward:
                 self._reduce(call)
             self._release(call, step)
-        self.reductions[self._calls[-1].phase].add((self._now, self._bucket))
+        self.reductions[self._calls[-1].phase].add((self._held, self._bucket))
 
     def _find_next_uses(self) -> list[dict[int, int]]:
         """For each call and each of its parameters: the next call that uses it."""
@@ -88,15 +98,14 @@ class _Replay:
         return found[::-1]
 
     def _fetch(self, wanted: list[int], gather: int) -> None:
-        numel = 0
-        for index in wanted:
-            if not self._persists[index]:
-                self._live[index] = gather
-                numel += self._sizes[index]
-        if numel:
-            self._now += numel
-            self.total += numel
-            self._waiting[gather] = numel if len(wanted) > 1 else 0
+        fetched = [index for index in wanted if not self._persists[index]]
+        for index in fetched:
+            self._live[index] = gather
+            self._now += self._sizes[index]
+        if size := sum(self._bytes[index] for index in fetched):
+            self._held += size
+            self.total += size
+            self._waiting[gather] = size if len(wanted) > 1 else 0
 
     def _wait(self, call: Call, gather: int) -> None:
         """Copy the gathers that bring this call's parameters out of their flat buffers."""
@@ -129,7 +138,7 @@ class _Replay:
             if not self._trains[index]:
                 continue
             if self._bucket and self._bucket + self._sizes[index] > self._options.reduce_bucket_size:
-                self.reductions[call.phase].add((self._now, self._bucket))
+                self.reductions[call.phase].add((self._held, self._bucket))
                 self._bucket = 0
             self._bucket += self._sizes[index]
 
@@ -142,7 +151,8 @@ class _Replay:
             if traversed is None or traversed >= self._options.max_reuse_distance:
                 del self._live[index]
                 self._now -= self._sizes[index]
+                self._held -= self._bytes[index]
 
     def _note(self, phase: str, copies: int = 0) -> None:
-        self.peak[phase] = max(self.peak[phase], self._now)
-        self.with_copies[phase] = max(self.with_copies[phase], self._now + copies)
+        self.peak[phase] = max(self.peak[phase], self._held)
+        self.with_copies[phase] = max(self.with_copies[phase], self._held + copies)

@@ -13,6 +13,7 @@ from bagel_ds.memory.states import DEVICE, HOST, NVME, Sharding, State, backward
 from bagel_ds.model.shape.activations import Activations, PackShape, activations, arena_bytes, vae_bytes
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.model.shape.parts import Freezing
+from bagel_ds.model.shape.quantization import is_codes, work_bytes
 from bagel_ds.units import MIB
 
 NORM_ELEMENTS = 250_000_000  # DeepSpeed sums squares of gradients in float64, this many elements at a time
@@ -57,7 +58,7 @@ def gathering(sharding: Sharding, shape: StepShape) -> Gathered | None:
     if sharding.stage != 3 or (sharding.world == 1 and sharding.place(sharding.param) == DEVICE):
         return None
     recompute = shape.checkpointing != "none"
-    return gathered(shape.config, shape.freezing, recompute, sharding.gathering)
+    return gathered(shape.config, shape.freezing, recompute, sharding.gathering, sharding.weight_bytes)
 
 
 def _vae(s: Sharding, shape: StepShape) -> Phase:
@@ -76,6 +77,7 @@ def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Phase]:
         "layer": [
             *_checkpoints(shape, needs.checkpoints + needs.vit_checkpoints, 2 * needs.layer_input),
             State("activations of a decoder layer", DEVICE, needs.layer),
+            *dequantized(s, shape),
             *_reduction(s, 0),
         ],
         "head": [
@@ -100,9 +102,19 @@ def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Phase]:
             continue
         if live is not None:
             # Copies and reductions run on separate streams, so all may be in memory at once.
-            held = [*held, State("gathered parameters", DEVICE, s.weight_bytes * live.with_copies[phase])]
+            held = [*held, State("gathered parameters", DEVICE, live.with_copies[phase])]
         found.append(Phase(names[phase] + " backward", held))
     return found
+
+
+def dequantized(s: Sharding, shape: StepShape) -> list[State]:
+    """The one weight that is not in 4 or 8 bits while its layer multiplies."""
+    lora = shape.config.lora
+    if lora is None or lora.quantization is None:
+        return []
+    per_byte = lora.quantization.per_byte
+    largest = max(p.numel * per_byte for p in s.parameters if is_codes(p.name))
+    return [State("a quantized layer's weight", DEVICE, work_bytes(largest, s.weight_bytes))]
 
 
 def _checkpoints(shape: StepShape, kept: int, moving: int) -> list[State]:
@@ -132,8 +144,8 @@ def _one_after_the_other(s: Sharding, live: Gathered, phase: str, name: str, hel
     """On CPU, copies of parameters and reductions of gradients take turns. Each reduction adds to what is held then."""
     others = [state for state in held if state.name not in _REDUCTION]
 
-    def holding(elements: int) -> State:
-        return State("gathered parameters", DEVICE, s.weight_bytes * elements)
+    def holding(size: int) -> State:
+        return State("gathered parameters", DEVICE, size)
 
     found = [Phase(f"{name} backward", [*others, holding(live.with_copies[phase])])]
     reducing = [
@@ -237,7 +249,7 @@ def _load(s: Sharding, shape: StepShape) -> Phase:
     if s.stage == 3 and s.place(s.param) == DEVICE:
         size = s.weight_bytes * s.share(True)
     elif s.stage in (1, 2) and shape.gpu_bytes is not None:
-        weights = s.weight_bytes * s.elements(False)
+        weights = s.whole_weights()
         size = 2 * weights if 2 * weights > 0.95 * shape.gpu_bytes else 0
     if s.place(s.optimizer) == HOST:
         size -= (s.master_bytes + 2 * s.moment_bytes) * s.share(True)  # counted as states, but allocated after this

@@ -224,7 +224,7 @@ def _rank_states(sharding: Sharding, shape: StepShape, run: MemoryOptions) -> li
     found = states(sharding, run.ema_bytes if run.ema else 0, run.ema_place)
     live = gathering(sharding, shape)
     if live is not None:
-        found.append(State("small parameters, always whole", DEVICE, sharding.weight_bytes * live.persistent))
+        found.append(State("small parameters, always whole", DEVICE, live.persistent))
     return [*found, State("encoder of the autoencoder", DEVICE, 4 * vae_encoder_parameters(run.vae))]
 
 

@@ -61,6 +61,14 @@ class Sharding(ZeroSettings):
     def elements(self, trainable: bool) -> int:
         return sum(p.numel for p in self.parameters if p.trains or not trainable)
 
+    def whole_weights(self) -> int:
+        """Bytes of all weights."""
+        return sum(p.numel * p.element_bytes(self.weight_bytes) for p in self.parameters)
+
+    def weight_share(self) -> int:
+        """Bytes of one rank's partition of all weights, padding included."""
+        return sum(-(-p.numel // self.world) * p.element_bytes(self.weight_bytes) for p in self.parameters)
+
     @property
     def bucket(self) -> int:
         """Elements of the buffer that collects gradients to reduce."""
@@ -101,7 +109,7 @@ def states(sharding: Sharding, ema_bytes: int, ema_place: str | None) -> list[St
 
 def _stage0(s: Sharding) -> Iterator[State]:
     trainable = s.elements(True)
-    yield State("weights", DEVICE, s.weight_bytes * s.elements(False))
+    yield State("weights", DEVICE, s.whole_weights())
     yield State("gradients", DEVICE, s.weight_bytes * trainable)
     if s.bf16:
         yield State("masters", DEVICE, 4 * trainable)
@@ -111,7 +119,7 @@ def _stage0(s: Sharding) -> Iterator[State]:
 def _stage12(s: Sharding) -> Iterator[State]:
     place = s.place(s.optimizer)
     share = -(-s.elements(True) // s.world)
-    yield State("weights", DEVICE, s.weight_bytes * s.elements(False))
+    yield State("weights", DEVICE, s.whole_weights())
     yield State("masters", place, s.master_bytes * share, s.pinned(s.optimizer) if place == HOST else 0)
     yield State("Adam moments", place, 2 * s.moment_bytes * share)
     if place == HOST:
@@ -163,9 +171,9 @@ def _stage3(s: Sharding) -> Iterator[State]:
     optimizer, param = s.place(s.optimizer), s.place(s.param)
     share = s.share(trainable=True)
     groups = s.sub_groups()
-    yield State("weights", param, s.weight_bytes * s.share(trainable=False), s.pinned(s.param))
+    yield State("weights", param, s.weight_share(), s.pinned(s.param))
     if s.hpz_group > 1:
-        copy = s.weight_bytes * s.elements(False) // s.hpz_group
+        copy = s.whole_weights() // s.hpz_group
         yield State("weights, second copy within the group (hpZ)", DEVICE, copy)
     gradients = HOST if optimizer != DEVICE else DEVICE
     yield State("gradients", gradients, s.gradient_bytes * share, s.pinned(s.optimizer))

@@ -49,6 +49,7 @@ PARTS = {
 }
 LORA_RANK = 64  # of published recipes (docs/lora.md)
 LORA_HARM = 4.0  # before NVMe, frozen parts and bf16 masters; after what still trains everything on these cards
+NF4_HARM = 1.0  # of 4 bits for the weights beside adapters; less than moving them through host memory
 PLACEHOLDER = "nvme"  # stands for --nvme_path while only planning
 
 
@@ -87,7 +88,7 @@ def suggestions(
     for changes in candidates:
         if any(_is_no_worse(better, changes) for better, _ in found):
             continue
-        if _adds_adapters(changes) and any(_adds_adapters(better) for better, _ in found):
+        if (kind := _adapters(changes)) and any(_adapters(better) == kind for better, _ in found):
             continue  # their variants would hide the other ways
         try:
             plan = _plan(model, config, run, changes)
@@ -108,6 +109,7 @@ class _Change(NamedTuple):
 
 
 _AS_IT_IS = _Change({}, (0.0,))
+_NF4 = {"base_precision": "nf4"}
 
 
 def _axes(model: BagelConfig, config: RunConfig, run: MemoryOptions, adapters: bool) -> list[list[_Change]]:
@@ -153,9 +155,10 @@ def _trained(model: BagelConfig, run: MemoryOptions, adapters: bool) -> list[_Ch
     """
     found = [_Change({}, (0.0, 0.0))]
     if model.lora is not None:
-        return found
+        return found if model.lora.quantization else [*found, _Change(_NF4, (NF4_HARM, 0.0))]
     if adapters:
         found.append(_Change({"lora_rank": LORA_RANK}, (LORA_HARM, 0.0)))
+        found.append(_Change({"lora_rank": LORA_RANK, **_NF4}, (LORA_HARM + NF4_HARM, 0.0)))
     if model.visual_gen and not model.freeze_und and not run.freeze_llm:
         found.append(_Change({"freeze_und": True}, (0.0, 10.0)))
     if not run.freeze_llm and (model.visual_gen or (model.visual_und and not model.freeze_und)):
@@ -163,8 +166,9 @@ def _trained(model: BagelConfig, run: MemoryOptions, adapters: bool) -> list[_Ch
     return found
 
 
-def _adds_adapters(changes: Iterable[_Change]) -> bool:
-    return any("lora_rank" in change.settings for change in changes)
+def _adapters(changes: Iterable[_Change]) -> str:
+    """Which kind of adapters the changes add: "full" or "nf4" for the precision of the base; "" for none."""
+    return next((c.settings.get("base_precision", "full") for c in changes if "lora_rank" in c.settings), "")
 
 
 def _harm(changes: Iterable[_Change]) -> float:
@@ -201,7 +205,8 @@ def _still_trains(model: BagelConfig, run: MemoryOptions, changes: Iterable[_Cha
     changed = {name for change in changes for name in change.settings}
     frozen = {name for name in changed if name.startswith("freeze")}
     if "lora_rank" in changed:
-        return f"adapters of rank {LORA_RANK} in the language model's layers, not the weights themselves"
+        base = ", which are kept in 4 bits" if "base_precision" in changed else ""
+        return f"adapters of rank {LORA_RANK} in the language model's layers, not the weights themselves{base}"
     if not frozen:
         return ""
     model = dataclasses.replace(model, freeze_und=model.freeze_und or "freeze_und" in frozen)

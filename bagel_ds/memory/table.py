@@ -17,12 +17,18 @@ from bagel_ds.memory.suggestions import PRESETS, resolved, suggestions
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.units import GIB
 
-LORA_MACHINES = ((1, 24, 64), (2, 24, 64))  # with the GiB of RAM
-LORA = "--lora_rank 64"
+LORA, QLORA = ("--lora_rank 64",), ("--lora_rank 16", "--base_precision nf4")
 MACHINES = ((1, 24), (2, 24), (4, 24), (2, 40), (4, 80), (8, 80))  # GPUs and GiB of each
 HOST_GIB = (128, 256, 512)
 NVME_GIB = (0, 1000)
 TOKENS = 11520  # the guides' budget; settings are chosen for it
+# With the GiB of RAM, and the tokens for which the preset is chosen: a card of 16 GB takes shorter packs.
+LORA_MACHINES = (
+    (1, 24, 64, LORA, TOKENS),
+    (2, 24, 64, LORA, TOKENS),
+    (1, 24, 32, QLORA, TOKENS),
+    (1, 16, 32, QLORA, 4096),
+)
 MOST_TOKENS, TOKEN_STEP = 36864, 2304  # the default of --max_num_tokens; a divisor of both
 WORKERS = 4
 
@@ -37,8 +43,8 @@ _HEADER = """\
 def table() -> str:
     """The table in Markdown; memory in GiB per GPU and per host. Machines with equal GPUs and answers share a row."""
     lines = [_HEADER]
-    for count, gpu, host in LORA_MACHINES:
-        lines.append(f"| {count} x {gpu} | {host} | none | {_with_adapters(count, gpu, host)} |")
+    for count, gpu, host, adapters, wanted in LORA_MACHINES:
+        lines.append(f"| {count} x {gpu} | {host} | none | {_with_adapters(count, gpu, host, adapters, wanted)} |")
     for count, gpu in MACHINES:
         found = {(host, nvme): _answer(count, gpu, host, nvme) for host in HOST_GIB for nvme in NVME_GIB}
         for answer in dict.fromkeys(found.values()):
@@ -56,11 +62,11 @@ def _answer(count: int, gpu: float, host: float, nvme: float) -> str:
     return f"{_markdown(words)} | {tokens:,} | {_numbers(plan, count)}"
 
 
-def _with_adapters(count: int, gpu: float, host: float) -> str:
-    """The cells of a row for adapters, with the fastest preset that fits."""
+def _with_adapters(count: int, gpu: float, host: float, adapters: tuple[str, ...], wanted: int) -> str:
+    """The cells of a row for adapters, with the fastest preset that fits packs of `wanted` tokens."""
     for preset, *_ in PRESETS:
-        words = (f"--ds_config {preset}", LORA)
-        if _plan(*_run(count, gpu, host, 0, words, TOKENS)).fits:
+        words = (f"--ds_config {preset}", *adapters)
+        if _plan(*_run(count, gpu, host, 0, words, wanted)).fits:
             tokens, plan = longest_packs(count, gpu, host, 0, words)
             return f"{_markdown(words)} | {tokens:,} | {_numbers(plan, count)}"
     return "does not fit | | | | | "

@@ -33,12 +33,12 @@ def step_traffic(s: Sharding, live: Gathered | None, ranks: int, layer_inputs: i
     trainable, share = s.elements(True), s.share(True)
     gathers = (live.total if live is not None else 0) * accumulation
     reductions = trainable * (accumulation if s.stage > 1 else 1)
-    network = others * (s.weight_bytes * gathers + s.communication_bytes * reductions)
+    network = others * (gathers + s.communication_bytes * reductions)
     if s.stage in (0, 1, 2):
         network += others * s.weight_bytes * trainable  # updated weights (stage 0: the other half of the all-reduce)
     pcie, nvme = 2 * layer_inputs * accumulation, 0
     if s.place(s.param) != DEVICE:
-        pcie += s.weight_bytes * gathers // s.world
+        pcie += gathers // s.world
     if s.place(s.optimizer) != DEVICE:
         pcie += offloaded_gradient_bytes(s) * share
         if s.place(s.param) == DEVICE:
@@ -47,7 +47,7 @@ def step_traffic(s: Sharding, live: Gathered | None, ranks: int, layer_inputs: i
         states = (s.master_bytes + 2 * s.moment_bytes) * share
         nvme += 2 * states + 2 * s.master_bytes * share  # masters and moments, and gradients in fp32, in and out
     if s.place(s.param) == NVME:
-        nvme += s.weight_bytes * (gathers // s.world + share)
+        nvme += gathers // s.world + s.weight_bytes * share
     return Traffic(int(network * ranks), int(pcie * ranks), int(nvme * ranks))
 
 

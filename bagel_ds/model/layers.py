@@ -6,6 +6,8 @@ not filled twice. Load a weight before you use it.
 
 from __future__ import annotations
 
+from typing import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,9 +29,13 @@ class Linear(nn.Linear):
         self.lora_A = nn.Parameter(torch.empty(lora.rank, self.in_features))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, lora.rank))
 
+    def base(self, x: Tensor) -> Tensor:
+        """The layer without its adapter."""
+        return super().forward(x)
+
     def forward(self, x: Tensor) -> Tensor:
         """[N, inputs] -> [N, outputs]."""
-        y = super().forward(x)
+        y = self.base(x)
         if self.lora is None:
             return y
         low = F.linear(F.dropout(x, self.lora.dropout, self.training), self.lora_A)
@@ -70,11 +76,11 @@ class GELUMLP(nn.Module):
 class SwiGLUMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), no biases: Qwen2's MLP."""
 
-    def __init__(self, width: int, hidden: int):
+    def __init__(self, width: int, hidden: int, linear: Callable[..., Linear] = Linear):
         super().__init__()
-        self.gate_proj = Linear(width, hidden, bias=False)
-        self.up_proj = Linear(width, hidden, bias=False)
-        self.down_proj = Linear(hidden, width, bias=False)
+        self.gate_proj = linear(width, hidden, bias=False)
+        self.up_proj = linear(width, hidden, bias=False)
+        self.down_proj = linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from bagel_ds.model.attention.backends import Attend
 from bagel_ds.model.embeddings import apply_rope
-from bagel_ds.model.layers import Embedding, Linear, RMSNorm, SwiGLUMLP
+from bagel_ds.model.layers import Embedding, RMSNorm, SwiGLUMLP
 from bagel_ds.model.losses.head import CrossEntropyHead
+from bagel_ds.model.quantized import linear_layer
 from bagel_ds.model.recompute import Recompute
 from bagel_ds.model.shape.config import BagelConfig
 
@@ -80,12 +81,13 @@ class MoTAttention(TwoExperts):
         llm = config.llm
         self.head_dim = llm.head_dim
         self.qk_norm = llm.qk_norm
+        linear = linear_layer(config)
         for suffix in ("", GEN):
-            self.add_module("q_proj" + suffix, Linear(llm.hidden_size, llm.num_attention_heads * llm.head_dim))
-            self.add_module("k_proj" + suffix, Linear(llm.hidden_size, llm.num_key_value_heads * llm.head_dim))
-            self.add_module("v_proj" + suffix, Linear(llm.hidden_size, llm.num_key_value_heads * llm.head_dim))
+            self.add_module("q_proj" + suffix, linear(llm.hidden_size, llm.num_attention_heads * llm.head_dim))
+            self.add_module("k_proj" + suffix, linear(llm.hidden_size, llm.num_key_value_heads * llm.head_dim))
+            self.add_module("v_proj" + suffix, linear(llm.hidden_size, llm.num_key_value_heads * llm.head_dim))
             self.add_module(
-                "o_proj" + suffix, Linear(llm.num_attention_heads * llm.head_dim, llm.hidden_size, bias=False)
+                "o_proj" + suffix, linear(llm.num_attention_heads * llm.head_dim, llm.hidden_size, bias=False)
             )
             if llm.qk_norm:
                 self.add_module("q_norm" + suffix, RMSNorm(llm.head_dim, llm.rms_norm_eps))
@@ -116,7 +118,7 @@ class MoTLayer(TwoExperts):
         llm = config.llm
         self.self_attn = MoTAttention(config)
         for suffix in ("", GEN):
-            self.add_module("mlp" + suffix, SwiGLUMLP(llm.hidden_size, llm.intermediate_size))
+            self.add_module("mlp" + suffix, SwiGLUMLP(llm.hidden_size, llm.intermediate_size, linear_layer(config)))
             self.add_module("input_layernorm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps))
             self.add_module("post_attention_layernorm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps))
 

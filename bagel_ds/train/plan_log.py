@@ -57,7 +57,7 @@ def log_packs(config: RunConfig, prepared: Prepared, plan_state: dict[str, Any] 
 def describe_parameters(model: BagelConfig, trains: Callable[[str], bool]) -> list[str]:
     """A table of the network's parts, their sizes and whether they train."""
     counts: dict[tuple[str, bool], int] = {}
-    for name, shape in parameter_shapes(model).items():
+    for name, shape in parameter_shapes(model.unquantized()).items():
         kind = f"{part_of(name)}, LoRA" if is_adapter(name) else part_of(name), trains(name)
         counts[kind] = counts.get(kind, 0) + math.prod(shape)
     total, training = sum(counts.values()), sum(count for (_, learns), count in counts.items() if learns)

@@ -107,7 +107,8 @@ def prepare(config: RunConfig) -> Prepared:
     samples = None if prompts is None else prompts.memory(world, from_average)
     memory = together(lambda: plan_run(config, datasets, model, vae.config, zero, world, here, samples))
     # Before the data, whose indexing may take long.
-    weights = together(lambda: open_start(start, config.training, parameter_shapes(model), model_folder, model.lora))
+    shapes = parameter_shapes(model.unquantized())
+    weights = together(lambda: open_start(start, config.training, shapes, model_folder, model.lora))
     saved = together(lambda: _saved_run(config, start))
     place = None if saved is None else saved["plan_state"]
     data = one_per_host_first(

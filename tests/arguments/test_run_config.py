@@ -28,7 +28,7 @@ stop_after stall_timeout max_nonfinite warmup_steps lr_scheduler lr min_lr beta1
 beta2 eps weight_decay ema max_grad_norm timestep_shift mse_weight ce_weight ce_loss_reweighting
 gradient_accumulation_steps
 peak_device_tflops freeze_llm freeze_vit freeze_vae freeze_und copy_init_moe use_flex lora_rank lora_alpha lora_dropout
-lora_targets num_replicate num_shard
+lora_targets base_precision num_replicate num_shard
 sharding_strategy backward_prefetch cpu_offload ds_config nvme_path ignore_memory_plan ema_every ema_dtype attn
 precision activation_checkpointing save_dtype
 """.split()

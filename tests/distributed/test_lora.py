@@ -16,12 +16,17 @@ from safetensors.torch import load_file, save_file
 
 from bagel_ds.cli.main import main
 from bagel_ds.lora.peft_files import AdapterFolder
+from bagel_ds.model.quantized import dequantize, quantize
+from bagel_ds.model.shape.lora import is_decoder_linear
+from bagel_ds.model.shape.quantization import QUANTIZATIONS, Quantization
 from tests.distributed.cases import Case, Outcome, arguments, linked_model, losses, own, run_cases
 
 pytestmark = pytest.mark.distributed
 
 STEPS, STOPPED_AT = 6, 3
 RANK = 4
+QUANTIZED = {"nf4": "zero3_cpu.json", "int8": "zero2.json"}  # with the stage that the run begins with
+ON_NVME = {"ds_config": "zero3_nvme_all.json", "nvme_path": "swap"}
 
 
 def words_of(demo: Path, results: Path, ranks: int, until: int, **changed: object) -> list[str]:
@@ -55,6 +60,12 @@ def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
         Case("first", words_of(demo, stopped, 2, STOPPED_AT)),
         Case("second", words_of(demo, stopped, 2, STOPPED_AT + 1, ds_config="zero2_cpu.json")),
     ]
+    for name, preset in QUANTIZED.items():
+        twin = dequantized_model(demo / "model", folder / f"{name}_base", QUANTIZATIONS[name])
+        cases += [
+            Case(f"{name}_twin", words_of(demo, folder / f"{name}_twin", 2, STOPPED_AT, model_path=twin)),
+            Case(name, words_of(demo, folder / name, 2, STOPPED_AT - 1, ds_config=preset, base_precision=name)),
+        ]
     outcomes = run_cases(folder / "two_ranks", cases, ranks=2)
     cases = [
         Case("another_base", words_of(demo, stopped, 1, STEPS, model_path=other)),
@@ -65,6 +76,10 @@ def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
         Case("nothing", words_of(demo, folder / "nothing", 1, STEPS, lora_targets="gen", visual_gen=False)),
         Case("unknown", words_of(demo, folder / "nothing", 1, STEPS, lora_targets="q_proj")),
         Case("third", words_of(demo, stopped, 1, STEPS, ds_config="zero3_cpu.json")),
+        Case("another_precision", words_of(demo, stopped, 1, STEPS, base_precision="nf4")),
+        Case("codes_on_nvme", words_of(demo, folder / "nothing", 1, STEPS, base_precision="nf4", **ON_NVME)),
+        Case("nf4_on", words_of(demo, folder / "nf4", 1, STOPPED_AT, ds_config="zero0.json", base_precision="nf4")),
+        Case("int8_on", words_of(demo, folder / "int8", 1, STOPPED_AT, ds_config="zero3.json", base_precision="int8")),
     ]
     return folder, outcomes | run_cases(folder / "one_rank", cases)
 
@@ -84,6 +99,35 @@ def test_a_run_goes_on_exactly_on_other_ranks_and_stages(runs: tuple[Path, dict[
         moved = sum(float(one[name].square().sum()) for name in one if "lora_B" in name) ** 0.5
         apart = sum(float((one[name] - other[name]).square().sum()) for name in one) ** 0.5
         assert moved > 0.01 and apart < 1e-3 * moved
+
+
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_with_a_quantized_base_a_run_learns_what_it_does_with_the_dequantized_one(
+    name: str, runs: tuple[Path, dict[str, list[Outcome]]]
+) -> None:
+    """Also after it went on with another number of ranks and another stage."""
+    folder, outcomes = runs
+    for case in (name, f"{name}_on", f"{name}_twin"):
+        assert outcomes[case][0].code == 0, outcomes[case][0].output[-4000:]
+    assert f"linear layers are kept in {name}" in outcomes[name][0].output
+    expected, found = losses(folder / f"{name}_twin"), losses(folder / name)
+    assert sorted(found) == sorted(expected) == list(range(STOPPED_AT))
+    for step, values in expected.items():
+        assert found[step] == pytest.approx(values, rel=1e-5), step
+    apart = [losses(folder / "whole")[step] != pytest.approx(found[step], rel=1e-5) for step in found]
+    assert all(apart), "the base itself would give other losses"
+
+
+def dequantized_model(model: Path, folder: Path, quantization: Quantization) -> Path:
+    """The model folder with the values that a quantized base has, in fp32."""
+    file = own(linked_model(model, folder) / "ema.safetensors")
+    weights = {name: value.float() for name, value in load_file(file).items()}
+    for name, value in weights.items():
+        if is_decoder_linear(name.removesuffix(".weight")) and name.endswith(".weight"):
+            codes, absmax = quantize(value.flatten(), quantization)
+            weights[name] = dequantize(codes, absmax, quantization, (len(value), value.shape[1]), torch.float32)
+    save_file(weights, file)
+    return folder
 
 
 def test_a_checkpoint_holds_adapters_their_optimizer_and_the_plan_only(
@@ -110,6 +154,8 @@ def test_a_checkpoint_holds_adapters_their_optimizer_and_the_plan_only(
         ("none", "holds an adapter, not a model: pass --lora_rank"),
         ("nothing", "keep from training"),
         ("unknown", "--lora_targets q_proj matches no linear layer"),
+        ("another_precision", "were trained beside weights in full; pass --base_precision full"),
+        ("codes_on_nvme", "--base_precision nf4 with parameters on NVMe"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(

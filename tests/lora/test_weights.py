@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from bagel_ds.lora.peft_files import AdapterFolder
-from bagel_ds.lora.weights import MergedWeights, NewAdapters, WithAdapters
+from bagel_ds.lora.weights import MergedWeights, NewAdapters, QuantizedBase, WithAdapters
+from bagel_ds.model.quantized import quantize
 from bagel_ds.model.shape.lora import LoRA, is_adapter
+from bagel_ds.model.shape.quantization import ABSMAX, CODES, QUANTIZATIONS, Quantization
 from bagel_ds.ranges import TensorInfo
 from tests.lora.test_peft_files import write_adapter
 from tests.model.test_bagel import tiny
@@ -36,6 +38,28 @@ class Held:
 
 SHAPES = {name: tuple(parameter.shape) for name, parameter in tiny(lora=LoRA(4, 8.0)).named_parameters()}
 ADAPTERS = [name for name in SHAPES if is_adapter(name)]
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS.values(), ids=list(QUANTIZATIONS))
+@pytest.mark.parametrize("shape", [(37, 29), (64, 64), (1, 1)], ids=str)
+def test_a_quantized_base_is_the_same_in_whatever_pieces_it_is_read(
+    shape: tuple[int, int], quantization: Quantization
+) -> None:
+    layer = "language_model.model.layers.0.mlp.up_proj"
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    source = QuantizedBase(Held({f"{layer}.weight": weight, "norm.weight": weight[0]}), quantization)
+    assert f"{layer}.{CODES}" in source and f"{layer}.x" not in source and f"norm2.{CODES}" not in source
+    assert torch.equal(source.read("norm.weight"), weight[0]) and source.info("norm.weight").shape == (shape[1],)
+    for name, expected in zip((CODES, ABSMAX), quantize(weight.flatten(), quantization)):
+        info = source.info(f"{layer}.{name}")
+        assert (info.dtype, info.shape) == (expected.dtype, tuple(expected.shape))
+        assert torch.equal(source.read(f"{layer}.{name}"), expected)
+        for size in (1, 2, 3, 7, 64, 65):
+            starts = range(0, len(expected), size)
+            pieces = [
+                source.read(f"{layer}.{name}", start, min(size, len(expected) - start)) for start in reversed(starts)
+            ]
+            assert torch.equal(torch.cat(pieces[::-1]), expected), size
 
 
 def test_new_adapters_depend_on_seed_and_name_only() -> None:

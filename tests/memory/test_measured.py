@@ -10,6 +10,7 @@ import pytest
 
 from bagel_ds.arguments.run_config import make_config
 from bagel_ds.demo import write_demo
+from bagel_ds.lora.targets import with_adapters
 from bagel_ds.memory.planner import MemoryOptions, plan_memory
 from bagel_ds.memory.suggestions import resolved
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
@@ -56,6 +57,9 @@ CASES = (
     Case("zero3", "213M"),
     Case("zero3_cpu", "213M"),
     Case("zero3_nvme", "358M"),
+    Case("zero3", "213M", options={"lora_rank": 16, "base_precision": "nf4"}),
+    Case("zero3_cpu", "213M", options={"lora_rank": 16, "base_precision": "int8"}),
+    Case("zero2", "358M", options={"lora_rank": 16, "base_precision": "nf4"}),
 )
 
 
@@ -69,7 +73,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def planned_bytes(case: Case) -> int:
     run = make_config(chosen(case))
     memory = MemoryOptions.of(run, case.ranks, device="cpu", image_pixels=LARGEST_IMAGE, vae=DEMO_VAE)
-    config = shape_of(case)
+    config = with_adapters(run.training, shape_of(case))
     planned = plan_memory(config, resolved(case.preset, run, config, case.ranks), memory).host_peak
     if planned / GIB > 0.8 * available_gib():
         pytest.skip(f"needs {planned / GIB:.0f} GiB of host memory, {available_gib():.0f} are available")

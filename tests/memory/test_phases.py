@@ -204,7 +204,7 @@ def test_the_autoencoders_attention_takes_a_kernel_without_the_whole_matrix(
 
 def test_without_prefetch_and_reuse_only_the_module_in_use_is_whole() -> None:
     config = network()
-    found = gathered(config, Freezing(), True, Gathering(0, 0, 0, 0))
+    found = gathered(config, Freezing(), True, Gathering(0, 0, 0, 0), weight_bytes=1)
     sizes = {parameter.name: parameter.numel for parameter in parameter_sizes(config)}
     assert found.peak["head"] >= sizes["language_model.lm_head.weight"]
     biggest = max(sizes["language_model.lm_head.weight"], sizes["vit_pos_embed.pos_embed"])
@@ -215,13 +215,13 @@ def test_without_prefetch_and_reuse_only_the_module_in_use_is_whole() -> None:
 
 def test_with_room_for_everything_each_parameter_is_gathered_once() -> None:
     config = network()
-    found = gathered(config, Freezing(), True, Gathering(10**9, 0, 10**12, 10**12))
+    found = gathered(config, Freezing(), True, Gathering(10**9, 0, 10**12, 10**12), weight_bytes=1)
     used = {index for call in step_calls(config, Freezing(), True) for index in call.parameters}
     assert found.total == sum(parameter_sizes(config)[index].numel for index in used)
 
 
 def test_small_parameters_stay_whole_and_are_not_gathered() -> None:
     config = network()
-    found = gathered(config, Freezing(), True, Gathering(0, 10**9, 0, 0))
+    found = gathered(config, Freezing(), True, Gathering(0, 10**9, 0, 0), weight_bytes=1)
     assert found.total == 0 and found.largest == 0
     assert found.persistent == sum(parameter.numel for parameter in parameter_sizes(config))

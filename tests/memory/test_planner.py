@@ -24,7 +24,9 @@ from bagel_ds.memory.report import report_lines, verdict
 from bagel_ds.memory.suggestions import resolved, suggestions
 from bagel_ds.memory.table import longest_packs, table
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
-from bagel_ds.model.shape.parameters import parameter_sizes, vae_decoder_parameters
+from bagel_ds.model.shape.lora import is_decoder_linear
+from bagel_ds.model.shape.parameters import linear_layers, parameter_sizes, vae_decoder_parameters
+from bagel_ds.model.shape.quantization import QUANTIZATIONS
 from bagel_ds.units import GIB
 
 MODEL = BagelConfig()
@@ -378,8 +380,10 @@ def test_the_pages_table_is_current() -> None:
 
 
 def test_the_table_says_no_answer_twice_and_has_one_for_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all("lora_rank" in line for line in table().splitlines()[2:4])
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table().splitlines()[4:]]
+    first = 2 + len(table_module.LORA_MACHINES)
+    assert all("lora_rank" in line for line in table().splitlines()[2:first])
+    assert sum("base_precision" in line for line in table().splitlines()[2:first]) == 2
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table().splitlines()[first:]]
     answers = [(gpus, *answer) for gpus, _, _, *answer in rows]
     assert len(set(answers)) == len(answers)
     machines = Counter(
@@ -393,7 +397,7 @@ def test_the_table_says_no_answer_twice_and_has_one_for_every_machine(monkeypatc
     answer = {(128, 0): "a", (128, 1000): "b", (256, 0): "b", (256, 1000): "b", (512, 0): "c", (512, 1000): "b"}
     monkeypatch.setattr(table_module, "MACHINES", ((1, 24),))
     monkeypatch.setattr(table_module, "_answer", lambda count, gpu, host, nvme: answer[host, nvme])
-    assert table().splitlines()[4:] == [
+    assert table().splitlines()[first:] == [
         "| 1 x 24 | 128 | none | a |",
         "| 1 x 24 | 128, 512 | 1000 | b |",
         "| 1 x 24 | 256 | none or 1000 | b |",
@@ -413,6 +417,47 @@ def test_adapters_are_suggested_before_what_costs_more_and_after_what_trains_eve
     found = suggestions(MODEL, run, MemoryOptions.of(run, 4, **budgets(78, 128, 0)))
     places = [place for place, each in enumerate(found) if any("lora_rank" in setting for setting in each.settings)]
     assert places != [0]
+
+
+def test_a_base_of_4_bits_is_suggested_where_a_whole_one_does_not_fit_with_adapters() -> None:
+    run = config("zero3_cpu.json")
+    best, *_ = suggestions(MODEL, run, MemoryOptions.of(run, 1, **budgets(24, 32, 0)))
+    assert {"--lora_rank 64", "--base_precision nf4"} <= set(best.settings) and "in 4 bits" in best.trains
+    run = config("zero3.json", lora_rank=16)
+    model = with_adapters(run.training, MODEL)
+    options = MemoryOptions.of(run, 1, **budgets(24, 24, 0))
+    assert not plan_memory(model, resolved("zero3.json", run, model, 1), options).fits
+    assert [suggestion.settings for suggestion in suggestions(model, run, options)][0] == ("--base_precision nf4",)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize(("base_precision", "bits"), [("nf4", 4), ("int8", 8)])
+@pytest.mark.parametrize(("preset", "world"), [("zero2.json", 2), ("zero3.json", 1), ("zero3.json", 2)])
+def test_a_quantized_base_takes_its_codes_and_largest_values(
+    preset: str, world: int, base_precision: str, bits: int, precision: str
+) -> None:
+    """Everything else stays, but for one weight that is whole while it is used."""
+    items = []
+    for base in "full", base_precision:
+        run = config(preset, lora_rank=16, precision=precision, base_precision=base)
+        model = with_adapters(run.training, MODEL)
+        options = MemoryOptions.of(run, world)
+        found = plan_memory(model, resolved(preset, run, model, world), options)
+        items.append({(item.place, item.name): item.bytes for item in found.items})
+    full, small = items
+    sizes = {parameter.name: parameter.numel for parameter in parameter_sizes(MODEL)}
+    layers = [f"{layer}.weight" for layer in linear_layers(MODEL) if is_decoder_linear(layer)]
+    quantized, size = sum(sizes[name] for name in layers), 2 if precision == "bf16" else 4
+    block = QUANTIZATIONS[base_precision].block
+    saved = quantized * (size - bits / 8 - size / block)
+    shared = world if preset == "zero3.json" else 1
+    assert full["gpu", "weights"] - small["gpu", "weights"] == pytest.approx(saved / shared, rel=1e-4)
+    whole = max(sizes[name] for name in layers) * size
+    assert whole < small["gpu", "a quantized layer's weight"] < 1.5 * whole
+    if ("gpu", "gathered parameters") in full:
+        assert small["gpu", "gathered parameters"] < full["gpu", "gathered parameters"]
+    for name in "Adam moments", "masters", "activations of a decoder layer":
+        assert small.get(("gpu", name)) == full.get(("gpu", name))
 
 
 SAMPLES = SampleShape(tokens=3 * 4098, context=400, pixels=1024**2, seen=0)

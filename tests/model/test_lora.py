@@ -16,6 +16,7 @@ from bagel_ds.model.recompute import recompute_mode
 from bagel_ds.model.shape.lora import LoRA, is_adapter
 from bagel_ds.model.shape.parameters import adapted_layers, linear_layers, parameter_sizes, step_calls
 from bagel_ds.model.shape.parts import PARTS, Freezing, part_of, trainable_parts
+from bagel_ds.model.shape.quantization import base_of
 from tests.model.test_bagel import TINY, loss_of, pack, tiny
 
 TARGETS = ["gen", "und", "both", r"connector\.fc[12]", ".*"]
@@ -26,9 +27,10 @@ def adapted(**changes: Any) -> Bagel:
     return tiny(lora=LoRA(**{"rank": 4, "alpha": 8.0, **changes}))
 
 
+@pytest.mark.parametrize("base_precision", [None, "nf4", "int8"])
 @pytest.mark.parametrize("targets", TARGETS)
-def test_the_counted_parameters_are_the_networks(targets: str) -> None:
-    config = dataclasses.replace(TINY, lora=LoRA(4, 8.0, targets=targets))
+def test_the_counted_parameters_are_the_networks(targets: str, base_precision: str | None) -> None:
+    config = dataclasses.replace(TINY, lora=LoRA(4, 8.0, targets=targets, base_precision=base_precision))
     with torch.device("meta"):
         built = [(name, parameter.numel()) for name, parameter in Bagel(config).named_parameters()]
     sizes = parameter_sizes(config)
@@ -36,6 +38,20 @@ def test_the_counted_parameters_are_the_networks(targets: str) -> None:
     assert {found.name for found in sizes if found.trains} == {name for name, _ in built if is_adapter(name)}
     used = {index for call in step_calls(config, Freezing(), True) for index in call.parameters}
     assert {index for index, found in enumerate(sizes) if found.trains} <= used, "the planner sees them in a step"
+
+
+@pytest.mark.parametrize("base_precision", ["nf4", "int8"])
+def test_quantized_are_the_decoders_linear_layers_and_nothing_else(base_precision: str) -> None:
+    config = dataclasses.replace(TINY, lora=LoRA(4, 8.0, targets="gen", base_precision=base_precision))
+    names = {parameter.name for parameter in parameter_sizes(config)}
+    both = adapted_layers(dataclasses.replace(TINY, lora=LoRA(4, 8.0, targets="both")))
+    assert {name.removesuffix(".weight_codes") for name in names if name.endswith(".weight_codes")} == both
+    plain = {name for name, _ in Bagel(TINY).named_parameters()}
+    whole = {name for name in names if not is_adapter(name) and base_of(name) is None}
+    assert whole | {f"{layer}.weight" for layer in both} == plain
+    assert parameter_sizes(config.unquantized()) == parameter_sizes(
+        dataclasses.replace(TINY, lora=LoRA(4, 8.0, targets="gen"))
+    )
 
 
 def test_named_targets_are_the_seven_linear_layers_of_an_expert() -> None:

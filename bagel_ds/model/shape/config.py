@@ -6,7 +6,7 @@ argument. `model_folder/folder.py` reads the files.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bagel_ds.model.attention.backends import DEFAULT_BACKEND
 from bagel_ds.model.shape.lora import LoRA
@@ -81,6 +81,10 @@ class BagelConfig:
     freeze_und: bool = False
     attention: str = DEFAULT_BACKEND  # a name of model/attention/backends.py; the result is the same
     lora: LoRA | None = None
+
+    def unquantized(self) -> BagelConfig:
+        """This network with whole weights where it has codes of 4 or 8 bits: as model files hold it."""
+        return self if self.lora is None else replace(self, lora=replace(self.lora, base_precision=None))
 
     @property
     def latent_features(self) -> int:

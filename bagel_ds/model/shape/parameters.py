@@ -11,8 +11,9 @@ from itertools import groupby
 from typing import Iterator, NamedTuple
 
 from bagel_ds.model.shape.config import FREQUENCIES, BagelConfig, LLMConfig, VAEConfig, ViTConfig
-from bagel_ds.model.shape.lora import LORA_A, LORA_B
+from bagel_ds.model.shape.lora import LORA_A, LORA_B, is_decoder_linear
 from bagel_ds.model.shape.parts import Freezing, part_of, trains_by_name
+from bagel_ds.model.shape.quantization import ABSMAX, CODES, is_codes
 
 _GEN = "_moe_gen"
 
@@ -21,6 +22,10 @@ class ParameterSize(NamedTuple):
     name: str
     numel: int
     trains: bool
+
+    def element_bytes(self, weight_bytes: int) -> int:
+        """Bytes of an element, in a network whose weights have `weight_bytes`."""
+        return 1 if is_codes(self.name) else weight_bytes
 
 
 @lru_cache(maxsize=16)
@@ -38,6 +43,14 @@ def adapted_layers(config: BagelConfig) -> frozenset[str]:
         return frozenset()
     found = (name for name in linear_layers(config) if lora.names(name))
     return frozenset(name for name in found if part_of(name) not in lora.frozen_parts)
+
+
+@lru_cache(maxsize=16)
+def quantized_layers(config: BagelConfig) -> frozenset[str]:
+    """Names of the linear layers that keep their weights in 4 or 8 bits: all of the decoder's, or none."""
+    if config.lora is None or config.lora.quantization is None:
+        return frozenset()
+    return frozenset(name for name in linear_layers(config) if is_decoder_linear(name))
 
 
 @lru_cache(maxsize=16)
@@ -60,11 +73,16 @@ class _Shape(NamedTuple):
 
 
 def _with_adapters(config: BagelConfig) -> Iterator[tuple[str, _Shape]]:
-    """`_named`, with the parameters of each adapter behind the others of its layer."""
-    adapted = adapted_layers(config)
+    """`_named`, with the parameters of each adapter behind the others of its layer, and codes for quantized weights."""
+    adapted, quantized = adapted_layers(config), quantized_layers(config)
     for layer, group in groupby(_named(config), key=lambda parameter: module_of(parameter[0])):
         (name, weight), *others = group
-        yield from ((name, weight), *others)
+        if config.lora is not None and config.lora.quantization is not None and layer in quantized:
+            yield f"{layer}.{CODES}", _Shape(config.lora.quantization.codes(weight.numel))
+            yield f"{layer}.{ABSMAX}", _Shape(config.lora.quantization.blocks(weight.numel))
+        else:
+            yield name, weight
+        yield from others
         if config.lora is not None and layer in adapted:
             yield f"{layer}.{LORA_A}", _Shape(config.lora.rank * weight.inputs)
             yield f"{layer}.{LORA_B}", _Shape(weight.outputs * config.lora.rank)

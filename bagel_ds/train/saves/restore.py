@@ -17,7 +17,7 @@ from bagel_ds.checkpoint.step_folders import STATE
 from bagel_ds.errors import UserError
 from bagel_ds.lora.base import base_fingerprint
 from bagel_ds.lora.peft_files import AdapterFolder, holds_adapter
-from bagel_ds.lora.weights import NewAdapters, WithAdapters
+from bagel_ds.lora.weights import NewAdapters, QuantizedBase, WithAdapters
 from bagel_ds.model.shape.lora import LoRA, is_adapter
 from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.model_folder.pretrained import PretrainedWeights
@@ -89,9 +89,13 @@ def _open_adapters(
     adapters = {name: shape for name, shape in shapes.items() if is_adapter(name)}
     files = ModelFolder(model_folder).open_weights(training.finetune_from_ema)
     weights = {name: shape for name, shape in shapes.items() if name not in adapters}
-    base = BagelWeights(files, weights, training.copy_init_moe, str(files.paths[0]))
+    held_weights = BagelWeights(files, weights, training.copy_init_moe, str(files.paths[0]))
     fingerprint = base_fingerprint(files)
-    lines = [f"base model: {model_folder} (fingerprint {fingerprint})", *_loaded(base)]
+    lines = [f"base model: {model_folder} (fingerprint {fingerprint})", *_loaded(held_weights)]
+    base: WeightSource = held_weights
+    if lora.quantization is not None:
+        base = QuantizedBase(base, lora.quantization)
+        lines.append(f"the language model's linear layers are kept in {lora.base_precision}")
     if not holds_adapter(start.folder):
         if start.pretrained is not None or start.folder.resolve() != model_folder.resolve():
             raise UserError(
@@ -111,6 +115,12 @@ def _open_adapters(
             f"--model_path {model_folder} is not the model that the adapters of {start.folder} were trained on "
             f"(fingerprint {fingerprint}, expected {held.fingerprint}); pass {held.base} or wherever that "
             "model is now, or --resume_model_only True to train these adapters further on another model"
+        )
+    if held.base_precision != lora.base_precision:
+        before, now = held.base_precision or "full", lora.base_precision or "full"
+        raise UserError(
+            f"--base_precision {now}: the adapters of {start.folder} were trained beside weights in {before}; pass "
+            f"--base_precision {before}, or --resume_model_only True to train them further beside other weights"
         )
     state = StateFiles(start.folder / STATE)
     averages = _saved_average(state, adapters, training, lines)

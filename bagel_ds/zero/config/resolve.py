@@ -12,7 +12,7 @@ from typing import Any
 
 from bagel_ds.arguments.options import TrainingArguments
 from bagel_ds.arguments.run_config import RunConfig
-from bagel_ds.errors import all_faults
+from bagel_ds.errors import UserError, all_faults
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model.shape.parameters import parameter_sizes
 from bagel_ds.model.shape.parts import Freezing, trainable_parts
@@ -58,7 +58,14 @@ def fit_to_network(
     has_frozen = not {"und_expert", "gen_expert", "vit"} <= trains
     largest = max(parameter.numel for parameter in parameter_sizes(model))
     fit_buffers(ds, largest, world_size, has_frozen and training.activation_checkpointing != "none")
-    return ZeroSettings.of(ds)
+    settings = ZeroSettings.of(ds)
+    if training.base_precision != "full" and settings.param.device == "nvme":
+        raise UserError(
+            f"--base_precision {training.base_precision} with parameters on NVMe (offload_param.device): DeepSpeed's "
+            "buffers there hold numbers of one size, and this network has codes of 1 byte beside its other weights; "
+            "take zero3.json or zero3_cpu.json, which the smaller base model makes room for"
+        )
+    return settings
 
 
 def same_on_all_hosts(ds: dict[str, Any]) -> dict[str, Any]:
