@@ -1,9 +1,10 @@
-"""Full fine-tuning of 7B layers on one GPU capped at 24 GB: memory, speed and bytes moved, planner beside measurement.
+"""Training of 7B layers on one GPU capped at 24 GB: memory, speed and bytes moved, planner beside measurement.
 
 One command, on a machine with a GPU: `python bench/gpu_depths.py [--json] [--preset zero3_cpu.json] [--cap 24]`. The
 released model's layers, embedding and ViT with random weights, at the two largest depths whose states fit into this
 host's memory and disk; the process may take no more of the GPU than the cap. What a layer adds is the difference of the
-two depths, and 28 layers are extrapolated from it. `--layers 1 2 --width 512` tries the command on a CPU, where no
+two depths, and 28 layers are extrapolated from it. All weights train, or with `--lora_rank` adapters beside them, which
+`--base_precision` keeps in 4 or 8 bits. `--layers 1 2 --width 512` tries the command on a CPU, where no
 device memory is seen.
 """
 
@@ -26,6 +27,7 @@ import torch  # noqa: E402
 
 from bagel_ds.arguments.run_config import make_config  # noqa: E402
 from bagel_ds.demo import write_demo  # noqa: E402
+from bagel_ds.lora.targets import with_adapters  # noqa: E402
 from bagel_ds.machine.device import device_type  # noqa: E402
 from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory  # noqa: E402
 from bagel_ds.memory.suggestions import resolved  # noqa: E402
@@ -47,6 +49,8 @@ def main() -> None:
     parser.add_argument("--preset", default="zero3_cpu.json")
     parser.add_argument("--cap", type=float, default=24.0, help="GiB of the GPU that may be used (default 24)")
     parser.add_argument("--tokens", type=int, default=11520, help="of a pack (default 11520)")
+    parser.add_argument("--lora_rank", type=int, default=0, help="train adapters of this rank (default: the weights)")
+    parser.add_argument("--base_precision", default="full", help="nf4 or int8, with --lora_rank")
     parser.add_argument("--layers", type=int, nargs=2, help="the two depths (default: the largest that fit)")
     parser.add_argument("--width", type=int, help="hidden size (default: the released model's)")
     parser.add_argument("--work", type=Path, help="folder for models and swap files (default: a temporary one)")
@@ -59,6 +63,7 @@ def main() -> None:
         depths = options.layers or deepest_that_fit(Path(folder), options, device)
         runs = [measure(Path(folder), depth, options, device) for depth in depths]
     report = {"device": device_name(device), "preset": options.preset, "tokens": options.tokens, "runs": runs}
+    report |= adapters(options)
     report["extrapolated"] = extrapolated(*runs) if len(runs) == 2 else None
     print(json.dumps(report, indent=1) if options.json else "\n".join(lines(report)))
     if any("failed" in run for run in runs):
@@ -89,9 +94,16 @@ def deepest_that_fit(folder: Path, options: Any, device: str) -> list[int]:
 
 
 def planned(config: BagelConfig, options: Any, device: str) -> MemoryPlan:
-    run = make_config({"ds_config": options.preset, "max_num_tokens": options.tokens, "num_workers": 1, "ema": 0.95})
+    chosen = {"ds_config": options.preset, "max_num_tokens": options.tokens, "num_workers": 1, "ema": 0.95}
+    run = make_config({**chosen, **adapters(options)})
     memory = MemoryOptions.of(run, 1, device=device, image_pixels=LARGEST_IMAGE, vae=DEMO_VAE)
+    config = with_adapters(run.training, config)
     return plan_memory(config, resolved(options.preset, run, config, 1), memory)
+
+
+def adapters(options: Any) -> dict[str, Any]:
+    """The trainer's options for what `--lora_rank` and `--base_precision` ask for."""
+    return {"lora_rank": options.lora_rank, "base_precision": options.base_precision} if options.lora_rank else {}
 
 
 def measure(folder: Path, depth: int, options: Any, device: str) -> dict[str, Any]:
@@ -107,6 +119,7 @@ def measure(folder: Path, depth: int, options: Any, device: str) -> dict[str, An
         *("--log_every", 1, "--warmup_steps", 1, "--lr", 1e-5, "--ema", 0.95, "--num_workers", 1),
         *("--max_num_tokens", options.tokens, "--expected_num_tokens", options.tokens),
         *("--max_num_tokens_per_sample", options.tokens),
+        *(word for name, value in adapters(options).items() for word in (f"--{name}", value)),
     ]
     cap = {"BAGEL_BENCH_DEVICE_GIB": str(options.cap)}
     found = measured_run(words, ranks=1, until="export", device=device, environment=cap)

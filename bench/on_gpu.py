@@ -74,6 +74,12 @@ PIECES = (
         "--layers 2 4 --preset zero3_nvme.json",
         "--layers 1 2 --width 256 --tokens 1024 --preset zero3_nvme.json",
     ),
+    Piece(
+        "depths-nf4",
+        "bench/gpu_depths.py",
+        "--layers 2 4 --preset zero3.json --lora_rank 16 --base_precision nf4",
+        "--layers 1 2 --width 256 --tokens 1024 --preset zero3.json --lora_rank 16 --base_precision nf4",
+    ),
     Piece("saving", "bench/saving.py", "--width 1024", "--width 128 --saves 1 --presets zero3.json"),
     Piece("cost-small", "bench/cost_model.py", "", "--packs 6 --tokens 512 --repeats 1"),
     Piece("cost-7b", "bench/cost_model.py", "--size 7b", "--packs 6 --tokens 512 --repeats 1"),

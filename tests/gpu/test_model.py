@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from bagel_ds.machine.device import choose_kernels
+from bagel_ds.model import quantized
 from bagel_ds.model.attention.backends import BACKENDS, attention_backend
 from bagel_ds.model.attention.layout import AttentionLayout
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
 from bagel_ds.model.offload import OffloadedInputs
+from bagel_ds.model.quantized import dequantize, quantize
 from bagel_ds.model.recompute import MODES, recompute, recompute_mode
+from bagel_ds.model.shape.quantization import QUANTIZATIONS, Quantization
 from bagel_ds.model.vae import SpatialAttention
 from tests.gpu.launches import DEVICE, REHEARSED, only_on_a_gpu
 from tests.model.test_bagel import loss_of, pack, tiny
@@ -40,6 +43,22 @@ def test_fp32_gradients_equal_the_cpus(mode: str) -> None:
     for name, expected in on_cpu.items():
         scale = float(expected.abs().max())
         assert float((on_gpu[name] - expected).abs().max()) <= 1e-4 * scale + 1e-7, name
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS.values(), ids=list(QUANTIZATIONS))
+@pytest.mark.parametrize("kernel", [True, False], ids=["bitsandbytes", "torch"])
+def test_quantized_weights_are_the_cpus_to_the_last_bit(
+    kernel: bool, quantization: Quantization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With bitsandbytes' kernel where it is installed, and with torch alone."""
+    if not kernel:
+        monkeypatch.setattr(quantized, "_bitsandbytes", lambda device: None)
+    shape = (96, 3 * 64 + 32)
+    codes, absmax = quantize(torch.randn(shape).bfloat16().flatten(), quantization)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = dequantize(codes, absmax, quantization, shape, dtype)
+        found = dequantize(codes.to(DEVICE), absmax.to(DEVICE), quantization, shape, dtype)
+        assert torch.equal(found.cpu(), expected)
 
 
 def test_layer_inputs_come_back_from_page_locked_memory_as_they_were() -> None:
