@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from bagel_ds.lora.peft_files import AdapterFolder
-from bagel_ds.model.quantized import quantize
+from bagel_ds.model.quantized import codes_of, largest_values
 from bagel_ds.model.shape.lora import LORA_A, is_adapter
-from bagel_ds.model.shape.quantization import CODES, Quantization, base_of
+from bagel_ds.model.shape.quantization import CODES, PIECE, Quantization, base_of
 from bagel_ds.ranges import TensorInfo, WeightSource
 
 
@@ -53,7 +53,7 @@ class NewAdapters:
 class QuantizedBase:
     """A base model's weights, with codes and largest values of those that a network asks for in 4 or 8 bits.
 
-    Weights are quantized as they are read, range by range: none is ever whole here.
+    Weights are quantized as they are read, piece by piece: none is ever whole here.
     """
 
     def __init__(self, base: WeightSource, quantization: Quantization):
@@ -80,9 +80,10 @@ class QuantizedBase:
         block = self._quantization.block
         first, last = start * elements // block, self._quantization.blocks(stop * elements)
         low, high = first * block, min(last * block, self._base.info(weight).numel)
-        codes, absmax = quantize(self._base.read(weight, low, high - low), self._quantization)
+        made = codes_of if kind == CODES else largest_values
+        pieces = (self._base.read(weight, at, min(PIECE, high - at)) for at in range(low, high, PIECE))
         offset = start - low // elements
-        return (codes if kind == CODES else absmax)[offset : offset + stop - start]
+        return torch.cat([made(piece, self._quantization) for piece in pieces])[offset : offset + stop - start]
 
 
 class WithAdapters:

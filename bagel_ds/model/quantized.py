@@ -31,24 +31,36 @@ _ZERO = NF4.index(0.0)
 
 
 def quantize(weight: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
-    """Codes (uint8) and largest absolute values (bf16) of a flat weight that begins with a block.
+    """Codes (uint8) and largest absolute values (bf16) of a flat weight that begins with a block."""
+    return codes_of(weight, quantization), largest_values(weight, quantization)
 
-    The largest values are rounded to bf16 first, which changes nothing for a weight in bf16. A block that holds a NaN
-    or an infinity gets it as its largest value.
+
+def largest_values(weight: Tensor, quantization: Quantization) -> Tensor:
+    """The largest absolute value of each block in bf16, which is exact for a weight in bf16.
+
+    A block that holds a NaN or an infinity gets it as its largest value.
     """
-    blocks = quantization.blocks(weight.numel())
-    padded = torch.zeros(blocks, quantization.block)
-    padded.view(-1)[: weight.numel()] = weight
-    absmax = padded.abs().amax(dim=1).bfloat16()
-    scaled = padded.div_(absmax.float().clamp_min(torch.finfo(torch.float32).tiny)[:, None])
+    return _blocks(weight, quantization).abs().amax(dim=1).bfloat16()
+
+
+def codes_of(weight: Tensor, quantization: Quantization) -> Tensor:
+    """The levels nearest to a flat weight that begins with a block, relative to the blocks' largest values; uint8."""
+    absmax = largest_values(weight, quantization).float().clamp_min(torch.finfo(torch.float32).tiny)
+    scaled = _blocks(weight, quantization) / absmax[:, None]
     if quantization.name == "int8":
         codes = scaled.mul_(127).round_().clamp_(-127, 127).to(torch.int8).view(torch.uint8).view(-1)
-        return codes[: weight.numel()].clone(), absmax
+        return codes[: weight.numel()].clone()
     levels = torch.tensor(NF4, dtype=torch.float64)
-    nearest = torch.bucketize(scaled.view(-1), ((levels[1:] + levels[:-1]) / 2).float())
+    nearest = torch.bucketize(scaled.view(-1), ((levels[1:] + levels[:-1]) / 2).float(), out_int32=True)
     nearest[weight.numel() :] = _ZERO  # of a last byte's second half
     high, low = nearest.to(torch.uint8).view(-1, 2).unbind(1)
-    return (high << 4 | low)[: quantization.codes(weight.numel())], absmax
+    return (high << 4 | low)[: quantization.codes(weight.numel())]
+
+
+def _blocks(weight: Tensor, quantization: Quantization) -> Tensor:
+    """[blocks, block] fp32, the last filled up with zeros."""
+    missing = -weight.numel() % quantization.block
+    return nn.functional.pad(weight.float(), (0, missing)).view(-1, quantization.block)
 
 
 def dequantize(
