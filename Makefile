@@ -3,7 +3,7 @@
 #   make demo-long   the same model trained until it solves puzzles that it never saw, a few minutes
 #   make test        the tests that every change must pass (about 35 minutes on 2 cores)
 #   make test-full   the slow ones
-#   make soak        a run killed 100 times (KILLS, KILL_SEED), each time resumed: hours
+#   make soak        a run killed 100 times (KILLS, KILL_SEED), each time resumed, and what else takes long: hours
 #   make test-gpu    those that need a CUDA device (bench/on_gpu.sh: the same in pieces, and the benchmarks)
 #   make measure     the memory planner beside measured launches
 #   make lint        style, types, and whether docs/arguments.md is current
@@ -42,8 +42,8 @@ demo-long: install
 # What starts ranks has all cores to itself; the rest runs in as many processes as there are cores.
 # Status 5 is pytest's "no test selected".
 test: install
-	$(call pytest,not distributed and not slow and not gpu and not measured) -n auto --dist loadfile || [ $$? -eq 5 ]
-	$(call pytest,distributed and not slow and not gpu and not measured) || [ $$? -eq 5 ]
+	$(call pytest,not distributed and not slow and not soak and not gpu and not measured) -n auto --dist loadfile || [ $$? -eq 5 ]
+	$(call pytest,distributed and not slow and not soak and not gpu and not measured) || [ $$? -eq 5 ]
 
 test-full: install
 	$(call pytest,slow and not gpu and not measured) || [ $$? -eq 5 ]
@@ -53,6 +53,7 @@ KILL_SEED ?= 1
 soak: install
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} BAGEL_KILLS=$(KILLS) BAGEL_KILL_SEED=$(KILL_SEED) \
 	  python -m pytest -s tests/distributed/test_kill.py $(PYTEST_ARGS)
+	$(call pytest,soak)
 
 measure: install
 	$(call pytest,measured)

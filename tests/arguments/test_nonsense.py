@@ -11,7 +11,7 @@ from bagel_ds.arguments.run_config import RunConfig, parse_arguments
 from tests import nonsense
 
 
-@pytest.mark.parametrize("step", [pytest.param(59, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [pytest.param(59, id="some"), pytest.param(1, id="all", marks=pytest.mark.soak)])
 def test_any_value_anywhere_in_a_run_yaml(tmp_path: Path, step: int) -> None:
     path, messages = tmp_path / "run.yaml", []
     for text in nonsense.documents(yaml.safe_load(RunConfig().to_yaml()), nonsense.IN_YAML, yaml.safe_dump, step):

@@ -18,7 +18,7 @@ from bagel_ds.data.streams.opening import AT_ONCE_ROWS
 from tests.distributed.cases import arguments
 from tests.launch import TRAIN, cpu_environment, deepspeed, free_port, run_to_end
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.soak]
 
 FILE_ROWS = 2000
 FILES = AT_ONCE_ROWS // FILE_ROWS + 10

@@ -1,6 +1,6 @@
 """A run that is killed in any phase and started again ends with exactly the losses of an uninterrupted one.
 
-BAGEL_KILLS is the number of kills (default 8; `make soak` takes 100), BAGEL_KILL_SEED chooses them. A kill is a
+BAGEL_KILLS is the number of kills (default 3; `make soak` takes 100), BAGEL_KILL_SEED chooses them. A kill is a
 phase (so long after a step was logged, inside a save, inside the export of weights, while the data are indexed, while
 the run is loading) and a victim (one rank, one waiting process, all ranks, only the launcher, the whole launch, launch
 and ranks).
@@ -56,7 +56,7 @@ def words_of(demo: Path, results: Path) -> list[str]:
 
 
 def test_losses_of_a_run_killed_again_and_again_are_those_of_one_left_alone(demo: Path, tmp_path: Path) -> None:
-    kills, seed = int(os.environ.get("BAGEL_KILLS", "8")), int(os.environ.get("BAGEL_KILL_SEED", "0"))
+    kills, seed = int(os.environ.get("BAGEL_KILLS", "3")), int(os.environ.get("BAGEL_KILL_SEED", "0"))
     finished = deepspeed(TRAIN, words_of(demo, tmp_path / "whole"), ranks=2)
     assert finished.code == 0, finished.output[-4000:]
     expected = losses(tmp_path / "whole")

@@ -18,6 +18,7 @@ from bagel_ds.cli.main import main
 from bagel_ds.lora.peft_files import AdapterFolder
 from bagel_ds.model.quantized import dequantize, quantize
 from bagel_ds.model.shape.lora import is_decoder_linear
+from bagel_ds.model.shape.parts import part_of
 from bagel_ds.model.shape.quantization import QUANTIZATIONS, Quantization
 from tests.distributed.cases import Case, Outcome, arguments, linked_model, losses, own, run_cases
 
@@ -25,7 +26,17 @@ pytestmark = pytest.mark.distributed
 
 STEPS, STOPPED_AT = 6, 3
 RANK = 4
+SMALL = {"time_embedder", "vae2llm", "llm2vae"}
+UNDERSTANDING = {"und_expert", "vit", "connector"}
 QUANTIZED = {"nf4": "zero3_cpu.json", "int8": "zero2.json"}  # with the stage that the run begins with
+# By switch: the stage, what else is asked for, and the parts whose layers get an adapter.
+SWITCHES: dict[str, tuple[str, dict[str, object], set[str]]] = {
+    "freeze_und": ("zero3_cpu.json", {"base_precision": "nf4"}, {"gen_expert"}),
+    "freeze_vit": ("zero3.json", {"lora_targets": ".*"}, {"und_expert", "gen_expert", "connector", *SMALL}),
+    "freeze_llm": ("zero1.json", {"lora_targets": ".*"}, {"vit", "connector", *SMALL}),
+    "visual_gen": ("zero2_cpu.json", {"lora_targets": ".*", "base_precision": "int8"}, UNDERSTANDING),
+    "visual_und": ("zero2.json", {"lora_targets": ".*"}, {"und_expert", "gen_expert", *SMALL}),
+}
 ON_NVME = {"ds_config": "zero3_nvme_all.json", "nvme_path": "swap"}
 
 
@@ -60,6 +71,11 @@ def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
         Case("first", words_of(demo, stopped, 2, STOPPED_AT)),
         Case("second", words_of(demo, stopped, 2, STOPPED_AT + 1, ds_config="zero2_cpu.json")),
     ]
+    on_nvme = {**ON_NVME, "nvme_path": folder / "swap"}
+    cases.append(Case("nvme", words_of(demo, folder / "nvme", 2, STOPPED_AT, **on_nvme)))
+    for switch, (preset, options, _) in SWITCHES.items():
+        on = {switch: switch.startswith("freeze"), "ds_config": preset, **options}
+        cases.append(Case(switch, words_of(demo, folder / switch, 2, 2, **on)))
     for name, preset in QUANTIZED.items():
         twin = dequantized_model(demo / "model", folder / f"{name}_base", QUANTIZATIONS[name])
         cases += [
@@ -116,6 +132,23 @@ def test_with_a_quantized_base_a_run_learns_what_it_does_with_the_dequantized_on
         assert found[step] == pytest.approx(values, rel=1e-5), step
     apart = [losses(folder / "whole")[step] != pytest.approx(found[step], rel=1e-5) for step in found]
     assert all(apart), "the base itself would give other losses"
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_only_what_a_switch_leaves_trains_and_all_of_it_does(
+    switch: str, runs: tuple[Path, dict[str, list[Outcome]]]
+) -> None:
+    """Both matrices of every adapter of those parts have moved, and no other part has one."""
+    folder, outcomes = runs
+    outcome = outcomes[switch][0]
+    assert outcome.code == 0, outcome.output[-4000:]
+    _, _, parts = SWITCHES[switch]
+    adapter = AdapterFolder(folder / switch / "checkpoints" / "step_2")
+    assert {part_of(layer) for layer in adapter.layers} == parts
+    trained = {line.split(",")[0].split()[-1] for line in outcome.output.splitlines() if line.endswith("  trains")}
+    assert trained == parts
+    for layer in adapter.layers:
+        assert adapter.rows_of_b(layer, 0, adapter.info(f"{layer}.lora_B").shape[0]).any(), layer
 
 
 def dequantized_model(model: Path, folder: Path, quantization: Quantization) -> Path:
@@ -209,13 +242,10 @@ def test_evaluation_of_the_adapter_gives_what_that_of_the_merged_model_does(
         assert scores[checkpoint.name, kind] == pytest.approx(scores["merged", kind], rel=1e-5)
 
 
-@pytest.mark.slow
-def test_adapters_train_alike_with_everything_on_nvme(
-    runs: tuple[Path, dict[str, list[Outcome]]], demo: Path, tmp_path: Path
-) -> None:
-    words = words_of(demo, tmp_path / "nvme", 2, STEPS, ds_config="zero3_nvme.json", nvme_path=tmp_path / "swap")
-    outcome = run_cases(tmp_path / "launch", [Case("nvme", words)], ranks=2)["nvme"][0]
-    assert outcome.code == 0, outcome.output[-4000:]
-    whole, found = losses(runs[0] / "whole"), losses(tmp_path / "nvme")
-    for step, expected in whole.items():
-        assert found[step] == pytest.approx(expected, rel=1e-5), step
+def test_adapters_train_alike_with_everything_on_nvme(runs: tuple[Path, dict[str, list[Outcome]]]) -> None:
+    folder, outcomes = runs
+    assert outcomes["nvme"][0].code == 0, outcomes["nvme"][0].output[-4000:]
+    whole, found = losses(folder / "whole"), losses(folder / "nvme")
+    assert sorted(found) == list(range(STOPPED_AT))
+    for step, values in found.items():
+        assert values == pytest.approx(whole[step], rel=1e-5), step

@@ -14,7 +14,7 @@ from bagel_ds.errors import UserError
 from tests import nonsense
 from tests.small_data import t2i_rows, write_conversations, write_parquet
 
-STEPS = [pytest.param(13, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+STEPS = [pytest.param(13, id="some"), pytest.param(1, id="all", marks=pytest.mark.soak)]
 IN_PYTHON = nonsense.IN_JSON | {
     "call": "f(x)",
     "3000_signs": "-" * 3000 + "1",
