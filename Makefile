@@ -46,7 +46,7 @@ test: install
 	$(call pytest,distributed and not slow and not soak and not gpu and not measured) || [ $$? -eq 5 ]
 
 test-full: install
-	$(call pytest,slow and not gpu and not measured) || [ $$? -eq 5 ]
+	$(call pytest,slow and not soak and not gpu and not measured) || [ $$? -eq 5 ]
 
 KILLS ?= 100
 KILL_SEED ?= 1

@@ -13,10 +13,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
+import pytest
+
 from bagel_ds.checkpoint.step_folders import MANIFEST, TRAINER
 from tests.launch import REPOSITORY, Finished, cpu_environment, deepspeed, free_port, run_to_end
 
 MANY_RUNS = Path(__file__).with_name("many_runs.py")
+
+
+def soak(*values: object) -> Any:
+    """A set of a test's parameters that is only tried by `make soak`."""
+    return pytest.param(*values, marks=pytest.mark.soak)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from bagel_ds.cli.main import main
-from tests.distributed.cases import Case, Outcome, arguments, checksums, losses, run_cases
+from tests.distributed.cases import Case, Outcome, arguments, checksums, losses, run_cases, soak
 
 pytestmark = pytest.mark.distributed
 
@@ -157,7 +157,7 @@ def test_the_log_says_beforehand_how_many_calls_and_how_long(launched: tuple[Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["zero0", "zero1", "zero2_cpu", "zero3_hpz", "zero3_nvme_all"])
+@pytest.mark.parametrize("preset", ["zero2_cpu", "zero3_nvme_all", *map(soak, ("zero0", "zero1", "zero3_hpz"))])
 def test_training_and_samples_are_the_same_under_another_stage_or_offload(
     preset: str, demo: Path, tmp_path: Path
 ) -> None:
@@ -170,7 +170,7 @@ def test_training_and_samples_are_the_same_under_another_stage_or_offload(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["zero0", "zero2", "zero3_cpu_bf16"])
+@pytest.mark.parametrize("preset", ["zero2", *map(soak, ("zero0", "zero3_cpu_bf16"))])
 def test_training_is_the_same_in_bf16(preset: str, demo: Path, tmp_path: Path) -> None:
     outcomes = run_cases(tmp_path / "launch", cases(demo, tmp_path, preset, "bf16"), ranks=2)
     for name, ranks in outcomes.items():

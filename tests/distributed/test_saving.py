@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bagel_ds.checkpoint.step_folders import newest_state, step_folders
-from tests.distributed.cases import Case, Outcome, arguments, checksums, losses, run_cases
+from tests.distributed.cases import Case, Outcome, arguments, checksums, losses, run_cases, soak
 from tests.distributed.started import StartedRun, send
 from tests.launch import TRAIN, deepspeed
 
@@ -23,7 +23,7 @@ LATE = {"at": "write", "rank": 1, "do": "late"}
 HOSTS = {"at": "hosts", "do": "nothing"}
 FULL = {"at": "write", "rank": 1, "do": "full", "times": 1}
 FULL_WHILE_GATHERING = {"at": "gather", "do": "full", "times": 1}
-OTHER_PRESETS = [("zero3", 1), ("zero2", 2), ("zero1", 1), ("zero0", 1), ("zero3_cpu", 2), ("zero2_cpu", 1)]
+OTHER_PRESETS = [("zero2", 2), ("zero0", 1), ("zero3_cpu", 2), soak("zero3", 1), soak("zero1", 1), soak("zero2_cpu", 1)]
 
 Runs = tuple[Path, dict[str, list[Outcome]]]
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cases import arguments, losses
+from tests.distributed.cases import arguments, losses, soak
 from tests.distributed.started import StartedRun, send, steps_logged
 from tests.launch import REPOSITORY, TRAIN, deepspeed
 
@@ -112,9 +112,9 @@ def test_a_signal_before_training_ends_the_ranks_at_once(phase: str, demo: Path,
     ("target", "number", "code"),
     [
         ("launcher", signal.SIGTERM, 1),
-        ("launcher", signal.SIGUSR1, 0),
-        ("one rank", signal.SIGTERM, 0),
-        ("command", signal.SIGTERM, -signal.SIGTERM),
+        soak("launcher", signal.SIGUSR1, 0),
+        soak("one rank", signal.SIGTERM, 0),
+        soak("command", signal.SIGTERM, -signal.SIGTERM),
         ("group", signal.SIGINT, -signal.SIGINT),
     ],
 )
