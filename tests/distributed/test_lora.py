@@ -138,7 +138,7 @@ def test_with_a_quantized_base_a_run_learns_what_it_does_with_the_dequantized_on
 def test_only_what_a_switch_leaves_trains_and_all_of_it_does(
     switch: str, runs: tuple[Path, dict[str, list[Outcome]]]
 ) -> None:
-    """Both matrices of every adapter of those parts have moved, and no other part has one."""
+    """Every adapter of those parts has moved, and no other part has one."""
     folder, outcomes = runs
     outcome = outcomes[switch][0]
     assert outcome.code == 0, outcome.output[-4000:]
@@ -147,8 +147,15 @@ def test_only_what_a_switch_leaves_trains_and_all_of_it_does(
     assert {part_of(layer) for layer in adapter.layers} == parts
     trained = {line.split(",")[0].split()[-1] for line in outcome.output.splitlines() if line.endswith("  trains")}
     assert trained == parts
-    for layer in adapter.layers:
-        assert adapter.rows_of_b(layer, 0, adapter.info(f"{layer}.lora_B").shape[0]).any(), layer
+    still = {
+        layer
+        for layer in adapter.layers
+        if not adapter.rows_of_b(layer, 0, adapter.info(f"{layer}.lora_B").shape[0]).any()
+    }
+    if switch == "visual_und":  # without answers, nothing reads what the last layer makes of the text
+        assert {part_of(layer) for layer in still} == {"und_expert"} and all(".layers.2." in layer for layer in still)
+    else:
+        assert not still
 
 
 def dequantized_model(model: Path, folder: Path, quantization: Quantization) -> Path:
