@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from tests.distributed.cases import Case, Outcome, arguments, checksums, losses, run_cases
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.soak]
 
 TOLERANCE = 1e-5
 WEIGHTS_TOLERANCE = 1e-4
@@ -84,7 +84,6 @@ def chained(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return folder, outcomes
 
 
-@pytest.mark.slow
 def test_losses_go_on_over_ranks_stages_and_offload(chained: tuple[Path, list[Outcome]]) -> None:
     folder, outcomes = chained
     for outcome in outcomes:
@@ -96,7 +95,6 @@ def test_losses_go_on_over_ranks_stages_and_offload(chained: tuple[Path, list[Ou
         assert found[step] == pytest.approx(expected, rel=TOLERANCE), step
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stem", ["model", "ema"])
 def test_weights_and_average_end_where_those_of_the_whole_run_do(
     stem: str, demo: Path, chained: tuple[Path, list[Outcome]]
@@ -117,7 +115,6 @@ def test_weights_and_average_end_where_those_of_the_whole_run_do(
             assert difference <= WEIGHTS_TOLERANCE * moved, name
 
 
-@pytest.mark.slow
 def test_each_life_says_where_it_came_from(chained: tuple[Path, list[Outcome]]) -> None:
     for before, life, outcome in zip(CHAIN, CHAIN[1:], chained[1][2:]):
         said = f"resumed after step {before.until} (saved on {before.ranks} ranks, now {life.ranks})"
@@ -129,7 +126,6 @@ NVME_STEPS = 16
 ALL_STEPS = 5  # with the parameters on NVMe, too
 
 
-@pytest.mark.soak
 def test_losses_after_resuming_on_nvme_stay_those_of_a_run_that_was_not_stopped(demo: Path, tmp_path: Path) -> None:
     """DeepSpeed's own checkpoints lose Adam's moments there, which the second loss shows and a longer curve surely."""
     nvme = {"nvme_path": tmp_path / "nvme", "warmup_steps": 0, "gradient_accumulation_steps": 1}

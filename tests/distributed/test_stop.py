@@ -54,7 +54,7 @@ def test_a_signal_to_the_launcher_saves_the_step_under_way(demo: Path, tmp_path:
         assert_saved_where_it_stopped(run)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_signals_to_launcher_group_and_rank_save_and_the_run_goes_on_exactly(demo: Path, tmp_path: Path) -> None:
     """One run, stopped four times by other means, against an uninterrupted one."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"

@@ -107,7 +107,7 @@ def test_threads_that_imports_start_in_the_server_are_named_in_the_log(
     assert "runs threads of libraries (jemalloc_bg_thd" in caplog.text
 
 
-@pytest.mark.parametrize("starts", [60, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("starts", [60, pytest.param(500, marks=pytest.mark.soak)])
 def test_workers_start_while_a_native_thread_enters_python_all_the_time(tmp_path: Path, starts: int) -> None:
     """Each call of the C thread makes a thread state and removes it (python/cpython#112275): of processes that forked
     right beside it 1 to 3 of 100 never ran."""
