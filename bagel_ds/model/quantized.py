@@ -40,13 +40,13 @@ def largest_values(weight: Tensor, quantization: Quantization) -> Tensor:
 
     A block that holds a NaN or an infinity gets it as its largest value.
     """
-    return _blocks(weight, quantization).abs().amax(dim=1).bfloat16()
+    return _largest(_blocks(weight, quantization))
 
 
 def codes_of(weight: Tensor, quantization: Quantization) -> Tensor:
     """The levels nearest to a flat weight that begins with a block, relative to the blocks' largest values; uint8."""
-    absmax = largest_values(weight, quantization).float().clamp_min(torch.finfo(torch.float32).tiny)
-    scaled = _blocks(weight, quantization) / absmax[:, None]
+    blocks = _blocks(weight, quantization)
+    scaled = blocks / _largest(blocks).float().clamp_min(torch.finfo(torch.float32).tiny)[:, None]
     if quantization.name == "int8":
         codes = scaled.mul_(127).round_().clamp_(-127, 127).to(torch.int8).view(torch.uint8).view(-1)
         return codes[: weight.numel()].clone()
@@ -55,6 +55,10 @@ def codes_of(weight: Tensor, quantization: Quantization) -> Tensor:
     nearest[weight.numel() :] = _ZERO  # of a last byte's second half
     high, low = nearest.to(torch.uint8).view(-1, 2).unbind(1)
     return (high << 4 | low)[: quantization.codes(weight.numel())]
+
+
+def _largest(blocks: Tensor) -> Tensor:
+    return blocks.abs().amax(dim=1).bfloat16()
 
 
 def _blocks(weight: Tensor, quantization: Quantization) -> Tensor:

@@ -46,14 +46,6 @@ def adapted_layers(config: BagelConfig) -> frozenset[str]:
 
 
 @lru_cache(maxsize=16)
-def quantized_layers(config: BagelConfig) -> frozenset[str]:
-    """Names of the linear layers that keep their weights in 4 or 8 bits: all of the decoder's, or none."""
-    if config.lora is None or config.lora.quantization is None:
-        return frozenset()
-    return frozenset(name for name in linear_layers(config) if is_decoder_linear(name))
-
-
-@lru_cache(maxsize=16)
 def linear_layers(config: BagelConfig) -> tuple[str, ...]:
     """Names of all layers that can have an adapter."""
     return tuple(module_of(name) for name, shape in _named(config) if shape.inputs)
@@ -74,12 +66,12 @@ class _Shape(NamedTuple):
 
 def _with_adapters(config: BagelConfig) -> Iterator[tuple[str, _Shape]]:
     """`_named`, with the parameters of each adapter behind the others of its layer, and codes for quantized weights."""
-    adapted, quantized = adapted_layers(config), quantized_layers(config)
+    adapted, quantization = adapted_layers(config), None if config.lora is None else config.lora.quantization
     for layer, group in groupby(_named(config), key=lambda parameter: module_of(parameter[0])):
         (name, weight), *others = group
-        if config.lora is not None and config.lora.quantization is not None and layer in quantized:
-            yield f"{layer}.{CODES}", _Shape(config.lora.quantization.codes(weight.numel))
-            yield f"{layer}.{ABSMAX}", _Shape(config.lora.quantization.blocks(weight.numel))
+        if quantization is not None and is_decoder_linear(layer):
+            yield f"{layer}.{CODES}", _Shape(quantization.codes(weight.numel))
+            yield f"{layer}.{ABSMAX}", _Shape(quantization.blocks(weight.numel))
         else:
             yield name, weight
         yield from others

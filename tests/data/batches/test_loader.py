@@ -207,9 +207,8 @@ def test_waiting_for_a_worker_that_hangs_can_be_interrupted(what: str) -> None:
 
     batches = data((what, 1)).micro_batches(0, 1, 2)
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(
-        signal.ITIMER_REAL, 0.5, 20
-    )  # again, because an exception that comes in a weakref's callback is lost
+    # Again after 20 s, because an exception that comes in a weakref's callback is lost.
+    signal.setitimer(signal.ITIMER_REAL, 0.5, 20)
     try:
         with pytest.raises(InterruptedError):
             next(batches)
