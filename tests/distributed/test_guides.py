@@ -115,7 +115,7 @@ def test_blockmoving_with_half_the_budgets(demo: Path, tmp_path: Path) -> None:
     _assert_blockmoving_trained(finished.output, demo, tmp_path, steps=1)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_blockmoving_with_the_guides_budgets(demo: Path, tmp_path: Path) -> None:
     finished = deepspeed(TRAIN, _blockmoving(demo, tmp_path), ranks=2, timeout=1200)
     assert finished.code == 0, finished.output[-4000:]

@@ -157,7 +157,7 @@ def test_the_log_says_beforehand_how_many_calls_and_how_long(launched: tuple[Pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["zero2_cpu", "zero3_nvme_all", *map(soak, ("zero0", "zero1", "zero3_hpz"))])
+@pytest.mark.parametrize("preset", ["zero3_nvme_all", *map(soak, ("zero0", "zero1", "zero2_cpu", "zero3_hpz"))])
 def test_training_and_samples_are_the_same_under_another_stage_or_offload(
     preset: str, demo: Path, tmp_path: Path
 ) -> None:

@@ -23,7 +23,14 @@ LATE = {"at": "write", "rank": 1, "do": "late"}
 HOSTS = {"at": "hosts", "do": "nothing"}
 FULL = {"at": "write", "rank": 1, "do": "full", "times": 1}
 FULL_WHILE_GATHERING = {"at": "gather", "do": "full", "times": 1}
-OTHER_PRESETS = [("zero2", 2), ("zero0", 1), ("zero3_cpu", 2), soak("zero3", 1), soak("zero1", 1), soak("zero2_cpu", 1)]
+OTHER_PRESETS = [
+    ("zero0", 1),
+    ("zero3_cpu", 2),
+    soak("zero2", 2),
+    soak("zero3", 1),
+    soak("zero1", 1),
+    soak("zero2_cpu", 1),
+]
 
 Runs = tuple[Path, dict[str, list[Outcome]]]
 
