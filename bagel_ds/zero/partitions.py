@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,27 @@ class Group:
     owned: bool = True  # False if another rank holds the same values and saves them
 
 
+Flats = dict[str, Tensor]  # "master", "exp_avg" and "exp_avg_sq" of a group, 1-D
+
+
+class GroupAverage(NamedTuple):
+    """An update of a group's moving average that is due. `values` are laid out like the group's master."""
+
+    values: Tensor
+    weight: float  # values += weight * (master - values)
+    seed: Callable[[str], int]  # of a parameter's random rounding
+
+
+class AveragedGroups(Protocol):
+    """A moving average as the partitions see it, updated right after each update of a group."""
+
+    def next(self, group: Group) -> GroupAverage | None:
+        """Call once per update of the group: what to do with its average now, None for nothing."""
+
+    def update(self, group: Group, master: Tensor) -> None:
+        """Do so."""
+
+
 class Partitions:
     """Masters and moments of a DeepSpeed engine's optimizer, group by group."""
 
@@ -49,12 +70,10 @@ class Partitions:
         check_internals(self._optimizer, self._stage)
         self.groups: tuple[Group, ...] = tuple(self._find_groups())
         self._after_update: Callable[[Group, Tensor], None] | None = None
-        self._forget_steps_taken()
-        if self._stage == 3:
-            self._make_moments_before_first_update()
+        self._prepare_states()
 
     @contextmanager
-    def open(self, group: Group, write: bool = False, moments: bool = False) -> Iterator[dict[str, Tensor]]:
+    def open(self, group: Group, write: bool = False, moments: bool = False) -> Iterator[Flats]:
         """The group's flat 1-D tensors: "master" and, once Adam has stepped, "exp_avg" and "exp_avg_sq".
 
         A placed range is `flats[key].narrow(0, offset, numel)`. Changes are kept only with write=True. `moments`
@@ -87,22 +106,33 @@ class Partitions:
         Before the first update moments are zero.
         """
         for group in self.groups:
-            lacking = key in MOMENTS and EXP_AVG not in self._state(group)
+            lacking = key in MOMENTS and self._lacks_moments(group)
             with self.open(group, write=lacking, moments=lacking) as flats:
                 yield from group_pieces(group, flats[key])
 
     @property
-    def weights_are_masters(self) -> bool:
-        """Whether the network computes with the masters themselves (stage 0 in fp32)."""
-        return self._stage == 0 and not hasattr(self._optimizer, "fp32_groups")
+    def made_when_read(self) -> bool:
+        """Whether `pieces` makes fp32 tensors, which only one group at a time has memory for."""
+        return False
+
+    def set_weights_aside(self, group: Group) -> Tensor | None:
+        """Before `put_weights`: a copy of an owned group's weights, if no master will bring them back; else None.
+
+        Stage 0 in fp32 computes with the masters themselves. The copy is then in host memory.
+        """
+        if self._stage != 0 or hasattr(self._optimizer, "fp32_groups"):
+            return None
+        with self.open(group) as flats:
+            return flats[MASTER].detach().to("cpu", copy=True)
 
     @torch.no_grad()
     def put_weights(self, values: Callable[[Group], AbstractContextManager[Tensor]]) -> None:
         """Have the network compute with `values(group)` in its weights' dtype; call it on all ranks between two steps.
 
         `values` is asked for the owned groups, and its tensors are laid out like the groups' masters. Masters are not
-        read or written (unless `weights_are_masters`), and no rank holds more of the weights than before. Of the
-        masters these are the weights that the last update left, bit for bit: every update ends with this cast.
+        read or written (except where `set_weights_aside` keeps a copy), and no rank holds more of the weights than
+        before. Of the masters these are the weights that the last update left, bit for bit: every update ends with
+        this cast.
         """
         if self._stage == 3:
             self._put_stage3(values)
@@ -144,12 +174,12 @@ class Partitions:
             allgather_bucket_size=optimizer.allgather_bucket_size,
         )
 
-    def on_update(self, callback: Callable[[Group, Tensor], None]) -> None:
-        """Call `callback(group, master)` for every group right after each of its updates.
+    def average_with(self, average: AveragedGroups) -> None:
+        """Update the average of every group right after each of the group's updates.
 
         With ZeRO-3 the group is then still in memory, so that a group on NVMe is not read a second time.
         """
-        self._after_update = callback
+        callback = self._after_update = average.update
         if self._stage != 3:
             return
         release = self._optimizer._release_sub_group
@@ -161,17 +191,19 @@ class Partitions:
         self._optimizer._release_sub_group = call_and_release
 
     def updated(self) -> None:
-        """Call once after every step: runs the callback in the stages that have no hook for it."""
+        """Call once after every step: updates the average in the stages that have no hook for it."""
         if self._stage != 3 and self._after_update is not None:
             for group in self.groups:
                 self._after_update(group, self._masters()[group.index].data.view(-1))
 
-    def _forget_steps_taken(self) -> None:
+    def _prepare_states(self) -> None:
         """Have Adam begin at step 1: stage 0 in bf16 takes a step on zero gradients when it is built.
 
         The first real update would count as the second, and be 0.735 of what it should be.
         """
         self._adam().state.clear()
+        if self._stage == 3:
+            self._make_moments_before_first_update()
 
     def _is_swapped(self, group: Group) -> bool:
         return self._stage == 3 and bool(self._optimizer._swappable_optimizer_subgroup(group.index))
@@ -234,6 +266,9 @@ class Partitions:
     def _adam(self) -> torch.optim.Optimizer:
         """The optimizer that `ZeroEngine` made, which DeepSpeed wraps except with stage 0 in fp32."""
         return getattr(self._optimizer, "optimizer", self._optimizer)
+
+    def _lacks_moments(self, group: Group) -> bool:
+        return EXP_AVG not in self._state(group)
 
     def _state(self, group: Group) -> dict[str, Any]:
         return self._adam().state[self._masters()[group.index]]
