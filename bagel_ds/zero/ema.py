@@ -11,6 +11,7 @@ an element's place and the update's number, so that they are the same on any num
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bagel_ds.errors import UserError
-from bagel_ds.ranges import MASTER, Pieces, WeightSource, copy_range
+from bagel_ds.ranges import Pieces, WeightSource, copy_range
 from bagel_ds.units import GIB
 from bagel_ds.zero.partitions import Group, GroupAverage, Partitions, group_pieces
 from bagel_ds.zero.split.formats import seed_of
@@ -47,8 +48,7 @@ class ShardedEMA:
         self._updates: dict[int, int] = {group.index: options.updates_done for group in partitions.groups}
         for group in partitions.groups:
             if group.owned:
-                with partitions.open(group) as flats:
-                    self._values[group.index] = self._allocate(group, flats[MASTER]).copy_(flats[MASTER])
+                self._values[group.index] = partitions.copy_of_masters(group, partial(self._allocate, group))
         partitions.average_with(self)
 
     def load(self, source: WeightSource) -> None:
@@ -90,7 +90,7 @@ class ShardedEMA:
 
     def _allocate(self, group: Group, like: Tensor) -> Tensor:
         if self._options.folder is None:
-            return torch.empty_like(like, dtype=self._options.dtype)
+            return torch.zeros_like(like, dtype=self._options.dtype)
         self._options.folder.mkdir(parents=True, exist_ok=True)
         path = self._options.folder / f"group_{group.index}.ema"
         _reserve(path, like.numel() * self._options.dtype.itemsize)

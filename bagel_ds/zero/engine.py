@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from bagel_ds.errors import UserError
-from bagel_ds.ranges import COPIED_ELEMENTS, MASTER, WeightSource
+from bagel_ds.ranges import COPIED_ELEMENTS, WeightSource
 from bagel_ds.zero.config.settings import ZeroSettings
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
-from bagel_ds.zero.partitions import Group, Partitions, load_masters
+from bagel_ds.zero.partitions import Partitions, load_masters
 from bagel_ds.zero.split.partitions import SplitPartitions
 from bagel_ds.zero.split.zero3 import SplitAdamW, split_zero3
 from bagel_ds.zero.swap_patches import use_checked_swapping
@@ -101,28 +101,10 @@ class ZeroEngine:
     def average_in_place(self, ema: ShardedEMA) -> Iterator[None]:
         """Around `forward_only` blocks that compute with the average; afterwards the weights are what they were.
 
-        The average takes the place of the weights and the masters bring these back, so nothing is held twice. Where the
-        weights are the masters, each rank keeps its share of them aside meanwhile. No save may be under way.
+        No rank holds more of the weights meanwhile. No save may be under way.
         """
-        owned = [group for group in self.partitions.groups if group.owned]
-        aside = {group.index: self.partitions.set_weights_aside(group) for group in owned}
-
-        @contextmanager
-        def averages(group: Group) -> Iterator[Tensor]:
-            yield ema.values(group)
-
-        @contextmanager
-        def weights(group: Group) -> Iterator[Tensor]:
-            kept = aside[group.index]
-            if kept is not None:
-                yield kept
-            else:
-                with self.partitions.open(group) as flats:
-                    yield flats[MASTER]
-
-        self.partitions.put_weights(averages)
-        yield  # without `finally`: a rank that fails must not wait for others in a collective call
-        self.partitions.put_weights(weights)
+        with self.partitions.computing_with(ema.values):
+            yield
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, averaged over ranks."""

@@ -8,9 +8,9 @@ for the internals of DeepSpeed 0.19.8's optimizers; `check_internals` fails if t
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -72,25 +72,6 @@ class Partitions:
         self._after_update: Callable[[Group, Tensor], None] | None = None
         self._prepare_states()
 
-    @contextmanager
-    def open(self, group: Group, write: bool = False, moments: bool = False) -> Iterator[Flats]:
-        """The group's flat 1-D tensors: "master" and, once Adam has stepped, "exp_avg" and "exp_avg_sq".
-
-        A placed range is `flats[key].narrow(0, offset, numel)`. Changes are kept only with write=True. `moments`
-        creates the moments if they don't exist yet, which needs write=True.
-        """
-        assert write or not moments, "new moments that are not written would have no swap file"
-        swapped = self._is_swapped(group)
-        if swapped:
-            self._optimizer._optimizer_states_and_gradient_swap_in(group.index)
-        try:
-            yield self._flats(group, moments)
-        finally:
-            if swapped and write:
-                self._optimizer._optimizer_states_and_gradient_swap_out(group.index)
-            elif swapped:
-                self._optimizer._release_swap_buffers(group.index)
-
     def set_step(self, step: int) -> None:
         """Set the number of steps that Adam has taken, for its bias correction. The moments must exist."""
         for group in self.groups:
@@ -106,33 +87,56 @@ class Partitions:
         Before the first update moments are zero.
         """
         for group in self.groups:
-            lacking = key in MOMENTS and self._lacks_moments(group)
-            with self.open(group, write=lacking, moments=lacking) as flats:
+            lacking = key in MOMENTS and EXP_AVG not in self._state(group)
+            with self._open(group, write=lacking, moments=lacking) as flats:
                 yield from group_pieces(group, flats[key])
 
-    @property
-    def made_when_read(self) -> bool:
-        """Whether `pieces` makes fp32 tensors, which only one group at a time has memory for."""
-        return False
+    def load(self, keys: Sequence[str], fill: Callable[[str, Range, Tensor], object]) -> None:
+        """Have `fill(key, range, target)` write values into 1-D targets. A range may come in several parts."""
+        for group in self.groups:
+            with self._open(group, write=True, moments=any(key in MOMENTS for key in keys)) as flats:
+                for held, offset in group.ranges:
+                    for key in keys:
+                        fill(key, held, flats[key].narrow(0, offset, held.numel))
 
-    def set_weights_aside(self, group: Group) -> Tensor | None:
-        """Before `put_weights`: a copy of an owned group's weights, if no master will bring them back; else None.
+    def copy_of_masters(self, group: Group, allocate: Callable[[Tensor], Tensor]) -> Tensor:
+        """The group's master in the memory that `allocate(like)` returns."""
+        with self._open(group) as flats:
+            return allocate(flats[MASTER]).copy_(flats[MASTER])
 
-        Stage 0 in fp32 computes with the masters themselves. The copy is then in host memory.
+    @contextmanager
+    def computing_with(self, values: Callable[[Group], Tensor]) -> Iterator[None]:
+        """Have the network compute with `values` of the owned groups, laid out like their masters; then as before.
+
+        Call it on all ranks between two steps. The masters bring the weights back, so nothing is held twice. Where the
+        weights are the masters (stage 0 in fp32), each rank keeps its share of them in host memory meanwhile.
         """
-        if self._stage != 0 or hasattr(self._optimizer, "fp32_groups"):
-            return None
-        with self.open(group) as flats:
-            return flats[MASTER].detach().to("cpu", copy=True)
+        aside: dict[int, Tensor] = {}
+        if self._stage == 0 and not hasattr(self._optimizer, "fp32_groups"):
+            for group in self.groups:
+                if group.owned:
+                    with self._open(group) as flats:
+                        aside[group.index] = flats[MASTER].detach().to("cpu", copy=True)
+
+        @contextmanager
+        def weights(group: Group) -> Iterator[Tensor]:
+            if group.index in aside:
+                yield aside[group.index]
+            else:
+                with self._open(group) as flats:
+                    yield flats[MASTER]
+
+        self.put_weights(lambda group: nullcontext(values(group)))
+        yield  # without `finally`: a rank that fails must not wait for others in a collective call
+        self.put_weights(weights)
 
     @torch.no_grad()
     def put_weights(self, values: Callable[[Group], AbstractContextManager[Tensor]]) -> None:
         """Have the network compute with `values(group)` in its weights' dtype; call it on all ranks between two steps.
 
         `values` is asked for the owned groups, and its tensors are laid out like the groups' masters. Masters are not
-        read or written (except where `set_weights_aside` keeps a copy), and no rank holds more of the weights than
-        before. Of the masters these are the weights that the last update left, bit for bit: every update ends with
-        this cast.
+        read or written, unless the weights are the masters, and no rank holds more of the weights than before. Of the
+        masters these are the weights that the last update left, bit for bit: every update ends with this cast.
         """
         if self._stage == 3:
             self._put_stage3(values)
@@ -195,6 +199,25 @@ class Partitions:
         if self._stage != 3 and self._after_update is not None:
             for group in self.groups:
                 self._after_update(group, self._masters()[group.index].data.view(-1))
+
+    @contextmanager
+    def _open(self, group: Group, write: bool = False, moments: bool = False) -> Iterator[Flats]:
+        """The group's flat 1-D tensors: "master" and, once Adam has stepped, "exp_avg" and "exp_avg_sq".
+
+        A placed range is `flats[key].narrow(0, offset, numel)`. Changes are kept only with write=True. `moments`
+        creates the moments if they don't exist yet, which needs write=True.
+        """
+        assert write or not moments, "new moments that are not written would have no swap file"
+        swapped = self._is_swapped(group)
+        if swapped:
+            self._optimizer._optimizer_states_and_gradient_swap_in(group.index)
+        try:
+            yield self._flats(group, moments)
+        finally:
+            if swapped and write:
+                self._optimizer._optimizer_states_and_gradient_swap_out(group.index)
+            elif swapped:
+                self._optimizer._release_swap_buffers(group.index)
 
     def _prepare_states(self) -> None:
         """Have Adam begin at step 1: stage 0 in bf16 takes a step on zero gradients when it is built.
@@ -266,9 +289,6 @@ class Partitions:
     def _adam(self) -> torch.optim.Optimizer:
         """The optimizer that `ZeroEngine` made, which DeepSpeed wraps except with stage 0 in fp32."""
         return getattr(self._optimizer, "optimizer", self._optimizer)
-
-    def _lacks_moments(self, group: Group) -> bool:
-        return EXP_AVG not in self._state(group)
 
     def _state(self, group: Group) -> dict[str, Any]:
         return self._adam().state[self._masters()[group.index]]
@@ -343,10 +363,7 @@ def _copy(target: Tensor, values: Tensor) -> None:
 
 def load_masters(partitions: Partitions, source: WeightSource) -> None:
     """Fill the masters in the source's own precision (DeepSpeed has made them from 16-bit weights)."""
-    for group in partitions.groups:
-        with partitions.open(group, write=True) as flats:
-            for placed in group.ranges:
-                copy_range(flats[MASTER].narrow(0, placed.offset, placed.range.numel), placed.range, source.read)
+    partitions.load((MASTER,), lambda _, held, target: copy_range(target, held, source.read))
 
 
 _INTERNALS = {

@@ -208,9 +208,8 @@ class Save:
         if self._engine.states_move is not None:
             write_together(lambda: write(pieces))
             return
-        # List them here: the thread must not call DeepSpeed, it only reads memory. Where reading makes new tensors,
-        # it calls nothing of DeepSpeed's either, and there is not enough memory for all of them.
-        listed = self._background.until_given_up(pieces if self._engine.partitions.made_when_read else list(pieces))
+        # List them here: the thread must not call DeepSpeed, it only reads memory.
+        listed = self._background.until_given_up(list(pieces))
         self._background.add(lambda: write(listed))
 
     # --------------------------------------------------------------------------------------------------- rest

@@ -63,9 +63,8 @@ class ZeroSettings:
         zero, bf16 = ds.get("zero_optimization", {}), ds.get("bf16", {})
         is_bf16 = bool(bf16.get("enabled"))
         split_moments = ds.get(SPLIT_MASTERS, {}).get("moments", "")
-        has_16_bits = [
-            is_bf16 and bf16.get(f"bf16_{key}") is True for key in ("master_weights_and_grads", "optimizer_states")
-        ]
+        masters16 = is_bf16 and bf16.get("bf16_master_weights_and_grads") is True
+        moments16 = is_bf16 and bf16.get("bf16_optimizer_states") is True
         weight_bytes = 2 if is_bf16 else 4
         gradients, messages = ds.get("data_types", {}).get("grad_accum_dtype"), ds.get("communication_data_type")
         stage, overlaps = int(zero.get("stage", 0)), zero.get("overlap_comm")
@@ -76,10 +75,8 @@ class ZeroSettings:
             accumulation=int(ds.get("gradient_accumulation_steps", 1)),
             weight_bytes=weight_bytes,
             split_moments=split_moments,
-            master_bytes=2 if split_moments or (is_bf16 and bf16.get("bf16_master_weights_and_grads") is True) else 4,
-            moment_bytes=SPLIT_MOMENTS.get(
-                split_moments, 2 if is_bf16 and bf16.get("bf16_optimizer_states") is True else 4
-            ),
+            master_bytes=2 if split_moments or masters16 else 4,
+            moment_bytes=SPLIT_MOMENTS.get(split_moments, 2 if moments16 else 4),
             gradient_bytes=_TYPE_BYTES.get(str(gradients), weight_bytes),
             communication_bytes=_TYPE_BYTES.get(str(messages), weight_bytes),
             optimizer=_offload(ds, "optimizer"),

@@ -1,14 +1,14 @@
 """This rank's share of split masters and their moments, as named flat ranges.
 
-Guarantees: those of `zero/partitions.py`. What a caller sees are fp32 tensors, made group by group when it asks for
-them; what it writes into them is kept when it closes the group. So a save in the background holds one group at a time.
+Guarantees: those of `zero/partitions.py`. What a caller reads or writes is fp32, converted a piece at a time: neither a
+save in the background nor a load holds more than a few MB beyond the states.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,9 +16,9 @@ import torch
 from deepspeed.ops.op_builder import CPUAdamBuilder
 from torch import Tensor
 
-from bagel_ds.ranges import MASTER
-from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ, MOMENTS, AveragedGroups, Flats, Group, Partitions
-from bagel_ds.zero.split.formats import moment_format, seed_of
+from bagel_ds.ranges import MASTER, Pieces, Range
+from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ, MOMENTS, AveragedGroups, Group, Partitions
+from bagel_ds.zero.split.formats import MomentFormat, moment_format, seed_of, split
 from bagel_ds.zero.split.update import Average, SplitRange, Step, update
 
 _VECTORS = {"-D__AVX512__": 16, "-D__AVX256__": 8}  # elements, as DeepSpeed builds its CPU Adam
@@ -47,12 +47,56 @@ class SplitPartitions(Partitions):
         self._states = [self._allocate(group) for group in self.groups]
         self._adam().update_group = self._update_group  # type: ignore[attr-defined]
 
+    def pieces(self, key: str) -> Iterator[Pieces]:
+        """As in every `Partitions`, but the values are views that convert what is read of them."""
+        for group, states in zip(self.groups, self._states):
+            held: dict[str, list[Any]] = {name: [] for name in group.names}
+            for placed, kept in zip(group.ranges, states.ranges):
+                held[placed.range.name].append((placed.range, Fp32View(kept, self._format, key)))
+            for name, ranges in held.items():
+                yield Pieces(name, ranges)
+
+    def load(self, keys: Sequence[str], fill: Callable[[str, Range, Tensor], object]) -> None:
+        for group, states in zip(self.groups, self._states):
+            for placed, kept in zip(group.ranges, states.ranges):
+                ties = [kept.ties[:0]]
+                for part, _ in kept.parts():
+                    numel = kept.high[part].numel()
+                    held = placed.range._replace(start=placed.range.start + part.start, numel=numel)
+                    made = {key: torch.empty(numel, device=kept.high.device) for key in keys}
+                    for key, target in made.items():
+                        fill(key, held, target)
+                    if MASTER in made:
+                        ties.append(part.start + split(made[MASTER], kept.high[part], kept.low[part]))
+                    if EXP_AVG in made:
+                        states_of = tuple(each[part] for each in kept.moments)
+                        self._format.write(states_of, made[EXP_AVG], made[EXP_AVG_SQ], None)
+                if MASTER in keys:
+                    kept.ties = torch.cat(ties)
+
+    def copy_of_masters(self, group: Group, allocate: Callable[[Tensor], Tensor]) -> Tensor:
+        states = self._states[group.index]
+        copy = allocate(states.high)
+        for placed, kept in zip(group.ranges, states.ranges):
+            for part, _ in kept.parts():
+                values = Fp32View(kept, self._format, MASTER)[part]
+                copy.narrow(0, placed.offset + part.start, values.numel()).copy_(values)
+        return copy
+
     @contextmanager
-    def open(self, group: Group, write: bool = False, moments: bool = False) -> Iterator[Flats]:
-        flats = _Flats(self, self._states[group.index], group)
-        yield flats
-        if write:
-            flats.keep()
+    def computing_with(self, values: Callable[[Group], Tensor]) -> Iterator[None]:
+        """The weights are half of the masters. They are set aside in the memory of gradients, unused between steps."""
+        for group, states in zip(self.groups, self._states):
+            self._aside(group).copy_(states.high)
+        self.put_weights(lambda group: nullcontext(values(group)))
+        yield  # without `finally`: a rank that fails must not wait for others in a collective call
+        self.put_weights(lambda group: nullcontext(self._aside(group)))
+        for group in self.groups:
+            self._aside(group).zero_()
+
+    def _aside(self, group: Group) -> Tensor:
+        flat: Tensor = self._optimizer.gradients(group.index).view(torch.bfloat16)
+        return flat[: self._states[group.index].high.numel()]
 
     def set_step(self, step: int) -> None:
         self._step = step
@@ -65,20 +109,8 @@ class SplitPartitions(Partitions):
         self._groups_updated = 0
         self._step += 1
 
-    @property
-    def made_when_read(self) -> bool:
-        return True
-
-    def set_weights_aside(self, group: Group) -> Tensor:
-        """In the memory of the gradients, which are not in use between two steps."""
-        aside = self._optimizer.gradients(group.index).view(torch.bfloat16)[: self._states[group.index].high.numel()]
-        return aside.copy_(self._states[group.index].high)
-
     def _prepare_states(self) -> None:
         pass  # they are allocated once, with the partitions
-
-    def _lacks_moments(self, group: Group) -> bool:
-        return False
 
     def _allocate(self, group: Group) -> _States:
         high = self._optimizer.fp16_partitioned_groups_flat[group.index]
@@ -119,31 +151,31 @@ class SplitPartitions(Partitions):
         self._groups_updated += 1
 
 
-class _Flats(dict[str, Tensor]):
-    """The fp32 tensors of a group, each made when it is first asked for."""
+class Fp32View:
+    """A range of masters or moments that looks like a 1-D fp32 tensor to those who read parts of it."""
 
-    def __init__(self, partitions: SplitPartitions, states: _States, group: Group):
-        super().__init__()
-        self._format, self._kept, self._group = partitions._format, states, group
+    dtype = torch.float32
 
-    def __missing__(self, key: str) -> Tensor:
-        if key == MASTER:
-            self[MASTER] = torch.zeros(self._kept.high.shape, dtype=torch.float32, device=self._kept.high.device)
-            for placed, each in zip(self._group.ranges, self._kept.ranges):
-                self[MASTER][placed.offset : placed.offset + placed.range.numel] = each.master()
-        elif key in MOMENTS:
-            read = self._format.read(self._kept.moments)
-            self[key] = read[MOMENTS.index(key)]
-        else:
-            raise KeyError(key)
-        return self[key]
+    def __init__(self, kept: SplitRange, moments: MomentFormat, key: str):
+        self._kept, self._format, self._key = kept, moments, key
 
-    def keep(self) -> None:
-        if MASTER in self:
-            for placed, each in zip(self._group.ranges, self._kept.ranges):
-                each.put(self[MASTER][placed.offset : placed.offset + placed.range.numel])
-        if EXP_AVG in self or EXP_AVG_SQ in self:
-            self._format.write(self._kept.moments, self[EXP_AVG], self[EXP_AVG_SQ], None)
+    def __getitem__(self, part: slice) -> Tensor:
+        if self._key == MASTER:
+            return self._kept.master(part)
+        return self._format.read(tuple(each[part] for each in self._kept.moments))[MOMENTS.index(self._key)]
+
+    def split(self, numel: int) -> Iterator[Tensor]:
+        for start in range(0, self.numel(), numel):
+            yield self[start : start + numel]
+
+    def numel(self) -> int:
+        return self._kept.high.numel()
+
+    def element_size(self) -> int:
+        return 4
+
+    def detach(self) -> Fp32View:
+        return self
 
 
 class _Bias:

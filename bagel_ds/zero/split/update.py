@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import logging
 import platform
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,10 +57,18 @@ class SplitRange:
         self.fused = high.numel()  # of these, elements that DeepSpeed's CPU Adam computes in whole vectors
         self.ties = torch.empty(0, dtype=torch.int64, device=high.device)
 
-    def master(self) -> Tensor:
-        return join(self.high, self.low, self.ties)
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Pieces small enough for torch's temporary tensors, each with the positions of its ties."""
+        for at in range(0, self.high.numel(), _CHUNK):
+            yield slice(at, at + _CHUNK), self.ties[(self.ties >= at) & (self.ties < at + _CHUNK)] - at
+
+    def master(self, part: slice = slice(None)) -> Tensor:
+        """The fp32 masters of a part, which must begin at a position that is not negative."""
+        high, start = self.high[part], part.start or 0
+        return join(high, self.low[part], self.ties[(self.ties >= start) & (self.ties < start + len(high))] - start)
 
     def put(self, master: Tensor) -> None:
+        """Split fp32 masters."""
         self.ties = split(master, self.high, self.low)
 
 
@@ -78,13 +87,11 @@ def update(
 def update_by_torch(
     kept: SplitRange, moments: MomentFormat, gradients: Tensor, step: Step, seed: int, average: Average | None = None
 ) -> None:
-    ties = []
-    for at in range(0, kept.high.numel(), _CHUNK):
-        part = slice(at, at + _CHUNK)
+    left = [kept.ties[:0]]
+    for part, ties in kept.parts():
         high, low = kept.high[part], kept.low[part]
         states = tuple(each[part] for each in kept.moments)
-        here = kept.ties[(kept.ties >= at) & (kept.ties < at + _CHUNK)] - at
-        master = join(high, low, here)
+        master = join(high, low, ties)
         exp_avg, exp_avg_sq = moments.read(states)
         gradient = gradients[part].float() * step.factor
         exp_avg = torch.add(exp_avg * step.beta1, gradient, alpha=1 - step.beta1)
@@ -93,12 +100,12 @@ def update_by_torch(
         if step.decay:
             master = torch.add(master, master, alpha=step.decay)
         master = torch.add(master, direction, alpha=step.step_size)
-        random = random_bits(seed, kept.start + at, len(high), high.device) if moments.kind else None
+        random = random_bits(seed, kept.start + part.start, len(high), high.device) if moments.kind else None
         moments.write(states, exp_avg, exp_avg_sq, random)
-        ties.append(split(master, high, low) + at)
+        left.append(part.start + split(master, high, low))
         if average is not None:
-            update_average(average._replace(values=average.values[part]), master, kept.start + at)
-    kept.ties = torch.cat(ties)
+            update_average(average._replace(values=average.values[part]), master, kept.start + part.start)
+    kept.ties = torch.cat(left)
 
 
 def update_average(average: Average, master: Tensor, start: int) -> None:
