@@ -128,7 +128,7 @@ def split_way(
 
 def lines(report: dict[str, Any]) -> list[str]:
     found = [
-        f"{report['parameters'] / 1e6:.0f} M parameters, {report['threads']} threads, medians of {report['rounds']} rounds",
+        f"{report['parameters'] / 1e6:.0f} M parameters, {report['threads']} threads, {report['rounds']} rounds",
         f"{'':34} {'ns/parameter':>12} {'ratio':>6} {'bytes':>6} {'of copy':>8}",
     ]
     for name, way in report["ways"].items():
