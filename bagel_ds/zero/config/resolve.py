@@ -128,8 +128,8 @@ def _check_bf16_masters(draft: Draft) -> None:
             draft.fault(f"bf16.{key} needs offload_optimizer on the CPU; remove the key")
     if wanted:
         draft.notes.append(
-            "bf16 masters: updates much smaller than a weight are lost to rounding; preset zero3_cpu_split_bf16 takes less "
-            "memory and loses none (docs/low_memory.md)"
+            "bf16 masters: updates much smaller than a weight are lost to rounding; preset zero3_cpu_split_bf16 takes "
+            "less memory and loses none (docs/low_memory.md)"
         )
 
 
