@@ -44,10 +44,7 @@ class Op(NamedTuple):
 
 def needed_ops(ds_config: dict[str, Any]) -> list[Op]:
     """Of a resolved configuration."""
-    if offload_device(ds_config, "optimizer") == "none":
-        return []
-    instead = "pass a --ds_config that keeps the optimizer on the GPUs, such as zero3.json"
-    return [Op("cpu_adam", "AdamW in host memory", instead, lambda: load_op("CPUAdamBuilder"))]
+    return [] if offload_device(ds_config, "optimizer") == "none" else [CPU_ADAM]
 
 
 def load_op(builder: str) -> object:
@@ -55,6 +52,14 @@ def load_op(builder: str) -> object:
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator().create_op_builder(builder).load()
+
+
+CPU_ADAM = Op(
+    "cpu_adam",
+    "AdamW in host memory",
+    "pass a --ds_config that keeps the optimizer on the GPUs, such as zero3.json",
+    lambda: load_op("CPUAdamBuilder"),
+)
 
 
 def is_built(op: Op) -> bool:

@@ -85,7 +85,7 @@ def unusable_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 2021\n")
     monkeypatch.setattr(environment, "_DEVICE_FILES", tmp_path / "dev")
     monkeypatch.setattr(environment, "_DRIVER_FILE", tmp_path / "version")
-    monkeypatch.setattr(environment, "_nvidia_smi", lambda *words: "")
+    monkeypatch.setattr(environment, "nvidia_smi", lambda *words: "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -107,11 +107,11 @@ def test_a_cpu_build_beside_a_gpu_is_an_error(unusable_gpu: None, monkeypatch: p
         environment.check_gpu()
 
 
-def test_nvidia_smi_alone_shows_a_gpu_too(unusable_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def testnvidia_smi_alone_shows_a_gpu_too(unusable_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "dev" / "nvidia0").unlink()
     environment.check_gpu()
     monkeypatch.setattr(
-        environment, "_nvidia_smi", lambda *words: "535.104.05" if "query" in words[0] else "GPU 0: H100"
+        environment, "nvidia_smi", lambda *words: "535.104.05" if "query" in words[0] else "GPU 0: H100"
     )
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(UserError, match="535.104.05"):
@@ -153,15 +153,15 @@ def test_a_usable_gpu_is_fine(unusable_gpu: None, monkeypatch: pytest.MonkeyPatc
     environment.check_gpu()
 
 
-def test_a_failing_nvidia_smi_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failingnvidia_smi_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: sys.executable)  # ends with an error on such options
-    assert environment._nvidia_smi("--list-gpus") == ""
+    assert environment.nvidia_smi("--list-gpus") == ""
 
     def hangs(*words: object, **options: object) -> None:
         raise subprocess.TimeoutExpired("nvidia-smi", 30)
 
     monkeypatch.setattr(subprocess, "run", hangs)
-    assert environment._nvidia_smi("--list-gpus") == ""
+    assert environment.nvidia_smi("--list-gpus") == ""
 
 
 # ------------------------------------------------------------------------------------------------- shared memory
