@@ -1,8 +1,8 @@
 """Two hosts on this machine: network, process, mount and UTS namespaces, joined by a veth pair, with an sshd in each.
 
-`TwoHosts` starts them and ends everything in them. Both see this machine's files, as over a shared file system, but each
-has its own name, processes, network and /dev/shm. Names, keys and client settings of ssh lie in a folder of the test
-that is mounted over /etc/ssh and /etc/hosts, so `ssh node2` works as on a cluster. Needs root.
+`TwoHosts` starts them and ends everything in them. Both see this machine's files, as over a shared file system, but
+each has its own name, processes, network and /dev/shm. Names, keys and client settings of ssh lie in a folder of the
+test that is mounted over /etc/ssh and /etc/hosts, so `ssh node2` works as on a cluster. Needs root.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ class TwoHosts:
         for key in ("host", "user"):
             _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / key))
         (folder / "sshd_config").write_text(
-            f"HostKey /etc/ssh/host\nAuthorizedKeysFile /etc/ssh/user.pub\nStrictModes no\nUsePAM no\n"
-            f"PermitRootLogin prohibit-password\nPasswordAuthentication no\nPidFile none\n"
+            "HostKey /etc/ssh/host\nAuthorizedKeysFile /etc/ssh/user.pub\nStrictModes no\nUsePAM no\n"
+            "PermitRootLogin prohibit-password\nPasswordAuthentication no\nPidFile none\n"
         )
         (folder / "ssh_config").write_text(
             "IdentityFile /etc/ssh/user\nStrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nLogLevel ERROR\n"

@@ -34,7 +34,8 @@ def add_command(commands: Any) -> None:
         "doctor",
         help="check this machine, or every host of a hostfile, for what a run needs",
         epilog="Add a training command, or paste its whole line, to check for that run: bagel-ds doctor deepspeed "
-        "--hostfile hostfile launch/train.py --ds_config zero3_cpu.json ... The exit code is 1 if a line begins with fail.",
+        "--hostfile hostfile launch/train.py --ds_config zero3_cpu.json ... The exit code is 1 "
+        "if a line begins with fail.",
         allow_abbrev=False,
     )
     doctor.add_argument("--hostfile", type=Path, help="also ask each host of this DeepSpeed hostfile, over ssh")

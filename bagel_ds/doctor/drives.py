@@ -126,7 +126,9 @@ def _judged(
     wanted: str,
 ) -> Finding:
     if free_bytes(folder) < 2 * _BLOCK * _MOST_BLOCKS:
-        return Finding(name, Verdict.NOTE, f"not measured: less than {2 * _BLOCK * _MOST_BLOCKS / GIB:.0f} GiB are free")
+        return Finding(
+            name, Verdict.NOTE, f"not measured: less than {2 * _BLOCK * _MOST_BLOCKS / GIB:.0f} GiB are free"
+        )
     try:
         speed = measure(folder)
     except (OSError, UserError) as fault:

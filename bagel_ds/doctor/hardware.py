@@ -106,14 +106,15 @@ def temporary_finding() -> Finding:
     return Finding("TMPDIR", Verdict.GOOD, f"{folder} has {free / GIB:.0f} GiB free")
 
 
-# ----------------------------------------------------------------------------------------------------- optional software
+# --------------------------------------------------------------------------------------------------- optional software
 def op_findings(ops: Sequence[Op]) -> list[Finding]:
     """Whether each of DeepSpeed's C++ ops is built. Whether it can be is `compiler_finding`'s to say."""
     return [
         Finding(
             op.name,
             Verdict.GOOD,
-            f"{op.purpose}: " + (f"built in {extensions_folder()}" if is_built(op) else "not built yet, see --build_ops"),
+            f"{op.purpose}: "
+            + (f"built in {extensions_folder()}" if is_built(op) else "not built yet, see --build_ops"),
         )
         for op in ops
     ]
@@ -135,7 +136,9 @@ def toolkit_finding() -> Finding:
         )
     command = str(Path(named, "bin", "nvcc")) if named else shutil.which("nvcc")
     if command is None:
-        return Finding("CUDA toolkit", Verdict.GOOD, "none (no CUDA_HOME, no nvcc); only compiling flash-attn needs one")
+        return Finding(
+            "CUDA toolkit", Verdict.GOOD, "none (no CUDA_HOME, no nvcc); only compiling flash-attn needs one"
+        )
     ran = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
     version = re.search(r"release (\d+\.\d+)", ran.stdout)
     return Finding("CUDA toolkit", Verdict.GOOD, f"{version[1] if version else 'unknown version'} ({command})")

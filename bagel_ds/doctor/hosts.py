@@ -14,10 +14,9 @@ import shlex
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +94,9 @@ def _findings(host: Host, answer: Answer, versions: Mapping[str, str | None], sh
     theirs = answer.report["versions"]
     others = {key: (theirs.get(key), own) for key, own in versions.items() if theirs.get(key) != own}
     if others:
-        said = ", ".join(f"{key} {there or 'missing'} (here {own or 'missing'})" for key, (there, own) in others.items())
+        said = ", ".join(
+            f"{key} {there or 'missing'} (here {own or 'missing'})" for key, (there, own) in others.items()
+        )
         found.append(Finding(name, Verdict.FAULT, f"has {said}", "install the same versions on every host"))
     if answer.shared is False:
         remedy = "pass a --checkpoint_dir on a file system that all hosts share, under the same path"
@@ -128,7 +129,9 @@ def _ask(host: Host, words: Sequence[str], port: int | None, seen: Path | None) 
     except FileNotFoundError:
         return _silent(name, "ssh is not installed here", "apt-get install openssh-client pdsh (as root)")
     except subprocess.TimeoutExpired:
-        return _silent(name, f"has not finished its checks after {_SECONDS:.0f} s", f"run bagel-ds doctor on {host.name}")
+        return _silent(
+            name, f"has not finished its checks after {_SECONDS:.0f} s", f"run bagel-ds doctor on {host.name}"
+        )
     said = (ran.stderr.strip().splitlines() or ran.stdout.strip().splitlines() or [f"code {ran.returncode}"])[-1]
     if ran.returncode == 255:
         remedy = f"`ssh {host.name} true` must work here without a password (ssh-copy-id, ~/.ssh/config)"

@@ -54,7 +54,7 @@ def join_ranks(launch: Launch, stall_timeout: float, launcher: LauncherProcess |
     check_meeting_point(launch)
     store, said = meet(launch, json.dumps(rank_info(launch, visible_gpus())))
     hosts = _hosts(launch, said)
-    alarm.listen(store, hosts)
+    alarm.listen(store, hosts, watch_hosts=stall_timeout > 0)
     agreement.enter(hosts)
     _take_place(hosts)
     network = _choose_interface(hosts)
