@@ -21,7 +21,7 @@ _USUAL_CHECKPOINT_DIR = Path("results/checkpoints")
 
 
 class _Run(NamedTuple):
-    """The training command that was given, if any."""
+    """What the training command says, if one was given."""
 
     config: RunConfig | None
     ranks: Ranks | None
@@ -88,16 +88,20 @@ def _training(options: argparse.Namespace) -> _Run:
         return _Run(None, None, None)
     line = read_launch_line(options.training)
     hostfile = hostfile_of(line.launcher)
-    config = parse_arguments(line.training, options.own)
+    # The command's own options of these names have taken them out of the line.
+    taken = {"--checkpoint_dir": options.checkpoint_dir, "--nvme_path": options.nvme_path}
+    words = [word for name, value in taken.items() if value is not None for word in (name, str(value))]
+    config = parse_arguments([*line.training, *words], options.own)
     # A hostfile's hosts may differ, and each answers for itself.
     ranks = launched_ranks(line.launcher) if line.launcher and hostfile is None else None
     return _Run(config, ranks, hostfile)
 
 
 def _folders(options: argparse.Namespace, config: RunConfig | None) -> tuple[Path, Path | None]:
-    saved = _USUAL_CHECKPOINT_DIR if config is None else Path(config.training.checkpoint_dir)
-    swapped = None if config is None or config.training.nvme_path is None else Path(config.training.nvme_path)
-    return options.checkpoint_dir or saved, options.nvme_path or swapped
+    if config is None:
+        return options.checkpoint_dir or _USUAL_CHECKPOINT_DIR, options.nvme_path
+    swapped = config.training.nvme_path
+    return Path(config.training.checkpoint_dir), None if swapped is None else Path(swapped)
 
 
 def _ops(training: _Run) -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ class Launches:
         self.folder = folder
         folder.mkdir(exist_ok=True)
         self.environment: Mapping[str, str] = cpu_environment()
-        self._number = 0
+        self._started: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Launches:
         return self
@@ -54,12 +54,13 @@ class Launches:
     def __exit__(self, *error: object) -> None:
         for process in processes_of(self.environment[LAUNCH]):
             process.kill()
+        for process in self._started:
+            process.wait()
         remove_shared_memory(self.port)
 
     def start(self, command: Sequence[object]) -> tuple[subprocess.Popen[bytes], Path]:
         """The process and the file of its output."""
-        self._number += 1
-        log = self.folder / f"output-{self._number}.txt"
+        log = self.folder / f"output-{len(self._started)}.txt"
         with log.open("wb") as file:
             words = [str(word) for word in command]
             process = subprocess.Popen(
@@ -70,6 +71,7 @@ class Launches:
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
+        self._started.append(process)
         return process, log
 
     def end(self, process: subprocess.Popen[bytes], log: Path) -> tuple[int, str]:
@@ -125,7 +127,7 @@ def test_a_host_that_loses_power_is_named_and_the_other_resumes(demo: Path, tmp_
         launch = [DEEPSPEED, "--hostfile", str(hostfile), "--master_port", str(launches.port), str(IMPATIENT)]
         process, log = launches.start(hosts.command(0, [*launch, *words_of(demo, results, total_steps=1000)]))
         launches.until_step(results, 3, process, log)
-        assert "2 rank(s), started by DeepSpeed's launcher, on 2 host(s) (node1: 1, node2: 1)" in log.read_text()
+        assert "2 rank(s), started by deepspeed, on 2 host(s) (node1: 1, node2: 1)" in log.read_text()
         hosts.lose(1)
         code, said = launches.end(process, log)
         assert code != 0 and "[rank 0] host node2 (rank 1) has sent nothing for " in said, said[-SHOWN:]
