@@ -21,12 +21,13 @@ from bagel_ds.units import GIB, MIB
 from bagel_ds.zero.nvme_check import check_drives, file_system, free_bytes
 
 GB = 10**9  # drives and their makers count in these
-# Of the 7B with all weights trained: fp32 masters and two moments; and the weights and their average in bf16.
-STATE_BYTES, WEIGHTS_BYTES = 176 * GB, 58 * GB
+# Of the 7B with all weights trained.
+SWAPPED_BYTES = 176 * GB  # fp32 masters and Adam's two moments
+CHECKPOINT_BYTES = SWAPPED_BYTES + (58 + 29 + 29) * GB  # the average in fp32; weights and average in bf16
 _BLOCK = 64 * MIB
 _MOST_BLOCKS = 16
 _SECONDS = 3.0  # for writing; reading is not slower
-_SLOW_SAVE = 0.2 * GB  # bytes per second; 20 minutes for the 7B
+_SLOW_SAVE = 0.2 * GB  # bytes per second; 24 minutes for the 7B
 _SLOW_SWAP = 1.0 * GB  # the least that drives sold as NVMe reach
 
 
@@ -45,7 +46,7 @@ def save_findings(folder: Path, measured: bool) -> list[Finding]:
     if fault := write_fault(folder):
         return [Finding("checkpoint_dir", Verdict.FAULT, f"{folder} can't be written: {fault}", "pass another folder")]
     existing = _existing(folder)
-    free, whole = shutil.disk_usage(existing).free, STATE_BYTES + WEIGHTS_BYTES
+    free, whole = shutil.disk_usage(existing).free, CHECKPOINT_BYTES
     said = f"{folder} ({file_system(existing)}) has {free / GB:.0f} GB free"
     remedy = ""
     if free < whole:
@@ -140,12 +141,12 @@ def _judged(
 
 
 def _save_time(speed: Speed) -> str:
-    minutes = (STATE_BYTES + WEIGHTS_BYTES) / speed.write / 60
+    minutes = CHECKPOINT_BYTES / speed.write / 60
     return f"a checkpoint of the whole 7B takes about {minutes:.0f} minutes, most of it while training goes on"
 
 
 def _swap_time(speed: Speed) -> str:
-    seconds = STATE_BYTES / speed.write + STATE_BYTES / speed.read
+    seconds = SWAPPED_BYTES / speed.write + SWAPPED_BYTES / speed.read
     return f"one update of the whole 7B moves its states through it in about {seconds:.0f} s"
 
 

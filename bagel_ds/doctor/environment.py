@@ -139,7 +139,8 @@ def gpu_finding() -> Finding:
     import torch
 
     if torch.cuda.is_available():
-        return Finding("GPU", Verdict.GOOD, f"{torch.cuda.device_count()} GPU(s), driver {driver_version()}")
+        found = f"{torch.cuda.device_count()} GPU(s), driver {driver_version()}, torch for CUDA {torch.version.cuda}"
+        return Finding("GPU", Verdict.GOOD, found)
     if is_hidden or not gpu_is_present():
         where = "CUDA_VISIBLE_DEVICES hides every GPU" if is_hidden else "no NVIDIA GPU was found on this machine"
         remedy = "unset it, or set DS_ACCELERATOR=cpu to train on the CPU"

@@ -20,6 +20,7 @@ from bagel_ds.doctor.environment import (
     gpu_is_present,
     machine_findings,
     nvidia_smi,
+    package_findings,
     sums_finding,
 )
 from bagel_ds.doctor.hardware import (
@@ -60,7 +61,7 @@ def gpu_count() -> int:
 def host_report(wanted: Wanted) -> list[Finding]:
     """Every finding about this host."""
     findings = machine_findings(wanted.ranks)
-    packages_work = not any(finding.verdict is Verdict.FAULT for finding in findings[:5])
+    packages_work = not any(finding.verdict is Verdict.FAULT for finding in package_findings())
     findings += [*gpu_memory_findings(), ram_finding(), locked_memory_finding(), temporary_finding()]
     if packages_work:
         ops = [*wanted.ops, *([SUMS] if on_cpu() else [])]

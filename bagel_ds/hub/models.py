@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from bagel_ds.errors import UserError
+from bagel_ds.errors import UserError, disk_fault
 from bagel_ds.hub.transfer import ATTEMPTS, Pause, check_room, fetch
 from bagel_ds.inputs.files import missing_model_files
 
@@ -49,11 +49,13 @@ def download_model(repo: str, folder: Path, revision: str | None = None, endpoin
     for file in files:
         path = folder / file.name
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             try:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 fetch(hf_hub_url(repo, file.name, revision=commit, endpoint=endpoint), path, headers)
             except UserError as fault:
                 raise UserError(f"{fault}. {_offline(repo, folder)}") from None
+            except OSError as error:
+                raise UserError(f"--out {folder}: {disk_fault(error, 'pass another folder')}") from None
         if found := _fault(path, file):
             raise UserError(f"{found}; delete it and run the same command again")
     if "llm_config.json" in names and (missing := missing_model_files(folder)):

@@ -12,8 +12,15 @@ from tests.launch import REPOSITORY, cpu_environment, free_port, run_to_end
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 BUDGETS = "--expected_num_tokens 512 --max_num_tokens 640 --max_num_tokens_per_sample 512".split()
-BLOCKS = "--expected_num_tokens 1024 --max_num_tokens 1024 --max_num_tokens_per_sample 1024".split()
-BLOCKS += "--prefer_buffer_before 1024".split()
+# The BlockMoving config with the demo's sizes of images.
+BLOCKS = """
+interleave_reasoning:
+  dataset_names: [blockmoving_train]
+  image_transform_args: {image_stride: 16, max_image_size: 192, min_image_size: 48}
+  vit_image_transform_args: {image_stride: 14, max_image_size: 196, min_image_size: 42}
+  num_used_data: [1]
+  weight: 1
+"""
 # Two tasks of srun on this machine, with the variables that it sets.
 SRUN = """#!/bin/bash
 shift
@@ -26,18 +33,27 @@ exit $codes
 """
 
 
-@pytest.mark.parametrize(
-    ("script", "config", "words"),
-    [("train_bagel.sh", "example.yaml", BUDGETS), ("train_blockmoving.sh", "blockmoving_sft.yaml", BLOCKS)],
-)
-def test_a_guides_script_trains(script: str, config: str, words: list[str], demo: Path, tmp_path: Path) -> None:
+def train(script: str, config: Path, demo: Path, results: Path, *words: str) -> str:
     port = free_port()
-    paths = {"MODEL_PATH": str(demo / "model"), "DATASET_CONFIG": str(demo / config), "RESULTS_DIR": str(tmp_path)}
+    paths = {"MODEL_PATH": str(demo / "model"), "DATASET_CONFIG": str(config), "RESULTS_DIR": str(results)}
     environment = cpu_environment(**paths, GPUS="1", MASTER_PORT=str(port), LOG_EVERY="1")
-    command = ["bash", str(REPOSITORY / "launch" / script), *words, "--total_steps", "2"]
+    command = ["bash", str(REPOSITORY / "launch" / script), *BUDGETS, "--total_steps", "2", *words]
     finished = run_to_end(command, environment, port, 600)
     assert finished.code == 0 and "done: 2 steps" in finished.output, finished.output[-4000:]
-    assert (tmp_path / "checkpoints" / "step_final").exists() and len(losses(tmp_path)) == 2
+    assert (results / "checkpoints" / "step_final").exists() and len(losses(results)) == 2
+    return finished.output
+
+
+def test_the_first_guides_script_trains(demo: Path, tmp_path: Path) -> None:
+    train("train_bagel.sh", demo / "example.yaml", demo, tmp_path)
+
+
+def test_the_blockmoving_guides_script_trains(demo: Path, tmp_path: Path) -> None:
+    config = tmp_path / "blocks.yaml"
+    config.write_text(BLOCKS)
+    words = f"--prefer_buffer_before 512 --num_workers 1 --dataset_info {demo / 'dataset_info.yaml'}".split()
+    said = train("train_blockmoving.sh", config, demo, tmp_path / "run", *words)
+    assert "60 rows of blockmoving_train" in said
 
 
 def test_the_slurm_script_trains(demo: Path, tmp_path: Path) -> None:

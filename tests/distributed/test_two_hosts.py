@@ -52,10 +52,7 @@ class Launches:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for process in processes_of(self.environment[LAUNCH]):
-            process.kill()
-        for process in self._started:
-            process.wait()
+        self.kill()
         remove_shared_memory(self.port)
 
     def start(self, command: Sequence[object]) -> tuple[subprocess.Popen[bytes], Path]:
@@ -85,6 +82,20 @@ class Launches:
         deadline = time.monotonic() + ENDING
         while left := processes_of(self.environment[LAUNCH]):
             assert time.monotonic() < deadline, [process.cmdline() for process in left]
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        for process in processes_of(self.environment[LAUNCH]):
+            process.kill()
+        for started in self._started:
+            started.wait()
+        self.all_ended()
+
+    def until(self, words: str, process: subprocess.Popen[bytes], log: Path) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while words not in log.read_text(errors="replace"):
+            ended = process.poll() is not None or time.monotonic() > deadline
+            assert not ended, f"no {words!r}:\n{log.read_text(errors='replace')[-SHOWN:]}"
             time.sleep(0.1)
 
     def until_step(self, results: Path, step: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -133,9 +144,12 @@ def test_a_host_that_loses_power_is_named_and_the_other_resumes(demo: Path, tmp_
         assert code != 0 and "[rank 0] host node2 (rank 1) has sent nothing for " in said, said[-SHOWN:]
         launches.all_ended()
 
+        without_it, log = launches.start(hosts.command(0, [*launch, *words_of(demo, results, total_steps=1000)]))
         code, said = launches.end(*launches.start(hosts.command(0, doctor)))
         assert code == 1 and "fail  host node2" in said and "can't be reached by ssh: " in said, said
         assert "ssh-copy-id" in said and "ok    host node1" in said
+        launches.until("node2: ssh: connect to host node2", without_it, log)
+        launches.kill()
         resume_alone(launches, hosts.command(0, []), demo, results)
 
 

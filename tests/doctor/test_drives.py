@@ -50,14 +50,14 @@ def test_a_slow_drive_is_a_warning_that_says_what_it_costs(
     monkeypatch.setattr(drives, "swap_speed", lambda folder: speed)
     saving, swapping = save_findings(tmp_path, True)[-1], swap_findings(tmp_path, True)[-1]
     assert (saving.verdict is Verdict.GOOD, swapping.verdict is Verdict.GOOD) == (saves, swaps)
-    assert f"a checkpoint of the whole 7B takes about {234 * GB / speed.write / 60:.0f} minutes" in saving.message
+    assert f"a checkpoint of the whole 7B takes about {292 * GB / speed.write / 60:.0f} minutes" in saving.message
     assert f"in about {176 * GB / speed.write + 176 * GB / speed.read:.0f} s" in swapping.message
     assert swaps or "use a local NVMe SSD" in swapping.remedy
 
 
 def test_too_little_space_for_a_checkpoint_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type(drives.shutil.disk_usage(tmp_path))
-    for free, verdict in ((233 * GB, Verdict.NOTE), (235 * GB, Verdict.GOOD)):
+    for free, verdict in ((291 * GB, Verdict.NOTE), (293 * GB, Verdict.GOOD)):
         monkeypatch.setattr(drives.shutil, "disk_usage", lambda path, free=free: usage(10**12, 0, free))
         (found,) = save_findings(tmp_path / "not" / "there", measured=False)
         assert found.verdict is verdict and f"{free // GB} GB free" in found.message

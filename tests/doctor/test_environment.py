@@ -22,6 +22,7 @@ from bagel_ds.doctor.environment import (
     machine_findings,
     refuse_faults,
     shared_memory_finding,
+    sums_finding,
 )
 from bagel_ds.errors import UserError
 from bagel_ds.units import GIB, MIB
@@ -214,6 +215,28 @@ def test_shared_memory_that_can_not_be_written_or_is_not_there_is_noted(
     monkeypatch.setattr(environment, "SHARED_MEMORY", tmp_path / "file")
     shared_memory(monkeypatch, 100 * GIB, 100 * GIB)
     assert shared_memory_finding(2).verdict is Verdict.NOTE
+
+
+@pytest.mark.parametrize(
+    ("size", "free", "verdict", "said"),
+    [
+        (1000, 1000, Verdict.GOOD, "has room for sums over 2 rank(s)"),
+        (131, 131, Verdict.NOTE, "is smaller than the 132 MiB of its buffers"),
+        (1000, 131, Verdict.FAULT, "131 MiB are free, and ranks on the CPU need 132 MiB"),
+    ],
+)
+def test_ranks_on_the_cpu_sum_through_shared_memory_if_it_is_large_enough(
+    size: int, free: int, verdict: Verdict, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "compiler_finding", lambda ops: Finding("C++ compiler", Verdict.GOOD, "works"))
+    shared_memory(monkeypatch, size * MIB, free * MIB)
+    found = sums_finding(2)
+    assert found.verdict is verdict and said in found.text
+    monkeypatch.setattr(
+        environment, "compiler_finding", lambda ops: Finding("C++ compiler", Verdict.FAULT, "no compiler")
+    )
+    found = sums_finding(2)
+    assert found.verdict is Verdict.NOTE and "ranks sum through gloo" in found.text and "no compiler" in found.text
 
 
 # ------------------------------------------------------------------------------------------------------- compiler

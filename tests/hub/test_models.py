@@ -105,6 +105,13 @@ def test_a_name_that_is_not_there_and_a_disk_that_is_too_small_are_told_at_once(
     assert not (tmp_path / "m").exists()
 
 
+def test_a_folder_that_can_not_be_made_is_one_message(server: Server, tmp_path: Path) -> None:
+    server.models[REPO] = {"config.json": b"{}"}
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--out .*file/m: .*Not a directory"):
+        download_model(REPO, tmp_path / "file" / "m", endpoint=server.url)
+
+
 def test_without_a_network_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set.* on another machine, copy the folder"):
