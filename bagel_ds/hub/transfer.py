@@ -62,6 +62,8 @@ def fetch(url: str, target: Path, headers: Mapping[str, str] | None = None) -> N
             part.with_name(f"{part.name}.json").unlink(missing_ok=True)
             return
         except urllib.error.HTTPError as error:
+            if error.code == 416:  # the part is longer than the file
+                part.unlink(missing_ok=True)
             is_final = 400 <= error.code < 500 and error.code not in (408, 416, 429)
             if not pause.after(error, is_final):
                 remedy = "check the address" if is_final else "try the same command later"

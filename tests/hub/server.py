@@ -120,6 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
         wanted = self.headers.get("Range", "")
         if wanted.startswith("bytes=") and self.headers.get("If-Range", etag) == etag:
             begin = int(wanted.removeprefix("bytes=").partition("-")[0])
+        if begin > len(content):
+            return self._json({}, 416)
         self.send_response(206 if begin else 200)
         if begin:
             self.send_header("Content-Range", f"bytes {begin}-{len(content) - 1}/{len(content)}")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -116,6 +120,19 @@ def test_without_a_network_it_says_what_to_do(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=r"HF_HUB_OFFLINE is set.* on another machine, copy the folder"):
         download_model(REPO, tmp_path / "m")
+
+
+def test_hf_endpoint_names_a_mirror_as_for_the_hubs_own_programs(
+    server: Server, model: dict[str, bytes], tmp_path: Path
+) -> None:
+    server.models[REPO] = model
+    words = [sys.executable, "-m", "bagel_ds.cli.main", "download", REPO, "--json"]
+    variables = {**os.environ, "HF_ENDPOINT": server.url, "PYTHONPATH": str(Path(__file__).parents[2])}
+    ran = subprocess.run(words, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert ran.returncode == 0, ran.stderr
+    sizes = {name: len(content) for name, content in model.items()}
+    assert json.loads(ran.stdout) == {"folder": "models/BAGEL-test", "files": sizes}
+    assert whole(tmp_path / "models" / "BAGEL-test", model)
 
 
 def test_a_local_name_is_not_taken_for_one_of_the_hub(capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,6 +47,17 @@ def test_a_file_that_changed_on_the_server_is_not_glued_to_the_old_one(server: S
     assert (tmp_path / "file").read_bytes() == CONTENT[::-1]
 
 
+def test_a_part_that_is_longer_than_the_file_is_thrown_away(server: Server, tmp_path: Path) -> None:
+    server.files["/file"] = CONTENT
+    server.cuts = [0.5] + [0.0] * 5
+    with pytest.raises(UserError):
+        fetch(server.url + "/file", tmp_path / "file")
+    (tmp_path / "file.part").write_bytes(CONTENT + b"more")
+    server.cuts = []
+    fetch(server.url + "/file", tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
+
+
 def test_a_wrong_address_is_told_at_once_and_a_busy_server_asked_again(server: Server, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the server says 404 .*; check the address"):
         fetch(server.url + "/other", tmp_path / "file")
