@@ -107,10 +107,10 @@ def _folders(options: argparse.Namespace, config: RunConfig | None) -> tuple[Pat
 def _ops(training: _Run) -> tuple[Any, ...]:
     """DeepSpeed's ops that the run needs, or all that any run needs."""
     from bagel_ds.zero.config.resolve import resolve_ds_config
-    from bagel_ds.zero.ops import CPU_ADAM, needed_ops
+    from bagel_ds.zero.ops import every_op, needed_ops
 
     if training.config is None:
-        return (CPU_ADAM,)
+        return tuple(every_op())
     world = 1 if training.ranks is None else training.ranks.all
     resolved, _ = resolve_ds_config(training.config.training.ds_config, training.config, world)
     return tuple(needed_ops(resolved))

@@ -238,13 +238,13 @@ def sums_finding(ranks_here: int) -> Finding:
     compiler = compiler_finding([SUMS])
     # By the size of /dev/shm, which is equal for all ranks; free space may change from one to the next.
     small = shared_memory_size() < needed
-    if compiler.verdict is Verdict.FAULT or small:
+    if compiler.verdict is not Verdict.GOOD or small:
         reason = f"{SHARED_MEMORY} is smaller than the {needed // MIB} MiB of its buffers"
         return Finding(
             name,
             Verdict.NOTE,
             "ranks sum through gloo, which is slower than DeepSpeed's op: "
-            + (compiler.text if compiler.verdict is Verdict.FAULT else reason),
+            + (reason if compiler.verdict is Verdict.GOOD else compiler.text),
         )
     if (free := free_shared_memory()) < needed:
         return Finding(
@@ -293,6 +293,9 @@ def compiler_finding(ops: Sequence[Op]) -> Finding:
     instead = "".join(f"; or {way}" for way in dict.fromkeys(op.instead for op in missing) if way)
 
     def fault(lack: str, remedy: str) -> Finding:
+        if not instead:
+            slow = f"{what} can't be compiled: {lack}; the run does without it, which is slower"
+            return Finding("C++ compiler", Verdict.NOTE, slow, remedy)
         return Finding(
             "C++ compiler", Verdict.FAULT, f"DeepSpeed's {what} must be compiled, but {lack}", remedy + instead
         )

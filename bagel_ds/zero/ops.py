@@ -23,7 +23,8 @@ from bagel_ds.errors import UserError
 from bagel_ds.machine.liveness import timed_elsewhere
 from bagel_ds.machine.user_folders import extensions_folder
 from bagel_ds.machine.waiting import waiting_for
-from bagel_ds.zero.config.settings import offload_device
+from bagel_ds.zero.config.settings import SPLIT_MASTERS, offload_device
+from bagel_ds.zero.split.update import kernel, kernel_name
 
 logger = logging.getLogger("bagel_ds")
 
@@ -44,7 +45,18 @@ class Op(NamedTuple):
 
 def needed_ops(ds_config: dict[str, Any]) -> list[Op]:
     """Of a resolved configuration."""
-    return [] if offload_device(ds_config, "optimizer") == "none" else [CPU_ADAM]
+    if offload_device(ds_config, "optimizer") == "none":
+        return []
+    return [_split_adam() if SPLIT_MASTERS in ds_config else CPU_ADAM]
+
+
+def every_op() -> list[Op]:
+    """What any run needs."""
+    return [CPU_ADAM, _split_adam()]
+
+
+def _split_adam() -> Op:
+    return Op(kernel_name(), "AdamW of split masters in host memory", "", kernel)
 
 
 def load_op(builder: str) -> object:

@@ -232,11 +232,15 @@ def test_ranks_on_the_cpu_sum_through_shared_memory_if_it_is_large_enough(
     shared_memory(monkeypatch, size * MIB, free * MIB)
     found = sums_finding(2)
     assert found.verdict is verdict and said in found.text
-    monkeypatch.setattr(
-        environment, "compiler_finding", lambda ops: Finding("C++ compiler", Verdict.FAULT, "no compiler")
-    )
+
+
+def test_ranks_on_the_cpu_sum_through_gloo_without_a_compiler(
+    nothing_built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
     found = sums_finding(2)
-    assert found.verdict is Verdict.NOTE and "ranks sum through gloo" in found.text and "no compiler" in found.text
+    assert found.verdict is Verdict.NOTE and "ranks sum through gloo" in found.text
+    assert "CXX is 'no-such-compiler'" in found.text
 
 
 # ------------------------------------------------------------------------------------------------------- compiler
