@@ -23,6 +23,7 @@ _USUAL_CHECKPOINT_DIR = Path("results/checkpoints")
 class _Run(NamedTuple):
     """What the training command says, if one was given."""
 
+    words: list[str]  # the trainer's
     config: RunConfig | None
     ranks: Ranks | None
     hostfile: Path | None
@@ -73,19 +74,22 @@ def _findings(options: argparse.Namespace) -> tuple[list[Any], dict[str, dict[st
     ops, built = _ops(training), []
     if options.build_ops:
         built = _build(ops)
-    findings = host_report(Wanted(ranks, ops, checkpoint_dir, nvme_path, not options.no_speed)) + built
+    findings = (
+        host_report(Wanted(ranks, ops, training.config is not None, checkpoint_dir, nvme_path, not options.no_speed))
+        + built
+    )
     if not hosts:
         return findings, {}
     words = ["--checkpoint_dir", str(checkpoint_dir.absolute()), "--no_speed"]
     words += [] if nvme_path is None else ["--nvme_path", str(nvme_path.absolute())]
-    words += ["--build_ops"] * options.build_ops
+    words += ["--build_ops"] * options.build_ops + training.words
     found, reports = host_findings(hosts, words, compared_versions(), options.ssh_port, checkpoint_dir)
     return findings + found, reports
 
 
 def _training(options: argparse.Namespace) -> _Run:
     if not options.training:
-        return _Run(None, None, None)
+        return _Run([], None, None, None)
     line = read_launch_line(options.training)
     hostfile = hostfile_of(line.launcher)
     # The command's own options of these names have taken them out of the line.
@@ -94,7 +98,7 @@ def _training(options: argparse.Namespace) -> _Run:
     config = parse_arguments([*line.training, *words], options.own)
     # A hostfile's hosts may differ, and each answers for itself.
     ranks = launched_ranks(line.launcher) if line.launcher and hostfile is None else None
-    return _Run(config, ranks, hostfile)
+    return _Run(line.training, config, ranks, hostfile)
 
 
 def _folders(options: argparse.Namespace, config: RunConfig | None) -> tuple[Path, Path | None]:

@@ -115,7 +115,9 @@ def _findings(host: Host, answer: Answer, versions: Mapping[str, str | None], sh
 
 def _ask(host: Host, words: Sequence[str], port: int | None, seen: Path | None) -> Answer:
     look = "" if seen is None else f"test -e {shlex.quote(str(seen))}; echo {_SHARED} $?; "
-    doctor = shlex.join([sys.executable, "-m", "bagel_ds.cli.main", "doctor", "--json", *words])
+    doctor = shlex.join(
+        [sys.executable, "-m", "bagel_ds.cli.main", "doctor", "--json", "--ranks", str(host.slots), *words]
+    )
     folder = shlex.quote(os.getcwd())
     there = f"{look}{_exports()}cd {folder} && exec {doctor}"
     options = ["-o", "BatchMode=yes", "-o", f"ConnectTimeout={_CONNECT_SECONDS}"]

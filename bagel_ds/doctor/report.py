@@ -42,7 +42,8 @@ class Wanted(NamedTuple):
     """What the checks are for."""
 
     ranks: int  # on this host
-    ops: tuple[Op, ...]  # of DeepSpeed that the run needs
+    ops: tuple[Op, ...]  # that the run needs, or that some run would
+    run_is_known: bool  # so that a missing compiler ends it
     checkpoint_dir: Path | None
     nvme_path: Path | None
     measured: bool  # drives
@@ -65,7 +66,11 @@ def host_report(wanted: Wanted) -> list[Finding]:
     findings += [*gpu_memory_findings(), ram_finding(), locked_memory_finding(), temporary_finding()]
     if packages_work:
         ops = [*wanted.ops, *([SUMS] if on_cpu() else [])]
-        findings += [*op_findings(ops), compiler_finding(wanted.ops)]
+        compiler = compiler_finding(wanted.ops)
+        if compiler.verdict is Verdict.FAULT and not wanted.run_is_known:
+            only = f"{compiler.message} (only for runs that keep the optimizer in host memory or on NVMe)"
+            compiler = compiler._replace(verdict=Verdict.NOTE, message=only)
+        findings += [*op_findings(ops), compiler]
         if on_cpu():
             findings.append(sums_finding(wanted.ranks))
     findings += [libaio_finding(), toolkit_finding(), flash_finding(), network_finding()]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -56,3 +57,20 @@ def test_a_training_command_says_what_to_check(tmp_path: Path, capsys: pytest.Ca
     main(["doctor", "--no_speed", *line.split(), "zero3.json", *training])
     said = capsys.readouterr().out
     assert "cpu_adam" not in said and "nvme_path" not in said, "this preset needs neither"
+
+
+def test_the_hosts_of_a_training_command_are_checked_for_that_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bagel_ds.doctor.environment import compared_versions
+
+    (tmp_path / "hostfile").write_text("node1 slots=8\n")
+    (tmp_path / "report").write_text(json.dumps({"versions": compared_versions(), "gpus": 8, "findings": []}))
+    (tmp_path / "ssh").write_text(f'#!/bin/sh\necho "$*" > {tmp_path}/asked; cat {tmp_path}/report\n')
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    line = f"deepspeed --hostfile {tmp_path / 'hostfile'} launch/train.py --ds_config zero3.json --model_path m"
+    main(["doctor", "--no_speed", *line.split(), "--dataset_config_file", "x.yaml", "--finetune_from_hf", "True"])
+    assert "host node1" in capsys.readouterr().out
+    asked = (tmp_path / "asked").read_text()
+    assert "doctor --json --ranks 8 --checkpoint_dir" in asked and "--ds_config zero3.json --model_path m" in asked

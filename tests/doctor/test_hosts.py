@@ -101,7 +101,7 @@ def test_hosts_are_asked_as_deepspeed_starts_them(ssh: Path, monkeypatch: pytest
     options, command = (ssh / "options").read_text(), (ssh / "command").read_text()
     assert "BatchMode=yes" in options and "-i key -p 2222" in options
     assert "export NCCL_SOCKET_IFNAME='eth 0'; " in command and "export GLOO_SOCKET_IFNAME=eth1; " in command
-    assert f"cd {ssh} && exec {hosts.sys.executable} -m bagel_ds.cli.main doctor --json --no_speed" in command
+    assert f"cd {ssh} && exec {hosts.sys.executable} -m bagel_ds.cli.main doctor --json --ranks 8 --no_speed" in command
 
 
 def test_a_folder_that_a_host_does_not_share_is_a_fault(ssh: Path) -> None:

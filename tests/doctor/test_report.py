@@ -38,11 +38,13 @@ def test_what_a_run_checks_is_in_the_report(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "nothing built"))
     monkeypatch.setattr(environment, "find_ninja", lambda: None)
-    wanted = Wanted(2, (CPU_ADAM,), None, None, measured=False)
+    wanted = Wanted(2, (CPU_ADAM,), True, None, None, measured=False)
     told = {finding.name: finding for finding in host_report(wanted)}
     assert "ninja is not installed" in told["C++ compiler"].text and told["C++ compiler"].verdict is Verdict.FAULT
     assert told["sums on the CPU"].verdict is Verdict.NOTE and told["GPU"].message == "the CPU was chosen"
     assert "not built yet" in told["cpu_adam"].message
+    told = {finding.name: finding for finding in host_report(wanted._replace(run_is_known=False))}
+    assert told["C++ compiler"].verdict is Verdict.NOTE, "a run that keeps the optimizer on the GPUs needs none"
     monkeypatch.setattr(environment, "installed_version", lambda name: "0.1" if name == "pillow" else "99")
     told = {finding.name: finding for finding in host_report(wanted)}
     assert told["pillow"].verdict is Verdict.FAULT and "C++ compiler" not in told
