@@ -23,6 +23,7 @@ ROOMS = (
     "demo",
     "train",
     "inference",
+    "hub",
     "inputs",
     "memory",
     "doctor",

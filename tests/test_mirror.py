@@ -34,6 +34,8 @@ COVERED_BY: dict[str, tuple[str, str]] = {
     "data/streams/": ("data/formats/test_formats.py", "opened and read by format; test_early_start.py has opening"),
     "demo/": ("demo/test_demo_folder.py", "tests are named for what the demo shows; others lie beside it"),
     "errors.py": ("doctor/test_environment.py", "one exception class, met in every test of bad input"),
+    "cli/hub.py": ("hub/test_upload.py", "its commands are tested with what they do; downloads in test_archive.py"),
+    "hub/card.py": ("hub/test_upload.py", "a card belongs to an upload"),
     "inference/": ("inference/test_recordings.py", "the recordings run through all of it"),
     "inputs/network.py": ("inputs/test_data.py", "the network and the data are opened together"),
     "machine/liveness.py": ("train/process/test_stall.py", "its only listener"),
