@@ -372,7 +372,7 @@ def test_what_is_suggested_are_remedies_of_different_kinds() -> None:
     ):
         assert any(remedy in each for each in settings), (remedy, settings)
     harmless = suggestions(MODEL, config("zero3.json"), MemoryOptions.of(config(), 4, **budgets(78, 128, 0)))
-    assert harmless[0].settings == ("--ema_dtype bf16",)
+    assert harmless[0].settings == ("--ds_config zero3_split.json",)
 
 
 def test_what_was_compared_with_nothing_is_said() -> None:
