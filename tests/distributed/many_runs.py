@@ -68,10 +68,10 @@ class _Printed(io.StringIO):
 def run(case: dict) -> tuple[int, str]:
     printed = _Printed()
     versions = case.get("versions", {})
-    real = prepare.installed_version
+    real = prepare.compared_versions
     os.chdir(case.get("directory", os.getcwd()))
     with redirect_stdout(printed), redirect_stderr(printed):
-        patched = mock.patch.object(prepare, "installed_version", lambda name: versions.get(name) or real(name))
+        patched = mock.patch.object(prepare, "compared_versions", lambda: {**real(), **versions})
         with patched, going_wrong(case.get("faults", [])):
             try:
                 code = train.main(case["arguments"])
