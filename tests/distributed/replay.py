@@ -1,4 +1,4 @@
-"""Runs recorded trajectories through our engine; started by `deepspeed` from test_trajectories.py.
+"""Runs recorded trajectories through our engine; started by test_trajectories.py.
 
 Arguments: a JSON file with a list of cases {name, variant, ds_config, accumulation} and a folder for the results
 (<name>.json, <name>.model.safetensors, <name>.ema.safetensors).

@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from bagel_ds.checkpoint.step_folders import MANIFEST, TRAINER, newest_state
 from bagel_ds.data.batches.batch_file import load_batch
-from tests.distributed.cases import Case, Outcome, arguments, launch, losses, run_cases
+from tests.distributed.cases import Case, Outcome, arguments, losses, run_cases
 from tests.distributed.started import StartedRun, steps_logged
-from tests.launch import TRAIN
+from tests.launch import TRAIN, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -134,7 +134,7 @@ def test_a_full_disk_costs_a_save_but_not_the_run(demo: Path, tmp_path: Path) ->
     """The first save fits. The second finds room for what the ranks write but not for the autoencoder beside it."""
     with memory_disk(tmp_path / "disk", 250 * MIB) as disk:  # type: ignore[attr-defined]
         words = words_of(demo, tmp_path, total_steps=1, checkpoint_dir=disk / "probe")
-        assert launch(TRAIN, words, ranks=1).code == 0
+        assert run_ranks(TRAIN, words, ranks=1).code == 0
         size = sum(path.stat().st_size for path in disk.rglob("*") if path.is_file() and not path.is_symlink())
         shutil.rmtree(disk / "probe")
         autoencoder = (demo / "model" / "ae.safetensors").stat().st_size
@@ -150,7 +150,7 @@ def test_a_full_disk_costs_a_save_but_not_the_run(demo: Path, tmp_path: Path) ->
         last = words_of(demo, tmp_path / "last", total_steps=9, save_every=100, checkpoint_dir=disk, auto_resume=True)
         newest = newest_state(disk)
         (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - MIB))
-        ended = launch(TRAIN, last, ranks=1)
+        ended = run_ranks(TRAIN, last, ranks=1)
         assert ended.code == 2, ended.output[-4000:]
         assert "ERROR: " in ended.output and "No space left on device" in ended.output
         assert newest_state(disk) == newest and not list(disk.glob(".unfinished*"))
@@ -158,7 +158,7 @@ def test_a_full_disk_costs_a_save_but_not_the_run(demo: Path, tmp_path: Path) ->
 
 def test_a_read_only_checkpoint_dir_is_told_before_training(demo: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs") as disk:
-        found = launch(TRAIN, words_of(demo, tmp_path / "run", checkpoint_dir=disk / "checkpoints"), ranks=1)
+        found = run_ranks(TRAIN, words_of(demo, tmp_path / "run", checkpoint_dir=disk / "checkpoints"), ranks=1)
     assert found.code == 2 and "Traceback" not in found.output
     assert "--checkpoint_dir" in found.output and "Read-only file system" in found.output
 
@@ -171,7 +171,7 @@ def test_a_full_nvme_disk_is_told_before_training(demo: Path, tmp_path: Path) ->
     subprocess.run(["mkfs.ext4", "-q", str(image)], check=True, timeout=60)
     with mounted(tmp_path / "disk", "-o", "loop", str(image)) as disk:
         words = words_of(demo, tmp_path / "run", ds_config="zero3_nvme", nvme_path=disk)
-        found = launch(TRAIN, words, ranks=1)
+        found = run_ranks(TRAIN, words, ranks=1)
     assert found.code == 2 and "Traceback" not in found.output
     assert "--nvme_path" in found.output and "MiB free, this run needs" in found.output
 
@@ -214,7 +214,7 @@ def test_a_run_with_skipped_updates_resumes_exactly(demo: Path, tmp_path: Path) 
     with StartedRun(words, tmp_path / "whole", faults=[{"at": "step", "rank": 0, "step": 1, "do": "nan"}]) as run:
         assert run.end() == 0, run.output[-4000:]
     start = tmp_path / "whole" / "checkpoints" / "step_3"
-    resumed = launch(TRAIN, words_of(demo, tmp_path / "resumed", total_steps=6, resume_from=start), ranks=2)
+    resumed = run_ranks(TRAIN, words_of(demo, tmp_path / "resumed", total_steps=6, resume_from=start), ranks=2)
     assert resumed.code == 0, resumed.output[-4000:]
     whole = losses(tmp_path / "whole")
     assert losses(tmp_path / "resumed") == {step: whole[step] for step in (3, 4, 5)}

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import load_file
 
 from bench.random_model import scaled_config, write_random_model
-from tests.distributed.cases import launch
+from tests.launch import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -110,7 +110,7 @@ def train_tables(folder: Path, world: int, env: Mapping[str, str] | None = None)
     """Every case of so many ranks, in one launch."""
     cases = [case for seed in SEEDS for case in drawn_cases(world, seed)]
     (folder / "cases.json").write_text(json.dumps([asdict(case) for case in cases]))
-    finished = launch(OFFLOADED, [folder / "cases.json", folder], world, timeout=900, env=env)
+    finished = run_ranks(OFFLOADED, [folder / "cases.json", folder], world, timeout=900, env=env)
     assert finished.code == 0, finished.output[-6000:]
 
 
@@ -151,7 +151,7 @@ def bagel(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pat
     for ranks in (1, 2):
         found[ranks] = folder / str(ranks)
         found[ranks].mkdir()
-        finished = launch(UNEVEN, [folder / "model", folder / "cases.json", found[ranks]], ranks, timeout=900)
+        finished = run_ranks(UNEVEN, [folder / "model", folder / "cases.json", found[ranks]], ranks, timeout=900)
         assert finished.code == 0, finished.output[-6000:]
     return found
 
