@@ -66,6 +66,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path, int], None], int, str]] = {
     "a_manifest_that_is_none": (MANIFEST, _flip, 0, "can't be read"),
     "a_missing_manifest": (MANIFEST, _remove, 0, "can't be read"),
 }
+# Also passed over by a run that may choose; tests/train/saves/test_start.py shows it for the others.
+PASSED_OVER = ("a_flipped_bit", "a_missing_file", "another_number_of_steps", "a_missing_manifest")
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +83,12 @@ def resumed(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         bad = folder / name / "checkpoints" / "step_2"
         damage(bad / file, place)
         cases.append(Case(f"refused_{name}", words_of(demo, folder / "refused", total_steps=3, resume_from=bad)))
-        cases.append(Case(name, words_of(demo, folder / name, total_steps=2, auto_resume=True)))
+        if name in PASSED_OVER:
+            cases.append(Case(name, words_of(demo, folder / name, total_steps=2, auto_resume=True)))
     return folder, outcomes | run_cases(folder / "second", cases, ranks=2)
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("name", PASSED_OVER)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     name: str, resumed: tuple[Path, dict[str, list[Outcome]]]
 ) -> None:
