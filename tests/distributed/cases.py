@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
@@ -18,12 +19,23 @@ import pytest
 from bagel_ds.checkpoint.step_folders import MANIFEST, TRAINER
 from tests.launch import REPOSITORY, run_ranks
 
+# Of sets of cases (`of_launches`): their folder, and outcomes by set and case.
+Launches = Callable[[Any], tuple[Path, "dict[str, dict[str, list[Outcome]]]"]]
 MANY_RUNS = Path(__file__).with_name("many_runs.py")
 
 
 def soak(*values: object) -> Any:
     """A set of a test's parameters that is only tried by `make soak`."""
     return pytest.param(*values, marks=pytest.mark.soak)
+
+
+def of_launches(now: tuple[tuple[Any, ...], ...], later: tuple[tuple[Any, ...], ...]) -> list[Any]:
+    """Parameters of a test, each behind those that share its launch; `later` is another, only tried by `make soak`."""
+    return [
+        pytest.param(shared, *values, id="-".join(map(str, values)), marks=marks)
+        for shared, marks in ((now, ()), (later, pytest.mark.soak))
+        for values in shared
+    ]
 
 
 @dataclass(frozen=True)
@@ -60,6 +72,15 @@ def run_cases(
         assert not missing, f"{missing}: not reached; the end of the output:\n{log[-6000:]}"
         outcomes[case.name] = [Outcome(**json.loads(file.read_text())) for file in files]
     return outcomes
+
+
+def run_sets(
+    folder: Path, sets: Mapping[str, Sequence[Case]], ranks: int = 1, timeout: float = 900
+) -> dict[str, dict[str, list[Outcome]]]:
+    """`run_cases` of several sets with cases of equal names, in one launch; outcomes by set and case."""
+    every = [replace(case, name=f"{name}-{case.name}") for name, cases in sets.items() for case in cases]
+    found = run_cases(folder, every, ranks, timeout)
+    return {name: {case.name: found[f"{name}-{case.name}"] for case in cases} for name, cases in sets.items()}
 
 
 def arguments(demo: Path, results: Path, **changed: object) -> list[str]:
