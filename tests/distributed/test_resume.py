@@ -16,7 +16,7 @@ import pytest
 
 from tests.distributed.cases import Case, Outcome, arguments, learning_rates, losses, run_cases
 from tests.distributed.started import StartedRun
-from tests.launch import TRAIN, deepspeed, shared_memory
+from tests.launch import TRAIN, run_ranks, shared_memory
 
 pytestmark = pytest.mark.distributed
 
@@ -32,7 +32,7 @@ def test_a_killed_run_started_again_finishes_at_exactly_total_steps(demo: Path, 
     before = losses(tmp_path)
     assert max(before) >= 31 and not (tmp_path / "checkpoints" / "step_36").exists()
 
-    finished = deepspeed(TRAIN, words, ranks=2, timeout=LAUNCH_SECONDS)
+    finished = run_ranks(TRAIN, words, ranks=2, timeout=LAUNCH_SECONDS)
     assert finished.code == 0, finished.output[-4000:]
     assert "resumed after step 30" in finished.output and "done: 36 steps" in finished.output
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

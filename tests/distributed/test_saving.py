@@ -26,7 +26,7 @@ from tests.distributed.cases import (
     run_sets,
 )
 from tests.distributed.started import StartedRun, send
-from tests.launch import TRAIN, deepspeed
+from tests.launch import TRAIN, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -155,6 +155,6 @@ def test_a_kill_while_the_next_step_waits_for_a_save_leaves_the_one_before_in_ch
     checkpoints = results / "checkpoints"
     assert newest_state(checkpoints) == checkpoints / "step_2" and (checkpoints / "latest").read_text() == "step_2\n"
     assert (checkpoints / ".unfinished-step_3").is_dir()
-    finished = deepspeed(TRAIN, words, ranks=2)
+    finished = run_ranks(TRAIN, words, ranks=2)
     assert finished.code == 0 and "removing" in finished.output, finished.output[-4000:]
     assert [step for step, _ in step_folders(checkpoints)] == [2, 4]
