@@ -39,14 +39,17 @@ demo: install
 demo-long: install
 	bash launch/demo_long.sh
 
-# What starts ranks has all cores to itself; the rest runs in as many processes as there are cores.
-# Status 5 is pytest's "no test selected".
+# Two launches at a time, because each waits half of the time for its launcher, one rank or a moment; but what must happen
+# in time has the machine to itself. The rest runs in as many processes as there are cores. Status 5 is pytest's "no test
+# selected".
 test: install
-	$(call pytest,not distributed and not slow and not soak and not gpu and not measured) -n auto --dist loadfile || [ $$? -eq 5 ]
-	$(call pytest,distributed and not slow and not soak and not gpu and not measured) || [ $$? -eq 5 ]
+	$(call pytest,not distributed and not slow and not soak and not gpu and not measured) $(PARALLEL) auto || [ $$? -eq 5 ]
+	$(call pytest,distributed and not timed and not slow and not soak and not gpu and not measured) $(PARALLEL) 2 || [ $$? -eq 5 ]
+	$(call pytest,timed and not slow and not soak and not gpu and not measured) || [ $$? -eq 5 ]
 
 test-full: install
-	$(call pytest,slow and not soak and not gpu and not measured) || [ $$? -eq 5 ]
+	$(call pytest,slow and not timed and not soak and not gpu and not measured) $(PARALLEL) 2 || [ $$? -eq 5 ]
+	$(call pytest,slow and timed and not soak and not gpu and not measured) || [ $$? -eq 5 ]
 
 KILLS ?= 100
 KILL_SEED ?= 1
@@ -62,6 +65,7 @@ test-gpu: install
 	$(call pytest,gpu)
 
 # One thread per process: the tests start several processes, and on few cores threads only wait for one another.
+PARALLEL := --dist loadfile -n
 pytest = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -m "$(1)" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev

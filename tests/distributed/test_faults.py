@@ -212,6 +212,7 @@ def test_updates_that_are_not_finite_are_skipped_on_all_ranks_kept_and_limited(d
 
 # ------------------------------------------------------------------------------------------------------------ stalls
 @pytest.mark.slow
+@pytest.mark.timed
 def test_a_stopped_rank_is_found_told_of_and_ends_the_job(demo: Path, tmp_path: Path) -> None:
     faults = [{"at": "step", "rank": 1, "step": 2, "do": "stop"}]
     with StartedRun(words_of(demo, tmp_path, total_steps=100, stall_timeout=20), tmp_path, faults=faults) as run:

@@ -24,6 +24,7 @@ LAUNCH_SECONDS = 600
 WARMUP = 3  # steps, of the runs with a cosine after it
 
 
+@pytest.mark.timed
 def test_a_killed_run_started_again_finishes_at_exactly_total_steps(demo: Path, tmp_path: Path) -> None:
     words = arguments(
         demo, tmp_path, total_steps=36, save_every=15, max_num_tokens=448, auto_resume=True, num_workers=1

@@ -16,7 +16,7 @@ from tests.distributed.cases import arguments, soak
 from tests.distributed.started import StartedRun
 from tests.launch import TRAIN, run_ranks
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timed]
 
 STALL = 15  # seconds, in which a phase of the start must go on on a busy machine
 
