@@ -52,7 +52,7 @@ OTHERS = of_launches(  # preset and precision
     (("zero3_nvme_all", "fp32"), ("zero2", "bf16")),
     (
         *((preset, "fp32") for preset in ("zero0", "zero1", "zero2_cpu", "zero3_hpz")),
-        *((preset, "bf16") for preset in ("zero0", "zero3_cpu_split_bf16")),
+        *((preset, "bf16") for preset in ("zero0", "zero3_cpu_split_8bit")),
     ),
 )
 
