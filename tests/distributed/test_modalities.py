@@ -20,7 +20,7 @@ from tests.launch import run_ranks
 pytestmark = pytest.mark.distributed
 
 UNEVEN = Path(__file__).with_name("uneven.py")
-STEPS = 50
+STEPS = 16
 CASES = {  # preset and how layers are recomputed
     "zero3": ("zero3", "full"),
     "zero2": ("zero2", "full"),

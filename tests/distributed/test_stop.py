@@ -27,7 +27,7 @@ SLEEP = {"at": "step", "step": 2, "do": "sleep"}
 
 
 def words_of(demo: Path, results: Path, **changed: object) -> list[str]:
-    short = {"precision": "fp32", "max_num_tokens": 448, "save_every": 100, "total_steps": 100, "num_workers": 1}
+    short = {"precision": "fp32", "max_num_tokens": 448, "save_every": 100, "total_steps": 100, "num_workers": 0}
     return arguments(demo, results, **{**short, "auto_resume": True, "stall_timeout": 120, **changed})
 
 
@@ -47,7 +47,7 @@ def assert_saved_where_it_stopped(run: StartedRun) -> int:
 
 
 def test_a_signal_to_the_launcher_saves_the_step_under_way(demo: Path, tmp_path: Path) -> None:
-    with StartedRun(words_of(demo, tmp_path), tmp_path) as run:
+    with StartedRun(words_of(demo, tmp_path, num_workers=1), tmp_path) as run:
         run.until_step(1)
         send([run.launcher()], signal.SIGTERM)
         assert run.end() == 1
@@ -58,7 +58,7 @@ def test_a_signal_to_the_launcher_saves_the_step_under_way(demo: Path, tmp_path:
 def test_signals_to_launcher_group_and_rank_save_and_the_run_goes_on_exactly(demo: Path, tmp_path: Path) -> None:
     """One run, stopped four times by other means, against an uninterrupted one."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    words = words_of(demo, stopped)
+    words = words_of(demo, stopped, num_workers=1)
     with StartedRun(words, stopped) as run:  # an administrator's kill, or a node that shuts down
         run.until_step(1)
         send([run.launcher()], signal.SIGTERM)
@@ -127,7 +127,7 @@ def test_a_step_longer_than_the_launchers_patience_is_still_finished_and_saved(
     marker = tmp_path / "inside"
     results = tmp_path / "run"
     fault = {**SLEEP, "seconds": 36, "marker": str(marker)}
-    with StartedRun(words_of(demo, results), results, faults=[fault]) as run:
+    with StartedRun(words_of(demo, results, num_workers=1), results, faults=[fault]) as run:
         run.until(marker.exists, "the long step")
         if target == "group":
             os.killpg(run.process.pid, number)
@@ -183,7 +183,7 @@ def test_a_time_limit_stops_and_saves(demo: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ranks_that_the_launcher_left_behind_save_and_end(demo: Path, tmp_path: Path) -> None:
     """SIGKILL only to the launcher: it can forward nothing, yet nothing may keep the GPUs."""
-    with StartedRun(words_of(demo, tmp_path), tmp_path) as run:
+    with StartedRun(words_of(demo, tmp_path, num_workers=1), tmp_path) as run:
         run.until_step(1)
         send([run.launcher()], signal.SIGKILL)
         run.process.wait(60)

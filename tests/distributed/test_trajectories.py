@@ -47,7 +47,10 @@ def variants() -> list[str]:
 
 
 def all_cases() -> list[Case]:
-    """Every variant on as many ranks as recorded; those of several ranks also on one rank with accumulation."""
+    """Every variant on as many ranks as recorded; those of several ranks also on one rank with accumulation.
+
+    What is on NVMe is left to `make soak`: it equals what is in memory bit for bit (test_offload_equality.py).
+    """
     found = []
     for variant in variants():
         world = read_json(f"train/{variant}")["args"].get("world", 1)
@@ -61,8 +64,10 @@ def all_cases() -> list[Case]:
 def parameters() -> list[Any]:
     if reference_folder() is None:
         return [pytest.param(None, marks=pytest.mark.skip(reason=UNSET))]
-    slow = [pytest.mark.slow]
-    return [pytest.param(case, id=case.name, marks=slow if case.preset in NVME_PRESETS else []) for case in all_cases()]
+    return [
+        pytest.param(case, id=case.name, marks=pytest.mark.soak if case.preset in NVME_PRESETS else ())
+        for case in all_cases()
+    ]
 
 
 @pytest.fixture(scope="session")
