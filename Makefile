@@ -1,8 +1,8 @@
 # Everything is made in .venv and .cache of this folder; nothing is installed elsewhere.
 #   make demo        a tiny BAGEL, trained for 60 steps with ZeRO-3 on two GPUs or two CPU processes
 #   make demo-long   the same model trained until it solves puzzles that it never saw, a few minutes
-#   make test        the tests that every change must pass (about 40 minutes on 2 cores)
-#   make test-full   the slow ones
+#   make test        the tests that every change must pass (about 30 minutes on 2 cores)
+#   make test-full   the slow ones (about 15 minutes)
 #   make soak        a run killed 100 times (KILLS, KILL_SEED), each time resumed, and what else takes long: hours
 #   make test-gpu    those that need a CUDA device (bench/on_gpu.sh: the same in pieces, and the benchmarks)
 #   make measure     the memory planner beside measured launches
