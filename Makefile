@@ -43,13 +43,17 @@ demo-long: install
 # in time has the machine to itself. The rest runs in as many processes as there are cores. Status 5 is pytest's "no test
 # selected".
 test: install
-	$(call pytest,not distributed and not slow and not soak and not gpu and not measured) $(PARALLEL) auto || [ $$? -eq 5 ]
-	$(call pytest,distributed and not timed and not slow and not soak and not gpu and not measured) $(PARALLEL) 2 || [ $$? -eq 5 ]
-	$(call pytest,timed and not slow and not soak and not gpu and not measured) || [ $$? -eq 5 ]
+	$(call pytest,$(QUICK) and not distributed and not timed) $(PARALLEL) auto || [ $$? -eq 5 ]
+	$(call pytest,$(QUICK) and distributed and not timed) $(PARALLEL) 2 || [ $$? -eq 5 ]
+	$(call pytest,$(QUICK) and timed) || [ $$? -eq 5 ]
 
 test-full: install
-	$(call pytest,slow and not timed and not soak and not gpu and not measured) $(PARALLEL) 2 || [ $$? -eq 5 ]
-	$(call pytest,slow and timed and not soak and not gpu and not measured) || [ $$? -eq 5 ]
+	$(call pytest,$(SLOW) and not timed) $(PARALLEL) 2 || [ $$? -eq 5 ]
+	$(call pytest,$(SLOW) and timed) || [ $$? -eq 5 ]
+
+QUICK := not slow and not soak and not gpu and not measured
+SLOW := slow and not soak and not gpu and not measured
+PARALLEL := --dist loadfile -n
 
 KILLS ?= 100
 KILL_SEED ?= 1
@@ -65,7 +69,6 @@ test-gpu: install
 	$(call pytest,gpu)
 
 # One thread per process: the tests start several processes, and on few cores threads only wait for one another.
-PARALLEL := --dist loadfile -n
 pytest = OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -m "$(1)" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev
