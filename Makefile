@@ -1,8 +1,8 @@
 # Everything is made in .venv and .cache of this folder; nothing is installed elsewhere.
 #   make demo        a tiny BAGEL, trained for 60 steps with ZeRO-3 on two GPUs or two CPU processes
 #   make demo-long   the same model trained until it solves puzzles that it never saw, a few minutes
-#   make test        the tests that every change must pass (about 40 minutes on 2 cores)
-#   make test-full   the slow ones
+#   make test        the tests that every change must pass (about 30 minutes on 2 cores)
+#   make test-full   the slow ones (about 15 minutes)
 #   make soak        a run killed 100 times (KILLS, KILL_SEED), each time resumed, and what else takes long: hours
 #   make test-gpu    those that need a CUDA device (bench/on_gpu.sh: the same in pieces, and the benchmarks)
 #   make measure     the memory planner beside measured launches
@@ -39,14 +39,21 @@ demo: install
 demo-long: install
 	bash launch/demo_long.sh
 
-# What starts ranks has all cores to itself; the rest runs in as many processes as there are cores.
-# Status 5 is pytest's "no test selected".
+# Two launches at a time, because each waits half of the time for its launcher, one rank or a moment; but what must happen
+# in time has the machine to itself. The rest runs in as many processes as there are cores. Status 5 is pytest's "no test
+# selected".
 test: install
-	$(call pytest,not distributed and not slow and not soak and not gpu and not measured) -n auto --dist loadfile || [ $$? -eq 5 ]
-	$(call pytest,distributed and not slow and not soak and not gpu and not measured) || [ $$? -eq 5 ]
+	$(call pytest,$(QUICK) and not distributed and not timed) $(PARALLEL) auto || [ $$? -eq 5 ]
+	$(call pytest,$(QUICK) and distributed and not timed) $(PARALLEL) 2 || [ $$? -eq 5 ]
+	$(call pytest,$(QUICK) and timed) || [ $$? -eq 5 ]
 
 test-full: install
-	$(call pytest,slow and not soak and not gpu and not measured) || [ $$? -eq 5 ]
+	$(call pytest,$(SLOW) and not timed) $(PARALLEL) 2 || [ $$? -eq 5 ]
+	$(call pytest,$(SLOW) and timed) || [ $$? -eq 5 ]
+
+QUICK := not slow and not soak and not gpu and not measured
+SLOW := slow and not soak and not gpu and not measured
+PARALLEL := --dist loadfile -n
 
 KILLS ?= 100
 KILL_SEED ?= 1

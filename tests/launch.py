@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import glob
 import os
+import random
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Mapping, NamedTuple, Sequence
 
@@ -59,6 +62,52 @@ def deepspeed(
     """Run `deepspeed --num_gpus <ranks> script arguments` to its end."""
     port = free_port()
     return run_to_end(deepspeed_command(script, arguments, ranks, port), cpu_environment(**(env or {})), port, timeout)
+
+
+def run_ranks(
+    script: Path, words: Sequence[object], ranks: int, timeout: float = 900, env: Mapping[str, str] | None = None
+) -> Finished:
+    """Run `script` on so many ranks without the launcher, which imports torch twice before it starts them.
+
+    The first that fails ends the others, and its exit code is returned.
+    """
+    port = free_port()
+    meeting = {"WORLD_SIZE": str(ranks), "LOCAL_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = cpu_environment(**meeting, **(env or {}))
+    deadline = time.monotonic() + timeout
+    with tempfile.TemporaryFile("w+", errors="replace") as log:
+        started = [
+            subprocess.Popen(
+                [sys.executable, str(script), *map(str, words)],
+                cwd=REPOSITORY,
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for rank in range(ranks)
+        ]
+        try:
+            while True:
+                codes = [process.poll() for process in started]
+                late = time.monotonic() > deadline
+                if late or any(codes) or None not in codes:
+                    break
+                time.sleep(0.05)
+            if late:
+                end_with_stacks(environment[LAUNCH])
+        finally:
+            for rest in processes_of(environment[LAUNCH]):
+                with suppress(psutil.NoSuchProcess):
+                    rest.kill()
+            for process in started:
+                process.wait()
+            remove_shared_memory(port)
+        log.seek(0)
+        output = log.read()
+    assert not late, f"no end after {timeout} s; the last of its output:\n{output[-SHOWN:]}"
+    return Finished(next(filter(None, codes), 0), output)
 
 
 def run_to_end(command: Sequence[str], environment: Mapping[str, str], port: int, timeout: float) -> Finished:
@@ -116,9 +165,15 @@ def end_with_stacks(launch: str) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
+    """Below those that the kernel gives to outgoing connections, one of which might take it before it is used."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as server:
+            try:
+                server.bind(("", port))
+            except OSError:
+                continue
+        return port
 
 
 def shared_memory(port: int) -> list[Path]:

@@ -7,6 +7,7 @@ once.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import math
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any, Callable, NamedTuple
 
 import deepspeed
 import torch
+from deepspeed.runtime import compiler
 from torch import Tensor, nn
 
 from bagel_ds.errors import UserError
@@ -65,6 +67,7 @@ class ZeroEngine:
                 "nothing to train: the freeze_* arguments with visual_und/visual_gen leave no trainable parameter; "
                 "turn one of them off"
             )
+        _import_muon()
         with split_zero3() if self._settings.split_moments else nullcontext():
             self._engine, *_ = deepspeed.initialize(
                 model=self.module, optimizer=self._adam(parameters, adam), config=self._ds_config
@@ -190,6 +193,20 @@ class ZeroEngine:
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         pieces = (piece for gradient in gradients for piece in gradient.reshape(-1).split(COPIED_ELEMENTS))
         return torch.stack([torch.linalg.vector_norm(piece.float()) for piece in pieces]).norm()
+
+
+def _import_muon() -> None:
+    """Import what DeepSpeed's optimizers import to ask whether theirs is a Muon, without torch's compiler.
+
+    Two of its functions are for `torch.compile`, which loads the compiler (seconds on each rank) when it is named. Here
+    no optimizer is a Muon, so they stay as DeepSpeed leaves them where torch can't compile.
+    """
+    usual = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = usual
 
 
 def _partition_rest(module: nn.Module) -> None:

@@ -23,6 +23,7 @@ def use_checked_swapping() -> None:
     from deepspeed.runtime.zero import partition_parameters
 
     OpBuilder._loaded_ops["async_io"] = SimpleNamespace(aio_handle=SwapHandle)
+    OpBuilder._loaded_ops["pin_memory"] = SimpleNamespace()  # compiled for async_io, which is replaced
     OptimizerSwapper._adjust_for_misaligned_lengths = _cut_gradients
     AsyncPartitionedParameterSwapper.reserve_partitioned_swap_space = _reserve_swap_space
     if not hasattr(partition_parameters._no_gather_coalesced, "copies_swapped"):

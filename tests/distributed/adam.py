@@ -10,15 +10,11 @@ Loss and weights are linear in each other, so the gradient is what `gradients` d
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 import sys
-from functools import cache
 from pathlib import Path
-from unittest import mock
 
-import cpuinfo
 import deepspeed
 import torch
 import torch.distributed as dist
@@ -36,6 +32,7 @@ from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.partitions import MOMENTS
 from bagel_ds.zero.weights import held_weight
 from tests.checkpoint.written import export_tensors
+from tests.distributed.engines import many_engines
 
 UPDATES = 3
 # On both sides of stage3_param_persistence_threshold (100,000); sizes that no number of ranks divides.
@@ -201,12 +198,11 @@ def resume(case: dict, results: Path, saved: dict[str, dict[str, Tensor]]) -> No
 
 def main(cases_file: str, results: str) -> None:
     deepspeed.init_distributed()
-    gc.freeze()  # an engine collects garbage several times, among all that was imported
-    # Every CPU Adam asks for the processor's name, which takes another process a second.
-    with mock.patch.object(cpuinfo, "get_cpu_info", cache(cpuinfo.get_cpu_info)):
+    with many_engines():
         for case in json.loads(Path(cases_file).read_text()):
             train(case, Path(results))
             dist.barrier()
+    assert "torch._inductor.compile_fx" not in sys.modules, "each rank would take seconds to import torch's compiler"
 
 
 if __name__ == "__main__":

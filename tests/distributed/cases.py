@@ -1,29 +1,41 @@
 """Many runs of the trainer in one launch, and small model folders to run them on.
 
-A launch costs far more than what most tests look at; `run_cases` shares one between many. What only a launch of its own
-can show (exit codes of the launcher, ranks that end) is tested with tests/launch.py directly.
+A launch costs far more than what most tests look at; `run_cases` shares one between many, and starts the ranks without
+the launcher. What only a launch of its own can show (exit codes of the launcher, ranks that end) is tested with
+tests/launch.py directly.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 import pytest
 
 from bagel_ds.checkpoint.step_folders import MANIFEST, TRAINER
-from tests.launch import REPOSITORY, Finished, cpu_environment, deepspeed, free_port, run_to_end
+from tests.launch import REPOSITORY, run_ranks
 
+# Of sets of cases (`of_launches`): their folder, and outcomes by set and case.
+Launches = Callable[[Any], tuple[Path, "dict[str, dict[str, list[Outcome]]]"]]
 MANY_RUNS = Path(__file__).with_name("many_runs.py")
 
 
 def soak(*values: object) -> Any:
     """A set of a test's parameters that is only tried by `make soak`."""
     return pytest.param(*values, marks=pytest.mark.soak)
+
+
+def of_launches(now: tuple[tuple[Any, ...], ...], later: tuple[tuple[Any, ...], ...]) -> list[Any]:
+    """Parameters of a test, each behind those that share its launch; `later` is another, only tried by `make soak`."""
+    return [
+        pytest.param(shared, *values, id="-".join(map(str, values)), marks=marks)
+        for shared, marks in ((now, ()), (later, pytest.mark.soak))
+        for values in shared
+    ]
 
 
 @dataclass(frozen=True)
@@ -48,11 +60,11 @@ class Outcome:
 def run_cases(
     folder: Path, cases: Sequence[Case], ranks: int = 1, timeout: float = 900, env: Mapping[str, str] | None = None
 ) -> dict[str, list[Outcome]]:
-    """Outcomes by case and rank. One rank is started without the launcher, which would only take longer."""
+    """Outcomes by case and rank."""
     folder.mkdir(parents=True, exist_ok=True)
     cases_file = folder / "cases.json"
     cases_file.write_text(json.dumps([asdict(case) for case in cases]))
-    log = launch(MANY_RUNS, [cases_file, folder], ranks, timeout, env).output
+    log = run_ranks(MANY_RUNS, [cases_file, folder], ranks, timeout, env).output
     outcomes: dict[str, list[Outcome]] = {}
     for case in cases:
         files = [folder / f"{case.name}.rank{rank}.json" for rank in range(ranks)]
@@ -62,16 +74,13 @@ def run_cases(
     return outcomes
 
 
-def launch(
-    script: Path, words: Sequence[object], ranks: int, timeout: float = 900, env: Mapping[str, str] | None = None
-) -> Finished:
-    """Run `script` on so many ranks: by the deepspeed launcher, or as one process with a rank's environment."""
-    if ranks > 1:
-        return deepspeed(script, words, ranks, timeout=timeout, env=env)
-    port = free_port()
-    rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"}
-    environment = cpu_environment(**rank, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **(env or {}))
-    return run_to_end([sys.executable, str(script), *map(str, words)], environment, port, timeout)
+def run_sets(
+    folder: Path, sets: Mapping[str, Sequence[Case]], ranks: int = 1, timeout: float = 900
+) -> dict[str, dict[str, list[Outcome]]]:
+    """`run_cases` of several sets with cases of equal names, in one launch; outcomes by set and case."""
+    every = [replace(case, name=f"{name}-{case.name}") for name, cases in sets.items() for case in cases]
+    found = run_cases(folder, every, ranks, timeout)
+    return {name: {case.name: found[f"{name}-{case.name}"] for case in cases} for name, cases in sets.items()}
 
 
 def arguments(demo: Path, results: Path, **changed: object) -> list[str]:

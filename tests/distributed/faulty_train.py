@@ -1,14 +1,15 @@
 """launch/train.py with something going wrong in it, at a place and moment that a test chooses.
 
-The environment variable BAGEL_TEST_FAULTS holds a JSON list of {at, rank?, step?, do, seconds?, times?, marker?}:
-`at` is "index", "load", "data", "worker" (of a launch of its own, before a worker makes a batch), "step", "save" (files
-are there, nothing is complete yet), "export" (of a share of the weights), "gather" (of weights from several hosts),
-"write" (of the states) or "hosts" (ranks seem to run on several); `do` is "sleep" (for `seconds`), "nan" (in this
-step's batches), "inf" (a loss that is not finite although its gradients are), "stop" (SIGSTOP), "kill", "oom", "cap"
-(the GPU has no memory left, so that torch itself runs out), "fault" (a `UserError` of this rank), "full" (the disk),
-"late" (of "write": only when the next update waits for it) or "nothing"; `marker` is a file made when the place is
-reached. Without `rank` it happens on every rank, without `step` and `times` every time. The end of the process group
-waits for all ranks, as under NCCL. With BAGEL_TEST_HOST the host of this rank seems to have that name.
+The environment variable BAGEL_TEST_FAULTS holds a JSON list of {at, rank?, step?, do, seconds?, until?, times?,
+marker?}: `at` is "index", "load", "data", "worker" (of a launch of its own, before a worker makes a batch), "step",
+"save" (files are there, nothing is complete yet), "export" (of a share of the weights), "gather" (of weights from
+several hosts), "write" (of the states) or "hosts" (ranks seem to run on several); `do` is "sleep" (for `seconds`, at
+most until there is a file `until`), "nan" (in this step's batches), "inf" (a loss that is not finite although its
+gradients are), "stop" (SIGSTOP), "kill", "oom", "cap" (the GPU has no memory left, so that torch itself runs out),
+"fault" (a `UserError` of this rank), "full" (the disk), "late" (of "write": only when the next update waits for it) or
+"nothing"; `marker` is a file made when the place is reached. Without `rank` it happens on every rank, without `step`
+and `times` every time. The end of the process group waits for all ranks, as under NCCL. With BAGEL_TEST_HOST the host
+of this rank seems to have that name.
 """
 
 from __future__ import annotations
@@ -185,7 +186,7 @@ def _happen(faults: list[dict[str, Any]], at: str, step: int | None = None) -> l
             if "marker" in fault:
                 Path(fault["marker"]).touch()
             if fault["do"] == "sleep":
-                time.sleep(fault["seconds"])
+                _sleep(fault["seconds"], fault.get("until"))
             if fault["do"] == "fault":
                 raise UserError("only this rank has a fault")
             if fault["do"] == "stop":
@@ -194,6 +195,15 @@ def _happen(faults: list[dict[str, Any]], at: str, step: int | None = None) -> l
                 os.kill(os.getpid(), signal.SIGKILL)
             done.append(fault["do"])
     return done
+
+
+def _sleep(seconds: float, until: str | None) -> None:
+    if until is None:
+        time.sleep(seconds)
+        return
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not Path(until).exists():
+        time.sleep(0.1)
 
 
 _held: list[Any] = []

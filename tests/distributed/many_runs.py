@@ -24,6 +24,7 @@ import torch
 from bagel_ds.train import main as train
 from bagel_ds.train import prepare
 from bagel_ds.train.ranks import alarm, failure
+from tests.distributed.engines import many_engines
 from tests.distributed.faulty_train import going_wrong
 
 
@@ -36,6 +37,7 @@ def main(cases_file: str, results: str) -> None:
     # The same goes for a rank that would end its process because only it has failed.
     goes_on = mock.patch.object(failure, "end_at_once", sys.exit)
     with (
+        many_engines(),
         no_wait,
         goes_on,
         mock.patch.object(deepspeed.comm, "destroy_process_group"),

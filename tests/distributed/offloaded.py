@@ -36,6 +36,7 @@ from bagel_ds.zero.split import update as split_update
 from bagel_ds.zero.weights import held_weight
 from bench.random_tables import RandomSource, Tables
 from tests.distributed.adam import held_weights
+from tests.distributed.engines import many_engines
 
 LEARNING_RATE = 1e-3
 
@@ -123,14 +124,15 @@ def main(cases_file: str, results: str) -> None:
     if uses_cuda():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed()
-    for case in json.loads(Path(cases_file).read_text()):
-        piece = case["piece"]
-        with (
-            mock.patch.object(ranges, "COPIED_ELEMENTS", piece or ranges.COPIED_ELEMENTS),
-            mock.patch.object(ema, "_CHUNK", piece or ema._CHUNK),
-            mock.patch.object(split_update, "_CHUNK", piece or split_update._CHUNK),
-        ):
-            train(case, Path(results))
+    with many_engines():
+        for case in json.loads(Path(cases_file).read_text()):
+            piece = case["piece"]
+            with (
+                mock.patch.object(ranges, "COPIED_ELEMENTS", piece or ranges.COPIED_ELEMENTS),
+                mock.patch.object(ema, "_CHUNK", piece or ema._CHUNK),
+                mock.patch.object(split_update, "_CHUNK", piece or split_update._CHUNK),
+            ):
+                train(case, Path(results))
 
 
 if __name__ == "__main__":

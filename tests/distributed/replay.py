@@ -1,4 +1,4 @@
-"""Runs recorded trajectories through our engine; started by `deepspeed` from test_trajectories.py.
+"""Runs recorded trajectories through our engine; started by test_trajectories.py.
 
 Arguments: a JSON file with a list of cases {name, variant, ds_config, accumulation} and a folder for the results
 (<name>.json, <name>.model.safetensors, <name>.ema.safetensors).
@@ -30,14 +30,16 @@ from bagel_ds.zero.ema import EMAOptions
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.weights import frozen_pieces
 from tests.checkpoint.written import export_tensors
+from tests.distributed.engines import many_engines
 from tests.recordings import bagel_config, read_json, recorded_batch, reference, tensors, weights_of
 
 
 def main(cases_file: str, results: str) -> None:
     deepspeed.init_distributed()
-    for case in json.loads(Path(cases_file).read_text()):
-        replay(case, Path(results))
-        dist.barrier()
+    with many_engines():
+        for case in json.loads(Path(cases_file).read_text()):
+            replay(case, Path(results))
+            dist.barrier()
 
 
 def replay(case: dict, results: Path) -> None:

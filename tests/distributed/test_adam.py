@@ -26,7 +26,7 @@ from torch import Tensor
 from bagel_ds.zero.config.files import ds_configs_folder
 from bagel_ds.zero.partitions import MOMENTS
 from tests.distributed.adam import UPDATES, gradients, start_weights, weight_name
-from tests.distributed.cases import launch
+from tests.launch import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -117,7 +117,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         described = [described_case(case, folder) for case in CASES if case.ranks == ranks]
         cases_file = folder / f"cases_{ranks}.json"
         cases_file.write_text(json.dumps(described))
-        finished = launch(ADAM, [cases_file, folder], ranks, timeout=900)
+        finished = run_ranks(ADAM, [cases_file, folder], ranks, timeout=900)
         assert finished.code == 0, finished.output[-6000:]
     yield folder
     for path in folder.glob("*.safetensors"):

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.cases import arguments, launch
+from tests.distributed.cases import arguments
+from tests.launch import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -19,7 +20,7 @@ def test_a_run_on_the_cpu_of_a_gpu_host_trains_and_saves(demo: Path, tmp_path: P
     words = arguments(
         demo, results, ds_config="zero3_cpu", num_workers=1, activation_checkpointing="offload", precision="fp32"
     )
-    finished = launch(ON_GPU_HOST, words, ranks=1, timeout=600)
+    finished = run_ranks(ON_GPU_HOST, words, ranks=1, timeout=600)
     assert finished.code == 0, finished.output[-6000:]
     assert (results / "checkpoints" / "step_final").exists()
     assert "memory peaks: host" in finished.output, "no part of it on a GPU"

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bagel_ds.cli.main import main
-from tests.distributed.cases import Case, Outcome, arguments, checksums, losses, run_cases, soak
+from tests.distributed.cases import (
+    Case,
+    Launches,
+    Outcome,
+    arguments,
+    checksums,
+    losses,
+    of_launches,
+    run_cases,
+    run_sets,
+)
 
 pytestmark = pytest.mark.distributed
 
@@ -26,10 +38,11 @@ BAD = {
     "all_too_long": VAL.replace("max_image_size: 64, min_image_size: 32", "max_image_size: 1024, min_image_size: 1024"),
 }
 STEPS = 3
-PRESETS = ["zero0", "zero3_cpu", soak("zero1"), soak("zero2")]
+PRESETS = of_launches((("zero0",), ("zero3_cpu",)), (("zero1",), ("zero2",)))
 
 
 def val_config(demo: Path, folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
     file = folder / "val.yaml"
     file.write_text(VAL)
     (folder / "dataset_info.yaml").write_text((demo / "dataset_info.yaml").read_text())
@@ -121,10 +134,23 @@ def test_the_command_gives_the_scores_of_the_run(runs: Path, capsys: pytest.Capt
     assert found[0]["scores"]["val/ce"] != found[1]["scores"]["val/ce"]
 
 
+@pytest.fixture(scope="module")
+def others(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    """With and without evaluation under each preset."""
+
+    @cache
+    def launched(presets: tuple[tuple[str], ...]) -> tuple[Path, dict[str, dict[str, list[Outcome]]]]:
+        folder = tmp_path_factory.mktemp("others")
+        sets = {preset: cases(demo, folder / preset, preset, 3)[:2] for (preset,) in presets}
+        return folder, run_sets(folder / "launch", sets, ranks=2)
+
+    return launched
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS)
-def test_training_is_the_same_under_another_stage_or_offload(preset: str, demo: Path, tmp_path: Path) -> None:
-    outcomes = run_cases(tmp_path / "launch", cases(demo, tmp_path, preset, 3)[:2], ranks=2)
-    for name, ranks in outcomes.items():
-        assert [rank.code for rank in ranks] == [0, 0], outcomes[name][0].output
-    assert_training_is_the_same(tmp_path)
+@pytest.mark.parametrize(("launch", "preset"), PRESETS)
+def test_training_is_the_same_under_another_stage_or_offload(launch: Any, preset: str, others: Launches) -> None:
+    folder, outcomes = others(launch)
+    for name, ranks in outcomes[preset].items():
+        assert [rank.code for rank in ranks] == [0, 0], f"{name}: {ranks[0].output}"
+    assert_training_is_the_same(folder / preset)

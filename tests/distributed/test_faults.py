@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 
 from bagel_ds.checkpoint.step_folders import MANIFEST, TRAINER, newest_state
 from bagel_ds.data.batches.batch_file import load_batch
-from tests.distributed.cases import Case, Outcome, arguments, launch, losses, run_cases
-from tests.distributed.started import StartedRun, steps_logged
-from tests.launch import TRAIN
+from tests.distributed.cases import Case, Outcome, arguments, losses, run_cases
+from tests.distributed.started import FAULTY, StartedRun, steps_logged
+from tests.launch import TRAIN, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -66,6 +66,8 @@ DAMAGE: dict[str, tuple[str, Callable[[Path, int], None], int, str]] = {
     "a_manifest_that_is_none": (MANIFEST, _flip, 0, "can't be read"),
     "a_missing_manifest": (MANIFEST, _remove, 0, "can't be read"),
 }
+# Also passed over by a run that may choose; tests/train/saves/test_start.py shows it for the others.
+PASSED_OVER = ("a_flipped_bit", "a_missing_file", "another_number_of_steps", "a_missing_manifest")
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +83,12 @@ def resumed(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
         bad = folder / name / "checkpoints" / "step_2"
         damage(bad / file, place)
         cases.append(Case(f"refused_{name}", words_of(demo, folder / "refused", total_steps=3, resume_from=bad)))
-        cases.append(Case(name, words_of(demo, folder / name, total_steps=2, auto_resume=True)))
+        if name in PASSED_OVER:
+            cases.append(Case(name, words_of(demo, folder / name, total_steps=2, auto_resume=True)))
     return folder, outcomes | run_cases(folder / "second", cases, ranks=2)
 
 
-@pytest.mark.parametrize("name", DAMAGE)
+@pytest.mark.parametrize("name", PASSED_OVER)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     name: str, resumed: tuple[Path, dict[str, list[Outcome]]]
 ) -> None:
@@ -134,7 +137,7 @@ def test_a_full_disk_costs_a_save_but_not_the_run(demo: Path, tmp_path: Path) ->
     """The first save fits. The second finds room for what the ranks write but not for the autoencoder beside it."""
     with memory_disk(tmp_path / "disk", 250 * MIB) as disk:  # type: ignore[attr-defined]
         words = words_of(demo, tmp_path, total_steps=1, checkpoint_dir=disk / "probe")
-        assert launch(TRAIN, words, ranks=1).code == 0
+        assert run_ranks(TRAIN, words, ranks=1).code == 0
         size = sum(path.stat().st_size for path in disk.rglob("*") if path.is_file() and not path.is_symlink())
         shutil.rmtree(disk / "probe")
         autoencoder = (demo / "model" / "ae.safetensors").stat().st_size
@@ -150,7 +153,7 @@ def test_a_full_disk_costs_a_save_but_not_the_run(demo: Path, tmp_path: Path) ->
         last = words_of(demo, tmp_path / "last", total_steps=9, save_every=100, checkpoint_dir=disk, auto_resume=True)
         newest = newest_state(disk)
         (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - MIB))
-        ended = launch(TRAIN, last, ranks=1)
+        ended = run_ranks(TRAIN, last, ranks=1)
         assert ended.code == 2, ended.output[-4000:]
         assert "ERROR: " in ended.output and "No space left on device" in ended.output
         assert newest_state(disk) == newest and not list(disk.glob(".unfinished*"))
@@ -158,7 +161,7 @@ def test_a_full_disk_costs_a_save_but_not_the_run(demo: Path, tmp_path: Path) ->
 
 def test_a_read_only_checkpoint_dir_is_told_before_training(demo: Path, tmp_path: Path) -> None:
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs") as disk:
-        found = launch(TRAIN, words_of(demo, tmp_path / "run", checkpoint_dir=disk / "checkpoints"), ranks=1)
+        found = run_ranks(TRAIN, words_of(demo, tmp_path / "run", checkpoint_dir=disk / "checkpoints"), ranks=1)
     assert found.code == 2 and "Traceback" not in found.output
     assert "--checkpoint_dir" in found.output and "Read-only file system" in found.output
 
@@ -171,7 +174,7 @@ def test_a_full_nvme_disk_is_told_before_training(demo: Path, tmp_path: Path) ->
     subprocess.run(["mkfs.ext4", "-q", str(image)], check=True, timeout=60)
     with mounted(tmp_path / "disk", "-o", "loop", str(image)) as disk:
         words = words_of(demo, tmp_path / "run", ds_config="zero3_nvme", nvme_path=disk)
-        found = launch(TRAIN, words, ranks=1)
+        found = run_ranks(TRAIN, words, ranks=1)
     assert found.code == 2 and "Traceback" not in found.output
     assert "--nvme_path" in found.output and "MiB free, this run needs" in found.output
 
@@ -181,9 +184,9 @@ def test_updates_that_are_not_finite_are_skipped_on_all_ranks_kept_and_limited(d
     """Only rank 1 meets NaN, at the second and the third step; one such update is allowed."""
     faults = [{"at": "step", "rank": 1, "step": step, "do": "nan"} for step in (1, 2)]
     words = words_of(demo, tmp_path, total_steps=10, save_every=1, max_nonfinite=1)
-    with StartedRun(words, tmp_path, faults=faults) as run:
-        assert run.end() == 2
-        output = run.output
+    ended = run_ranks(FAULTY, words, ranks=2, env={"BAGEL_TEST_FAULTS": json.dumps(faults)})
+    assert ended.code == 2
+    output = ended.output
     assert "step 1 skipped" in output and "1 of --max_nonfinite 1" in output
     assert "2 updates were not finite, more than --max_nonfinite 1" in output and "Traceback" not in output
     assert max(steps_logged(tmp_path)) == 1, "the run ends in the step that is past the limit"
@@ -207,21 +210,9 @@ def test_updates_that_are_not_finite_are_skipped_on_all_ranks_kept_and_limited(d
         assert sample in output
 
 
-@pytest.mark.slow
-def test_a_run_with_skipped_updates_resumes_exactly(demo: Path, tmp_path: Path) -> None:
-    """Adam's bias correction counts the updates that were made, not the steps."""
-    words = words_of(demo, tmp_path / "whole", total_steps=6, save_every=3)
-    with StartedRun(words, tmp_path / "whole", faults=[{"at": "step", "rank": 0, "step": 1, "do": "nan"}]) as run:
-        assert run.end() == 0, run.output[-4000:]
-    start = tmp_path / "whole" / "checkpoints" / "step_3"
-    resumed = launch(TRAIN, words_of(demo, tmp_path / "resumed", total_steps=6, resume_from=start), ranks=2)
-    assert resumed.code == 0, resumed.output[-4000:]
-    whole = losses(tmp_path / "whole")
-    assert losses(tmp_path / "resumed") == {step: whole[step] for step in (3, 4, 5)}
-
-
 # ------------------------------------------------------------------------------------------------------------ stalls
 @pytest.mark.slow
+@pytest.mark.timed
 def test_a_stopped_rank_is_found_told_of_and_ends_the_job(demo: Path, tmp_path: Path) -> None:
     faults = [{"at": "step", "rank": 1, "step": 2, "do": "stop"}]
     with StartedRun(words_of(demo, tmp_path, total_steps=100, stall_timeout=20), tmp_path, faults=faults) as run:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.distributed.cases import arguments
 from tests.distributed.started import steps_logged
-from tests.launch import TRAIN, cpu_environment, deepspeed, deepspeed_command, run_to_end
+from tests.launch import TRAIN, cpu_environment, deepspeed_command, run_ranks, run_to_end
 
 pytestmark = pytest.mark.distributed
 
@@ -40,7 +40,7 @@ def test_a_port_in_use_is_one_message_and_code_2(demo: Path, tmp_path: Path) -> 
 
 def test_a_preset_that_compiles_is_refused_without_a_compiler(demo: Path, tmp_path: Path) -> None:
     words = arguments(demo, tmp_path / "run", ds_config="zero3_cpu.json")
-    finished = deepspeed(TRAIN, words, ranks=2, timeout=300, env=without_compiler(tmp_path))
+    finished = run_ranks(TRAIN, words, ranks=2, timeout=300, env=without_compiler(tmp_path))
     message = one_error(finished.output)
     assert finished.code == 2
     for word in ("cpu_adam", "no C++ compiler", "CXX is 'no-such-compiler'", "apt-get install g++", "zero3.json"):
@@ -51,7 +51,7 @@ def test_a_preset_that_compiles_is_refused_without_a_compiler(demo: Path, tmp_pa
 @pytest.mark.slow
 def test_without_a_compiler_ranks_on_the_cpu_train_through_gloo(demo: Path, tmp_path: Path) -> None:
     words = arguments(demo, tmp_path / "run", total_steps=2)
-    finished = deepspeed(TRAIN, words, ranks=2, timeout=300, env=without_compiler(tmp_path))
+    finished = run_ranks(TRAIN, words, ranks=2, timeout=300, env=without_compiler(tmp_path))
     assert finished.code == 0, finished.output[-4000:]
     assert finished.output.count("ranks sum through gloo") == 1
     assert steps_logged(tmp_path / "run") == [0, 1]
@@ -64,7 +64,7 @@ def test_a_build_that_fails_is_one_message_with_the_end_of_the_compilers_output(
     compiler.write_text(f'#!/bin/sh\n{fails}\nexec c++ "$@"\n')
     compiler.chmod(0o755)
     environment = {**without_compiler(tmp_path), "CXX": str(compiler)}
-    finished = deepspeed(TRAIN, arguments(demo, tmp_path / "run"), ranks=2, timeout=300, env=environment)
+    finished = run_ranks(TRAIN, arguments(demo, tmp_path / "run"), ranks=2, timeout=300, env=environment)
     assert finished.code == 2
     assert "deepspeed_shm_comm (sums over ranks on the CPU) can't be built" in one_error(finished.output)
     assert finished.output.count("shm.cpp:1: error: out of ideas") <= 2, "once for each of its two files"

@@ -24,7 +24,7 @@ from bagel_ds.checkpoint.step_folders import checksum_fault, manifest_fault, new
 from bagel_ds.data.index.cache import BESIDE_DATA
 from tests.distributed.cases import arguments, losses
 from tests.distributed.started import StartedRun, send, steps_logged
-from tests.launch import TRAIN, deepspeed
+from tests.launch import TRAIN, run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -57,7 +57,7 @@ def words_of(demo: Path, results: Path) -> list[str]:
 
 def test_losses_of_a_run_killed_again_and_again_are_those_of_one_left_alone(demo: Path, tmp_path: Path) -> None:
     kills, seed = int(os.environ.get("BAGEL_KILLS", "3")), int(os.environ.get("BAGEL_KILL_SEED", "0"))
-    finished = deepspeed(TRAIN, words_of(demo, tmp_path / "whole"), ranks=2)
+    finished = run_ranks(TRAIN, words_of(demo, tmp_path / "whole"), ranks=2)
     assert finished.code == 0, finished.output[-4000:]
     expected = losses(tmp_path / "whole")
     assert sorted(expected) == list(range(STEPS))
@@ -74,7 +74,7 @@ def test_losses_of_a_run_killed_again_and_again_are_those_of_one_left_alone(demo
             _assert_nothing_is_lost(results)
             seen[kill.phase, kill.victim] += 1
             done += 1
-        finished = deepspeed(TRAIN, words_of(demo, results), ranks=2)
+        finished = run_ranks(TRAIN, words_of(demo, results), ranks=2)
         assert finished.code == 0, finished.output[-4000:]
         assert losses(results) == expected, f"seed {seed}, before kill {done}"
         left = {path.name for path in (results / "checkpoints").iterdir()}

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.distributed.cases import launch
 from tests.distributed.uneven import DATASETS, SIDES
+from tests.launch import run_ranks
 
 pytestmark = pytest.mark.distributed
 
 UNEVEN = Path(__file__).with_name("uneven.py")
-STEPS = 50
+STEPS = 16
 CASES = {  # preset and how layers are recomputed
     "zero3": ("zero3", "full"),
     "zero2": ("zero2", "full"),
@@ -38,7 +38,7 @@ def trained(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, P
     for ranks in (2, 1):
         found[ranks] = folder / str(ranks)
         found[ranks].mkdir()
-        finished = launch(UNEVEN, [demo / "model", folder / "cases.json", found[ranks]], ranks, timeout=600)
+        finished = run_ranks(UNEVEN, [demo / "model", folder / "cases.json", found[ranks]], ranks, timeout=600)
         assert finished.code == 0, finished.output[-6000:]
     return found
 

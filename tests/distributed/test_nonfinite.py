@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.distributed.cases import Case, Outcome, arguments, run_cases
+from tests.distributed.cases import Case, Outcome, arguments, checksums, losses, run_cases
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -25,6 +25,7 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "only a loss, stage 2": ({"ds_config": "zero2"}, INF),
     "only a loss, stage 3": ({"ds_config": "zero3"}, INF),
 }
+RESUMED = ("stage 3, CPU", "only a loss, stage 3")
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,10 @@ def outcomes(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
         )
         for name, (options, what) in CASES.items()
     ]
+    for name in RESUMED:
+        start = folder / name / "checkpoints" / "step_2"
+        options = {**short, **CASES[name][0], "resume_from": start}
+        cases.append(Case(f"{name}, resumed", arguments(demo, folder / f"{name}, resumed", **options)))
     return folder, run_cases(folder / "outcomes", cases, ranks=2)
 
 
@@ -57,3 +62,13 @@ def test_such_an_update_changes_nothing_on_any_rank(name: str, outcomes: Any) ->
         assert all(tensor.isfinite().all() for tensor in after.values())
     trainer = json.loads((three.parent / "trainer.json").read_text())
     assert trainer["skipped_updates"] == 1
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_run_with_a_skipped_update_resumes_exactly(name: str, outcomes: Any) -> None:
+    """Adam's bias correction counts the updates that were made, not the steps."""
+    folder, found = outcomes
+    resumed = f"{name}, resumed"
+    assert found[resumed][0].code == 0, found[resumed][0].output[-4000:]
+    assert losses(folder / resumed) == {2: losses(folder / name)[2]}
+    assert checksums(folder / resumed, 3) == checksums(folder / name, 3)

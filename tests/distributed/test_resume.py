@@ -16,7 +16,7 @@ import pytest
 
 from tests.distributed.cases import Case, Outcome, arguments, learning_rates, losses, run_cases
 from tests.distributed.started import StartedRun
-from tests.launch import TRAIN, deepspeed, shared_memory
+from tests.launch import TRAIN, run_ranks, shared_memory
 
 pytestmark = pytest.mark.distributed
 
@@ -24,30 +24,29 @@ LAUNCH_SECONDS = 600
 WARMUP = 3  # steps, of the runs with a cosine after it
 
 
+@pytest.mark.timed
 def test_a_killed_run_started_again_finishes_at_exactly_total_steps(demo: Path, tmp_path: Path) -> None:
-    words = arguments(
-        demo, tmp_path, total_steps=36, save_every=15, max_num_tokens=448, auto_resume=True, num_workers=1
-    )
-    _run_until(words, tmp_path, step=31)
+    words = arguments(demo, tmp_path, total_steps=20, save_every=7, max_num_tokens=448, auto_resume=True, num_workers=1)
+    _run_until(words, tmp_path, step=15)
     before = losses(tmp_path)
-    assert max(before) >= 31 and not (tmp_path / "checkpoints" / "step_36").exists()
+    assert max(before) >= 15 and not (tmp_path / "checkpoints" / "step_20").exists()
 
-    finished = deepspeed(TRAIN, words, ranks=2, timeout=LAUNCH_SECONDS)
+    finished = run_ranks(TRAIN, words, ranks=2, timeout=LAUNCH_SECONDS)
     assert finished.code == 0, finished.output[-4000:]
-    assert "resumed after step 30" in finished.output and "done: 36 steps" in finished.output
+    assert "resumed after step 14" in finished.output and "done: 20 steps" in finished.output
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [*range(max(before) + 1), *range(30, 36)]
+    assert steps == [*range(max(before) + 1), *range(14, 20)]
     checkpoints = tmp_path / "checkpoints"
     assert sorted(path.name for path in checkpoints.iterdir()) == [
         "latest",
-        "step_15",
-        "step_30",
-        "step_36",
+        "step_14",
+        "step_20",
+        "step_7",
         "step_final",
     ]
-    assert (checkpoints / "latest").read_text().strip() == "step_36"
-    assert os.readlink(checkpoints / "step_final") == "step_36"
-    assert json.loads((checkpoints / "step_36" / "trainer.json").read_text())["steps_done"] == 36
+    assert (checkpoints / "latest").read_text().strip() == "step_20"
+    assert os.readlink(checkpoints / "step_final") == "step_20"
+    assert json.loads((checkpoints / "step_20" / "trainer.json").read_text())["steps_done"] == 20
 
 
 def _run_until(words: list[str], results: Path, step: int) -> None:
@@ -69,7 +68,7 @@ def resumed(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     folder = tmp_path_factory.mktemp("resumed")
 
     def case(name: str, come_from: str | None, total: int, **changed: object) -> Case:
-        options = {"precision": "fp32", "save_every": 2, "total_steps": total, **changed}
+        options = {"precision": "fp32", "max_num_tokens": 448, "save_every": 2, "total_steps": total, **changed}
         if come_from is not None:
             options["resume_from"] = folder / come_from
         return Case(name, arguments(demo, folder / name, **options))

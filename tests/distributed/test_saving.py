@@ -7,15 +7,26 @@ an update not to wait, or anything of a step to touch the states before it, file
 from __future__ import annotations
 
 import signal
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bagel_ds.checkpoint.step_folders import newest_state, step_folders
-from tests.distributed.cases import Case, Outcome, arguments, checksums, losses, run_cases, soak
+from tests.distributed.cases import (
+    Case,
+    Launches,
+    Outcome,
+    arguments,
+    checksums,
+    losses,
+    of_launches,
+    run_cases,
+    run_sets,
+)
 from tests.distributed.started import StartedRun, send
-from tests.launch import TRAIN, deepspeed
+from tests.launch import TRAIN, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -23,14 +34,9 @@ LATE = {"at": "write", "rank": 1, "do": "late"}
 HOSTS = {"at": "hosts", "do": "nothing"}
 FULL = {"at": "write", "rank": 1, "do": "full", "times": 1}
 FULL_WHILE_GATHERING = {"at": "gather", "do": "full", "times": 1}
-OTHER_PRESETS = [
-    ("zero0", 1),
-    ("zero3_cpu", 2),
-    soak("zero2", 2),
-    soak("zero3", 1),
-    soak("zero1", 1),
-    soak("zero2_cpu", 1),
-]
+OTHERS = of_launches(  # preset and micro-batches of a step
+    (("zero0", 1), ("zero3_cpu", 2)), (("zero2", 2), ("zero3", 1), ("zero1", 1), ("zero2_cpu", 1))
+)
 
 Runs = tuple[Path, dict[str, list[Outcome]]]
 
@@ -85,12 +91,26 @@ def test_a_save_that_overlaps_training_changes_neither_losses_nor_files(runs: Ru
     assert_alike(runs)
 
 
+@pytest.fixture(scope="module")
+def others(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Launches:
+    """The same runs under each preset."""
+
+    @cache
+    def launched(presets: tuple[tuple[str, int], ...]) -> tuple[Path, dict[str, dict[str, list[Outcome]]]]:
+        folder = tmp_path_factory.mktemp("others")
+        sets = {preset: late_and_not(demo, folder / preset, preset, count) for preset, count in presets}
+        return folder, run_sets(folder / "launch", sets, ranks=2)
+
+    return launched
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("preset", "accumulation"), OTHER_PRESETS)
-def test_nor_does_it_under_another_stage_or_offload(preset: str, accumulation: int, demo: Path, tmp_path: Path) -> None:
-    assert_alike(
-        (tmp_path, run_cases(tmp_path / "launch", late_and_not(demo, tmp_path, preset, accumulation), ranks=2))
-    )
+@pytest.mark.parametrize(("launch", "preset", "accumulation"), OTHERS)
+def test_nor_does_it_under_another_stage_or_offload(
+    launch: Any, preset: str, accumulation: int, others: Launches
+) -> None:
+    folder, outcomes = others(launch)
+    assert_alike((folder / preset, outcomes[preset]))
 
 
 @pytest.mark.parametrize("name", ["full", "full_on_hosts"])
@@ -135,6 +155,6 @@ def test_a_kill_while_the_next_step_waits_for_a_save_leaves_the_one_before_in_ch
     checkpoints = results / "checkpoints"
     assert newest_state(checkpoints) == checkpoints / "step_2" and (checkpoints / "latest").read_text() == "step_2\n"
     assert (checkpoints / ".unfinished-step_3").is_dir()
-    finished = deepspeed(TRAIN, words, ranks=2)
+    finished = run_ranks(TRAIN, words, ranks=2)
     assert finished.code == 0 and "removing" in finished.output, finished.output[-4000:]
     assert [step for step, _ in step_folders(checkpoints)] == [2, 4]

@@ -19,7 +19,7 @@ import pytest
 
 from tests.distributed.cases import arguments, losses, soak
 from tests.distributed.started import StartedRun, send, steps_logged
-from tests.launch import REPOSITORY, TRAIN, deepspeed
+from tests.launch import REPOSITORY, TRAIN, run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -27,7 +27,7 @@ SLEEP = {"at": "step", "step": 2, "do": "sleep"}
 
 
 def words_of(demo: Path, results: Path, **changed: object) -> list[str]:
-    short = {"precision": "fp32", "max_num_tokens": 448, "save_every": 100, "total_steps": 100, "num_workers": 1}
+    short = {"precision": "fp32", "max_num_tokens": 448, "save_every": 100, "total_steps": 100, "num_workers": 0}
     return arguments(demo, results, **{**short, "auto_resume": True, "stall_timeout": 120, **changed})
 
 
@@ -47,7 +47,7 @@ def assert_saved_where_it_stopped(run: StartedRun) -> int:
 
 
 def test_a_signal_to_the_launcher_saves_the_step_under_way(demo: Path, tmp_path: Path) -> None:
-    with StartedRun(words_of(demo, tmp_path), tmp_path) as run:
+    with StartedRun(words_of(demo, tmp_path, num_workers=1), tmp_path) as run:
         run.until_step(1)
         send([run.launcher()], signal.SIGTERM)
         assert run.end() == 1
@@ -58,7 +58,7 @@ def test_a_signal_to_the_launcher_saves_the_step_under_way(demo: Path, tmp_path:
 def test_signals_to_launcher_group_and_rank_save_and_the_run_goes_on_exactly(demo: Path, tmp_path: Path) -> None:
     """One run, stopped four times by other means, against an uninterrupted one."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    words = words_of(demo, stopped)
+    words = words_of(demo, stopped, num_workers=1)
     with StartedRun(words, stopped) as run:  # an administrator's kill, or a node that shuts down
         run.until_step(1)
         send([run.launcher()], signal.SIGTERM)
@@ -87,13 +87,13 @@ def test_signals_to_launcher_group_and_rank_save_and_the_run_goes_on_exactly(dem
         assert_saved_where_it_stopped(run)
         assert not (stopped / "stop").exists()
     total = max(steps_logged(stopped)) + 1
-    finished = deepspeed(TRAIN, words_of(demo, whole, total_steps=total), ranks=2)
+    finished = run_ranks(TRAIN, words_of(demo, whole, total_steps=total), ranks=2)
     assert finished.code == 0, finished.output[-4000:]
     assert losses(stopped) == losses(whole)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["index", "load"])
+@pytest.mark.parametrize("phase", ["load", soak("index")])
 def test_a_signal_before_training_ends_the_ranks_at_once(phase: str, demo: Path, tmp_path: Path) -> None:
     marker = tmp_path / "before"
     fault = {"at": phase, "do": "sleep", "seconds": 300, "marker": str(marker)}
@@ -126,8 +126,8 @@ def test_a_step_longer_than_the_launchers_patience_is_still_finished_and_saved(
     """
     marker = tmp_path / "inside"
     results = tmp_path / "run"
-    fault = {**SLEEP, "seconds": 40, "marker": str(marker)}
-    with StartedRun(words_of(demo, results), results, faults=[fault]) as run:
+    fault = {**SLEEP, "seconds": 36, "marker": str(marker)}
+    with StartedRun(words_of(demo, results, num_workers=1), results, faults=[fault]) as run:
         run.until(marker.exists, "the long step")
         if target == "group":
             os.killpg(run.process.pid, number)
@@ -141,7 +141,7 @@ def test_a_step_longer_than_the_launchers_patience_is_still_finished_and_saved(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("phase", "saved"), [("data", [1]), ("save", [2, 3]), ("export", [2, 3])])
+@pytest.mark.parametrize(("phase", "saved"), [("data", [1]), ("save", [2, 3]), soak("export", [2, 3])])
 def test_a_signal_while_data_are_awaited_or_saved_lets_that_finish(
     phase: str, saved: list[int], demo: Path, tmp_path: Path
 ) -> None:
@@ -183,7 +183,7 @@ def test_a_time_limit_stops_and_saves(demo: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ranks_that_the_launcher_left_behind_save_and_end(demo: Path, tmp_path: Path) -> None:
     """SIGKILL only to the launcher: it can forward nothing, yet nothing may keep the GPUs."""
-    with StartedRun(words_of(demo, tmp_path), tmp_path) as run:
+    with StartedRun(words_of(demo, tmp_path, num_workers=1), tmp_path) as run:
         run.until_step(1)
         send([run.launcher()], signal.SIGKILL)
         run.process.wait(60)
@@ -195,12 +195,14 @@ def test_ranks_that_the_launcher_left_behind_save_and_end(demo: Path, tmp_path: 
 @pytest.mark.slow
 def test_a_run_started_while_the_one_before_still_saves_waits_for_it(demo: Path, tmp_path: Path) -> None:
     marker, results = tmp_path / "inside", tmp_path / "run"
-    faults: list[dict[str, Any]] = [{**SLEEP, "seconds": 45, "marker": str(marker)}]
+    faults: list[dict[str, Any]] = [{**SLEEP, "seconds": 300, "until": str(results / "go on"), "marker": str(marker)}]
     with StartedRun(words_of(demo, results), results, faults=faults) as first:
         first.until(marker.exists, "the long step")
         first.process.send_signal(signal.SIGTERM)
         first.process.wait(60)  # the command has ended; the ranks have not
         words = words_of(demo, tmp_path / "second", checkpoint_dir=results / "checkpoints", total_steps=4)
-        finished = deepspeed(TRAIN, words, ranks=2)
-    assert finished.code == 0, finished.output[-4000:]
-    assert "is in use (process" in finished.output and "resumed after step 3" in finished.output
+        with StartedRun(words, tmp_path / "second") as second:
+            second.until(lambda: "is in use (process" in second.output, "waiting for the first run")
+            (results / "go on").touch()
+            assert second.end() == 0, second.output[-4000:]
+            assert "resumed after step 3" in second.output

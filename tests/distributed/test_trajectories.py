@@ -1,4 +1,4 @@
-"""Recorded training runs of the original, reproduced by real `deepspeed` launches of our engine in fp32.
+"""Recorded training runs of the original, reproduced by our engine in fp32.
 
 Losses and gradient norm of every step within 1e-4 relative, final weights and EMA within 1e-3 absolute. What we found
 is about 3e-7 and 6e-7: the order of summation differs, nothing else. The weights' bound is wider than that because
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.torch import load_file
 
-from tests.launch import deepspeed
+from tests.launch import run_ranks
 from tests.recordings import UNSET, read_json, reference, reference_folder, tensors
 
 REPLAY = Path(__file__).parent / "replay.py"
@@ -47,7 +47,10 @@ def variants() -> list[str]:
 
 
 def all_cases() -> list[Case]:
-    """Every variant on as many ranks as recorded; those of several ranks also on one rank with accumulation."""
+    """Every variant on as many ranks as recorded; those of several ranks also on one rank with accumulation.
+
+    What is on NVMe is left to `make soak`: it equals what is in memory bit for bit (test_offload_equality.py).
+    """
     found = []
     for variant in variants():
         world = read_json(f"train/{variant}")["args"].get("world", 1)
@@ -61,8 +64,10 @@ def all_cases() -> list[Case]:
 def parameters() -> list[Any]:
     if reference_folder() is None:
         return [pytest.param(None, marks=pytest.mark.skip(reason=UNSET))]
-    slow = [pytest.mark.slow]
-    return [pytest.param(case, id=case.name, marks=slow if case.preset in NVME_PRESETS else []) for case in all_cases()]
+    return [
+        pytest.param(case, id=case.name, marks=pytest.mark.soak if case.preset in NVME_PRESETS else ())
+        for case in all_cases()
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +98,7 @@ def replay(folder: Path, presets: tuple[str, ...]) -> Path:
             if c.ranks == ranks
         ]
         cases_file.write_text(json.dumps(described))
-        finished = deepspeed(REPLAY, [cases_file, folder], ranks, timeout=1800)
+        finished = run_ranks(REPLAY, [cases_file, folder], ranks, timeout=1800)
         assert finished.code == 0, finished.output[-4000:]
     return folder
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from bagel_ds.model.embeddings import position_table
 from bagel_ds.model.shape.parts import POSITION_TABLES
-from tests.distributed.cases import arguments, launch, linked_model
+from tests.distributed.cases import arguments, linked_model
+from tests.launch import run_ranks
 
 pytestmark = pytest.mark.distributed
 
@@ -54,7 +55,7 @@ def exported(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     alike = arguments(demo, folder / "alike", finetune_from_ema=True, **options)
     (folder / "cases.json").write_text(json.dumps([*cases, {"name": "alike", "arguments": alike}]))
-    finished = launch(FIRST_EXPORT, [folder / "cases.json"], ranks=2)
+    finished = run_ranks(FIRST_EXPORT, [folder / "cases.json"], ranks=2)
     assert finished.code == 0, finished.output[-6000:]
     return folder
 

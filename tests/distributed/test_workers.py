@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.cases import arguments
+from tests.distributed.cases import arguments, soak
 from tests.distributed.started import StartedRun
+from tests.launch import TRAIN, run_ranks
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.timed]
 
 STALL = 15  # seconds, in which a phase of the start must go on on a busy machine
 
@@ -45,7 +46,7 @@ def test_a_worker_that_is_killed_at_its_first_batch_ends_the_job(demo: Path, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("at", "rank", "phase"), [("index", 0, "setup"), ("load", 1, "load")], ids=["index", "load"])
+@pytest.mark.parametrize(("at", "rank", "phase"), [("load", 1, "load"), soak("index", 0, "setup")])
 def test_a_start_that_hangs_ends_the_job(demo: Path, tmp_path: Path, at: str, rank: int, phase: str) -> None:
     faults: list[dict[str, Any]] = [{"at": at, "rank": rank, "do": "sleep", "seconds": 1000}]
     with StartedRun(words_of(demo, tmp_path), tmp_path, faults=faults) as run:
@@ -59,7 +60,7 @@ def test_a_tmpdir_of_137_characters_changes_nothing(demo: Path, tmp_path: Path) 
     folder = tmp_path / ("x" * (137 - len(str(tmp_path)) - 1))
     folder.mkdir()
     more = {"TMPDIR": str(folder)}
-    with StartedRun(words_of(demo, tmp_path / "run", stall_timeout=120), tmp_path / "run", env=more) as run:
-        assert run.end() == 0, run.output[-4000:]
-    assert "done: 1 steps" in run.output
+    finished = run_ranks(TRAIN, words_of(demo, tmp_path / "run", stall_timeout=120), ranks=2, env=more)
+    assert finished.code == 0, finished.output[-4000:]
+    assert "done: 1 steps" in finished.output
     assert not list(folder.glob("pymp-*"))

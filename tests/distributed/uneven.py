@@ -39,6 +39,7 @@ from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.weights import frozen_pieces
 from tests.checkpoint.written import export_tensors
+from tests.distributed.engines import many_engines
 from tests.recordings import bagel_config, weights_of
 
 SIDES = ((4, 6), (5, 3))  # latent tokens of a batch's images: rows, columns
@@ -116,9 +117,10 @@ def train(case: dict, steps: int, folder: Path, results: Path) -> None:
 def main(model: str, cases_file: str, results: str) -> None:
     deepspeed.init_distributed()
     asked = json.loads(Path(cases_file).read_text())
-    for case in asked["cases"]:
-        train(case, asked["steps"], Path(model), Path(results))
-        dist.barrier()
+    with many_engines():
+        for case in asked["cases"]:
+            train(case, asked["steps"], Path(model), Path(results))
+            dist.barrier()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,7 +43,10 @@ def test_gradients_are_cut_so_that_what_is_swapped_fills_whole_sectors(offset: i
 
 
 def test_deepspeed_finds_our_handle_where_there_is_no_cuda_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own op for a GPU joins CUDA_HOME, which is None with torch from pip, after saying that all is well."""
+    """Its own op for a GPU joins CUDA_HOME, which is None with torch from pip, after saying that all is well.
+
+    Nor does it compile an op for pinned memory, whose lock a killed build would leave to all later runs.
+    """
     import torch.utils.cpp_extension
     from deepspeed.ops.op_builder.async_io import AsyncIOBuilder
     from deepspeed.ops.op_builder.builder import OpBuilder
@@ -57,6 +61,8 @@ def test_deepspeed_finds_our_handle_where_there_is_no_cuda_toolkit(monkeypatch: 
     ):
         monkeypatch.setattr(owner, name, getattr(owner, name))  # put back at the end
     monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    monkeypatch.setattr(OpBuilder, "jit_load", lambda *_, **__: pytest.fail("an op is compiled"))
+    monkeypatch.setattr(sys, "_deepspeed_pin_memory_op_module", None, raising=False)
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", None)
     monkeypatch.delenv("DS_BUILD_AIO", raising=False)
     use_checked_swapping()
