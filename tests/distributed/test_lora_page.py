@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from bagel_ds.cli.main import main
+from tests.code_blocks import code_blocks
 from tests.launch import REPOSITORY, TRAIN, deepspeed
 
 pytestmark = pytest.mark.distributed
@@ -33,10 +33,8 @@ COLORS = ("red", "green", "blue", "yellow", "black", "white")
 
 def commands() -> list[list[str]]:
     """The words of every command in the page's blocks, in order."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found = []
-    for line in lines:
+    for line in (line for block in code_blocks(PAGE, "bash") for line in block):
         if line and not line.startswith("#"):
             for long, short in SMALLER.items():
                 line = line.replace(long, short)
