@@ -61,7 +61,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default=None, help="cpu, cuda or cuda:N (default: the launcher's GPU, or the first)")
     add("--precision", choices=("bf16", "fp32"), default=None, help="default bf16 on a GPU, fp32 on a CPU")
     add("--weights", choices=("ema", "model"), default=None, help="default: the average, unless it is too young")
-    add("--lora", type=Path, action="append", default=[], help="adapter of the model; may be given several times")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="[NAME=]FOLDER[:WEIGHT]",
+        help="adapter of the model, by default named as its folder and of weight 1; may be given several times",
+    )
     add("--max_gpu_memory", default=None, metavar="SIZE", help="such as 24GiB: layers beyond it stay in host memory")
 
 
@@ -115,10 +121,13 @@ def _one(options: argparse.Namespace, common: dict[str, Any]) -> int:
 def _file(options: argparse.Namespace, common: dict[str, Any]) -> int:
     from tqdm import tqdm
 
+    from bagel_ds.inference.adapters import named_adapters
     from bagel_ds.inference.jobs import LAYOUTS, run_jobs
 
     if options.image:
         raise UserError("--image goes with --prompt; in a file of prompts each line names its own image")
+    if options.lora:  # so that results of other weights are made again
+        common["lora"] = {adapter.name: adapter.weight for adapter in named_adapters(options.lora)}
     faults: list[str] = []
     jobs = LAYOUTS[options.layout](options.prompts, common, options.seed, faults)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -53,8 +53,8 @@ class Job:
 def read_jobs(path: Path, common: dict[str, Any], seed: int, faults: list[str], option: str = "--prompts") -> list[Job]:
     """A job per line of a JSONL or row of a parquet file; what can't be one goes into `faults`.
 
-    A line holds `prompt` and, if need be, image, mode, seed, think and settings by name; `common` holds for lines that
-    don't say otherwise. Without a seed a line gets `seed` plus its number. Messages name the file's `option`.
+    A line holds `prompt` and, if need be, image, mode, seed, think, lora and settings by name; `common` holds for lines
+    that don't say otherwise. Without a seed a line gets `seed` plus its number. Messages name the file's `option`.
     """
     jobs = []
     for number, place, row in _rows(path, faults, option):
@@ -248,7 +248,7 @@ def _record(out: Path, job: Job, files: list[Path], text: str | None) -> None:
     for name, content in job.beside.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(content, encoding="utf-8")
-    words = {name: value for name, value in job.words.items() if not isinstance(value, (bytes, dict))}
+    words = {name: value for name, value in job.words.items() if name != "image" or isinstance(value, str)}
     row = {"name": job.name, "key": job.key, "files": [str(path.relative_to(out)) for path in files]}
     line = json.dumps(row | {"text": text} | words, ensure_ascii=False) + "\n"
     with (out / RESULTS).open("ab") as results:  # shared by the processes of a run
