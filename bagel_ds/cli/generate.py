@@ -66,8 +66,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="[NAME=]FOLDER[:WEIGHT]",
-        help="adapter of the model, by default named as its folder and of weight 1; may be given several times: all are "
-        "added where a request does not choose (docs/lora.md)",
+        help="adapter of the model, by default named as its folder and of weight 1; may be given several times: all "
+        "are added where a request does not choose (docs/lora.md)",
     )
     add("--max_gpu_memory", default=None, metavar="SIZE", help="such as 24GiB: layers beyond it stay in host memory")
 
