@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from bagel_ds.checkpoint.step_folders import meant_checkpoint
+from bagel_ds.checkpoint.step_folders import checkpoints_near, meant_checkpoint
 from bagel_ds.errors import UserError, all_faults
-from bagel_ds.lora.peft_files import AdapterFolder
+from bagel_ds.lora.peft_files import AdapterFolder, holds_adapter
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.layers import add_low_rank
 from bagel_ds.model.shape.config import BagelConfig
@@ -117,6 +117,9 @@ class Adapters:
     def __init__(self, words: Sequence[str | Path] = ()) -> None:
         """Opens the folders. Raises `UserError`."""
         named = named_adapters(words)
+        for adapter in named:
+            if not holds_adapter(adapter.folder) and (near := checkpoints_near(adapter.folder)):
+                raise UserError(f"--lora {adapter.folder} holds no adapter; {near}")
         self.folders = {adapter.name: AdapterFolder(adapter.folder) for adapter in named}
         self.weights = {adapter.name: adapter.weight for adapter in named}
         self._in_use: Mapping[str, float] = self.weights

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from bagel_ds.checkpoint.step_folders import MANIFEST
 from bagel_ds.cli.main import main
 from bagel_ds.demo import write_demo
 from bagel_ds.errors import UserError
@@ -182,6 +183,13 @@ def test_what_can_not_be_meant_is_refused(
         Path(folder).mkdir(parents=True)
     with pytest.raises(UserError, match=said):
         named_adapters(words)
+
+
+def test_beside_checkpoints_they_are_named(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_500").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_500" / MANIFEST).write_text("{}")
+    with pytest.raises(UserError, match=r"holds no adapter; .*checkpoints holds step_500"):
+        Adapters([tmp_path])
 
 
 def test_a_request_names_adapters_in_three_ways(both: Inferencer) -> None:
