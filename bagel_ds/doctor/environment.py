@@ -259,6 +259,9 @@ def compiler_finding(ops: Sequence[Op]) -> Finding:
     instead = "".join(f"; or {way}" for way in dict.fromkeys(op.instead for op in missing) if way)
 
     def fault(lack: str, remedy: str) -> Finding:
+        if not instead:
+            slow = f"{what} can't be compiled: {lack}; torch does it, which takes many times as long"
+            return Finding("C++ compiler", Verdict.NOTE, slow, remedy)
         return Finding(
             "C++ compiler", Verdict.FAULT, f"DeepSpeed's {what} must be compiled, but {lack}", remedy + instead
         )

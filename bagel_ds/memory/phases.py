@@ -17,6 +17,7 @@ from bagel_ds.model.shape.quantization import is_codes, work_bytes
 from bagel_ds.units import MIB
 
 NORM_ELEMENTS = 250_000_000  # DeepSpeed sums squares of gradients in float64, this many elements at a time
+SPLIT_CHUNK, SPLIT_BYTES = 2**22, 80  # elements of split masters that torch updates at once on a GPU, bytes for each
 EXPORT_CHUNK = 64 * MIB  # checkpoint/gather.py
 
 
@@ -218,6 +219,10 @@ def _optimizer(s: Sharding) -> Phase:
     held = [state for state in backward_states(s) if state.name != "communication buckets"]
     if s.place(s.optimizer) != DEVICE:
         return Phase("optimizer step", held)
+    if s.split_moments:
+        largest = -(-max(p.numel for p in s.parameters if p.trains) // s.world)
+        piece = State("a piece of a parameter in fp32", DEVICE, SPLIT_BYTES * min(SPLIT_CHUNK, largest))
+        return Phase("optimizer step", max([piece], [State(_NORM, DEVICE, 8 * largest)], key=_total))
     own = 8 if s.on_cpu else 0
     largest = max((p.numel for p in s.parameters if p.trains), default=0)
     numel, before = largest, list[State]()

@@ -178,9 +178,9 @@ def _stage3(s: Sharding) -> Iterator[State]:
     gradients = HOST if optimizer != DEVICE else DEVICE
     yield State("gradients", gradients, s.gradient_bytes * share, s.pinned(s.optimizer))
     # Separate masters even in fp32: DeepSpeed would reuse the weights, but compares a device with a string first.
-    yield State("masters", optimizer, s.master_bytes * share)
+    yield State("masters' lower halves" if s.split_moments else "masters", optimizer, s.master_bytes * share)
     yield State("Adam moments", optimizer, 2 * s.moment_bytes * share)
-    if optimizer == HOST:
+    if optimizer == HOST and not s.split_moments:
         yield State(
             "gradients in the masters' format", HOST, s.master_bytes * share, s.pinned(s.optimizer, len(groups))
         )

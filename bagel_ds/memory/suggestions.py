@@ -23,16 +23,19 @@ from bagel_ds.model.shape.parts import trainable_parts
 from bagel_ds.zero.config.resolve import fit_to_network, resolve_ds_config
 from bagel_ds.zero.config.settings import ZeroSettings
 
-# Presets with what they cost in speed and in accuracy. bf16 masters lose most of an update at BAGEL's learning rate
-# (bench/bf16_masters.py), so frozen parts come before them.
+# Presets with what they cost in speed and in accuracy (bench/bf16_masters.py): split masters nothing, and moments in
+# fewer bits little.
 PRESETS = (
     ("zero2.json", 0.0, 0.0),
     ("zero3.json", 0.5, 0.0),
     ("zero2_cpu.json", 1.5, 0.0),
+    ("zero3_split.json", 0.75, 0.0),
     ("zero3_cpu.json", 2.0, 0.0),
+    ("zero3_cpu_split.json", 2.0, 0.0),
+    ("zero3_cpu_split_bf16.json", 2.0, 0.5),
+    ("zero3_cpu_split_8bit.json", 2.0, 1.5),
     ("zero3_nvme.json", 7.0, 0.0),
     ("zero3_nvme_all.json", 8.0, 0.0),
-    ("zero3_cpu_bf16.json", 2.0, 12.0),
 )
 TOKENS = ((0.75, 2.5), (0.5, 6.0), (0.25, 14.0))
 LEAST_TOKENS = 2048

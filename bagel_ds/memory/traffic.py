@@ -58,7 +58,7 @@ def offloaded_gradient_bytes(s: Sharding) -> int:
     """
     if s.stage == 3:
         # After each backward pass to the host and back (summed on the GPU); after the last also in the masters' format.
-        return 2 * s.gradient_bytes * s.accumulation + s.master_bytes
+        return 2 * s.gradient_bytes * s.accumulation + (0 if s.split_moments else s.master_bytes)
     if s.sums_on_device or s.accumulation == 1:
         return s.master_bytes
     if s.stage == 1:

@@ -4,12 +4,14 @@ Guarantees: after every optimizer step ema = decay * ema + (1 - decay) * master,
 with `every` k, after every k-th step with decay^k. The average is where the masters are (on the GPU, in host memory or
 in a mapped file on NVMe) and is never a second model. In fp32 it is exact to fp32 rounding. In bf16 each update is
 rounded stochastically (Gupta et al. 2015, "Deep Learning with Limited Numerical Precision"): one update changes a value
-by about a ten-thousandth, which rounding to nearest would always drop.
+by about a ten-thousandth, which rounding to nearest would always drop. The random bits are those of a parameter's name,
+an element's place and the update's number, so that they are the same on any number of ranks.
 """
 
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Iterator, NamedTuple
 
@@ -17,11 +19,13 @@ import torch
 from torch import Tensor
 
 from bagel_ds.errors import UserError
-from bagel_ds.ranges import MASTER, Pieces, WeightSource, copy_range
+from bagel_ds.ranges import Pieces, WeightSource, copy_range
 from bagel_ds.units import GIB
-from bagel_ds.zero.partitions import Group, Partitions, group_pieces
+from bagel_ds.zero.partitions import Group, GroupAverage, Partitions, group_pieces
+from bagel_ds.zero.split.formats import seed_of
+from bagel_ds.zero.split.update import Average, update_average
 
-_CHUNK = 2**24  # elements updated at once
+_CHUNK = 2**22  # elements updated at once
 
 
 class EMAOptions(NamedTuple):
@@ -44,9 +48,8 @@ class ShardedEMA:
         self._updates: dict[int, int] = {group.index: options.updates_done for group in partitions.groups}
         for group in partitions.groups:
             if group.owned:
-                with partitions.open(group) as flats:
-                    self._values[group.index] = self._allocate(group, flats[MASTER]).copy_(flats[MASTER])
-        partitions.on_update(self._update)
+                self._values[group.index] = partitions.copy_of_masters(group, partial(self._allocate, group))
+        partitions.average_with(self)
 
     def load(self, source: WeightSource) -> None:
         """Replace the values, at first those of the masters, by those of a model file or a training state."""
@@ -63,23 +66,31 @@ class ShardedEMA:
         for group in self._partitions.groups:
             yield from group_pieces(group, self._values.get(group.index, torch.empty(0)))
 
-    @torch.no_grad()
-    def _update(self, group: Group, master: Tensor) -> None:
+    def next(self, group: Group) -> GroupAverage | None:
         self._updates[group.index] += 1
-        if not group.owned or self._updates[group.index] % self._options.every:
+        updates, every = self._updates[group.index], self._options.every
+        if not group.owned or updates % every:
+            return None
+        return GroupAverage(
+            self._values[group.index], 1 - self._options.decay**every, lambda name: seed_of(name, updates, purpose=1)
+        )
+
+    @torch.no_grad()
+    def update(self, group: Group, master: Tensor) -> None:
+        due = self.next(group)
+        if due is None:
             return
-        values, weight = self._values[group.index], 1 - self._options.decay**self._options.every
-        generator = torch.Generator(values.device).manual_seed(self._updates[group.index] * 100_003 + group.index)
-        # In chunks, because masters may be bf16, and an fp32 copy of a whole group takes 4 bytes per element.
-        for chunk, target in zip(values.split(_CHUNK), master.split(_CHUNK)):
-            if chunk.dtype == torch.float32:
-                chunk.lerp_(target.float(), weight)  # exact where the two are equal
-            else:
-                chunk.copy_(round_stochastically(chunk.float().lerp_(target.float(), weight), generator))
+        for placed in group.ranges:
+            start, seed = placed.range.start, due.seed(placed.range.name)
+            # In chunks, because masters may be bf16, and an fp32 copy of a whole group takes 4 bytes per element.
+            values, masters = (flat.narrow(0, placed.offset, placed.range.numel) for flat in (due.values, master))
+            for chunk, target in zip(values.split(_CHUNK), masters.split(_CHUNK)):
+                update_average(Average(chunk, due.weight, seed), target.float(), start)
+                start += chunk.numel()
 
     def _allocate(self, group: Group, like: Tensor) -> Tensor:
         if self._options.folder is None:
-            return torch.empty_like(like, dtype=self._options.dtype)
+            return torch.zeros_like(like, dtype=self._options.dtype)
         self._options.folder.mkdir(parents=True, exist_ok=True)
         path = self._options.folder / f"group_{group.index}.ema"
         _reserve(path, like.numel() * self._options.dtype.itemsize)
@@ -96,10 +107,3 @@ def _reserve(path: Path, nbytes: int) -> None:
             f"--nvme_path: {path} can't hold {nbytes / GIB:.2f} GiB of the moving average ({error.strerror}); free "
             "space there, or pass another --nvme_path or a preset that keeps more in memory (zero3_cpu)"
         ) from None
-
-
-def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 values rounded up or down to neighboring bf16 values, still as fp32; probabilities preserve the mean."""
-    bits = values.view(torch.int32)
-    below = torch.randint(0, 2**16, bits.shape, generator=generator, device=values.device, dtype=torch.int32)
-    return ((bits + below) & -(2**16)).view(torch.float32)

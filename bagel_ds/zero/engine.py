@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Callable, NamedTuple
 
 import deepspeed
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from bagel_ds.errors import UserError
-from bagel_ds.ranges import COPIED_ELEMENTS, MASTER, WeightSource
+from bagel_ds.ranges import COPIED_ELEMENTS, WeightSource
 from bagel_ds.zero.config.settings import ZeroSettings
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
-from bagel_ds.zero.partitions import Group, Partitions, load_masters
+from bagel_ds.zero.partitions import Partitions, load_masters
+from bagel_ds.zero.split.partitions import SplitPartitions
+from bagel_ds.zero.split.zero3 import SplitAdamW, split_zero3
 from bagel_ds.zero.swap_patches import use_checked_swapping
 from bagel_ds.zero.weights import full_shape, is_partitioned, load_weights
 
@@ -63,10 +65,14 @@ class ZeroEngine:
                 "nothing to train: the freeze_* arguments with visual_und/visual_gen leave no trainable parameter; "
                 "turn one of them off"
             )
-        self._engine, *_ = deepspeed.initialize(
-            model=self.module, optimizer=self._adam(parameters, adam), config=self._ds_config
-        )
-        self.partitions = Partitions(self._engine)
+        with split_zero3() if self._settings.split_moments else nullcontext():
+            self._engine, *_ = deepspeed.initialize(
+                model=self.module, optimizer=self._adam(parameters, adam), config=self._ds_config
+            )
+        if self._settings.split_moments:
+            self.partitions: Partitions = SplitPartitions(self._engine, self._settings.split_moments)
+        else:
+            self.partitions = Partitions(self._engine)
         load_masters(self.partitions, weights)
         return read
 
@@ -95,31 +101,10 @@ class ZeroEngine:
     def average_in_place(self, ema: ShardedEMA) -> Iterator[None]:
         """Around `forward_only` blocks that compute with the average; afterwards the weights are what they were.
 
-        The average takes the place of the weights and the masters bring these back, so nothing is held twice. Where the
-        weights are the masters, each rank keeps its share of them in host memory meanwhile. No save may be under way.
+        No rank holds more of the weights meanwhile. No save may be under way.
         """
-        aside: dict[int, Tensor] = {}
-        if self.partitions.weights_are_masters:
-            for group in self.partitions.groups:
-                if group.owned:
-                    with self.partitions.open(group) as flats:
-                        aside[group.index] = flats[MASTER].detach().to("cpu", copy=True)
-
-        @contextmanager
-        def averages(group: Group) -> Iterator[Tensor]:
-            yield ema.values(group)
-
-        @contextmanager
-        def weights(group: Group) -> Iterator[Tensor]:
-            if group.index in aside:
-                yield aside[group.index]
-            else:
-                with self.partitions.open(group) as flats:
-                    yield flats[MASTER]
-
-        self.partitions.put_weights(averages)
-        yield  # without `finally`: a rank that fails must not wait for others in a collective call
-        self.partitions.put_weights(weights)
+        with self.partitions.computing_with(ema.values):
+            yield
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of `loss`, averaged over ranks."""
@@ -179,6 +164,8 @@ class ZeroEngine:
 
     def _adam(self, parameters: list[nn.Parameter], adam: AdamOptions) -> torch.optim.Optimizer:
         options: dict[str, Any] = {"lr": 0.0, **adam._asdict()}
+        if self._settings.split_moments:
+            return SplitAdamW(parameters, options)
         if self._settings.optimizer.device != "none":
             from deepspeed.ops.adam import DeepSpeedCPUAdam  # compiles its kernel on first use
 

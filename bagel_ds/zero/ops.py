@@ -23,7 +23,8 @@ from bagel_ds.errors import UserError
 from bagel_ds.machine.liveness import timed_elsewhere
 from bagel_ds.machine.user_folders import extensions_folder
 from bagel_ds.machine.waiting import waiting_for
-from bagel_ds.zero.config.settings import offload_device
+from bagel_ds.zero.config.settings import SPLIT_MASTERS, offload_device
+from bagel_ds.zero.split.update import kernel, kernel_name
 
 logger = logging.getLogger("bagel_ds")
 
@@ -46,6 +47,8 @@ def needed_ops(ds_config: dict[str, Any]) -> list[Op]:
     """Of a resolved configuration."""
     if offload_device(ds_config, "optimizer") == "none":
         return []
+    if SPLIT_MASTERS in ds_config:
+        return [Op(kernel_name(), "AdamW of split masters in host memory", "", kernel)]
     instead = "pass a --ds_config that keeps the optimizer on the GPUs, such as zero3.json"
     return [Op("cpu_adam", "AdamW in host memory", instead, lambda: load_op("CPUAdamBuilder"))]
 

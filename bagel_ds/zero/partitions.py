@@ -8,9 +8,9 @@ for the internals of DeepSpeed 0.19.8's optimizers; `check_internals` fails if t
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Callable, Iterable, Iterator, NamedTuple
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Protocol, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,27 @@ class Group:
     owned: bool = True  # False if another rank holds the same values and saves them
 
 
+Flats = dict[str, Tensor]  # "master", "exp_avg" and "exp_avg_sq" of a group, 1-D
+
+
+class GroupAverage(NamedTuple):
+    """An update of a group's moving average that is due. `values` are laid out like the group's master."""
+
+    values: Tensor
+    weight: float  # values += weight * (master - values)
+    seed: Callable[[str], int]  # of a parameter's random rounding
+
+
+class AveragedGroups(Protocol):
+    """A moving average as the partitions see it, updated right after each update of a group."""
+
+    def next(self, group: Group) -> GroupAverage | None:
+        """Call once per update of the group: what to do with its average now, None for nothing."""
+
+    def update(self, group: Group, master: Tensor) -> None:
+        """Do so."""
+
+
 class Partitions:
     """Masters and moments of a DeepSpeed engine's optimizer, group by group."""
 
@@ -49,28 +70,7 @@ class Partitions:
         check_internals(self._optimizer, self._stage)
         self.groups: tuple[Group, ...] = tuple(self._find_groups())
         self._after_update: Callable[[Group, Tensor], None] | None = None
-        self._forget_steps_taken()
-        if self._stage == 3:
-            self._make_moments_before_first_update()
-
-    @contextmanager
-    def open(self, group: Group, write: bool = False, moments: bool = False) -> Iterator[dict[str, Tensor]]:
-        """The group's flat 1-D tensors: "master" and, once Adam has stepped, "exp_avg" and "exp_avg_sq".
-
-        A placed range is `flats[key].narrow(0, offset, numel)`. Changes are kept only with write=True. `moments`
-        creates the moments if they don't exist yet, which needs write=True.
-        """
-        assert write or not moments, "new moments that are not written would have no swap file"
-        swapped = self._is_swapped(group)
-        if swapped:
-            self._optimizer._optimizer_states_and_gradient_swap_in(group.index)
-        try:
-            yield self._flats(group, moments)
-        finally:
-            if swapped and write:
-                self._optimizer._optimizer_states_and_gradient_swap_out(group.index)
-            elif swapped:
-                self._optimizer._release_swap_buffers(group.index)
+        self._prepare_states()
 
     def set_step(self, step: int) -> None:
         """Set the number of steps that Adam has taken, for its bias correction. The moments must exist."""
@@ -88,20 +88,54 @@ class Partitions:
         """
         for group in self.groups:
             lacking = key in MOMENTS and EXP_AVG not in self._state(group)
-            with self.open(group, write=lacking, moments=lacking) as flats:
+            with self._open(group, write=lacking, moments=lacking) as flats:
                 yield from group_pieces(group, flats[key])
 
-    @property
-    def weights_are_masters(self) -> bool:
-        """Whether the network computes with the masters themselves (stage 0 in fp32)."""
-        return self._stage == 0 and not hasattr(self._optimizer, "fp32_groups")
+    def load(self, keys: Sequence[str], fill: Callable[[str, Range, Tensor], object]) -> None:
+        """Have `fill(key, range, target)` write values into 1-D targets. A range may come in several parts."""
+        for group in self.groups:
+            with self._open(group, write=True, moments=any(key in MOMENTS for key in keys)) as flats:
+                for held, offset in group.ranges:
+                    for key in keys:
+                        fill(key, held, flats[key].narrow(0, offset, held.numel))
+
+    def copy_of_masters(self, group: Group, allocate: Callable[[Tensor], Tensor]) -> Tensor:
+        """The group's master in the memory that `allocate(like)` returns."""
+        with self._open(group) as flats:
+            return allocate(flats[MASTER]).copy_(flats[MASTER])
+
+    @contextmanager
+    def computing_with(self, values: Callable[[Group], Tensor]) -> Iterator[None]:
+        """Have the network compute with `values` of the owned groups, laid out like their masters; then as before.
+
+        Call it on all ranks between two steps. The masters bring the weights back, so nothing is held twice. Where the
+        weights are the masters (stage 0 in fp32), each rank keeps its share of them in host memory meanwhile.
+        """
+        aside: dict[int, Tensor] = {}
+        if self._stage == 0 and not hasattr(self._optimizer, "fp32_groups"):
+            for group in self.groups:
+                if group.owned:
+                    with self._open(group) as flats:
+                        aside[group.index] = flats[MASTER].detach().to("cpu", copy=True)
+
+        @contextmanager
+        def weights(group: Group) -> Iterator[Tensor]:
+            if group.index in aside:
+                yield aside[group.index]
+            else:
+                with self._open(group) as flats:
+                    yield flats[MASTER]
+
+        self.put_weights(lambda group: nullcontext(values(group)))
+        yield  # without `finally`: a rank that fails must not wait for others in a collective call
+        self.put_weights(weights)
 
     @torch.no_grad()
     def put_weights(self, values: Callable[[Group], AbstractContextManager[Tensor]]) -> None:
         """Have the network compute with `values(group)` in its weights' dtype; call it on all ranks between two steps.
 
         `values` is asked for the owned groups, and its tensors are laid out like the groups' masters. Masters are not
-        read or written (unless `weights_are_masters`), and no rank holds more of the weights than before. Of the
+        read or written, unless the weights are the masters, and no rank holds more of the weights than before. Of the
         masters these are the weights that the last update left, bit for bit: every update ends with this cast.
         """
         if self._stage == 3:
@@ -144,12 +178,12 @@ class Partitions:
             allgather_bucket_size=optimizer.allgather_bucket_size,
         )
 
-    def on_update(self, callback: Callable[[Group, Tensor], None]) -> None:
-        """Call `callback(group, master)` for every group right after each of its updates.
+    def average_with(self, average: AveragedGroups) -> None:
+        """Update the average of every group right after each of the group's updates.
 
         With ZeRO-3 the group is then still in memory, so that a group on NVMe is not read a second time.
         """
-        self._after_update = callback
+        callback = self._after_update = average.update
         if self._stage != 3:
             return
         release = self._optimizer._release_sub_group
@@ -161,17 +195,38 @@ class Partitions:
         self._optimizer._release_sub_group = call_and_release
 
     def updated(self) -> None:
-        """Call once after every step: runs the callback in the stages that have no hook for it."""
+        """Call once after every step: updates the average in the stages that have no hook for it."""
         if self._stage != 3 and self._after_update is not None:
             for group in self.groups:
                 self._after_update(group, self._masters()[group.index].data.view(-1))
 
-    def _forget_steps_taken(self) -> None:
+    @contextmanager
+    def _open(self, group: Group, write: bool = False, moments: bool = False) -> Iterator[Flats]:
+        """The group's flat 1-D tensors: "master" and, once Adam has stepped, "exp_avg" and "exp_avg_sq".
+
+        A placed range is `flats[key].narrow(0, offset, numel)`. Changes are kept only with write=True. `moments`
+        creates the moments if they don't exist yet, which needs write=True.
+        """
+        assert write or not moments, "new moments that are not written would have no swap file"
+        swapped = self._is_swapped(group)
+        if swapped:
+            self._optimizer._optimizer_states_and_gradient_swap_in(group.index)
+        try:
+            yield self._flats(group, moments)
+        finally:
+            if swapped and write:
+                self._optimizer._optimizer_states_and_gradient_swap_out(group.index)
+            elif swapped:
+                self._optimizer._release_swap_buffers(group.index)
+
+    def _prepare_states(self) -> None:
         """Have Adam begin at step 1: stage 0 in bf16 takes a step on zero gradients when it is built.
 
         The first real update would count as the second, and be 0.735 of what it should be.
         """
         self._adam().state.clear()
+        if self._stage == 3:
+            self._make_moments_before_first_update()
 
     def _is_swapped(self, group: Group) -> bool:
         return self._stage == 3 and bool(self._optimizer._swappable_optimizer_subgroup(group.index))
@@ -308,10 +363,7 @@ def _copy(target: Tensor, values: Tensor) -> None:
 
 def load_masters(partitions: Partitions, source: WeightSource) -> None:
     """Fill the masters in the source's own precision (DeepSpeed has made them from 16-bit weights)."""
-    for group in partitions.groups:
-        with partitions.open(group, write=True) as flats:
-            for placed in group.ranges:
-                copy_range(flats[MASTER].narrow(0, placed.offset, placed.range.numel), placed.range, source.read)
+    partitions.load((MASTER,), lambda _, held, target: copy_range(target, held, source.read))
 
 
 _INTERNALS = {

@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Mapping
 
+from torch import Tensor
+
 from bagel_ds.arguments.options import TrainingArguments
 from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
 from bagel_ds.checkpoint.step_folders import STATE
@@ -22,12 +24,12 @@ from bagel_ds.model.shape.lora import LoRA, is_adapter
 from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.model_folder.pretrained import PretrainedWeights
 from bagel_ds.model_folder.weights import BagelWeights
-from bagel_ds.ranges import MASTER, WeightSource, copy_range
+from bagel_ds.ranges import MASTER, Range, WeightSource, copy_range
 from bagel_ds.train.ranks.agreement import together
 from bagel_ds.train.saves.start import StartPoint
 from bagel_ds.units import GIB, MIB
 from bagel_ds.zero.engine import ZeroEngine
-from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ
+from bagel_ds.zero.partitions import MOMENTS
 
 
 @dataclass(frozen=True)
@@ -186,16 +188,11 @@ def restore_moments(engine: ZeroEngine, state: StateFiles, updates_done: int) ->
     A parameter that was frozen has none stored: they are zero, as the original's are after steps under freeze_und.
     """
 
-    def read() -> None:
-        for group in engine.partitions.groups:
-            with engine.partitions.open(group, write=True, moments=True) as flats:
-                for held, offset in group.ranges:
-                    for kind in (EXP_AVG, EXP_AVG_SQ):
-                        target = flats[kind].narrow(0, offset, held.numel)
-                        if state.has(WEIGHT, held.name):
-                            target.zero_()
-                        else:
-                            copy_range(target, held, partial(state.read, kind))
+    def fill(kind: str, held: Range, target: Tensor) -> None:
+        if state.has(WEIGHT, held.name):
+            target.zero_()
+        else:
+            copy_range(target, held, partial(state.read, kind))
 
-    together(read)
+    together(lambda: engine.partitions.load(MOMENTS, fill))
     engine.partitions.set_step(updates_done)

@@ -26,6 +26,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from bagel_ds.config_files import Document
 from bagel_ds.errors import all_faults, nearest
 from bagel_ds.zero.config.draft import AUTO
+from bagel_ds.zero.config.settings import SPLIT_MASTERS
 
 Path = tuple[str, ...]
 
@@ -73,7 +74,7 @@ def check_keys(document: Document) -> None:
             check.section(path, section, model)
     check.optimizer(content.get(constants.OPTIMIZER, AUTO))
     check.scheduler(content.get(constants.SCHEDULER, AUTO))
-    elsewhere = {*_MODELS, (constants.OPTIMIZER,), (constants.SCHEDULER,)}
+    elsewhere = {*_MODELS, (constants.OPTIMIZER,), (constants.SCHEDULER,), (SPLIT_MASTERS,)}
     check.data_types(content.get(constants.DATA_TYPES))
     check.rest(_without(content, elsewhere))
     all_faults(check.faults, f"--ds_config {document.path} says what DeepSpeed would ignore or can't read:")

@@ -19,7 +19,7 @@ from bagel_ds.model.shape.parts import Freezing, trainable_parts
 from bagel_ds.zero.config.draft import AUTO, Draft
 from bagel_ds.zero.config.files import ds_configs_folder, find_ds_config, read_ds_config
 from bagel_ds.zero.config.nvme import fit_buffers, settle_nvme
-from bagel_ds.zero.config.settings import ZeroSettings, offload_device
+from bagel_ds.zero.config.settings import SPLIT_MASTERS, SPLIT_MOMENTS, ZeroSettings, offload_device
 from bagel_ds.zero.config.sharding import settle_sharding
 
 
@@ -112,6 +112,7 @@ def _settle_precision(draft: Draft) -> None:
             draft.fault(f"{key} is enabled, but --precision is {precision}; remove the section")
         draft.ds.pop(key, None)
     _check_bf16_masters(draft)
+    _settle_split_masters(draft)
     _settle_gradient_types(draft)
 
 
@@ -127,6 +128,39 @@ def _check_bf16_masters(draft: Draft) -> None:
             draft.fault(f"bf16.{key} needs offload_optimizer on the CPU; remove the key, or use preset zero3_cpu_bf16")
     if wanted:
         draft.notes.append("bf16 masters: updates much smaller than a weight are lost to rounding (docs/low_memory.md)")
+
+
+def _settle_split_masters(draft: Draft) -> None:
+    """Masters as the weight and 16 more bits: ZeRO-3 in bf16, with the optimizer's states where the weights are."""
+    section = draft.ds.get(SPLIT_MASTERS)
+    if section is None:
+        return
+    kinds = ", ".join(SPLIT_MOMENTS)
+    moments = section.get("moments", AUTO) if isinstance(section, dict) else section
+    if not isinstance(section, dict) or set(section) - {"moments"}:
+        draft.fault(f'{SPLIT_MASTERS} must be {{"moments": ...}} with one of {kinds}, found {section!r:.60}')
+        return
+    if moments not in (*SPLIT_MOMENTS, AUTO):
+        draft.fault(f"{SPLIT_MASTERS}.moments must be one of {kinds}, found {moments!r:.60}")
+    draft.ds[SPLIT_MASTERS] = {"moments": "fp32" if moments == AUTO else moments}
+    stage = draft.section("zero_optimization")["stage"]
+    places = [offload_device(draft.ds, what) for what in ("optimizer", "param")]
+    remove = f"remove the section {SPLIT_MASTERS}"
+    if draft.config.training.precision != "bf16":
+        found = draft.config.training.precision
+        draft.fault(f"{SPLIT_MASTERS} needs --precision bf16, found {found}; {remove}, or pass --precision bf16")
+    if stage != 3:
+        draft.fault(f"{SPLIT_MASTERS} needs ZeRO stage 3, found stage {stage}; {remove}, or use preset zero3_cpu_split")
+    elif "nvme" in places or places[0] != places[1]:
+        draft.fault(
+            f"{SPLIT_MASTERS} keeps the optimizer's states beside the weights, on the GPU or in host memory, found "
+            f"offload_optimizer on {places[0]} and offload_param on {places[1]}; make the two equal, or {remove}"
+        )
+    for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
+        if draft.section("bf16").get(key, AUTO) not in (AUTO, False):
+            draft.fault(f"bf16.{key} and {SPLIT_MASTERS} exclude each other; remove bf16.{key}")
+    # DeepSpeed insists on its own CPU Adam otherwise.
+    draft.settle("zero_force_ds_cpu_optimizer", False, f"{SPLIT_MASTERS} has an optimizer of its own", "remove the key")
 
 
 def _settle_gradient_types(draft: Draft) -> None:

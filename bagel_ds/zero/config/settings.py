@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _TYPE_BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "bf16": 2, "float16": 2, "bfloat16": 2}
+SPLIT_MASTERS = "split_masters"  # the trainer's own section of a configuration
+SPLIT_MOMENTS = {"fp32": 4, "bf16": 2, "8bit": 1}  # bytes of one moment
 
 
 class Offload(NamedTuple):
@@ -40,9 +42,10 @@ class ZeroSettings:
     stage: int
     bf16: bool  # weights and activations; else fp32
     accumulation: int  # micro-batches per optimizer step
+    split_moments: str  # number format of the moments beside split masters: "fp32", "bf16", "8bit"; "" without these
     # Bytes of one element:
     weight_bytes: int
-    master_bytes: int
+    master_bytes: int  # of split masters, what the weight lacks
     moment_bytes: int
     gradient_bytes: int  # where micro-batches are summed
     communication_bytes: int
@@ -59,6 +62,9 @@ class ZeroSettings:
         """Of a configuration from `resolve_ds_config`."""
         zero, bf16 = ds.get("zero_optimization", {}), ds.get("bf16", {})
         is_bf16 = bool(bf16.get("enabled"))
+        split_moments = ds.get(SPLIT_MASTERS, {}).get("moments", "")
+        masters16 = is_bf16 and bf16.get("bf16_master_weights_and_grads") is True
+        moments16 = is_bf16 and bf16.get("bf16_optimizer_states") is True
         weight_bytes = 2 if is_bf16 else 4
         gradients, messages = ds.get("data_types", {}).get("grad_accum_dtype"), ds.get("communication_data_type")
         stage, overlaps = int(zero.get("stage", 0)), zero.get("overlap_comm")
@@ -68,8 +74,9 @@ class ZeroSettings:
             bf16=is_bf16,
             accumulation=int(ds.get("gradient_accumulation_steps", 1)),
             weight_bytes=weight_bytes,
-            master_bytes=2 if is_bf16 and bf16.get("bf16_master_weights_and_grads") is True else 4,
-            moment_bytes=2 if is_bf16 and bf16.get("bf16_optimizer_states") is True else 4,
+            split_moments=split_moments,
+            master_bytes=2 if split_moments or masters16 else 4,
+            moment_bytes=SPLIT_MOMENTS.get(split_moments, 2 if moments16 else 4),
             gradient_bytes=_TYPE_BYTES.get(str(gradients), weight_bytes),
             communication_bytes=_TYPE_BYTES.get(str(messages), weight_bytes),
             optimizer=_offload(ds, "optimizer"),
