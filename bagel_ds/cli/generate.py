@@ -122,13 +122,10 @@ def _one(options: argparse.Namespace, common: dict[str, Any]) -> int:
 def _file(options: argparse.Namespace, common: dict[str, Any]) -> int:
     from tqdm import tqdm
 
-    from bagel_ds.inference.adapters import named_adapters
     from bagel_ds.inference.jobs import LAYOUTS, run_jobs
 
     if options.image:
         raise UserError("--image goes with --prompt; in a file of prompts each line names its own image")
-    if options.lora:  # so that results of other weights are made again
-        common["lora"] = {adapter.name: adapter.weight for adapter in named_adapters(options.lora)}
     faults: list[str] = []
     jobs = LAYOUTS[options.layout](options.prompts, common, options.seed, faults)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))

@@ -14,13 +14,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from bagel_ds.errors import UserError
+from bagel_ds.inference.adapters import Adapters, asked_adapters
 from bagel_ds.inference.generation import Inferencer, Request
 
 logger = logging.getLogger("bagel_ds")
@@ -113,6 +114,7 @@ def run_jobs(
     done: Callable[[int], None] = lambda count: None,
 ) -> tuple[int, int]:
     """Make what `out` lacks, `batch_size` at a time: (made, there before). `done(n)`: n more are finished."""
+    jobs = [_with_weights(job, inferencer.network.adapters) for job in jobs]
     finished = _finished(out)
     waiting = [job for job in jobs if finished.get(job.name) != job.key]
     done(len(jobs) - len(waiting))
@@ -132,6 +134,15 @@ def run_jobs(
         made += len(asked)
         done(len(waiting[start : start + batch_size]))
     return made, len(jobs) - len(waiting)
+
+
+def _with_weights(job: Job, adapters: Adapters) -> Job:
+    """With what its adapters count, so that a result of other weights is made again. A wrong job stays as it is."""
+    try:
+        chosen = adapters.chosen(asked_adapters(job.words.get("lora")))
+    except UserError:
+        return job
+    return replace(job, words={**job.words, "lora": chosen}) if adapters.weights else job
 
 
 def make(inferencer: Inferencer, asked: Sequence[tuple[Job, Request]]) -> list[Made]:
