@@ -32,6 +32,7 @@ from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.engine import AdamOptions, ZeroEngine
 from bagel_ds.zero.partitions import MOMENTS
+from bagel_ds.zero.split import update as split_update
 from bagel_ds.zero.weights import held_weight
 from bench.random_tables import RandomSource, Tables
 from tests.distributed.adam import held_weights
@@ -74,7 +75,7 @@ def train(case: dict[str, Any], results: Path) -> None:
     held: dict[str, Tensor] = {}
     for key in (MASTER, *MOMENTS):
         for piece in engine.partitions.pieces(key):
-            held.update({f"{key}.{place.name}.{place.start}": values.clone() for place, values in piece.ranges})
+            held.update({f"{key}.{place.name}.{place.start}": values[:].clone() for place, values in piece.ranges})
     for piece in average.pieces():
         held.update({f"ema.{place.name}.{place.start}": values.clone() for place, values in piece.ranges})
     for name, parameter in engine.module.named_parameters():
@@ -127,6 +128,7 @@ def main(cases_file: str, results: str) -> None:
         with (
             mock.patch.object(ranges, "COPIED_ELEMENTS", piece or ranges.COPIED_ELEMENTS),
             mock.patch.object(ema, "_CHUNK", piece or ema._CHUNK),
+            mock.patch.object(split_update, "_CHUNK", piece or split_update._CHUNK),
         ):
             train(case, Path(results))
 

@@ -7,7 +7,8 @@ update shows an Adam that counts from another step than 1: counted from 2, it is
 Tolerance: one unit in the last place of the weight per update, and 2e-6 of the learning rates, because norms are summed
 in another order and the CPU's Adam divides in another (found: one unit in all). Where masters are bf16, the reference
 is rounded after each update as they are; there 0.5 % of the elements may differ (found: 0.1 %), by two bf16 units, as
-two sums that differ in fp32 may round to either side.
+two sums that differ in fp32 may round to either side. Moments beside split masters are rounded stochastically, which
+shows in an update by the share `off` (found: 0.004 in bf16, 0.05 in 8 bits).
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Setup(NamedTuple):
     zero: dict[str, Any] = {}  # what is changed in zero_optimization
     bf16: dict[str, Any] = {}  # and in bf16
     suffix: str = ""  # to its name
+    off: float = 0.0  # of each update, because moments are rounded
 
     @property
     def name(self) -> str:
@@ -74,7 +76,11 @@ SETUPS = (
     Setup("zero3", zero={"offload_optimizer": ON_CPU}, suffix="_optimizer_cpu"),
     Setup("zero3_cpu"),
     Setup("zero3_cpu", ("bf16",), bf16=BF16_MASTERS, suffix="_bf16_masters"),
-    Setup("zero3_cpu_bf16", ("bf16",)),
+    Setup("zero3_cpu", ("bf16",), bf16={**BF16_MASTERS, "bf16_optimizer_states": True}, suffix="_bf16"),
+    Setup("zero3_cpu_split", ("bf16",)),
+    Setup("zero3_split", ("bf16",)),
+    Setup("zero3_cpu_split_bf16", ("bf16",), off=0.01),
+    Setup("zero3_cpu_split_8bit", ("bf16",), off=0.08),
     Setup("zero3_hpz", ranks=(2,), zero={"zero_hpz_partition_size": 2}),
 )
 
@@ -175,7 +181,7 @@ def test_every_update_is_that_of_torchs_adamw(case: Case, trained: Path) -> None
         for name, master in masters.items():
             off, size = (found[name] - master).abs(), torch.maximum(master.abs(), start[name].abs())
             units = 2 * 2.0**-7 if masters_round else (step + 1) * 2.0**-23
-            allowed = units * size + 2e-6 * sum(rates[: step + 1])
+            allowed = units * size + (2e-6 + case.setup.off) * sum(rates[: step + 1])
             assert (off <= allowed).all(), f"update {step + 1} of {name}: off by up to {float(off.max()):.3g}"
             differ += int((off > 0).sum())
         if masters_round:

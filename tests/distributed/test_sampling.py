@@ -170,7 +170,7 @@ def test_training_and_samples_are_the_same_under_another_stage_or_offload(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["zero2", *map(soak, ("zero0", "zero3_cpu_bf16"))])
+@pytest.mark.parametrize("preset", ["zero2", *map(soak, ("zero0", "zero3_cpu_split_8bit"))])
 def test_training_is_the_same_in_bf16(preset: str, demo: Path, tmp_path: Path) -> None:
     outcomes = run_cases(tmp_path / "launch", cases(demo, tmp_path, preset, "bf16"), ranks=2)
     for name, ranks in outcomes.items():

@@ -31,7 +31,7 @@ from tests.gpu.launches import (
 from tests.launch import REPOSITORY, TRAIN, deepspeed
 
 PRESETS = sorted(path.stem for path in (REPOSITORY / "ds_configs").glob("*.json"))
-BF16_ONLY = {"zero3_cpu_bf16"}
+BF16_ONLY = {"zero3_split", "zero3_cpu_split", "zero3_cpu_split_bf16", "zero3_cpu_split_8bit"}
 RUNS = [(preset, precision) for preset in PRESETS for precision in ("bf16", "fp32")]
 RUNS = [(preset, precision) for preset, precision in RUNS if precision == "bf16" or preset not in BF16_ONLY]
 MODES = ("none", "offload")  # beside the default, "full"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from bagel_ds.errors import UserError
 from bagel_ds.lora.targets import with_adapters
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model.shape.parameters import adapted_layers, parameter_sizes
+from bagel_ds.zero.config.files import ds_configs_folder
 from bagel_ds.zero.config.resolve import resolve_ds_config
 
 
@@ -84,7 +87,11 @@ def test_values_out_of_range_are_named(words: str, said: str) -> None:
     assert said in str(error.value)
 
 
-def test_bf16_masters_are_refused_with_adapters_only() -> None:
-    resolve_ds_config("zero3_cpu_bf16.json", make_config({}), 1)
+def test_bf16_masters_are_refused_with_adapters_only(tmp_path: Path) -> None:
+    content = json.loads((ds_configs_folder() / "zero3_cpu.json").read_text())
+    content["bf16"]["bf16_master_weights_and_grads"] = True
+    path = tmp_path / "rounded.json"
+    path.write_text(json.dumps(content))
+    resolve_ds_config(str(path), make_config({}), 1)
     with pytest.raises(UserError, match="loses half of what adapters learn"):
-        resolve_ds_config("zero3_cpu_bf16.json", make_config({"lora_rank": 8}), 1)
+        resolve_ds_config(str(path), make_config({"lora_rank": 8}), 1)

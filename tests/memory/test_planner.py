@@ -48,7 +48,14 @@ def items(found: MemoryPlan, *names: str) -> list[MemoryItem]:
     return [item for item in found.items if item.name in names]
 
 
-STATES = ("weights", "gradients", "gradients in the masters' format", "masters", "Adam moments")
+STATES = (
+    "weights",
+    "gradients",
+    "gradients in the masters' format",
+    "masters",
+    "masters' lower halves",
+    "Adam moments",
+)
 
 
 # Bytes per parameter in host memory, measured with DeepSpeed 0.19.8 at 280 M parameters (without fixed parts).
@@ -57,7 +64,10 @@ STATES = ("weights", "gradients", "gradients in the masters' format", "masters",
     [
         ("zero3_cpu.json", {}, 20),
         ("zero3_cpu.json", {"gradient_accumulation_steps": 2}, 22),
-        ("zero3_cpu_bf16.json", {}, 12),
+        ("zero3_cpu_split.json", {}, 14),
+        ("zero3_cpu_split.json", {"gradient_accumulation_steps": 2}, 16),
+        ("zero3_cpu_split_bf16.json", {}, 10),
+        ("zero3_cpu_split_8bit.json", {}, 8),
         ("zero3_cpu.json", {"precision": "fp32"}, 24),
         ("zero3_nvme.json", {}, 4),
         ("zero3_nvme_all.json", {}, 2),

@@ -4,40 +4,39 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from bagel_ds.errors import UserError
-from bagel_ds.ranges import MASTER, Range, TensorInfo
-from bagel_ds.zero.ema import EMAOptions, ShardedEMA, round_stochastically
-from bagel_ds.zero.partitions import Group, PlacedRange
+from bagel_ds.ranges import Range, TensorInfo
+from bagel_ds.zero.ema import EMAOptions, ShardedEMA
+from bagel_ds.zero.partitions import AveragedGroups, Group, PlacedRange
+
+RANGES = (PlacedRange(Range("a", 3, 5), 0), PlacedRange(Range("b", 0, 2), 5))
 
 
 class OneGroup:
-    """What `ShardedEMA` asks of partitions: 5 elements of "a" from 3 on, then all 2 of "b"."""
+    """What `ShardedEMA` asks of partitions; by default 5 elements of "a" from 3 on, then all 2 of "b"."""
 
-    def __init__(self, master: Tensor, owned: bool = True):
-        ranges = (PlacedRange(Range("a", 3, 5), 0), PlacedRange(Range("b", 0, 2), 5))
+    def __init__(self, master: Tensor, owned: bool = True, ranges: tuple[PlacedRange, ...] = RANGES):
         self.groups = (Group(0, ("a", "b", "elsewhere"), ranges, owned),)
         self.master = master
-        self.callback: Callable[[Group, Tensor], None] | None = None
+        self.average: AveragedGroups | None = None
 
-    @contextmanager
-    def open(self, group: Group) -> Iterator[dict[str, Tensor]]:
-        yield {MASTER: self.master}
+    def copy_of_masters(self, group: Group, allocate: Callable[[Tensor], Tensor]) -> Tensor:
+        return allocate(self.master).copy_(self.master)
 
-    def on_update(self, callback: Callable[[Group, Tensor], None]) -> None:
-        self.callback = callback
+    def average_with(self, average: AveragedGroups) -> None:
+        self.average = average
 
     def step(self, master: Tensor) -> None:
         self.master = master
-        assert self.callback is not None
-        self.callback(self.groups[0], master)
+        assert self.average is not None
+        self.average.update(self.groups[0], master)
 
 
 def masters(count: int) -> list[Tensor]:
@@ -82,7 +81,7 @@ def test_equal_weights_leave_it_as_it_is() -> None:
 def test_in_bf16_it_follows_where_rounding_to_nearest_stands_still() -> None:
     """From 1 towards 2 by parts of 1e-4: the steps are a hundredth of bf16's spacing."""
     start = torch.ones(100_000)
-    partitions: Any = OneGroup(start)
+    partitions: Any = OneGroup(start, ranges=(PlacedRange(Range("a", 0, 100_000), 0),))
     ema = ShardedEMA(partitions, EMAOptions(0.9999, dtype=torch.bfloat16))
     for _ in range(200):
         partitions.step(start * 2)
@@ -94,14 +93,21 @@ def test_in_bf16_it_follows_where_rounding_to_nearest_stands_still() -> None:
     assert float(flat.float().std()) < 1.1 * ((exact - 1) * 2**-7) ** 0.5
 
 
-def test_stochastic_rounding_keeps_the_mean_and_what_bf16_can_hold() -> None:
-    generator = torch.Generator().manual_seed(1)
-    for value in (1.001, -1.001, 3.14159e-5, -2.71828e7):
-        rounded = round_stochastically(torch.full((200_000,), value), generator)
-        assert torch.equal(rounded, rounded.bfloat16().float())
-        assert float(rounded.double().mean()) == pytest.approx(value, rel=1e-4)
-    held = torch.randn(1000, generator=generator).bfloat16().float()
-    assert torch.equal(round_stochastically(held, generator), held)
+def test_in_bf16_it_is_the_same_however_ranks_share_it() -> None:
+    start, *steps = [each.repeat(30) for each in masters(6)]
+    whole: Any = OneGroup(start, ranges=(PlacedRange(Range("a", 0, 210), 0),))
+    parts: list[Any] = [
+        OneGroup(start[low:high], ranges=(PlacedRange(Range("a", low, high - low), 0),))
+        for low, high in ((0, 71), (71, 210))
+    ]
+    options = EMAOptions(0.99, dtype=torch.bfloat16)
+    averages = [ShardedEMA(each, options) for each in (whole, *parts)]
+    for master in steps:
+        whole.step(master)
+        parts[0].step(master[:71])
+        parts[1].step(master[71:])
+    one, first, second = (values(each) for each in averages)
+    assert torch.equal(one, torch.cat([first, second])) and not torch.equal(one, start.bfloat16().double())
 
 
 def test_pieces_are_named_and_what_is_elsewhere_is_empty() -> None:

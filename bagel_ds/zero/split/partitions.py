@@ -7,8 +7,10 @@ save in the background nor a load holds more than a few MB beyond the states.
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +23,13 @@ from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ, MOMENTS, AveragedGroup
 from bagel_ds.zero.split.formats import MomentFormat, moment_format, seed_of, split
 from bagel_ds.zero.split.update import Average, SplitRange, Step, update
 
-_VECTORS = {"-D__AVX512__": 16, "-D__AVX256__": 8}  # elements, as DeepSpeed builds its CPU Adam
+_VECTORS = {"-D__AVX512__": 16, "-D__AVX256__": 8}
+
+
+@cache
+def vector_elements() -> int:
+    """How many elements DeepSpeed's CPU Adam computes at once on this processor."""
+    return _VECTORS.get(CPUAdamBuilder().simd_width(), sys.maxsize)
 
 
 class _States(NamedTuple):
@@ -117,7 +125,7 @@ class SplitPartitions(Partitions):
         numel = high.numel()
         low = torch.zeros(numel, dtype=torch.int16, device=high.device)
         moments = self._format.allocate(numel, high.device)
-        width = _VECTORS.get(CPUAdamBuilder().simd_width(), numel + 1)
+        width = vector_elements()
         ranges = []
         for placed in group.ranges:
             part = slice(placed.offset, placed.offset + placed.range.numel)

@@ -16,8 +16,7 @@ from bagel_ds.zero.config.resolve import resolve_ds_config
 from bagel_ds.zero.config.settings import ZeroSettings, offload_device
 
 PRESETS = sorted(path.stem for path in ds_configs_folder().glob("*.json"))
-RUNS = [(preset, precision) for preset in PRESETS for precision in ("bf16", "fp32")]
-RUNS.remove(("zero3_cpu_bf16", "fp32"))  # refused: its name says bf16
+RUNS = [(preset, "bf16") for preset in PRESETS] + [(preset, "fp32") for preset in PRESETS if "_split" not in preset]
 
 
 def config(*words: str) -> RunConfig:
@@ -58,7 +57,7 @@ def test_every_preset_resolves_without_auto_and_deepspeed_accepts_it(preset: str
     assert ZeroSettings.of(ds).stage == stage
     sums_in_fp32 = precision == "fp32" or stage >= 2
     assert ds["data_types"]["grad_accum_dtype"] == ("fp32" if sums_in_fp32 else "bf16")
-    assert len(notes) == (0 if sums_in_fp32 and preset != "zero3_cpu_bf16" else 1)
+    assert len(notes) == (0 if sums_in_fp32 else 1)
     check_resolved(ds)
 
 
@@ -67,9 +66,9 @@ def test_presets_offload_what_their_names_say() -> None:
     for preset in PRESETS:
         ds, _ = resolve_ds_config(preset + ".json", config(), 2)
         devices[preset] = (offload_device(ds, "optimizer"), offload_device(ds, "param"))
-    assert devices["zero3"] == devices["zero2"] == ("none", "none")
+    assert devices["zero3"] == devices["zero3_split"] == devices["zero2"] == ("none", "none")
     assert devices["zero2_cpu"] == ("cpu", "none")
-    assert devices["zero3_cpu"] == devices["zero3_cpu_bf16"] == ("cpu", "cpu")
+    assert devices["zero3_cpu"] == devices["zero3_cpu_split"] == ("cpu", "cpu")
     assert devices["zero3_nvme"] == ("nvme", "cpu")
     assert devices["zero3_nvme_all"] == ("nvme", "nvme")
 
@@ -293,3 +292,52 @@ def test_a_key_given_twice_is_refused(tmp_path: Path, text: str, words: str) -> 
     with pytest.raises(UserError, match="given twice") as caught:
         resolve_ds_config(str(tmp_path / "ds.json"), config(), 2)
     assert "--ds_config" in str(caught.value) and words in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------ split masters
+def split_config(moments: object = "bf16", stage: int = 3, param: str = "cpu", **others: Any) -> dict[str, Any]:
+    offload = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": param}}
+    return {"zero_optimization": {"stage": stage, **offload}, "split_masters": {"moments": moments}, **others}
+
+
+@pytest.mark.parametrize("moments, size", [("fp32", 4), ("bf16", 2), ("8bit", 1), ("auto", 4)])
+def test_split_masters_have_moments_of_the_named_size(tmp_path: Path, moments: str, size: int) -> None:
+    ds, notes = resolve(tmp_path, split_config(moments))
+    settings = ZeroSettings.of(ds)
+    assert (settings.master_bytes, settings.moment_bytes) == (2, size) and not notes
+    assert settings.split_moments == ("fp32" if moments == "auto" else moments)
+    check_resolved(ds)
+
+
+@pytest.mark.parametrize(
+    "content, words, said",
+    [
+        (split_config("fp16"), [], "split_masters.moments must be one of fp32, bf16, 8bit, found 'fp16'"),
+        ({**split_config(), "split_masters": True}, [], 'split_masters must be {"moments": ...} with one of fp32'),
+        ({**split_config(), "split_masters": {"moment": "bf16"}}, [], "found {'moment': 'bf16'}"),
+        (split_config(), ["--precision", "fp32"], "split_masters needs --precision bf16, found fp32"),
+        (
+            split_config(param="none"),
+            [],
+            "offload_optimizer on cpu and offload_param on none; make the two equal",
+        ),
+        (split_config(param="nvme"), [], "found offload_optimizer on cpu and offload_param on nvme"),
+        (
+            split_config(bf16={"enabled": "auto", "bf16_master_weights_and_grads": True}),
+            [],
+            "bf16.bf16_master_weights_and_grads and split_masters exclude each other",
+        ),
+        (split_config(zero_force_ds_cpu_optimizer=True), [], "zero_force_ds_cpu_optimizer is true"),
+    ],
+)
+def test_split_masters_that_cannot_be_are_refused(
+    tmp_path: Path, content: dict[str, Any], words: list[str], said: str
+) -> None:
+    assert said in fault(tmp_path, content, *words)
+
+
+def test_split_masters_need_stage_3(tmp_path: Path) -> None:
+    content = split_config(stage=2)
+    del content["zero_optimization"]["offload_param"]
+    said = fault(tmp_path, content)
+    assert "split_masters needs ZeRO stage 3, found stage 2" in said and "zero3_cpu_split" in said
