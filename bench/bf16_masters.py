@@ -1,10 +1,11 @@
-"""What masters and moments in bf16 cost: the same run with and without them, at several learning rates.
+"""What states in fewer bits cost: the same run with and without them, at several learning rates.
 
-One command: `python bench/bf16_masters.py [--json] [--steps 100] [--lrs 2e-3 2e-5 2e-4]`. It trains the demo's network
-for a while (`--warm` steps), so that weights and gradients are those of a trained one, and goes on from there with
-`zero3_cpu.json` (fp32 masters) and `zero3_cpu_bf16.json` at each learning rate, on one CPU process and on the same
-packs; at the first rate also with `zero3.json` (fp32 masters again, torch's AdamW in place of DeepSpeed's: what the
-order of roundings alone does to a run).
+One command: `python bench/bf16_masters.py [--json] [--steps 100] [--lrs 2e-3 2e-5 2e-4] [--ways NAME ...]`. It trains
+the demo's network for a while (`--warm` steps), so that weights and gradients are those of a trained one, and goes on
+from there with `zero3_cpu.json` (fp32 masters) and with each of these ways at each learning rate, on one CPU process
+and on the same packs: split masters with moments in fp32, bf16 and 8 bits, and DeepSpeed's masters and moments in bf16
+(`bf16 masters`, which no preset has); at the first rate also with `zero3.json` (fp32 masters again, torch's AdamW in
+place of DeepSpeed's: what the order of roundings alone does to a run).
 
 Distance is |w - w_fp32| / |w_fp32 - w_start| over all weights, progress |w - w_start| / |w_fp32 - w_start|; kept is
 the part of the fp32 run's update that is there: (w - w_start) . (w_fp32 - w_start) / |w_fp32 - w_start|^2; lost is the
@@ -20,6 +21,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,11 @@ from bagel_ds.checkpoint.step_folders import STATE  # noqa: E402
 from bagel_ds.demo import write_demo  # noqa: E402
 from bagel_ds.model_folder.tensor_files import TensorFiles  # noqa: E402
 from bagel_ds.ranges import MASTER  # noqa: E402
+from bagel_ds.zero.config.files import ds_configs_folder  # noqa: E402
 from bench.measured_run import measured_run  # noqa: E402
 
-FP32, BF16, AGAIN = "zero3_cpu.json", "zero3_cpu_bf16.json", "zero3.json"
+FP32, BF16, AGAIN = "zero3_cpu.json", "bf16 masters", "zero3.json"
+SPLIT = ("zero3_cpu_split.json", "zero3_cpu_split_bf16.json", "zero3_cpu_split_8bit.json")
 WARM_LR = 2e-3  # the demo's
 MEAN_OF = 20  # steps whose losses make one number, or half of a shorter run
 
@@ -47,17 +51,20 @@ def main() -> None:
     parser.add_argument("--warm", type=int, default=100, help="steps before them, at 2e-3 (default 100)")
     parser.add_argument("--lrs", type=float, nargs="*", default=[2e-3, 2e-5, 2e-4], help="learning rates")
     parser.add_argument("--work", type=Path, help="folder for models and checkpoints (default: a temporary one)")
+    ways = (*SPLIT, BF16)
+    parser.add_argument("--ways", nargs="*", default=ways, choices=ways, help="beside fp32 masters (default: all)")
     options = parser.parse_args()
     if options.steps < 2 or options.warm < 1:
         parser.error(f"found --steps {options.steps} --warm {options.warm}; pass at least 2 steps and 1 before them")
     with tempfile.TemporaryDirectory(dir=options.work, prefix="bf16_masters_") as folder:
-        report = compare(Path(folder), options.warm, options.steps, options.lrs)
+        report = compare(Path(folder), options.warm, options.steps, options.lrs, options.ways)
     print(json.dumps(report, indent=1) if options.json else "\n".join(lines(report)))
 
 
-def compare(folder: Path, warm: int, steps: int, rates: list[float]) -> dict[str, Any]:
+def compare(folder: Path, warm: int, steps: int, rates: list[float], ways: Sequence[str]) -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()):
         write_demo(folder / "demo")
+    write_bf16_masters(folder)
     say(f"{warm} steps before")
     warmed = train(folder, "warm", folder / "demo" / "model", FP32, warm, WARM_LR)
     start = folder / "start"
@@ -67,9 +74,9 @@ def compare(folder: Path, warm: int, steps: int, rates: list[float]) -> dict[str
     report: dict[str, Any] = {"steps": steps, "warm_steps": warm, "rates": {}}
     for rate in rates:
         runs = {}
-        for preset in (FP32, BF16, AGAIN) if rate == rates[0] else (FP32, BF16):
+        for preset in (FP32, *ways, *([AGAIN] if rate == rates[0] else [])):
             say(f"lr {rate:g}: {preset}")
-            runs[preset] = train(folder, f"{rate:g}_{preset}", start, preset, steps, rate)
+            runs[preset] = train(folder, f"{rate:g}_{preset.replace(' ', '_')}", start, preset, steps, rate)
         report["rates"][f"{rate:g}"] = {
             preset: {**losses(runs[preset], steps), **distances(weights, runs[FP32], runs[preset], steps)}
             for preset in runs
@@ -82,11 +89,25 @@ def compare(folder: Path, warm: int, steps: int, rates: list[float]) -> dict[str
     return report
 
 
+def write_bf16_masters(folder: Path) -> None:
+    """`zero3_cpu.json` with what DeepSpeed offers to save memory: masters and moments in bf16, rounded to nearest."""
+    content = json.loads((ds_configs_folder() / FP32).read_text())
+    content["bf16"].update(bf16_master_weights_and_grads=True, bf16_optimizer_states=True)
+    (folder / BF16).write_text(json.dumps(content))
+
+
 def train(folder: Path, name: str, model: Path, preset: str, steps: int, rate: float) -> Path:
     """One launch on one process; its results_dir."""
     results = folder / name
     words = [
-        *("--ds_config", preset, "--model_path", model, "--dataset_config_file", folder / "demo" / "example.yaml"),
+        *(
+            "--ds_config",
+            folder / BF16 if preset == BF16 else preset,
+            "--model_path",
+            model,
+            "--dataset_config_file",
+            folder / "demo" / "example.yaml",
+        ),
         *("--results_dir", results, "--checkpoint_dir", results / "checkpoints", "--max_latent_size", 64),
         *("--finetune_from_hf", True, "--finetune_from_ema", name == "warm", "--ema", 0, "--num_workers", 0),
         *("--total_steps", steps, "--save_every", 10 * steps, "--log_every", 1, "--warmup_steps", 1, "--lr", rate),
@@ -156,7 +177,7 @@ def rate_lines(rate: str, runs: dict[str, Any]) -> list[str]:
     for preset, values in runs.items():
         shown = ", ".join(f"{loss:.4f}" for loss in values["losses"])
         found.append(
-            f"lr {rate:6} {preset:20} loss {shown}; distance {values['distance']:.3f}, progress "
+            f"lr {rate:6} {preset:25} loss {shown}; distance {values['distance']:.3f}, progress "
             f"{values['progress']:.3f}, kept {values['kept']:.3f}, lost {100 * values['lost']:.1f} %"
         )
     return found

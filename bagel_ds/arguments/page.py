@@ -43,7 +43,9 @@ does not know, and would ignore, and a value that it can't read are errors with 
 | zero3 | and parameters | | |
 | zero3_hpz | the same, with a second copy of the parameters per host (ZeRO++; the original's HYBRID_SHARD) | | |
 | zero3_cpu | and parameters | optimizer states and parameters | |
-| zero3_cpu_bf16 | the same | the same, masters and moments in bf16: 12 instead of 20 bytes per parameter | |
+| zero3_cpu_split | the same | the same, masters as weights and 16 more bits: 14, not 20 bytes per parameter | |
+| zero3_cpu_split_bf16, zero3_cpu_split_8bit | the same | the same, moments in bf16 or 8 bits: 10 or 8 bytes | |
+| zero3_split | as zero3, masters as in zero3_cpu_split | | |
 | zero3_nvme | and parameters | parameters | optimizer states, moving average |
 | zero3_nvme_all | and parameters | | all of them |
 
@@ -51,7 +53,8 @@ does not know, and would ignore, and a value that it can't read are errors with 
 - `data_types.grad_accum_dtype`, where open, is fp32 for ZeRO 2 and 3 with more than one micro-batch per step, because
   sums in bf16 lose small gradients; this costs 2 more bytes per parameter, divided by the number of GPUs. With one
   micro-batch there is nothing to sum, and it is bf16. The master weights and AdamW's moments are fp32, but for files
-  that ask for bf16 as zero3_cpu_bf16 does.
+  that ask for fewer bits: `"split_masters": {"moments": "bf16"}` keeps the masters exactly (docs/low_memory.md), and
+  DeepSpeed's `bf16_master_weights_and_grads` rounds them to bf16, which loses small updates.
 - `gradient_clipping` is always written: DeepSpeed clips at 1.0 where the file says nothing.
 - Bucket sizes of the presets are 100 to 200 million elements (0.2 to 0.4 GB in bf16), so that buffers stay small beside
   BAGEL's layers of 466 million parameters on a GPU of 24 GB. A larger GPU can afford more.

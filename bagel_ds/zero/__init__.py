@@ -5,6 +5,6 @@ and shows each rank's masters, moments and average as ranges of named parameters
 number of ranks are made of. Nothing that a run leaves on NVMe or in /dev/shm outlives it. Other packages see a
 configuration only as `ZeroSettings`; where DeepSpeed's internals are touched, tests fail when they change. May import
 `ranges`, `arguments`, `machine` and the shapes of `model`; knows neither checkpoint files nor data. Begin with
-`engine.py`, which is a run from weights to updates, then `partitions.py`; `config/` leads from a configuration file to
-`ZeroSettings`.
+`engine.py`, which is a run from weights to updates, then `partitions.py`; `split/` keeps masters in half of their
+memory; `config/` leads from a configuration file to `ZeroSettings`.
 """

@@ -338,7 +338,7 @@ def test_no_suggestion_is_another_with_needless_settings_or_fewer_tokens(machine
 
 
 def test_what_is_suggested_are_remedies_of_different_kinds() -> None:
-    """The guides' own machine with the default packs: fewer tokens, frozen parts, bf16 masters, a bf16 average."""
+    """The guides' own machine with the default packs: fewer tokens, frozen parts, split masters, a bf16 average."""
     run = config("zero3.json", max_num_tokens=36864)
     found = suggestions(MODEL, run, MemoryOptions.of(run, 2, **budgets(24, 128, 1000)))
     settings = [" ".join(suggestion.settings) for suggestion in found]
@@ -347,7 +347,7 @@ def test_what_is_suggested_are_remedies_of_different_kinds() -> None:
         "zero3_nvme.json",
         "--max_num_tokens",
         "--freeze_und",
-        "zero3_cpu_bf16",
+        "zero3_cpu_split",
         "--ema_dtype bf16",
     ):
         assert any(remedy in each for each in settings), (remedy, settings)

@@ -125,9 +125,12 @@ def _check_bf16_masters(draft: Draft) -> None:
         if draft.config.training.precision != "bf16":
             draft.fault(f"bf16.{key} needs --precision bf16, found {draft.config.training.precision}; remove the key")
         elif not on_cpu:
-            draft.fault(f"bf16.{key} needs offload_optimizer on the CPU; remove the key, or use preset zero3_cpu_bf16")
+            draft.fault(f"bf16.{key} needs offload_optimizer on the CPU; remove the key")
     if wanted:
-        draft.notes.append("bf16 masters: updates much smaller than a weight are lost to rounding (docs/low_memory.md)")
+        draft.notes.append(
+            "bf16 masters: updates much smaller than a weight are lost to rounding; preset zero3_cpu_split_bf16 takes "
+            "less memory and loses none (docs/low_memory.md)"
+        )
 
 
 def _settle_split_masters(draft: Draft) -> None:

@@ -113,17 +113,18 @@ class FloatMoments(MomentFormat):
 class PackedMoments(MomentFormat):
     """Both in 16 bits, element by element, without blocks.
 
-    Nine bits are exp_avg_sq as a floating-point number with 6 bits of exponent and 3 of mantissa, from 2^-58 to 2^6
-    (0 for zero; smaller values are raised to the least, so that no update grows). Seven bits are the ratio exp_avg /
-    sqrt(exp_avg_sq) in equal steps. It is what an update is made of, and by the inequality of Cauchy and Schwarz
-    it never exceeds `bound`, whatever the gradients were. Both are rounded stochastically: they change by a
-    twentieth or a tenth of themselves per step, which rounding to nearest would lose.
+    Nine bits are sqrt(exp_avg_sq) as a floating-point number with 5 bits of exponent and 4 of mantissa, from 2^-29 to
+    2^3 (0 for zero; smaller values are raised to the least, so that no update grows). Seven bits are the ratio exp_avg
+    / sqrt(exp_avg_sq) in equal steps. It is what an update is made of, and by the inequality of Cauchy and Schwarz it
+    never exceeds `bound`, whatever the gradients were. Both are rounded stochastically, such that exp_avg and
+    exp_avg_sq have no bias: these change by a tenth or a twentieth of themselves per step, which rounding to nearest
+    would lose.
     """
 
     kind = 2
     dtypes = (torch.int16,)
     _RATIOS = 63.0  # steps on each side of zero
-    _LEAST = 69 << 3  # the upper 12 bits of 2^-58 in fp32
+    _LEAST = 98 << 4  # the upper 13 bits of 2^-29 in fp32
     _LAST = 511
 
     def __init__(self, betas: tuple[float, float]):
@@ -137,20 +138,25 @@ class PackedMoments(MomentFormat):
 
     def read(self, kept: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         codes = kept[0].to(torch.int32) & 0xFFFF
-        exp_avg_sq = self._square(codes >> 7)
-        return ((codes & 127) - 64).float() * (self.bound / self._RATIOS) * exp_avg_sq.sqrt(), exp_avg_sq
+        deviation = self._deviation(codes >> 7).masked_fill_(codes < 128, 0.0)  # also memory that was never written
+        return ((codes & 127) - 64).float() * (self.bound / self._RATIOS) * deviation, deviation.square()
 
     def write(self, kept: tuple[Tensor, ...], exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None) -> None:
-        below = 1 << 19 if random is None else ((random & 0xFFFF) << 4).to(torch.int32)
-        code = ((exp_avg_sq.view(torch.int32) + below) >> 20) - self._LEAST
-        code = code.clamp_(1, self._LAST).masked_fill_(exp_avg_sq <= 0, 0)
-        ratio = exp_avg / self._square(code).sqrt() * (self._RATIOS / self.bound)
-        shift = 0.5 if random is None else (random >> 16).float() / 65536
-        step = (ratio + shift).floor_().clamp_(-self._RATIOS, self._RATIOS).masked_fill_(code == 0, 0.0)
-        kept[0].copy_((code << 7) | (step.to(torch.int32) + 64))  # the upper half wraps to negative numbers
+        bits, shift = exp_avg_sq.sqrt().view(torch.int32), torch.tensor(0.5)
+        if random is None:
+            code = ((bits + (1 << 18)) >> 19) - self._LEAST
+        else:
+            code = (bits >> 19) - self._LEAST
+            under, over = self._deviation(code).square(), self._deviation(code + 1).square()
+            code += (random & 0xFFFF).float() / 65536 * (over - under) < exp_avg_sq - under
+            shift = (random >> 16).float() / 65536
+        code.clamp_(1, self._LAST)
+        step = (exp_avg / self._deviation(code) * (self._RATIOS / self.bound) + shift).floor_()
+        packed = (code << 7) | (step.clamp_(-self._RATIOS, self._RATIOS).to(torch.int32) + 64)
+        kept[0].copy_(packed.masked_fill_(exp_avg_sq <= 0, 64))  # the upper half wraps to negative numbers
 
-    def _square(self, code: Tensor) -> Tensor:
-        return ((code + self._LEAST) << 20).view(torch.float32).masked_fill(code == 0, 0.0)
+    def _deviation(self, code: Tensor) -> Tensor:
+        return ((code + self._LEAST) << 19).view(torch.float32)
 
 
 def moment_format(moments: str, betas: tuple[float, float]) -> MomentFormat:

@@ -17,8 +17,8 @@ namespace {
 constexpr int64_t BLOCK = 1024;
 constexpr int32_t TIE = 0x8000;
 constexpr float RATIO_CODES = 63.0f;
-constexpr uint32_t LEAST_CODE = 69u << 3;  // 2^-58 as the upper bits of fp32, sign and last 20 bits dropped
-constexpr uint32_t LAST_CODE = 511;
+constexpr int32_t LEAST_CODE = 98 << 4;  // 2^-29 as the upper bits of fp32, sign and last 19 bits dropped
+constexpr int32_t LAST_CODE = 511;
 
 enum Gradients { FP32_GRADIENTS, BF16_GRADIENTS };
 enum Moments { FP32_MOMENTS, BF16_MOMENTS, PACKED_MOMENTS };
@@ -51,13 +51,15 @@ inline uint32_t random_bits(uint32_t seed, uint32_t index) {
     return x;
 }
 
+inline float deviation_of(int32_t code) { return float_of(uint32_t(code + LEAST_CODE) << 19); }
+
 inline uint16_t rounded(float value, uint32_t below) { return (bits_of(value) + below) >> 16; }
 
 template <int G, int M, int A>
 void update_block(uint16_t* high, int16_t* low, const int64_t* tie, const int64_t* last_tie, int64_t first,
                   const void* gradients, void* exp_avg, void* exp_avg_sq, void* average, int64_t n, int64_t fused,
                   uint32_t index, const Step& s, std::vector<int64_t>& ties) {
-    alignas(64) float master[BLOCK], m[BLOCK], v[BLOCK], g[BLOCK];
+    alignas(64) float master[BLOCK], m[BLOCK], v[BLOCK], g[BLOCK], root[BLOCK];
     for (int64_t i = 0; i < n; i++) master[i] = float_of((uint32_t(high[i]) << 16) + uint32_t(int32_t(low[i])));
     for (; tie < last_tie; tie++) {
         float& value = master[*tie - first];
@@ -73,10 +75,10 @@ void update_block(uint16_t* high, int16_t* low, const int64_t* tie, const int64_
             m[i] = float_of(uint32_t(static_cast<const uint16_t*>(exp_avg)[i]) << 16);
             v[i] = float_of(uint32_t(static_cast<const uint16_t*>(exp_avg_sq)[i]) << 16);
         } else {
-            const uint32_t code = codes[i] >> 7;
-            const float square = float_of((code + LEAST_CODE) << 20);
-            v[i] = code == 0 ? 0.0f : square;
-            m[i] = float(int32_t(codes[i] & 127) - 64) * (s.bound / RATIO_CODES) * std::sqrt(v[i]);
+            const int32_t code = codes[i] >> 7;
+            const float deviation = code == 0 ? 0.0f : deviation_of(code);
+            v[i] = deviation * deviation;
+            m[i] = float(int32_t(codes[i] & 127) - 64) * (s.bound / RATIO_CODES) * deviation;
         }
     }
 
@@ -87,7 +89,8 @@ void update_block(uint16_t* high, int16_t* low, const int64_t* tie, const int64_
     for (int64_t i = 0; i < fused; i++) {
         m[i] = std::fma(g[i], s.beta1_rest, m[i] * s.beta1);
         v[i] = std::fma(g[i] * g[i], s.beta2_rest, v[i] * s.beta2);
-        const float direction = m[i] / std::fma(std::sqrt(v[i]), s.bias2, s.eps);
+        root[i] = std::sqrt(v[i]);
+        const float direction = m[i] / std::fma(root[i], s.bias2, s.eps);
         if (s.decay != 0) master[i] = std::fma(master[i], s.decay, master[i]);
         master[i] = std::fma(direction, s.step_size, master[i]);
     }
@@ -97,7 +100,7 @@ void update_block(uint16_t* high, int16_t* low, const int64_t* tie, const int64_
         v[i] = v[i] * s.beta2;
         g[i] = g[i] * g[i];
         v[i] = g[i] * s.beta2_rest + v[i];
-        g[i] = std::sqrt(v[i]);
+        g[i] = root[i] = std::sqrt(v[i]);
         g[i] = g[i] * s.bias2 + s.eps;
         g[i] = m[i] / g[i];
         if (s.decay != 0) master[i] += s.decay * master[i];
@@ -115,16 +118,18 @@ void update_block(uint16_t* high, int16_t* low, const int64_t* tie, const int64_
             static_cast<uint16_t*>(exp_avg)[i] = rounded(m[i], below >> 16);
             static_cast<uint16_t*>(exp_avg_sq)[i] = rounded(v[i], below & 0xFFFF);
         } else {
-            int32_t code = int32_t((bits_of(v[i]) + ((below & 0xFFFF) << 4)) >> 20) - int32_t(LEAST_CODE);
+            int32_t code = int32_t(bits_of(root[i]) >> 19) - LEAST_CODE;
+            const float under = deviation_of(code), over = deviation_of(code + 1);
+            const float chance = float(below & 0xFFFF) * (1.0f / 65536.0f);
+            code += chance * (over * over - under * under) < v[i] - under * under ? 1 : 0;
             code = code < 1 ? 1 : code;
-            code = code > int32_t(LAST_CODE) ? int32_t(LAST_CODE) : code;
-            code = v[i] > 0 ? code : 0;
-            const float deviation = std::sqrt(float_of((uint32_t(code) + LEAST_CODE) << 20));
-            const float ratio = m[i] / deviation * (RATIO_CODES / s.bound);
+            code = code > LAST_CODE ? LAST_CODE : code;
+            const float ratio = m[i] / deviation_of(code) * (RATIO_CODES / s.bound);
             float step = std::floor(ratio + float(below >> 16) * (1.0f / 65536.0f));
             step = step < -RATIO_CODES ? -RATIO_CODES : step;
             step = step > RATIO_CODES ? RATIO_CODES : step;
-            step = code == 0 ? 0.0f : step;
+            step = v[i] > 0 ? step : 0.0f;
+            code = v[i] > 0 ? code : 0;
             static_cast<uint16_t*>(exp_avg)[i] = uint16_t((code << 7) | (int32_t(step) + 64));
         }
     }
