@@ -34,6 +34,8 @@ COVERED_BY: dict[str, tuple[str, str]] = {
     "data/streams/": ("data/formats/test_formats.py", "opened and read by format; test_early_start.py has opening"),
     "demo/": ("demo/test_demo_folder.py", "tests are named for what the demo shows; others lie beside it"),
     "errors.py": ("doctor/test_environment.py", "one exception class, met in every test of bad input"),
+    "cli/hub.py": ("hub/test_upload.py", "its commands are tested with what they do; downloads in test_archive.py"),
+    "hub/card.py": ("hub/test_upload.py", "a card belongs to an upload"),
     "inference/": ("inference/test_recordings.py", "the recordings run through all of it"),
     "inputs/network.py": ("inputs/test_data.py", "the network and the data are opened together"),
     "machine/liveness.py": ("train/process/test_stall.py", "its only listener"),
@@ -65,6 +67,8 @@ COVERED_BY: dict[str, tuple[str, str]] = {
     "zero/config/": ("zero/config/test_resolve.py", "resolving a configuration leads through all of it"),
     "zero/partitions.py": ("distributed/test_adam.py", "needs an engine under every stage"),
     "zero/process_group.py": ("train/ranks/test_process_group.py", "what it starts is seen by the ranks that join"),
+    "zero/split/partitions.py": ("distributed/test_offload_equality.py", "needs an engine; also in test_adam.py"),
+    "zero/split/zero3.py": ("distributed/test_offload_equality.py", "needs an engine; also in test_adam.py"),
     "zero/weights.py": ("distributed/test_weights.py", "needs an engine under every stage"),
 }
 

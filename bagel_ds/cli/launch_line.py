@@ -68,6 +68,12 @@ def launched_ranks(launcher: list[str]) -> Ranks | None:
     return Ranks(sum(slots), slots[0])
 
 
+def hostfile_of(launcher: list[str]) -> Path | None:
+    """The hostfile that the launcher's words name."""
+    named = _options(launcher).get("hostfile")
+    return None if named is None else Path(named)
+
+
 def _unquoted(word: str) -> list[str]:
     """The words of a command that was quoted as one word, up to a pipe or redirection; any other word as it is."""
     if len(word.split()) < 2:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bagel_ds
-from bagel_ds.cli import convert, data, evaluate, generate, run, web
+from bagel_ds.cli import convert, data, doctor, evaluate, generate, hub, run, web
 from bagel_ds.cli import memory as memory_command
 from bagel_ds.cli.option_values import not_negative
 from bagel_ds.errors import UserError
@@ -65,6 +65,8 @@ def make_parser() -> argparse.ArgumentParser:
     memory.set_defaults(run=_memory, training=[])
     memory_command.add_options(memory)
 
+    doctor.add_command(commands)
+    hub.add_commands(commands)
     convert.add_command(commands)
     data.add_commands(commands)
     run.add_commands(commands)

@@ -23,15 +23,18 @@ from typing import NamedTuple
 
 from packaging.version import Version
 
+import bagel_ds
 from bagel_ds.errors import UserError, all_faults
 from bagel_ds.machine.device import ACCELERATORS, asked_accelerator
 from bagel_ds.machine.user_folders import settle_user_folders, write_fault
 from bagel_ds.units import GIB, MIB
 from bagel_ds.zero.ops import Op, find_ninja, is_built
+from bagel_ds.zero.shm_buffers import BUFFER_BYTES, SUMS
 
 MINIMUM_PYTHON = (3, 11)
 # Pillow before 13.0 resizes tall images to other pixels (data/samples/images.py).
 MINIMUM_VERSIONS = {"torch": "2.11", "transformers": "5.17", "pillow": "13.0"}
+COMPARED_PACKAGES = ("torch", "deepspeed", "transformers", "numpy", "pillow", "tokenizers")  # equal on all hosts
 DEEPSPEED_VERSION = "0.19.8"  # exactly: zero/partitions.py reads its internals
 MINIMUM_DRIVERS = {12: "525.60.13", 13: "580.65.06"}  # NVIDIA's Linux driver, by major CUDA version of the torch build
 SHARED_MEMORY = Path("/dev/shm")
@@ -42,8 +45,8 @@ _DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 class Verdict(Enum):
     GOOD = "ok"
-    NOTE = "note"  # the run continues, but the user should know
-    FAULT = "fault"
+    NOTE = "warn"  # the run continues, but the user should know
+    FAULT = "fail"
 
 
 class Finding(NamedTuple):
@@ -105,6 +108,11 @@ def _judged(name: str, message: str, is_fault: bool, remedy: str) -> Finding:
     return Finding(name, Verdict.FAULT, message, remedy) if is_fault else Finding(name, Verdict.GOOD, message)
 
 
+def compared_versions() -> dict[str, str | None]:
+    """The versions that must be equal on all hosts of a run."""
+    return {"bagel_ds": bagel_ds.__version__, **{name: installed_version(name) for name in COMPARED_PACKAGES}}
+
+
 def installed_version(package: str) -> str | None:
     """Version of an installed package; None if absent. Reads its metadata, because importing it could fail."""
     try:
@@ -131,7 +139,8 @@ def gpu_finding() -> Finding:
     import torch
 
     if torch.cuda.is_available():
-        return Finding("GPU", Verdict.GOOD, f"{torch.cuda.device_count()} GPU(s), driver {driver_version()}")
+        found = f"{torch.cuda.device_count()} GPU(s), driver {driver_version()}, torch for CUDA {torch.version.cuda}"
+        return Finding("GPU", Verdict.GOOD, found)
     if is_hidden or not gpu_is_present():
         where = "CUDA_VISIBLE_DEVICES hides every GPU" if is_hidden else "no NVIDIA GPU was found on this machine"
         remedy = "unset it, or set DS_ACCELERATOR=cpu to train on the CPU"
@@ -168,12 +177,12 @@ def gpu_is_present() -> bool:
     """Whether the kernel or nvidia-smi shows an NVIDIA GPU, whether or not torch can use it."""
     if any(_DEVICE_FILES.glob("nvidia[0-9]*")):
         return True
-    return bool(_nvidia_smi("--list-gpus"))
+    return bool(nvidia_smi("--list-gpus"))
 
 
 def driver_version() -> str | None:
     """Version of the NVIDIA driver, such as "535.104.05"; None if unknown."""
-    asked = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    asked = nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
     if asked:
         return asked.splitlines()[0].strip()
     try:
@@ -183,7 +192,7 @@ def driver_version() -> str | None:
     return match.group(1) if match else None
 
 
-def _nvidia_smi(*words: str) -> str:
+def nvidia_smi(*words: str) -> str:
     command = shutil.which("nvidia-smi")
     if command is None:
         return ""
@@ -223,6 +232,31 @@ def shared_memory_finding(ranks_here: int) -> Finding:
     )
 
 
+def sums_finding(ranks_here: int) -> Finding:
+    """Whether ranks on the CPU can sum through DeepSpeed's op, which shares memory; without it they use gloo."""
+    name, needed = "sums on the CPU", BUFFER_BYTES * ranks_here
+    compiler = compiler_finding([SUMS])
+    # By the size of /dev/shm, which is equal for all ranks; free space may change from one to the next.
+    small = shared_memory_size() < needed
+    if compiler.verdict is not Verdict.GOOD or small:
+        reason = f"{SHARED_MEMORY} is smaller than the {needed // MIB} MiB of its buffers"
+        return Finding(
+            name,
+            Verdict.NOTE,
+            "ranks sum through gloo, which is slower than DeepSpeed's op: "
+            + (reason if compiler.verdict is Verdict.GOOD else compiler.text),
+        )
+    if (free := free_shared_memory()) < needed:
+        return Finding(
+            name,
+            Verdict.FAULT,
+            f"{SHARED_MEMORY} is full: {free // MIB} MiB are free, and ranks on the CPU need {needed // MIB} MiB there "
+            "for sums",
+            "remove files there, or give the container more (--shm-size)",
+        )
+    return Finding(name, Verdict.GOOD, f"{SHARED_MEMORY} has room for sums over {ranks_here} rank(s) on the CPU")
+
+
 def free_shared_memory() -> int:
     """Free bytes of /dev/shm; 0 if there is none."""
     return _shared_memory("f_bavail")
@@ -260,7 +294,7 @@ def compiler_finding(ops: Sequence[Op]) -> Finding:
 
     def fault(lack: str, remedy: str) -> Finding:
         if not instead:
-            slow = f"{what} can't be compiled: {lack}; torch does it, which takes many times as long"
+            slow = f"{what} can't be compiled: {lack}; the run does without it, which is slower"
             return Finding("C++ compiler", Verdict.NOTE, slow, remedy)
         return Finding(
             "C++ compiler", Verdict.FAULT, f"DeepSpeed's {what} must be compiled, but {lack}", remedy + instead

@@ -16,13 +16,12 @@ from typing import Any, Callable
 import torch
 import torch.distributed as dist
 
-import bagel_ds
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.checkpoint.step_folders import read_trainer, sweep
 from bagel_ds.data.batches.held_out import HeldOut
 from bagel_ds.data.batches.loader import PlannedData
 from bagel_ds.data.config.dataset_config import DatasetConfig
-from bagel_ds.doctor.environment import compiler_finding, installed_version, refuse_faults
+from bagel_ds.doctor.environment import compared_versions, compiler_finding, refuse_faults
 from bagel_ds.errors import UserError
 from bagel_ds.inference.prompts import Prompts, open_prompts
 from bagel_ds.inputs.data import layout_options, open_data, open_datasets, open_held_out
@@ -143,9 +142,7 @@ def prepare(config: RunConfig) -> Prepared:
 
 def _compare_hosts(config: RunConfig) -> None:
     """Refuse hosts with other packages or other arguments than rank 0's."""
-    packages = ("torch", "deepspeed", "transformers", "numpy", "pillow", "tokenizers")
-    versions = {"bagel_ds": bagel_ds.__version__, **{name: installed_version(name) for name in packages}}
-    check_equal({f"the version of {name}": version for name, version in versions.items()})
+    check_equal({f"the version of {name}": version for name, version in compared_versions().items()})
     check_equal({f"--{name}": value for name, value in config.values().items()})
 
 

@@ -47,10 +47,16 @@ def needed_ops(ds_config: dict[str, Any]) -> list[Op]:
     """Of a resolved configuration."""
     if offload_device(ds_config, "optimizer") == "none":
         return []
-    if SPLIT_MASTERS in ds_config:
-        return [Op(kernel_name(), "AdamW of split masters in host memory", "", kernel)]
-    instead = "pass a --ds_config that keeps the optimizer on the GPUs, such as zero3.json"
-    return [Op("cpu_adam", "AdamW in host memory", instead, lambda: load_op("CPUAdamBuilder"))]
+    return [_split_adam() if SPLIT_MASTERS in ds_config else CPU_ADAM]
+
+
+def every_op() -> list[Op]:
+    """What any run needs."""
+    return [CPU_ADAM, _split_adam()]
+
+
+def _split_adam() -> Op:
+    return Op(kernel_name(), "AdamW of split masters in host memory", "", kernel)
 
 
 def load_op(builder: str) -> object:
@@ -58,6 +64,14 @@ def load_op(builder: str) -> object:
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator().create_op_builder(builder).load()
+
+
+CPU_ADAM = Op(
+    "cpu_adam",
+    "AdamW in host memory",
+    "pass a --ds_config that keeps the optimizer on the GPUs, such as zero3.json",
+    lambda: load_op("CPUAdamBuilder"),
+)
 
 
 def is_built(op: Op) -> bool:

@@ -23,6 +23,7 @@ from bagel_ds.checkpoint.step_folders import write_json, write_manifest
 from bagel_ds.cli import main
 from bagel_ds.cli.run import _bytes_of
 from bagel_ds.errors import UserError
+from bagel_ds.hub.card import run_of
 from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.ranges import Pieces, Range
 
@@ -78,6 +79,11 @@ def test_shards_and_their_index_hold_everything_once(checkpoint: Path, tmp_path:
     assert sorted(index["weight_map"]) == ["a", "b", "c"] and len(shards) == 2
     for name, tensor in (TRAINED | FROZEN).items():
         assert torch.equal(shards[index["weight_map"][name]][name], tensor.bfloat16())
+
+
+def test_an_export_leads_to_the_run_that_it_came_from(checkpoint: Path, tmp_path: Path) -> None:
+    export_checkpoint(checkpoint, tmp_path / "out", torch.bfloat16)
+    assert run_of(tmp_path / "out").trainer["steps_done"] == 7, "for the model card of an upload"
 
 
 def test_a_damaged_state_is_refused_by_name(checkpoint: Path, tmp_path: Path) -> None:

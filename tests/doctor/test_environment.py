@@ -22,6 +22,7 @@ from bagel_ds.doctor.environment import (
     machine_findings,
     refuse_faults,
     shared_memory_finding,
+    sums_finding,
 )
 from bagel_ds.errors import UserError
 from bagel_ds.units import GIB, MIB
@@ -85,7 +86,7 @@ def unusable_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  470.82.01  Wed Oct 27 2021\n")
     monkeypatch.setattr(environment, "_DEVICE_FILES", tmp_path / "dev")
     monkeypatch.setattr(environment, "_DRIVER_FILE", tmp_path / "version")
-    monkeypatch.setattr(environment, "_nvidia_smi", lambda *words: "")
+    monkeypatch.setattr(environment, "nvidia_smi", lambda *words: "")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -107,11 +108,11 @@ def test_a_cpu_build_beside_a_gpu_is_an_error(unusable_gpu: None, monkeypatch: p
         environment.check_gpu()
 
 
-def test_nvidia_smi_alone_shows_a_gpu_too(unusable_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def testnvidia_smi_alone_shows_a_gpu_too(unusable_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "dev" / "nvidia0").unlink()
     environment.check_gpu()
     monkeypatch.setattr(
-        environment, "_nvidia_smi", lambda *words: "535.104.05" if "query" in words[0] else "GPU 0: H100"
+        environment, "nvidia_smi", lambda *words: "535.104.05" if "query" in words[0] else "GPU 0: H100"
     )
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     with pytest.raises(UserError, match="535.104.05"):
@@ -153,15 +154,15 @@ def test_a_usable_gpu_is_fine(unusable_gpu: None, monkeypatch: pytest.MonkeyPatc
     environment.check_gpu()
 
 
-def test_a_failing_nvidia_smi_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failingnvidia_smi_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: sys.executable)  # ends with an error on such options
-    assert environment._nvidia_smi("--list-gpus") == ""
+    assert environment.nvidia_smi("--list-gpus") == ""
 
     def hangs(*words: object, **options: object) -> None:
         raise subprocess.TimeoutExpired("nvidia-smi", 30)
 
     monkeypatch.setattr(subprocess, "run", hangs)
-    assert environment._nvidia_smi("--list-gpus") == ""
+    assert environment.nvidia_smi("--list-gpus") == ""
 
 
 # ------------------------------------------------------------------------------------------------- shared memory
@@ -214,6 +215,32 @@ def test_shared_memory_that_can_not_be_written_or_is_not_there_is_noted(
     monkeypatch.setattr(environment, "SHARED_MEMORY", tmp_path / "file")
     shared_memory(monkeypatch, 100 * GIB, 100 * GIB)
     assert shared_memory_finding(2).verdict is Verdict.NOTE
+
+
+@pytest.mark.parametrize(
+    ("size", "free", "verdict", "said"),
+    [
+        (1000, 1000, Verdict.GOOD, "has room for sums over 2 rank(s)"),
+        (131, 131, Verdict.NOTE, "is smaller than the 132 MiB of its buffers"),
+        (1000, 131, Verdict.FAULT, "131 MiB are free, and ranks on the CPU need 132 MiB"),
+    ],
+)
+def test_ranks_on_the_cpu_sum_through_shared_memory_if_it_is_large_enough(
+    size: int, free: int, verdict: Verdict, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "compiler_finding", lambda ops: Finding("C++ compiler", Verdict.GOOD, "works"))
+    shared_memory(monkeypatch, size * MIB, free * MIB)
+    found = sums_finding(2)
+    assert found.verdict is verdict and said in found.text
+
+
+def test_ranks_on_the_cpu_sum_through_gloo_without_a_compiler(
+    nothing_built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    found = sums_finding(2)
+    assert found.verdict is Verdict.NOTE and "ranks sum through gloo" in found.text
+    assert "CXX is 'no-such-compiler'" in found.text
 
 
 # ------------------------------------------------------------------------------------------------------- compiler

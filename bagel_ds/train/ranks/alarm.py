@@ -2,12 +2,15 @@
 
 Guarantees: within seconds of `sound` on one rank, every other rank prints which one failed and ends with code 1. A
 separate thread listens, so this works during a hanging collective call. The same happens if the store is gone, which
-ends with rank 0 (under torchrun with the first host's agent). `close` it before ranks end normally.
+ends with rank 0 (under torchrun with the first host's agent), and, with `watch_hosts`, if a host sends nothing for two
+minutes: one that loses power or its network closes no connection, and collective calls would wait for it. `close` it
+before ranks end normally.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 import time
@@ -25,16 +28,18 @@ _HEARD_SECONDS = 1.5  # in which all ranks have polled
 # The launcher ends all ranks once it sees that one has ended, and returns that rank's code. Waiting lets it be the code
 # of the rank that failed, after its message is out.
 GRACE_SECONDS = 3.0
+_BEAT_SECONDS = 5.0  # between signs of life of a rank, if there are several hosts
+_SILENT_SECONDS = 120.0  # after which a host is taken for dead: no call holds Python's lock that long
 _GONE_SECONDS = 10.0  # for a rank that ends normally, as rank 0 has done, to close its alarm
 
 _current: _Alarm | None = None
 
 
-def listen(store: dist.Store, hosts: Hosts) -> None:
+def listen(store: dist.Store, hosts: Hosts, watch_hosts: bool = False) -> None:
     """Start listening; nothing else may use `store` from now on."""
     global _current
     if len(hosts.ranks) > 1:
-        _current = _Alarm(store, hosts)
+        _current = _Alarm(store, hosts, watch_hosts)
 
 
 def sound(why: str) -> None:
@@ -57,6 +62,11 @@ def heard() -> str | None:
     return None if _current is None else _current.heard()
 
 
+def broken_connection(why: str) -> str | None:
+    """Which host is at the other end of a connection whose failure `why` describes, as gloo does; None if unknown."""
+    return None if _current is None else _current.broken_connection(why)
+
+
 def close() -> None:
     """Stop listening: from now on any rank may end."""
     if _current is not None:
@@ -64,11 +74,35 @@ def close() -> None:
 
 
 class _Alarm:
-    def __init__(self, store: dist.Store, hosts: Hosts):
+    def __init__(self, store: dist.Store, hosts: Hosts, watch_hosts: bool):
         self.rank, self._store, self._hosts = hosts.rank, store, hosts
         self._failed: str | None = None
+        self._places = list(dict.fromkeys(info.place for info in hosts.ranks))
+        self._watches = watch_hosts and len(self._places) > 1
+        self._beaten = 0.0
+        self._heard_of: dict[int, tuple[int, float]] = {}  # on rank 0, by host: its signs of life, seconds without one
+        self._answers = 0  # of the store
         self.closed = threading.Event()
         threading.Thread(target=self._run, name="bagel_ds-alarm", daemon=True).start()
+        if self._watches and self._own_place:
+            threading.Thread(target=self._watch_store, name="bagel_ds-alarm-store", daemon=True).start()
+
+    @property
+    def _own_place(self) -> int:
+        return self._places.index(self._hosts.ranks[self.rank].place)
+
+    def broken_connection(self, why: str) -> str | None:
+        if re.search(r"connection (closed|reset)|broken pipe", why, re.IGNORECASE) is None:
+            return None
+        for number, place in enumerate(self._places):
+            addresses = {info.address for info in self._hosts.ranks if info.place == place and info.address}
+            if number != self._own_place and any(f"[{address}]" in why for address in addresses):
+                return f"the connection to {self._describe(number)} is gone: that host or its processes have ended"
+        return None
+
+    def _describe(self, number: int) -> str:
+        ranks = [str(rank) for rank, info in enumerate(self._hosts.ranks) if info.place == self._places[number]]
+        return f"host {self._places[number][0]} (rank{'s' * (len(ranks) > 1)} {', '.join(ranks)})"
 
     def sound(self, why: str) -> None:
         own = json.dumps([self.rank, self._hosts.ranks[self.rank].host, why])
@@ -102,10 +136,48 @@ class _Alarm:
         while not self.closed.wait(_POLL_SECONDS):
             try:
                 self._look()
+                if self._watches:
+                    self._give_sign()
             except RuntimeError:
-                self._end("the process that connected the ranks has ended (rank 0's, or torchrun's)", _GONE_SECONDS)
+                where = self._hosts.ranks[0].host
+                self._end(f"the process that connected the ranks has ended (rank 0's on {where}, or torchrun's)",
+                          _GONE_SECONDS)  # fmt: skip
+            self._answers += 1
             if self._failed is not None:
                 self._end(self._failed, GRACE_SECONDS)
+        if self._watches:
+            self._try(lambda: self._store.add(f"left/{self._own_place}", 1))
+
+    def _give_sign(self) -> None:
+        """Show that this host lives. On rank 0, end the run if another has not for too long."""
+        since = time.monotonic() - self._beaten
+        if since < _BEAT_SECONDS:
+            return
+        self._beaten += since
+        self._store.add(f"alive/{self._own_place}", 1)
+        for number in range(1, len(self._places)) if self.rank == 0 else ():
+            if self._store.add(f"left/{number}", 0):
+                continue
+            count, silent = self._heard_of.get(number, (-1, 0.0))
+            found = self._store.add(f"alive/{number}", 0)
+            # The time in which this rank was stopped, too, does not count.
+            silent = 0.0 if found != count else silent + min(since, 2 * _BEAT_SECONDS)
+            self._heard_of[number] = found, silent
+            if silent > _SILENT_SECONDS:
+                why = f"{self._describe(number)} has sent nothing for {silent:.0f} s: it has died or lost its network"
+                self.sound(why)
+                self._end(why, 0.0)
+
+    def _watch_store(self) -> None:
+        """End this rank if the host of rank 0 is silent: calls of its store would wait for it."""
+        answers, silent, before = 0, 0.0, time.monotonic()
+        while not self.closed.wait(_POLL_SECONDS):
+            now = time.monotonic()
+            silent = 0.0 if self._answers != answers else silent + min(now - before, 2 * _POLL_SECONDS)
+            answers, before = self._answers, now
+            if silent > _SILENT_SECONDS:
+                who = self._describe(0)
+                self._end(f"{who} has not answered for {silent:.0f} s: it has died or lost its network", 0.0)
 
     def _end(self, why: str, grace: float) -> None:
         if self.closed.wait(grace):

@@ -50,12 +50,15 @@ def _end(error: BaseException, fault: UserError | None) -> None:
         print(f"[rank {alarm.own_rank()}] {first}; ending this rank, too", file=sys.stderr, flush=True)
         time.sleep(alarm.GRACE_SECONDS)
         end_at_once(1)
+    broken = alarm.broken_connection(str(error)) if fault is None else None
     if fault is not None:
         print(f"ERROR: {fault}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
+    if broken is not None:
+        print(f"[rank {alarm.own_rank()}] {broken}; ending this rank, too", file=sys.stderr, flush=True)
     sys.stdout.flush()
     sys.stderr.flush()
-    why = str(fault or repr(error)).splitlines()[0]
+    why = broken or str(fault or repr(error)).splitlines()[0]
     alarm.sound(why if len(why) <= _SHOWN else why[:_SHOWN] + "...")
     end_at_once(1 if fault is None else 2)

@@ -15,13 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from bagel_ds.doctor.environment import (
-    SHARED_MEMORY,
-    Verdict,
-    compiler_finding,
-    free_shared_memory,
-    shared_memory_size,
-)
+from bagel_ds.doctor.environment import Verdict, refuse_faults, sums_finding
 from bagel_ds.errors import UserError
 from bagel_ds.machine.device import uses_cuda
 from bagel_ds.train.process.quiet import quiet_start
@@ -30,10 +24,9 @@ from bagel_ds.train.ranks.agreement import SharedFault
 from bagel_ds.train.ranks.hosts import Hosts, RankInfo, gpu_of, network_interface, rank_info, threads_of
 from bagel_ds.train.ranks.launcher import Launch, LauncherProcess, check_address, read_launch
 from bagel_ds.train.ranks.rendezvous import check_meeting_point, let_first_rank_report, meet
-from bagel_ds.units import MIB
 from bagel_ds.zero.ops import build
 from bagel_ds.zero.process_group import ask_mpi, start_process_group
-from bagel_ds.zero.shm_buffers import BUFFER_BYTES, SUMS, leave_out_sums, remove_own_buffers, remove_stale_buffers
+from bagel_ds.zero.shm_buffers import SUMS, leave_out_sums, remove_own_buffers, remove_stale_buffers
 
 _LEAST_TIMEOUT = 600.0  # of a collective call; torch's default for NCCL
 _BEHIND_WATCH = 60.0  # the stall watch comes first because it knows where each rank is
@@ -61,7 +54,7 @@ def join_ranks(launch: Launch, stall_timeout: float, launcher: LauncherProcess |
     check_meeting_point(launch)
     store, said = meet(launch, json.dumps(rank_info(launch, visible_gpus())))
     hosts = _hosts(launch, said)
-    alarm.listen(store, hosts)
+    alarm.listen(store, hosts, watch_hosts=stall_timeout > 0)
     agreement.enter(hosts)
     _take_place(hosts)
     network = _choose_interface(hosts)
@@ -166,19 +159,12 @@ def _hidden_gpus(hosts: Hosts, launcher: LauncherProcess | None) -> list[str]:
 # --------------------------------------------------------------------------------------------- ranks on the CPU
 def _ready_sums(hosts: Hosts) -> list[str]:
     """Compile DeepSpeed's op that sums over ranks on the CPU, or do without it; a note for the log."""
-    needed = BUFFER_BYTES * len(hosts.here)
-    compiler = compiler_finding([SUMS])
-    # By the size of /dev/shm, which is equal for all ranks; free space may change from one to the next.
-    if compiler.verdict is Verdict.FAULT or shared_memory_size() < needed:
+    found = sums_finding(len(hosts.here))
+    if found.verdict is Verdict.NOTE:
         leave_out_sums()
-        small = f"{SHARED_MEMORY} is smaller than the {needed // MIB} MiB of its buffers"
-        reason = compiler.text if compiler.verdict is Verdict.FAULT else small
-        return [f"ranks sum through gloo, which is slower than DeepSpeed's op: {reason}"]
-    if hosts.local_rank == 0 and free_shared_memory() < needed:
-        raise UserError(
-            f"{SHARED_MEMORY} is full: {free_shared_memory() // MIB} MiB are free, and ranks on the CPU need "
-            f"{needed // MIB} MiB there for sums; remove files there, or give the container more (--shm-size)"
-        )
+        return [found.text]
+    if hosts.local_rank == 0:
+        refuse_faults([found])
     try:
         build([SUMS])
     except UserError:

@@ -5,8 +5,10 @@ Ranks here are processes that share a store, as after `join_ranks`, and do what 
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,6 +137,64 @@ except SharedFault:
     time.sleep(3 * rank)  # the store ends with rank 0
 """
     assert outcomes(shared, shared) == [(0, "closed\n"), (0, "closed\n")]
+
+
+# -------------------------------------------------------------------------------------------------------- lost hosts
+# A host that has lost its power or its network: it closes no connection and sends nothing. Stopped is all that it can
+# be here, where both are processes of one machine.
+WATCHED = """
+import os, signal
+alarm.close()
+alarm._SILENT_SECONDS, alarm._BEAT_SECONDS, alarm._POLL_SECONDS = 3.0, 0.2, 0.1
+alarm.listen(store, Hosts(rank, (rank_on("a"), rank_on("b", address="10.0.0.2"))), watch_hosts=True)
+time.sleep(2)
+"""
+STOPS = WATCHED + "print('stops', flush=True); os.kill(os.getpid(), signal.SIGSTOP); hang()"
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [(1, "host b (rank 1) has sent nothing for "), (0, "host a (rank 0) has not answered for ")],
+)
+def test_a_host_that_falls_silent_ends_the_run_by_name(lost: int, named: str) -> None:
+    bodies = [WATCHED + "hang()", STOPS]
+    with two_ranks(*(bodies if lost else bodies[::-1])) as ranks:
+        output, _ = ranks[1 - lost].communicate(timeout=120)
+    assert ranks[1 - lost].returncode == 1
+    assert f"[rank {1 - lost}] {named}" in output and "it has died or lost its network; ending this rank" in output
+
+
+def test_a_host_that_was_stopped_together_with_the_others_is_not_taken_for_dead() -> None:
+    lives = WATCHED + "print('on', flush=True)\ntime.sleep(5)\nprint('lived', flush=True)\nalarm.close()\ntime.sleep(2)"
+    with two_ranks(lives, lives) as ranks:
+        for process in ranks:
+            assert process.stdout is not None and process.stdout.readline() == "on\n"
+        for number in (signal.SIGSTOP, signal.SIGCONT):
+            for process in ranks:
+                process.send_signal(number)
+            time.sleep(4)
+        for process in ranks:
+            assert process.communicate(timeout=120)[0] == "lived\n" and process.returncode == 0
+
+
+def test_a_host_whose_ranks_have_left_is_not_missed() -> None:
+    stays = WATCHED + "time.sleep(5)\nprint('stayed')\nalarm.close()\ntime.sleep(1)"
+    leaves = WATCHED + "alarm.close()\ntime.sleep(1)"
+    assert outcomes(stays, leaves) == [(0, "stayed\n"), (0, "")]
+
+
+def test_a_connection_that_breaks_is_named_by_the_host_at_its_other_end() -> None:
+    breaks = (
+        WATCHED
+        + """
+with ending_alone(explain):
+    raise RuntimeError("[gloo/pair.cc:553] Connection closed by peer [10.0.0.2]:1234")
+"""
+    )
+    (code, output), (other_code, other) = outcomes(breaks, WATCHED + "hang()")
+    assert code == 1 and "Traceback" in output
+    assert "[rank 0] the connection to host b (rank 1) is gone: that host or its processes have ended" in output
+    assert other_code == 1 and "rank 0 on a has ended (the connection to host b (rank 1) is gone" in other
 
 
 # ----------------------------------------------------------------------------------------------- a rank without others
