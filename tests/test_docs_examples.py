@@ -15,6 +15,7 @@ from typing import Iterator, NamedTuple
 import pytest
 
 from bagel_ds.cli.main import main
+from tests.code_blocks import code_blocks
 from tests.guide_commands import GUIDE_COMMANDS, arguments
 
 REPOSITORY = Path(__file__).parents[1]
@@ -46,12 +47,10 @@ class Example(NamedTuple):
 
 def examples(page: Path) -> Iterator[Example]:
     """Training and planning commands in the page's blocks of code."""
-    for block in re.findall(r"^ *```\w*\n(.*?)^ *```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
-        remark = ""
-        for line in block.replace("\\\n", " ").splitlines():
+    for block in code_blocks(page):
+        for remark, line in zip(["", *block], block):
             if re.match(r"\s*(deepspeed .*launch/train\.py|bagel-ds memory)", line):
                 yield Example(f"{page.name}: {' '.join(line.split())[:60]}", tuple(shlex.split(line)), remark.strip())
-            remark = line
 
 
 EXAMPLES = [example for page in PAGES for example in examples(page)]

@@ -31,7 +31,7 @@ class Row(NamedTuple):
     """The scores of one weight file."""
 
     checkpoint: str
-    weights: str  # "average" or "weights"
+    weights: str  # "average", "weights", or the adapters of --lora
     scores: dict[str, float]
 
 
@@ -55,6 +55,13 @@ def add_command(commands: Any) -> None:
     )
     add("--val_config", "--val-config", required=True, help="dataset YAML of the held-out split")
     add("--weights", choices=("both", *_STEMS), default="both", help="which of a folder's weight files (default both)")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="[NAME=]FOLDER[:WEIGHT]",
+        help="evaluate the model folders with this adapter, as in bagel-ds generate; may be given several times",
+    )
     add("--metric", metavar="FILE.py:FUNCTION", help="also answer every row; FUNCTION(prediction, row) judges each")
     for name in _SETTINGS:
         add(f"--{name}", type=at_least_one, default=None, help="of --metric's answers, as in bagel-ds generate")
@@ -70,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     log_to_stderr()
     options.checkpoints = [meant_checkpoint(path) for path in options.checkpoints]  # `latest` may be a text file
     wanted = list(_STEMS) if options.weights == "both" else [options.weights]
-    found = _weight_files(options.checkpoints, wanted)
+    found = _with_adapters(options) if options.lora else _weight_files(options.checkpoints, wanted)
     config = _settings(options)
     from bagel_ds.inference.evaluate import evaluate_folder
     from bagel_ds.inference.loading import torch_device
@@ -80,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     rows = []
     for checkpoint, kind in found:
         logger.info("%s: %s", checkpoint, kind)
-        scores = evaluate_folder(checkpoint, _STEMS[kind], config, device, _bar, metric)
+        scores = evaluate_folder(checkpoint, _STEMS.get(kind, ""), config, device, _bar, metric, options.lora)
         rows.append(Row(str(checkpoint), kind, scores))
     if options.json:
         print(json.dumps({"val_config": options.val_config, "results": [row._asdict() for row in rows]}, indent=1))
@@ -122,6 +129,19 @@ def _weight_files(checkpoints: Sequence[Path], wanted: Sequence[str]) -> list[tu
             faults.append(f"{path} lacks {names}; pass a checkpoint or a model folder")
     all_faults(faults, "These checkpoints can't be evaluated:")
     return found
+
+
+def _with_adapters(options: argparse.Namespace) -> list[tuple[Path, str]]:
+    """(folder, what is added) of every model folder. Raises `UserError`."""
+    from bagel_ds.inference.adapters import named_adapters
+    from bagel_ds.lora.peft_files import holds_adapter
+
+    if options.weights != "both":
+        raise UserError("--weights: the adapters say which of the base model's files they belong to; leave it out")
+    if adapters := [path for path in options.checkpoints if holds_adapter(path)]:
+        raise UserError(f"{adapters[0]} is an adapter: pass it with --lora, too, and the base model in its place")
+    shown = " + ".join(f"{adapter.name}:{adapter.weight:g}" for adapter in named_adapters(options.lora))
+    return [(path, shown) for path in options.checkpoints]
 
 
 def _metric(options: argparse.Namespace) -> TaskMetric | None:

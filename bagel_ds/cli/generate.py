@@ -61,7 +61,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--device", default=None, help="cpu, cuda or cuda:N (default: the launcher's GPU, or the first)")
     add("--precision", choices=("bf16", "fp32"), default=None, help="default bf16 on a GPU, fp32 on a CPU")
     add("--weights", choices=("ema", "model"), default=None, help="default: the average, unless it is too young")
-    add("--lora", type=Path, action="append", default=[], help="adapter of the model; may be given several times")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="[NAME=]FOLDER[:WEIGHT]",
+        help="adapter of the model, by default named as its folder and of weight 1; may be given several times: all "
+        "are added where a request does not choose (docs/lora.md)",
+    )
     add("--max_gpu_memory", default=None, metavar="SIZE", help="such as 24GiB: layers beyond it stay in host memory")
 
 

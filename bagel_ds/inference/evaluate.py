@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from torch import Tensor
 
 from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.data.batches.held_out import HeldOut
+from bagel_ds.inference.adapters import Adapters
 from bagel_ds.inference.generation import Inferencer
 from bagel_ds.inference.loading import DTYPES, image_transforms, load_bagel
 from bagel_ds.inference.network import Network
 from bagel_ds.inference.task_metric import Progress, TaskMetric
 from bagel_ds.inputs.data import layout_options, open_held_out, open_inputs
 from bagel_ds.lora.base import base_files, base_folder
-from bagel_ds.lora.peft_files import EMA_FOLDER, AdapterFolder, holds_adapter
+from bagel_ds.lora.peft_files import EMA_FOLDER, holds_adapter
 from bagel_ds.machine.liveness import going_on
 from bagel_ds.model.bagel import BagelOutput
 from bagel_ds.model.batch import PackedBatch
@@ -87,22 +88,26 @@ def evaluate_folder(
     device: torch.device,
     progress: Progress = lambda items, count: items,
     metric: TaskMetric | None = None,
+    lora: Sequence[str | Path] = (),
 ) -> Scores:
     """The scores of a model folder's "ema" or "model" weights on the split of --val_config, in one process.
 
     A folder with an adapter is evaluated on its base model: the config's model_path if that was given, else the one
-    that the adapter names. `config` gives budgets, precision and switches. `progress(items, count)` may show a bar over
-    packs and, for `metric`, over rows. Raises `UserError`.
+    that the adapter names. With `lora` (as of `open_inferencer`) a model folder is evaluated with these adapters, on
+    the weights that they belong to. `config` gives budgets, precision and switches. `progress(items, count)` may show a
+    bar over packs and, for `metric`, over rows. Raises `UserError`.
     """
-    adapters = [AdapterFolder(path / EMA_FOLDER if stem == "ema" else path)] if holds_adapter(path) else []
+    own = path / EMA_FOLDER if stem == "ema" else path
     given = config.model.model_path if "model_path" in config.explicit else None
-    folder = base_folder(adapters[0].folder, given) if adapters else path
+    folder = base_folder(own, given) if holds_adapter(path) else path
+    adapters = Adapters([own] if holds_adapter(path) else lora)
     inputs = open_inputs(_for_folder(config, folder))
     held_out: HeldOut = open_held_out(inputs.config, inputs.folder, inputs.model, inputs.vae, progress=True)
     dtype = DTYPES[config.training.precision]
     model_folder = ModelFolder(inputs.folder)
     vae = model_folder.load_vae(decodes=metric is not None).to(device)
-    files = base_files(folder, adapters) if adapters else TensorFiles(model_folder.weight_files(stem))
+    used = list(adapters.folders.values())
+    files = base_files(folder, used) if used else TensorFiles(model_folder.weight_files(stem))
     where = f"{inputs.folder} ({files.paths[0].name})"
     model = load_bagel(inputs.model, files, where, device, dtype, adapters=adapters)
 
@@ -115,7 +120,8 @@ def evaluate_folder(
     scores = validate(batches, forward, device, held_out.datasets, inputs.model.timestep_shift)
     if metric is not None:
         layout = layout_options(inputs.config, inputs.model, inputs.vae)
-        network = Network(model, vae, inputs.tokenizer, layout, *image_transforms(layout, model_folder), device=device)
+        transforms = image_transforms(layout, model_folder)
+        network = Network(model, vae, inputs.tokenizer, layout, *transforms, device=device, adapters=adapters)
         cannot_draw = None if inputs.model.visual_gen else "--visual_gen False leaves out what generates images"
         mean = metric.mean(Inferencer(network, cannot_draw), held_out, progress)
         scores |= {} if mean is None else {f"val/{metric.name}": mean}

@@ -9,10 +9,10 @@ Source: the original's InterleaveInferencer, its options and the three contexts 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -22,6 +22,7 @@ from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT
 from bagel_ds.errors import UserError
 from bagel_ds.inference import pictures
+from bagel_ds.inference.adapters import Asked, asked_adapters
 from bagel_ds.inference.network import Network
 from bagel_ds.inference.reasoning import reason
 from bagel_ds.inference.sampler import Branches, Drawing, OnStep, begin_drawing, draw
@@ -39,6 +40,7 @@ THINK_TO_DRAW = (
 )
 
 Item = str | Image.Image
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Request:
     think_prompt: str | None = None  # instead of this project's
     settings: Settings = Settings()
     seed: int = 0
+    lora: Asked = None
 
     @property
     def items(self) -> tuple[Item, ...]:
@@ -105,7 +108,8 @@ class Inferencer:
         """A `Result`, or a list of them for a list of prompts (seeds then count up from `seed`).
 
         mode: t2i, edit, vqa, think or interleave; without one, edit where there is an image, else t2i. With interleave
-        a result is a list of texts and images. `options` are those of `Settings`. Raises `UserError`.
+        a result is a list of texts and images. `options` are those of `Settings`, and `lora`, the adapters to use
+        (`adapters.py`). Raises `UserError`.
         """
         if prompt is None or isinstance(prompt, str):
             return self.generate([prompt or ""], [image], mode, think, [_seed(seed)], **options)[0]
@@ -142,6 +146,7 @@ class Inferencer:
         understanding_output: bool = False,
         seed: int = 0,
         think_prompt: str | None = None,
+        lora: Any = None,
         **options: Any,
     ) -> list[Item]:
         """The original's method: texts and images in, the thought and the image, or the answer, out."""
@@ -149,7 +154,7 @@ class Inferencer:
             options["max_think_token_n"] = DEFAULTS["vqa"].max_think_token_n
         settings = Settings().changed(options)
         inputs = tuple(item if isinstance(item, str) else pictures.opened(item) for item in input_lists)
-        request = Request(inputs, understanding_output, think, think_prompt, settings, seed)
+        request = Request(inputs, understanding_output, think, think_prompt, settings, seed, asked_adapters(lora))
         return self.items(request, None)
 
     @staticmethod
@@ -160,6 +165,7 @@ class Inferencer:
         think: bool = False,
         seed: int = 0,
         think_prompt: str | None = None,
+        lora: Any = None,
         **options: Any,
     ) -> Request:
         """A request by mode; without one, edit where there is an image, else t2i.
@@ -174,12 +180,16 @@ class Inferencer:
         if mode == "edit" and not images:
             raise UserError("mode edit needs an image to change; pass one, or mode t2i")
         inputs: tuple[Item, ...] = (*images, *([prompt] if prompt.strip() else []))
-        return Request(inputs, mode == "vqa", think or mode == "think", think_prompt, settings, seed)
+        chosen = asked_adapters(lora)
+        return Request(inputs, mode == "vqa", think or mode == "think", think_prompt, settings, seed, chosen)
 
     # ---------------------------------------------------------------------------------------------------- the work
     def run(self, requests: Sequence[Request], on_step: OnStep = lambda done, total: None) -> list[Result]:
         """The results of all requests, each as if run by itself. `on_step(done, total)`: steps of drawing."""
         self.check(requests)
+        return self._by_adapters(requests, lambda alike: self._run(alike, on_step))
+
+    def _run(self, requests: Sequence[Request], on_step: OnStep) -> list[Result]:
         works = self.contexts(requests)
         self._think(works)
         drawing = [work for work in works if not work.request.answers]
@@ -190,7 +200,25 @@ class Inferencer:
 
     def reason(self, requests: Sequence[Request], on_step: OnStep = lambda done, total: None) -> list[list[Item]]:
         """Interleaved reasoning: the texts and images that answer each request, in order."""
-        return reason(self.network, [(own.inputs, own.settings, own.seed) for own in requests], on_step)
+
+        def answered(alike: Sequence[Request]) -> list[list[Item]]:
+            return reason(self.network, [(own.inputs, own.settings, own.seed) for own in alike], on_step)
+
+        return self._by_adapters(requests, answered)
+
+    def _by_adapters(
+        self, requests: Sequence[Request], make: Callable[[Sequence[Request]], Sequence[Made]]
+    ) -> list[Made]:
+        """What is made of the requests; those with the same adapters go through the network together."""
+        adapters = self.network.adapters
+        groups: dict[tuple[tuple[str, float], ...], list[int]] = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(tuple(adapters.chosen(request.lora).items()), []).append(number)
+        made: dict[int, Made] = {}
+        for weights, numbers in groups.items():
+            with adapters.in_use(dict(weights)):
+                made.update(zip(numbers, make([requests[number] for number in numbers])))
+        return [made[number] for number in range(len(requests))]
 
     def items(self, request: Request, mode: str | None, on_step: OnStep = lambda done, total: None) -> list[Item]:
         """What a request made by `mode` gives, in order: thought and picture, an answer, or texts and images."""
@@ -270,6 +298,8 @@ class Inferencer:
     def check(self, requests: Sequence[Request]) -> None:
         """Raises `UserError` for what this model can't do."""
         check_requests(requests, self.network.layout, self.cannot_draw)
+        for request in requests:
+            self.network.adapters.chosen(request.lora)
 
 
 def check_requests(requests: Sequence[Request], layout: LayoutOptions, cannot_draw: str | None) -> None:

@@ -14,13 +14,14 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from bagel_ds.errors import UserError
+from bagel_ds.inference.adapters import Adapters, asked_adapters
 from bagel_ds.inference.generation import Inferencer, Request
 
 logger = logging.getLogger("bagel_ds")
@@ -53,8 +54,8 @@ class Job:
 def read_jobs(path: Path, common: dict[str, Any], seed: int, faults: list[str], option: str = "--prompts") -> list[Job]:
     """A job per line of a JSONL or row of a parquet file; what can't be one goes into `faults`.
 
-    A line holds `prompt` and, if need be, image, mode, seed, think and settings by name; `common` holds for lines that
-    don't say otherwise. Without a seed a line gets `seed` plus its number. Messages name the file's `option`.
+    A line holds `prompt` and, if need be, image, mode, seed, think, lora and settings by name; `common` holds for lines
+    that don't say otherwise. Without a seed a line gets `seed` plus its number. Messages name the file's `option`.
     """
     jobs = []
     for number, place, row in _rows(path, faults, option):
@@ -113,6 +114,7 @@ def run_jobs(
     done: Callable[[int], None] = lambda count: None,
 ) -> tuple[int, int]:
     """Make what `out` lacks, `batch_size` at a time: (made, there before). `done(n)`: n more are finished."""
+    jobs = [_with_weights(job, inferencer.network.adapters) for job in jobs]
     finished = _finished(out)
     waiting = [job for job in jobs if finished.get(job.name) != job.key]
     done(len(jobs) - len(waiting))
@@ -132,6 +134,15 @@ def run_jobs(
         made += len(asked)
         done(len(waiting[start : start + batch_size]))
     return made, len(jobs) - len(waiting)
+
+
+def _with_weights(job: Job, adapters: Adapters) -> Job:
+    """With what its adapters count, so that a result of other weights is made again. A wrong job stays as it is."""
+    try:
+        chosen = adapters.chosen(asked_adapters(job.words.get("lora")))
+    except UserError:
+        return job
+    return replace(job, words={**job.words, "lora": chosen}) if adapters.weights else job
 
 
 def make(inferencer: Inferencer, asked: Sequence[tuple[Job, Request]]) -> list[Made]:
@@ -248,7 +259,7 @@ def _record(out: Path, job: Job, files: list[Path], text: str | None) -> None:
     for name, content in job.beside.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(content, encoding="utf-8")
-    words = {name: value for name, value in job.words.items() if not isinstance(value, (bytes, dict))}
+    words = {name: value for name, value in job.words.items() if name != "image" or isinstance(value, str)}
     row = {"name": job.name, "key": job.key, "files": [str(path.relative_to(out)) for path in files]}
     line = json.dumps(row | {"text": text} | words, ensure_ascii=False) + "\n"
     with (out / RESULTS).open("ab") as results:  # shared by the processes of a run

@@ -18,14 +18,14 @@ from bagel_ds.checkpoint.step_folders import meant_checkpoint
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.errors import UserError
+from bagel_ds.inference.adapters import Adapters
 from bagel_ds.inference.generation import Inferencer
 from bagel_ds.inference.network import Network
 from bagel_ds.inference.placement import gpu_limit, place_weights
 from bagel_ds.inference.streaming import StreamedLayers
 from bagel_ds.inputs.network import open_tokenizer
 from bagel_ds.lora.base import base_files
-from bagel_ds.lora.peft_files import AdapterFolder, holds_adapter
-from bagel_ds.lora.weights import MergedWeights
+from bagel_ds.lora.peft_files import holds_adapter
 from bagel_ds.machine.device import device_type
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.shape.config import BagelConfig
@@ -65,9 +65,9 @@ def open_inferencer(
 
     `device`: cpu, cuda or cuda:N. `precision`: bf16 or fp32 (default: bf16 on a GPU, fp32 on a CPU). `weights`: ema or
     model; by default the average, unless the folder's record says that it is too young. `max_gpu_memory`: GiB, or text
-    such as 24GiB; layers that don't fit are streamed from host memory. `lora`: folders of adapters, which are merged
-    into the weights while these are loaded. Raises `UserError` for a folder that is missing,
-    incomplete or not a BAGEL model, and for a limit that is too small.
+    such as 24GiB; layers that don't fit are streamed from host memory. `lora`: adapters as [NAME=]FOLDER[:WEIGHT],
+    added beside the weights; a request's own `lora` chooses among them by name. Raises `UserError` for a folder that is
+    missing, incomplete or not a BAGEL model, and for a limit that is too small.
     """
     folder = ModelFolder(meant_checkpoint(Path(path)))
     place = torch_device(device)
@@ -77,10 +77,10 @@ def open_inferencer(
     limit = None if max_gpu_memory is None else gpu_limit(max_gpu_memory)
     if limit is not None and place.type != "cuda":
         logger.info("max_gpu_memory has no effect on %s", place)
-    adapters = [AdapterFolder(meant_checkpoint(Path(name))) for name in lora]
-    if not adapters and holds_adapter(folder.path):
+    adapters = Adapters(lora)
+    if holds_adapter(folder.path):
         raise UserError(f"{path} is an adapter: pass it as lora (--lora), and its base model as model_path")
-    files = _base_files(folder, adapters, weights) if adapters else _weight_files(folder, weights)
+    files = _base_files(folder, adapters, weights) if lora else _weight_files(folder, weights)
     vae = folder.load_vae().to(place) if (folder.path / VAE).exists() else None
     generates = any(part_of(name) in GENERATION for name in files.names)
     config = BagelConfig(
@@ -91,7 +91,8 @@ def open_inferencer(
         visual_gen=generates,
     )
     vae_bytes = sum(parameter.nbytes for parameter in vae.parameters()) if vae is not None else 0
-    placement = place_weights(config, dtype.itemsize, limit if place.type == "cuda" else None, vae_bytes)
+    beside = vae_bytes + adapters.nbytes(dtype)
+    placement = place_weights(config, dtype.itemsize, limit if place.type == "cuda" else None, beside)
     model = load_bagel(config, files, str(folder.path), place, dtype, placement.streamed, adapters)
     if placement.streamed:
         logger.info(
@@ -112,7 +113,7 @@ def open_inferencer(
         latent_channels=config.z_channels,
     )
     transforms = image_transforms(options, folder)
-    network = Network(model, vae, tokenizer, options, transforms.vae, transforms.vit, place)
+    network = Network(model, vae, tokenizer, options, transforms.vae, transforms.vit, place, adapters)
     return Inferencer(network, _lacks(folder, generates, vae))
 
 
@@ -135,12 +136,11 @@ def load_bagel(
     device: torch.device,
     dtype: torch.dtype,
     streamed: Sequence[int] = (),
-    adapters: Sequence[AdapterFolder] = (),
+    adapters: Adapters | None = None,
 ) -> Bagel:
     """The network with the weights of `files`; decoder layers in `streamed` stay in host memory and visit `device`.
 
-    Without `visual_gen` the generating parts of `files` are not used and get no memory. Weights of `adapters` are
-    added to the layers' own.
+    Without `visual_gen` the generating parts of `files` are not used and get no memory. `adapters` are attached.
     """
     with torch.device("meta"):
         shapes = {name: tuple(parameter.shape) for name, parameter in Bagel(config).named_parameters()}
@@ -154,14 +154,13 @@ def load_bagel(
             f"{where} holds {len(unexpected)} tensors that this network does not have ({named}); they would be "
             "left out. Merge adapters first."
         )
-    for adapter in adapters:
-        adapter.check_fits(shapes)
-    merged = MergedWeights(weights, adapters, dtype)
-    checked = CheckedWeights(merged, where)
+    if adapters is not None:
+        adapters.check_fits(config, shapes)  # before what takes minutes
+    checked = CheckedWeights(weights, where)
     model = place_bagel(config, shapes, checked, device, dtype, streamed)
     checked.check()
-    if remark := merged.remark():
-        logger.info(remark)
+    if adapters is not None:
+        adapters.attach(model, device, dtype)
     return model
 
 
@@ -187,14 +186,11 @@ def place_bagel(
     return model.eval()
 
 
-def _base_files(folder: ModelFolder, adapters: Sequence[AdapterFolder], weights: str | None) -> TensorFiles:
+def _base_files(folder: ModelFolder, adapters: Adapters, weights: str | None) -> TensorFiles:
     """The weights that the adapters were trained on."""
     if weights is not None:
         raise UserError("weights: the adapter says which of the base model's files it belongs to; leave it out")
-    files = base_files(folder.path, adapters)
-    for adapter in adapters:
-        logger.info("%s: adapter of %d layers, rank %d", adapter.folder, len(adapter.layers), adapter.rank)
-    return files
+    return base_files(folder.path, list(adapters.folders.values()))
 
 
 def _weight_files(folder: ModelFolder, weights: str | None) -> TensorFiles:

@@ -9,7 +9,7 @@ Shape legend: K key/value heads, D head dim, F features of a latent token, V voc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -19,6 +19,7 @@ from bagel_ds.data.batches.layout import Loaded, layout
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.images import ImageTransform
 from bagel_ds.data.samples.sample import TEXT
+from bagel_ds.inference.adapters import Adapters
 from bagel_ds.inference.cache import KeyValueCache
 from bagel_ds.model.bagel import Prediction
 from bagel_ds.model.batch import CAUSAL, PackedBatch
@@ -67,6 +68,7 @@ class Network:
     vae_transform: ImageTransform
     vit_transform: ImageTransform
     device: torch.device
+    adapters: Adapters = field(default_factory=Adapters)  # those that `model` adds
 
     @property
     def empty(self) -> Context:

@@ -97,5 +97,7 @@ def _check_training(request: Request, model: BagelConfig) -> None:
         raise UserError(
             "enable_taylorseer skips calls of the network, which all ranks make together; leave it out here"
         )
+    if request.lora is not None:
+        raise UserError("lora chooses among the adapters of bagel-ds generate; leave it out here")
     if not model.visual_und and any(not isinstance(item, str) for item in request.inputs):
         raise UserError("an image can't be read: --visual_und False leaves out the ViT")

@@ -144,10 +144,18 @@ class AdapterFolder:
         alpha = float(self.config.get("lora_alpha", 8))
         return alpha / rank**0.5 if self.config.get("use_rslora") else alpha / rank
 
+    @property
+    def numel(self) -> int:
+        """Elements of all its matrices."""
+        return sum(self.info(name).numel for name in self._names)
+
     def a(self, layer: str) -> Tensor:
         """[rank, inputs] fp32."""
-        name = f"{layer}.{LORA_A}"
-        return self.read(name).float().view(self.info(name).shape)
+        return self.matrix(f"{layer}.{LORA_A}").float()
+
+    def matrix(self, name: str) -> Tensor:
+        """A parameter in its own shape and precision."""
+        return self.read(name).view(self.info(name).shape)
 
     def rows_of_b(self, layer: str, first: int, last: int) -> Tensor:
         """Rows [first, last) of B, [last - first, rank] fp32."""

@@ -110,10 +110,10 @@ def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Phase]:
 
 def dequantized(s: Sharding, shape: StepShape) -> list[State]:
     """The one weight that is not in 4 or 8 bits while its layer multiplies."""
-    lora = shape.config.lora
-    if lora is None or lora.quantization is None:
+    quantization = shape.config.quantization
+    if quantization is None:
         return []
-    per_byte = lora.quantization.per_byte
+    per_byte = quantization.per_byte
     largest = max(p.numel * per_byte for p in s.parameters if is_codes(p.name))
     return [State("a quantized layer's weight", DEVICE, work_bytes(largest, s.weight_bytes))]
 

@@ -158,7 +158,7 @@ def _trained(model: BagelConfig, run: MemoryOptions, adapters: bool) -> list[_Ch
     """
     found = [_Change({}, (0.0, 0.0))]
     if model.lora is not None:
-        return found if model.lora.quantization else [*found, _Change(_NF4, (NF4_HARM, 0.0))]
+        return found if model.quantization else [*found, _Change(_NF4, (NF4_HARM, 0.0))]
     if adapters:
         found.append(_Change({"lora_rank": LORA_RANK}, (LORA_HARM, 0.0)))
         found.append(_Change({"lora_rank": LORA_RANK, **_NF4}, (LORA_HARM + NF4_HARM, 0.0)))

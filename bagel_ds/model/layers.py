@@ -38,8 +38,13 @@ class Linear(nn.Linear):
         y = self.base(x)
         if self.lora is None:
             return y
-        low = F.linear(F.dropout(x, self.lora.dropout, self.training), self.lora_A)
-        return torch.addmm(y, low, self.lora_B.T, alpha=self.lora.scale)  # adds without a second tensor of y's size
+        dropped = F.dropout(x, self.lora.dropout, self.training)
+        return add_low_rank(y, dropped, self.lora_A, self.lora_B, self.lora.scale)
+
+
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """y + scale * x A^T B^T: [N, outputs], from x [N, inputs], A [rank, inputs] and B [outputs, rank]."""
+    return torch.addmm(y, F.linear(x, a), b.T, alpha=scale)  # without a second tensor of y's size
 
 
 class Embedding(nn.Embedding):

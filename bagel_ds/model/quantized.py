@@ -129,7 +129,7 @@ def _first_line(error: Exception) -> str:
 
 def linear_layer(config: BagelConfig) -> Callable[..., Linear]:
     """Makes the language model's linear layers: `Linear`, or quantized ones."""
-    quantization = None if config.lora is None else config.lora.quantization
+    quantization = config.quantization
     return Linear if quantization is None else partial(QuantizedLinear, quantization=quantization)
 
 

@@ -132,6 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {
             "path": str(models.path),
             "weights": [{"name": name, "title": TITLES[name]} for name in models.names],
+            "adapters": models.default.network.adapters.weights,
             "cannot_draw": models.default.cannot_draw,
             "stride": models.default.network.layout.latent_stride,
             "renorm_types": RENORM_TYPES,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -230,8 +231,9 @@ def test_the_merged_export_is_the_base_with_the_adapter_and_draws_what_the_adapt
         "base": ["--model_path", demo / "model"],
     }.items():
         assert main(["generate", *map(str, words), *common, "--out", str(tmp_path / f"{name}.png")]) == 0
-        pictures.append(Image.open(tmp_path / f"{name}.png").tobytes())
-    assert pictures[0] == pictures[1] != pictures[2]
+        pictures.append(np.array(Image.open(tmp_path / f"{name}.png")).astype(int))
+    merged_to, base_to = (np.abs(pictures[1] - picture).max() for picture in (pictures[0], pictures[2]))
+    assert merged_to <= 1 < base_to, "sums in another order round differently"
 
 
 def test_evaluation_of_the_adapter_gives_what_that_of_the_merged_model_does(

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
 from bagel_ds.cli.main import main
+from tests.code_blocks import code_blocks
 from tests.launch import REPOSITORY, TRAIN, deepspeed
 
 pytestmark = pytest.mark.distributed
@@ -20,7 +21,11 @@ STEPS = 24
 # The demo's network in the place of the 7B: smaller packs, fewer steps, and the learning rate that its width takes.
 SMALLER = {
     "--max_num_tokens 11520": "--max_num_tokens 448 --max_num_tokens_per_sample 448 --expected_num_tokens 448",
-    "--total_steps 2000 --save_every 500": f"--total_steps {STEPS} --save_every {STEPS // 2} --warmup_steps 2",
+    "--total_steps 2000 --warmup_steps 50": f"--total_steps {STEPS} --warmup_steps 2",
+    "--save_every 500": f"--save_every {STEPS // 2}",
+    "cats/": "results/",
+    "ink/": "results_4bit/",
+    "--out drawn": "--out drawn --image_shapes 32 32 --num_timesteps 4",
     "--lr 1e-4": "--lr 3e-3 --ema 0.9 --num_workers 0",
     "step_1000": f"step_{STEPS // 2}",
     "step_2000": f"step_{STEPS}",
@@ -33,10 +38,8 @@ COLORS = ("red", "green", "blue", "yellow", "black", "white")
 
 def commands() -> list[list[str]]:
     """The words of every command in the page's blocks, in order."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     found = []
-    for line in lines:
+    for line in (line for block in code_blocks(PAGE, "bash") for line in block):
         if line and not line.startswith("#"):
             for long, short in SMALLER.items():
                 line = line.replace(long, short)
@@ -61,6 +64,8 @@ def home(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "BAGEL-7B-MoT").symlink_to(demo / "model")
     draw_pictures(tmp_path / "pictures")
+    (prompts,) = code_blocks(PAGE, "json")
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -91,6 +96,9 @@ def test_the_pages_commands_lead_from_pictures_to_an_adapter_that_learned_and_dr
     assert runs == len(RUNS)
     with Image.open("out.png") as picture:
         assert picture.size == (32, 32)
+    drawn = [np.array(Image.open(Path("drawn", f"{number:06d}.png"))).astype(int) for number in range(5)]
+    apart = [int(np.abs(picture - drawn[0]).max()) for picture in drawn[1:]]
+    assert apart[1] <= 1 < min(apart[0], *apart[2:]), "the third line asks for what the first gets"
     for folder in "merged", "served":
         assert Path(folder, "config.json").is_file()
 

@@ -35,6 +35,7 @@ def test_every_bad_line_is_in_one_message(tmp_path: Path) -> None:
         {"prompt": "x", "image_shapes": [60, 64]},
         {"prompt": "x", "enable_taylorseer": True},
         {"prompt": "x", "seed": "one"},
+        {"prompt": "x", "lora": "cat"},
     ]
     with pytest.raises(UserError) as raised:
         opened(tmp_path, rows)
@@ -48,6 +49,7 @@ def test_every_bad_line_is_in_one_message(tmp_path: Path) -> None:
         6: "multiples of 16",
         7: "enable_taylorseer",
         8: "seed is 'one'",
+        9: "lora chooses among the adapters of bagel-ds generate",
     }.items():
         assert any(f"line {line}: " in found and words in found for found in text.splitlines()), words
     assert "line 1:" not in text

@@ -26,6 +26,7 @@ from bagel_ds.web import work as web_work
 from bagel_ds.web.models import Models
 from bagel_ds.web.server import Server
 from bagel_ds.web.work import Work
+from tests.inference.test_adapters import LORAS, write_adapter
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 TINY = {"num_timesteps": 4, "image_shapes": [32, 48], "max_think_token_n": 6}
@@ -116,6 +117,32 @@ def test_average_and_weights_are_drawn_side_by_side_from_one_seed(server: Server
         assert picture(server, panel["items"][0]).tobytes() == wanted
     one, other = (picture(server, panel["items"][0]).tobytes() for panel in job["panels"])
     assert one != other
+
+
+@pytest.fixture(scope="module")
+def adapted(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, list[str]]]:
+    """A server with two adapters, and the values of --lora that it has got."""
+    folder = tmp_path_factory.mktemp("adapters")
+    words = [f"{write_adapter(folder / name, model, lora)}:0.5" for name, lora in LORAS.items()]
+    with Server(Work(Models(model, device="cpu", lora=words)), "127.0.0.1", 0) as found:
+        threading.Thread(target=found.serve_forever, daemon=True).start()
+        yield found, words
+        found.shutdown()
+
+
+def test_each_request_chooses_its_adapters(adapted: tuple[Server, list[str]], model: Path, tmp_path: Path) -> None:
+    server, (cat, style) = adapted
+    said = json.loads(call(server, "GET", "/api/model")[1])
+    assert said["adapters"] == {"cat": 0.5, "style": 0.5} and [each["name"] for each in said["weights"]] == ["ema"]
+    base = ["--prompt", "a red square", "--weights", "ema"]
+    for lora, words in (
+        ({"cat": 0.5, "style": 0}, [*base[:2], "--lora", cat]),
+        ({"cat": 0, "style": 0}, base),
+        (None, [*base[:2], "--lora", cat, "--lora", style]),
+    ):
+        job = done(server, {"prompt": "a red square", "lora": lora})
+        assert picture(server, job["panels"][0]["items"][0]).tobytes() == generated(model, tmp_path, *words), lora
+    assert "there is no adapter 'dog'; expected one of cat, style" in refused(server, {"prompt": "x", "lora": "dog"})
 
 
 def test_an_uploaded_picture_is_edited_and_asked_about(
@@ -225,6 +252,35 @@ def test_a_port_that_is_taken_is_one_message(server: Server, model: Path, capsys
     port = str(server.server_address[1])
     assert main(["web", "--model_path", str(model), "--device", "cpu", "--port", port]) == 2
     assert f"can't serve at 127.0.0.1, port {port}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not find_spec("playwright"), reason="needs playwright (pip install playwright)")
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
+def test_in_a_browser_an_adapter_is_switched_off(
+    adapted: tuple[Server, list[str]], model: Path, tmp_path: Path
+) -> None:
+    from playwright.sync_api import expect, sync_playwright
+
+    server, (cat, _) = adapted
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.set_default_timeout(SOON * 1000)
+        expect.set_options(timeout=SOON * 1000)
+        page.goto(server.address)
+        expect(page.get_by_label("Adapter cat")).to_have_value("0.5")
+        page.get_by_label("Adapter style").fill("0")
+        page.get_by_label("Prompt").fill("a red square")
+        page.get_by_text("Settings").click()
+        for label, value in (("Height", "32"), ("Width", "48"), ("Points of the schedule", "4")):
+            page.get_by_label(label).fill(value)
+        page.get_by_role("button", name="Generate", exact=True).click()
+        drawn = page.locator("#results img")
+        expect(drawn).to_have_count(1)
+        content = page.request.get(server.address + "/" + str(drawn.get_attribute("src"))).body()
+        wanted = generated(model, tmp_path, "--prompt", "a red square", "--lora", cat)
+        assert Image.open(io.BytesIO(content)).tobytes() == wanted
+        browser.close()
 
 
 @pytest.mark.skipif(not find_spec("playwright"), reason="needs playwright (pip install playwright)")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from bagel_ds.model.attention.backends import DEFAULT_BACKEND
 from bagel_ds.model.shape.lora import LoRA
+from bagel_ds.model.shape.quantization import Quantization
 
 FREQUENCIES = 256  # width of the timestep embedding's sinusoid
 
@@ -85,6 +86,11 @@ class BagelConfig:
     def unquantized(self) -> BagelConfig:
         """This network with whole weights where it has codes of 4 or 8 bits: as model files hold it."""
         return self if self.lora is None else replace(self, lora=replace(self.lora, base_precision=None))
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the decoder's linear layers keep their weights, if not whole."""
+        return None if self.lora is None else self.lora.quantization
 
     @property
     def latent_features(self) -> int:

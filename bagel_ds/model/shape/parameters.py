@@ -66,7 +66,7 @@ class _Shape(NamedTuple):
 
 def _with_adapters(config: BagelConfig) -> Iterator[tuple[str, _Shape]]:
     """`_named`, with the parameters of each adapter behind the others of its layer, and codes for quantized weights."""
-    adapted, quantization = adapted_layers(config), None if config.lora is None else config.lora.quantization
+    adapted, quantization = adapted_layers(config), config.quantization
     for layer, group in groupby(_named(config), key=lambda parameter: module_of(parameter[0])):
         (name, weight), *others = group
         if quantization is not None and is_decoder_linear(layer):

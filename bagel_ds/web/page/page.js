@@ -78,6 +78,20 @@ function makeSettings() {
   }
 }
 
+function makeAdapters() {
+  for (const [name, weight] of Object.entries(model.adapters)) {
+    const input = element("input", { type: "number", step: "0.1", value: weight });
+    input.dataset.adapter = name;
+    find("adapters").append(element("label", {}, `Adapter ${name} `, input));
+  }
+  find("adapters").hidden = !find("adapters").children.length;
+}
+
+function adapters() {
+  const inputs = [...find("adapters").querySelectorAll("input")];
+  return inputs.length ? { lora: Object.fromEntries(inputs.map((input) => [input.dataset.adapter, Number(input.value)])) } : {};
+}
+
 function show() {
   const tab = TABS[mode];
   for (const button of document.querySelectorAll("nav button")) {
@@ -156,7 +170,7 @@ async function request() {
   const images = await Promise.all(used.map(base64));
   return { mode, prompt: find("prompt").value, seed: Number(find("seed").value), images,
     think: Boolean(TABS[mode].think && find("think").checked),
-    weights: find("weights").value.split(","), ...settings() };
+    weights: find("weights").value.split(","), ...adapters(), ...settings() };
 }
 
 // --------------------------------------------------------------------------------------------- the results
@@ -235,6 +249,7 @@ async function start() {
   find("weights").append(...choices.map(([value, textContent]) => element("option", { value, textContent })));
   find("weights-label").hidden = choices.length < 2;
   makeSettings();
+  makeAdapters();
   if (model.cannot_draw) mode = "vqa";
   show();
   for (const button of document.querySelectorAll("nav button")) {
