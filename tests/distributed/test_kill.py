@@ -1,7 +1,8 @@
 """A run that is killed in any phase and started again ends with exactly the losses of an uninterrupted one.
 
-BAGEL_KILLS is the number of kills (default 3; `make soak` takes 100), BAGEL_KILL_SEED chooses them. A kill is a
-phase (so long after a step was logged, inside a save, inside the export of weights, while the data are indexed, while
+BAGEL_KILLS is the number of kills (default 3; `make soak` takes 100), BAGEL_KILL_SEED chooses them. By default the run
+has split masters with rounded moments and average, which nothing but an exact state could continue; `make soak` also
+kills one with fp32 states. A kill is a phase (so long after a step was logged, inside a save, inside the export of weights, while the data are indexed, while
 the run is loading) and a victim (one rank, one waiting process, all ranks, only the launcher, the whole launch, launch
 and ranks).
 """
@@ -22,7 +23,7 @@ import pytest
 
 from bagel_ds.checkpoint.step_folders import checksum_fault, manifest_fault, newest_state, state_files, step_folders
 from bagel_ds.data.index.cache import BESIDE_DATA
-from tests.distributed.cases import arguments, losses
+from tests.distributed.cases import arguments, losses, soak
 from tests.distributed.started import StartedRun, send, steps_logged
 from tests.launch import TRAIN, run_ranks
 
@@ -50,14 +51,21 @@ class Kill(NamedTuple):
         return cls(phase, victim, draw.randrange(2), draw.randrange(4), draw.random() * 1.5)
 
 
-def words_of(demo: Path, results: Path) -> list[str]:
-    short = {"precision": "fp32", "max_num_tokens": 448, "total_steps": STEPS, "save_every": 2, "keep_last": 3}
+SPLIT = {"ds_config": "zero3_cpu_split_8bit", "precision": "bf16", "ema_dtype": "bf16"}
+FP32 = {"ds_config": "zero3", "precision": "fp32"}
+
+
+def words_of(demo: Path, results: Path, states: dict[str, str]) -> list[str]:
+    short = {"max_num_tokens": 448, "total_steps": STEPS, "save_every": 2, "keep_last": 3, **states}
     return arguments(demo, results, **short, num_workers=1, auto_resume=True, stall_timeout=120)
 
 
-def test_losses_of_a_run_killed_again_and_again_are_those_of_one_left_alone(demo: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("states", [pytest.param(SPLIT, id="split"), soak(FP32)])
+def test_losses_of_a_run_killed_again_and_again_are_those_of_one_left_alone(
+    states: dict[str, str], demo: Path, tmp_path: Path
+) -> None:
     kills, seed = int(os.environ.get("BAGEL_KILLS", "3")), int(os.environ.get("BAGEL_KILL_SEED", "0"))
-    finished = run_ranks(TRAIN, words_of(demo, tmp_path / "whole"), ranks=2)
+    finished = run_ranks(TRAIN, words_of(demo, tmp_path / "whole", states), ranks=2)
     assert finished.code == 0, finished.output[-4000:]
     expected = losses(tmp_path / "whole")
     assert sorted(expected) == list(range(STEPS))
@@ -69,12 +77,12 @@ def test_losses_of_a_run_killed_again_and_again_are_those_of_one_left_alone(demo
         while done < kills:
             kill = Kill.drawn(done, seed)
             print(f"kill {done}: {kill}", flush=True)
-            if not _lives_until(kill, demo, results):
+            if not _lives_until(kill, demo, results, states):
                 break  # the run was over before it; the kill waits for the next one
             _assert_nothing_is_lost(results)
             seen[kill.phase, kill.victim] += 1
             done += 1
-        finished = run_ranks(TRAIN, words_of(demo, results), ranks=2)
+        finished = run_ranks(TRAIN, words_of(demo, results, states), ranks=2)
         assert finished.code == 0, finished.output[-4000:]
         assert losses(results) == expected, f"seed {seed}, before kill {done}"
         left = {path.name for path in (results / "checkpoints").iterdir()}
@@ -84,7 +92,7 @@ def test_losses_of_a_run_killed_again_and_again_are_those_of_one_left_alone(demo
     print(f"{done} kills: {dict(seen)}")
 
 
-def _lives_until(kill: Kill, demo: Path, results: Path) -> bool:
+def _lives_until(kill: Kill, demo: Path, results: Path, states: dict[str, str]) -> bool:
     """Start or resume the run and kill it; False where it ended by itself first."""
     if kill.phase == "index":
         for folder in demo.rglob(BESIDE_DATA):
@@ -94,7 +102,7 @@ def _lives_until(kill: Kill, demo: Path, results: Path) -> bool:
     begun = 0 if newest is None else int(newest.name.removeprefix("step_"))
     if begun + kill.step >= STEPS:
         return False
-    with StartedRun(words_of(demo, results), results) as run:
+    with StartedRun(words_of(demo, results, states), results) as run:
         run.until(lambda: len(run.ranks()) == 2, "two ranks")
         _await_moment(run, kill, demo, checkpoints, begun)
         if not _strike(run, kill):

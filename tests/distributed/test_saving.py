@@ -35,7 +35,8 @@ HOSTS = {"at": "hosts", "do": "nothing"}
 FULL = {"at": "write", "rank": 1, "do": "full", "times": 1}
 FULL_WHILE_GATHERING = {"at": "gather", "do": "full", "times": 1}
 OTHERS = of_launches(  # preset and micro-batches of a step
-    (("zero0", 1), ("zero3_cpu", 2)), (("zero2", 2), ("zero3", 1), ("zero1", 1), ("zero2_cpu", 1))
+    (("zero0", 1), ("zero3_cpu", 2), ("zero3_cpu_split_8bit", 1)),
+    (("zero2", 2), ("zero3", 1), ("zero1", 1), ("zero2_cpu", 1)),
 )
 
 Runs = tuple[Path, dict[str, list[Outcome]]]
@@ -49,6 +50,8 @@ def late_and_not(demo: Path, folder: Path, preset: str, accumulation: int) -> li
     """Three steps that are all saved, three and two that are saved only at their end, the two with gathered weights,
     and a third step from the second that was saved. Each run's results lie in a folder of its name."""
     config: dict[str, Any] = {"ds_config": preset, "gradient_accumulation_steps": accumulation}
+    if "split" in preset:
+        config |= {"precision": "bf16", "ema_dtype": "bf16"}
     runs: dict[str, dict[str, Any]] = {
         "late": {"total_steps": 3, "save_every": 1},
         "whole": {"total_steps": 3},
