@@ -2,9 +2,9 @@
 
 BAGEL_KILLS is the number of kills (default 3; `make soak` takes 100), BAGEL_KILL_SEED chooses them. By default the run
 has split masters with rounded moments and average, which nothing but an exact state could continue; `make soak` also
-kills one with fp32 states. A kill is a phase (so long after a step was logged, inside a save, inside the export of weights, while the data are indexed, while
-the run is loading) and a victim (one rank, one waiting process, all ranks, only the launcher, the whole launch, launch
-and ranks).
+kills one with fp32 states. A kill is a phase (so long after a step was logged, inside a save, inside the export of
+weights, while the data are indexed, while the run is loading) and a victim (one rank, one waiting process, all ranks,
+only the launcher, the whole launch, launch and ranks).
 """
 
 from __future__ import annotations
