@@ -30,7 +30,7 @@ from tests.launch import (
 )
 from tests.two_hosts import TwoHosts, lacking, remote_environment, write_hostfile
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timed]
 
 IMPATIENT = Path(__file__).with_name("impatient_train.py")
 DEEPSPEED = str(Path(sys.executable).parent / "deepspeed")
