@@ -22,10 +22,11 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "stage 2, CPU": ({"ds_config": "zero2_cpu"}, NAN),
     "stage 3, bf16": ({"ds_config": "zero3", "precision": "bf16"}, NAN),
     "stage 3, CPU": ({"ds_config": "zero3_cpu"}, NAN),
+    "split masters": ({"ds_config": "zero3_cpu_split_8bit", "precision": "bf16"}, NAN),
     "only a loss, stage 2": ({"ds_config": "zero2"}, INF),
     "only a loss, stage 3": ({"ds_config": "zero3"}, INF),
 }
-RESUMED = ("stage 3, CPU", "only a loss, stage 3")
+RESUMED = ("stage 3, CPU", "split masters", "only a loss, stage 3")
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from bagel_ds.machine.user_folders import extensions_folder
 from bagel_ds.zero.split.formats import MomentFormat, PackedMoments, join, random_bits, round_stochastically, split
 
 logger = logging.getLogger("bagel_ds")
@@ -148,9 +149,18 @@ def build_kernel() -> Any:
     """Compile it as DeepSpeed compiles its ops, in the same folder, unless that was done before. Raises any error."""
     from torch.utils.cpp_extension import load
 
-    name, flags = kernel_name(), ["-fopenmp"]
-    path = load(name, [str(_SOURCE)], extra_cflags=_FLAGS, extra_ldflags=flags, is_python_module=False)
-    library = ctypes.CDLL(path)
+    name = kernel_name()
+    folder = extensions_folder() / name
+    folder.mkdir(parents=True, exist_ok=True)
+    load(
+        name,
+        [str(_SOURCE)],
+        extra_cflags=_FLAGS,
+        extra_ldflags=["-fopenmp"],
+        build_directory=str(folder),
+        is_python_module=False,
+    )
+    library = ctypes.CDLL(str(folder / f"{name}.so"))
     library.bagel_ds_update.restype = ctypes.c_int64
     library.bagel_ds_ties.restype = None
     return library
