@@ -28,7 +28,7 @@ from bagel_ds.zero.split.formats import moment_format, seed_of  # noqa: E402
 from bagel_ds.zero.split.update import Average, SplitRange, Step, kernel, update, update_by_torch  # noqa: E402
 
 BETAS, EPS, LR, FACTOR = (0.9, 0.95), 1e-15, 2e-5, 0.5
-STEP = Step(FACTOR, *BETAS, 1.2, EPS, -LR, 0.0)
+STEP = Step(FACTOR, *BETAS, 1.2, EPS, -LR, 0.0, -9 * LR)
 # Bytes per parameter, read and written: gradients, and both ways of masters, moments and the average.
 MOMENT_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}
 

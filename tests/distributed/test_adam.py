@@ -8,7 +8,7 @@ Tolerance: one unit in the last place of the weight per update, and 2e-6 of the 
 in another order and the CPU's Adam divides in another (found: one unit in all). Where masters are bf16, the reference
 is rounded after each update as they are; there 0.5 % of the elements may differ (found: 0.1 %), by two bf16 units, as
 two sums that differ in fp32 may round to either side. Moments beside split masters are rounded stochastically, which
-shows in an update by the share `off` (found: 0.004 in bf16, 0.05 in 8 bits).
+shows in an update by the share `off` (of 8 bits, masters take a part in advance).
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ SETUPS = (
     Setup("zero3_cpu_split", ("bf16",)),
     Setup("zero3_split", ("bf16",)),
     Setup("zero3_cpu_split_bf16", ("bf16",), off=0.01),
-    Setup("zero3_cpu_split_8bit", ("bf16",), off=0.08),
+    Setup("zero3_cpu_split_8bit", ("bf16",), off=0.2),
     Setup("zero3_hpz", ranks=(2,), zero={"zero_hpz_partition_size": 2}),
 )
 

@@ -88,8 +88,13 @@ class MomentFormat(ABC):
         """Both moments in fp32."""
 
     @abstractmethod
-    def write(self, kept: tuple[Tensor, ...], exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None) -> None:
-        """Keep fp32 moments, rounded with 32 random bits each, or to nearest without."""
+    def write(
+        self, kept: tuple[Tensor, ...], exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None
+    ) -> Tensor | None:
+        """Keep fp32 moments, rounded with 32 random bits each, or to nearest without.
+
+        Returns what the kept exp_avg lacks, relative to the root of the kept exp_avg_sq, if its rounding has a bias.
+        """
 
 
 class FloatMoments(MomentFormat):
@@ -102,30 +107,34 @@ class FloatMoments(MomentFormat):
     def read(self, kept: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         return kept[0].float(), kept[1].float()
 
-    def write(self, kept: tuple[Tensor, ...], exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None) -> None:
+    def write(
+        self, kept: tuple[Tensor, ...], exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None
+    ) -> Tensor | None:
         if random is not None and self.kind:
             exp_avg = round_stochastically(exp_avg, random >> 16)
             exp_avg_sq = round_stochastically(exp_avg_sq, random & 0xFFFF)
         kept[0].copy_(exp_avg)
         kept[1].copy_(exp_avg_sq)
+        return None
 
 
 class PackedMoments(MomentFormat):
     """Both in 16 bits, element by element, without blocks.
 
-    Nine bits are sqrt(exp_avg_sq) as a floating-point number with 5 bits of exponent and 4 of mantissa, from 2^-29 to
-    2^3 (0 for zero; smaller values are raised to the least, so that no update grows). Seven bits are the ratio exp_avg
-    / sqrt(exp_avg_sq) in equal steps. It is what an update is made of, and by the inequality of Cauchy and Schwarz it
-    never exceeds `bound`, whatever the gradients were. Both are rounded stochastically, such that exp_avg and
-    exp_avg_sq have no bias: these change by a tenth or a twentieth of themselves per step, which rounding to nearest
-    would lose.
+    Ten bits are sqrt(exp_avg_sq) as a floating-point number with 5 bits of exponent and 5 of mantissa, from 2^-29 to
+    2^3 (0 for zero; smaller values are raised to the least, so that no update grows), rounded stochastically such that
+    exp_avg_sq has no bias. Six bits are the ratio exp_avg / sqrt(exp_avg_sq) in equal steps, to nearest. It is what an
+    update is made of, and by the inequality of Cauchy and Schwarz it never exceeds `bound`, whatever the gradients
+    were. What rounding takes from the ratio would have moved the master by beta1 + beta1^2 + ... = beta1 / (1 - beta1)
+    times as much in later steps; the master, which loses nothing, moves by that at once. So the errors of many steps
+    don't add up.
     """
 
     kind = 2
     dtypes = (torch.int16,)
-    _RATIOS = 63.0  # steps on each side of zero
-    _LEAST = 98 << 4  # the upper 13 bits of 2^-29 in fp32
-    _LAST = 511
+    _RATIOS = 31.0  # steps on each side of zero
+    _LEAST = 98 << 5  # the upper 14 bits of 2^-29 in fp32
+    _LAST = 1023
 
     def __init__(self, betas: tuple[float, float]):
         beta1, beta2 = betas
@@ -135,28 +144,33 @@ class PackedMoments(MomentFormat):
                 "updates have no bound; choose other values, or a preset whose moments have 16 or 32 bits"
             )
         self.bound = (1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))
+        self.unit = self.bound / self._RATIOS  # of the ratio
 
     def read(self, kept: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         codes = kept[0].to(torch.int32) & 0xFFFF
-        deviation = self._deviation(codes >> 7).masked_fill_(codes < 128, 0.0)  # also memory that was never written
-        return ((codes & 127) - 64).float() * (self.bound / self._RATIOS) * deviation, deviation.square()
+        deviation = self._deviation(codes >> 6).masked_fill_(codes < 64, 0.0)  # also memory that was never written
+        return ((codes & 63) - 32).float() * self.unit * deviation, deviation.square()
 
-    def write(self, kept: tuple[Tensor, ...], exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None) -> None:
-        bits, shift = exp_avg_sq.sqrt().view(torch.int32), torch.tensor(0.5)
+    def write(
+        self, kept: tuple[Tensor, ...], exp_avg: Tensor, exp_avg_sq: Tensor, random: Tensor | None
+    ) -> Tensor | None:
+        bits = exp_avg_sq.sqrt().view(torch.int32)
         if random is None:
-            code = ((bits + (1 << 18)) >> 19) - self._LEAST
+            code = ((bits + (1 << 17)) >> 18) - self._LEAST
         else:
-            code = (bits >> 19) - self._LEAST
+            code = (bits >> 18) - self._LEAST
             under, over = self._deviation(code).square(), self._deviation(code + 1).square()
             code += (random & 0xFFFF).float() / 65536 * (over - under) < exp_avg_sq - under
-            shift = (random >> 16).float() / 65536
         code.clamp_(1, self._LAST)
-        step = (exp_avg / self._deviation(code) * (self._RATIOS / self.bound) + shift).floor_()
-        packed = (code << 7) | (step.clamp_(-self._RATIOS, self._RATIOS).to(torch.int32) + 64)
-        kept[0].copy_(packed.masked_fill_(exp_avg_sq <= 0, 64))  # the upper half wraps to negative numbers
+        ratio = exp_avg / self._deviation(code) / self.unit
+        nearest = (ratio + 0.5).floor_()
+        step = nearest.clamp(-self._RATIOS, self._RATIOS)
+        is_zero = exp_avg_sq <= 0
+        kept[0].copy_(((code << 6) | (step.to(torch.int32) + 32)).masked_fill_(is_zero, 32))  # the upper half wraps
+        return (ratio - step).masked_fill_((step != nearest) | is_zero, 0.0) * self.unit
 
     def _deviation(self, code: Tensor) -> Tensor:
-        return ((code + self._LEAST) << 19).view(torch.float32)
+        return ((code + self._LEAST) << 18).view(torch.float32)
 
 
 def moment_format(moments: str, betas: tuple[float, float]) -> MomentFormat:

@@ -147,6 +147,7 @@ class SplitPartitions(Partitions):
             eps=options["eps"],
             step_size=float(-rate / np.float32(bias1)),
             decay=float(-rate * np.float32(options["weight_decay"])),
+            carried=float(-rate * beta1 / (1 - beta1)),
         )
         averaging = self._average.next(group) if self._average is not None else None
         for placed, kept in zip(group.ranges, states.ranges):

@@ -16,16 +16,16 @@ namespace {
 
 constexpr int64_t BLOCK = 1024;
 constexpr int32_t TIE = 0x8000;
-constexpr float RATIO_CODES = 63.0f;
-constexpr int32_t LEAST_CODE = 98 << 4;  // 2^-29 as the upper bits of fp32, sign and last 19 bits dropped
-constexpr int32_t LAST_CODE = 511;
+constexpr float RATIO_CODES = 31.0f;
+constexpr int32_t LEAST_CODE = 98 << 5;  // 2^-29 as the upper bits of fp32, sign and last 18 bits dropped
+constexpr int32_t LAST_CODE = 1023;
 
 enum Gradients { FP32_GRADIENTS, BF16_GRADIENTS };
 enum Moments { FP32_MOMENTS, BF16_MOMENTS, PACKED_MOMENTS };
 enum Average { NO_AVERAGE, FP32_AVERAGE, BF16_AVERAGE };
 
 struct Step {
-    float factor, beta1, beta1_rest, beta2, beta2_rest, bias2, eps, step_size, decay, bound, weight;
+    float factor, beta1, beta1_rest, beta2, beta2_rest, bias2, eps, step_size, decay, bound, carried, weight;
     uint32_t seed, average_seed;
 };
 
@@ -51,7 +51,7 @@ inline uint32_t random_bits(uint32_t seed, uint32_t index) {
     return x;
 }
 
-inline float deviation_of(int32_t code) { return float_of(uint32_t(code + LEAST_CODE) << 19); }
+inline float deviation_of(int32_t code) { return float_of(uint32_t(code + LEAST_CODE) << 18); }
 
 inline uint16_t rounded(float value, uint32_t below) { return (bits_of(value) + below) >> 16; }
 
@@ -75,10 +75,10 @@ void update_block(uint16_t* high, int16_t* low, const int64_t* tie, const int64_
             m[i] = float_of(uint32_t(static_cast<const uint16_t*>(exp_avg)[i]) << 16);
             v[i] = float_of(uint32_t(static_cast<const uint16_t*>(exp_avg_sq)[i]) << 16);
         } else {
-            const int32_t code = codes[i] >> 7;
+            const int32_t code = codes[i] >> 6;
             const float deviation = code == 0 ? 0.0f : deviation_of(code);
             v[i] = deviation * deviation;
-            m[i] = float(int32_t(codes[i] & 127) - 64) * (s.bound / RATIO_CODES) * deviation;
+            m[i] = float(int32_t(codes[i] & 63) - 32) * (s.bound / RATIO_CODES) * deviation;
         }
     }
 
@@ -118,19 +118,22 @@ void update_block(uint16_t* high, int16_t* low, const int64_t* tie, const int64_
             static_cast<uint16_t*>(exp_avg)[i] = rounded(m[i], below >> 16);
             static_cast<uint16_t*>(exp_avg_sq)[i] = rounded(v[i], below & 0xFFFF);
         } else {
-            int32_t code = int32_t(bits_of(root[i]) >> 19) - LEAST_CODE;
+            int32_t code = int32_t(bits_of(root[i]) >> 18) - LEAST_CODE;
             const float under = deviation_of(code), over = deviation_of(code + 1);
             const float chance = float(below & 0xFFFF) * (1.0f / 65536.0f);
             code += chance * (over * over - under * under) < v[i] - under * under ? 1 : 0;
             code = code < 1 ? 1 : code;
             code = code > LAST_CODE ? LAST_CODE : code;
             const float ratio = m[i] / deviation_of(code) * (RATIO_CODES / s.bound);
-            float step = std::floor(ratio + float(below >> 16) * (1.0f / 65536.0f));
-            step = step < -RATIO_CODES ? -RATIO_CODES : step;
+            const float nearest = std::floor(ratio + 0.5f);
+            float step = nearest < -RATIO_CODES ? -RATIO_CODES : nearest;
             step = step > RATIO_CODES ? RATIO_CODES : step;
+            // What the kept ratio lacks would have moved the master in later steps: it does so now.
+            const float lacking = step == nearest && v[i] > 0 ? ratio - step : 0.0f;
+            master[i] = std::fma(lacking, s.carried, master[i]);
             step = v[i] > 0 ? step : 0.0f;
             code = v[i] > 0 ? code : 0;
-            static_cast<uint16_t*>(exp_avg)[i] = uint16_t((code << 7) | (int32_t(step) + 64));
+            static_cast<uint16_t*>(exp_avg)[i] = uint16_t((code << 6) | (int32_t(step) + 32));
         }
     }
 

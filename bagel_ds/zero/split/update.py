@@ -47,6 +47,7 @@ class Step(NamedTuple):
     eps: float
     step_size: float  # -lr / bias1
     decay: float  # -lr * weight decay
+    carried: float  # -lr * beta1 / (1 - beta1): what is lost of exp_avg / sqrt(exp_avg_sq) moves the master so much
 
 
 class SplitRange:
@@ -102,7 +103,9 @@ def update_by_torch(
             master = torch.add(master, master, alpha=step.decay)
         master = torch.add(master, direction, alpha=step.step_size)
         random = random_bits(seed, kept.start + part.start, len(high), high.device) if moments.kind else None
-        moments.write(states, exp_avg, exp_avg_sq, random)
+        lacking = moments.write(states, exp_avg, exp_avg_sq, random)
+        if lacking is not None:
+            master = torch.add(master, lacking, alpha=step.carried)
         left.append(part.start + split(master, high, low))
         if average is not None:
             update_average(average._replace(values=average.values[part]), master, kept.start + part.start)
@@ -123,7 +126,7 @@ def update_average(average: Average, master: Tensor, start: int) -> None:
 class _Step(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_float) for name in ("factor", "beta1", "beta1_rest", "beta2", "beta2_rest", "bias2", "eps")),
-        *((name, ctypes.c_float) for name in ("step_size", "decay", "bound", "weight")),
+        *((name, ctypes.c_float) for name in ("step_size", "decay", "bound", "carried", "weight")),
         *((name, ctypes.c_uint32) for name in ("seed", "average_seed")),
     ]
 
@@ -200,6 +203,7 @@ def _update_by_kernel(
         step.step_size,
         step.decay,
         moments.bound if isinstance(moments, PackedMoments) else 0.0,
+        step.carried * moments.unit if isinstance(moments, PackedMoments) else 0.0,
         0.0 if average is None else average.weight,
         seed,
         0 if average is None else average.seed,

@@ -110,7 +110,7 @@ def test_what_a_format_holds_survives_a_training_state(kind: str) -> None:
     assert sum(each.element_size() for each in kept) == {"fp32": 8, "bf16": 4, "8bit": 2}[kind]
 
 
-@pytest.mark.parametrize("kind, mean, square", [("fp32", 0, 0), ("bf16", 2**-7, 2**-7), ("8bit", 0.02, 0.13)])
+@pytest.mark.parametrize("kind, mean, square", [("fp32", 0, 0), ("bf16", 2**-7, 2**-7), ("8bit", 0.02, 0.065)])
 def test_a_format_is_as_exact_as_it_says(kind: str, mean: float, square: float) -> None:
     """exp_avg relative to the deviation, which it is divided by; exp_avg_sq relative to itself."""
     held = moment_format(kind, BETAS)
@@ -132,7 +132,8 @@ def test_moments_are_rounded_without_bias(kind: str) -> None:
     kept = held.allocate(count, torch.device("cpu"))
     held.write(kept, torch.full((count,), -3.21e-6), torch.full((count,), 1.7e-10), random_bits(5, 0, count, "cpu"))
     found_avg, found_sq = held.read(kept)
-    assert float(found_avg.double().mean()) == pytest.approx(-3.21e-6, rel=1e-3)
+    if kind == "bf16":  # the other rounds it to nearest, and masters take what is lost (test_update.py)
+        assert float(found_avg.double().mean()) == pytest.approx(-3.21e-6, rel=1e-3)
     assert float(found_sq.double().mean()) == pytest.approx(1.7e-10, rel=1e-3)
 
 
@@ -144,7 +145,7 @@ def test_packed_moments_beyond_their_range_keep_updates_within_their_bound() -> 
     held.write(kept, exp_avg, exp_avg_sq, None)
     found_avg, found_sq = held.read(kept)
     assert found_sq[0] == found_sq[3] > 0, "raised to the least value, not dropped"
-    assert found_avg[0] == 0 and found_avg[3].abs() < 1e-9 * 1.01, "below the range updates shrink"
+    assert found_avg[0] == 0 and found_avg[3].abs() < 1e-9 * 1.02, "below the range updates shrink"
     assert found_sq.isfinite().all() and ((found_avg / found_sq.sqrt()).abs() <= held.bound * 1.0001).all()
 
 

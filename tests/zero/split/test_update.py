@@ -45,7 +45,8 @@ def numbers(step: int, factor: float = 0.37, decay: float = 0.0) -> Step:
     for _ in range(step):
         first, second = first * np.float32(BETAS[0]), second * np.float32(BETAS[1])
     bias2 = float(one / np.sqrt(one - second))
-    return Step(factor, *BETAS, bias2, EPS, float(-np.float32(LR) / (one - first)), float(-np.float32(LR) * decay))
+    step_size = float(-np.float32(LR) / (one - first))
+    return Step(factor, *BETAS, bias2, EPS, step_size, float(-np.float32(LR) * decay), -LR * BETAS[0] / (1 - BETAS[0]))
 
 
 def train(
@@ -83,7 +84,7 @@ def test_masters_that_lie_halfway_are_updated_as_what_they_are() -> None:
     """Without their list, a master above its weight by half a step would count as one below it."""
     bits = (masters().view(torch.int32) & -(2**16)) | 0x8000
     values, moments = bits.view(torch.float32), moment_format("fp32", BETAS)
-    still = numbers(1)._replace(step_size=0.0)
+    still = numbers(1)._replace(step_size=0.0, carried=0.0)
     for by in (update, update_by_torch):
         kept = fresh(moments, values=values)
         assert 1000 < len(kept.ties) < 2000
@@ -162,7 +163,7 @@ def test_the_number_of_threads_changes_nothing(threads: int) -> None:
     assert torch.equal(found.master(), expected.master()) and torch.equal(found.ties, expected.ties)
 
 
-@pytest.mark.parametrize("kind, least, off", [("fp32", 1.0, 1e-6), ("bf16", 0.999, 0.02), ("8bit", 0.99, 0.12)])
+@pytest.mark.parametrize("kind, least, off", [("fp32", 1.0, 1e-6), ("bf16", 0.999, 0.01), ("8bit", 0.998, 0.04)])
 def test_what_a_format_keeps_of_the_updates(kind: str, least: float, off: float) -> None:
     """200 steps with gradients of which most is noise, beside Adam in double precision."""
     generator = torch.Generator().manual_seed(3)
