@@ -25,7 +25,8 @@ sys.path.insert(0, str(REPOSITORY))  # also where the package is not installed
 import torch  # noqa: E402
 
 from bagel_ds.zero.split.formats import moment_format, seed_of  # noqa: E402
-from bagel_ds.zero.split.update import Average, SplitRange, Step, kernel, update, update_by_torch  # noqa: E402
+from bagel_ds.zero.split.kernel import kernel  # noqa: E402
+from bagel_ds.zero.split.update import Average, SplitRange, Step, update, update_by_torch  # noqa: E402
 
 BETAS, EPS, LR, FACTOR = (0.9, 0.95), 1e-15, 2e-5, 0.5
 STEP = Step(FACTOR, *BETAS, 1.2, EPS, -LR, 0.0, -9 * LR)

@@ -44,7 +44,8 @@ does not know, and would ignore, and a value that it can't read are errors with 
 | zero3_hpz | the same, with a second copy of the parameters per host (ZeRO++; the original's HYBRID_SHARD) | | |
 | zero3_cpu | and parameters | optimizer states and parameters | |
 | zero3_cpu_split | the same | the same, masters as weights and 16 more bits: 14, not 20 bytes per parameter | |
-| zero3_cpu_split_bf16, zero3_cpu_split_8bit | the same | the same, moments in bf16 or 8 bits: 10 or 8 bytes | |
+| zero3_cpu_split_bf16 | the same | the same, AdamW's moments in bf16: 10 bytes | |
+| zero3_cpu_split_8bit | the same | the same, AdamW's moments in 8 bits: 8 bytes | |
 | zero3_split | as zero3, masters as in zero3_cpu_split | | |
 | zero3_nvme | and parameters | parameters | optimizer states, moving average |
 | zero3_nvme_all | and parameters | | all of them |

@@ -24,7 +24,7 @@ from bagel_ds.machine.liveness import timed_elsewhere
 from bagel_ds.machine.user_folders import extensions_folder
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.zero.config.settings import SPLIT_MASTERS, offload_device
-from bagel_ds.zero.split.update import kernel, kernel_name
+from bagel_ds.zero.split.kernel import kernel, kernel_name
 
 logger = logging.getLogger("bagel_ds")
 

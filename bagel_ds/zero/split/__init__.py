@@ -4,6 +4,7 @@ Guarantees: together they are the fp32 master, bit for bit, and the weight is th
 training is that of a run with fp32 masters for half of their memory. Gradients are read as they are. Adam's moments
 are fp32, bf16 or packed into 16 bits for both.
 
-Read `formats.py` for the numbers, `update.py` for a step over them (`update.cpp` on the CPU), `zero3.py` for how
+Read `formats.py` for the numbers, `update.py` for a step over them (`update.cpp` on the CPU, built by
+`kernel.py`), `zero3.py` for how
 DeepSpeed's ZeRO-3 is made to keep them, `partitions.py` for how the rest of the trainer reads and writes them.
 """

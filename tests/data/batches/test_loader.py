@@ -200,6 +200,7 @@ def test_a_worker_that_cannot_deliver_is_an_error_with_its_own_words(
     assert not worker_processes()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of such a callback
 @pytest.mark.parametrize("what", ["hangs", "stopped"])
 def test_waiting_for_a_worker_that_hangs_can_be_interrupted(what: str) -> None:
     def interrupt(*_: Any) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,10 @@ class OneGroup:
         self.flats = {MASTER: flat + 0.5, EXP_AVG: flat * 10, EXP_AVG_SQ: flat * 100}
         self.step = 0
 
-    @contextmanager
-    def open(self, group: Group, write: bool, moments: bool) -> Iterator[dict[str, Tensor]]:
-        assert write and moments
-        yield self.flats
+    def load(self, keys: Sequence[str], fill: Callable[[str, Range, Tensor], object]) -> None:
+        for held, offset in self.groups[0].ranges:
+            for key in keys:
+                fill(key, held, self.flats[key].narrow(0, offset, held.numel))
 
     def set_step(self, step: int) -> None:
         self.step = step

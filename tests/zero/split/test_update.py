@@ -13,8 +13,9 @@ from torch import Tensor
 
 from bagel_ds.zero.split import update as update_module
 from bagel_ds.zero.split.formats import MomentFormat, moment_format, seed_of
+from bagel_ds.zero.split.kernel import kernel
 from bagel_ds.zero.split.partitions import vector_elements
-from bagel_ds.zero.split.update import Average, SplitRange, Step, kernel, update, update_average, update_by_torch
+from bagel_ds.zero.split.update import Average, SplitRange, Step, update, update_average, update_by_torch
 
 BETAS, EPS, LR = (0.9, 0.95), 1e-15, 2e-5
 COUNT = 3 * 1024 + 5  # blocks of the kernel, and less than a vector
