@@ -87,7 +87,7 @@ class SplitPartitions(Partitions):
         copy = allocate(states.high)
         for placed, kept in zip(group.ranges, states.ranges):
             for part, _ in kept.parts():
-                values = Fp32View(kept, self._format, MASTER)[part]
+                values = kept.master(part)
                 copy.narrow(0, placed.offset + part.start, values.numel()).copy_(values)
         return copy
 
