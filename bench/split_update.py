@@ -120,8 +120,8 @@ def split_way(
     masters: torch.Tensor, gradients: torch.Tensor, kind: str, by: Any, average: torch.Tensor | None
 ) -> Callable[[], None]:
     moments, count = moment_format(kind, BETAS), masters.numel()
-    halves = torch.empty(count, dtype=torch.bfloat16), torch.empty(count, dtype=torch.int16)
-    kept = SplitRange(*halves, moments.allocate(count, torch.device("cpu")), 0)
+    kept = SplitRange(torch.empty(count, dtype=torch.bfloat16), 0)
+    kept.hold(torch.empty(count, dtype=torch.int16), *moments.allocate(count, torch.device("cpu")))
     kept.put(masters)
     averaged = None if average is None else Average(average, 1e-4, seed_of("w", 1, 1))
     return lambda: by(kept, moments, gradients, STEP, seed_of("w", 1), averaged)

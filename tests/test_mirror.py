@@ -68,7 +68,9 @@ COVERED_BY: dict[str, tuple[str, str]] = {
     "zero/partitions.py": ("distributed/test_adam.py", "needs an engine under every stage"),
     "zero/process_group.py": ("train/ranks/test_process_group.py", "what it starts is seen by the ranks that join"),
     "zero/split/kernel.py": ("zero/split/test_update.py", "what it builds is what updates there"),
+    "zero/split/optimizer.py": ("distributed/test_offload_equality.py", "needs an engine; also in test_nonfinite.py"),
     "zero/split/partitions.py": ("distributed/test_offload_equality.py", "needs an engine; also in test_adam.py"),
+    "zero/split/zero2.py": ("distributed/test_offload_equality.py", "needs an engine; also in test_nonfinite.py"),
     "zero/split/zero3.py": ("distributed/test_offload_equality.py", "needs an engine; also in test_adam.py"),
     "zero/weights.py": ("distributed/test_weights.py", "needs an engine under every stage"),
 }

@@ -40,6 +40,9 @@ does not know, and would ignore, and a value that it can't read are errors with 
 | zero1 | optimizer states | | |
 | zero2 | and gradients | | |
 | zero2_cpu | and gradients | optimizer states | |
+| zero2_cpu_split | and gradients | the same, masters as weights and 16 more bits: 14, not 18 bytes per parameter | |
+| zero2_cpu_split_bf16 | and gradients | the same, AdamW's moments in bf16: 10 bytes | |
+| zero2_cpu_split_8bit | and gradients | the same, AdamW's moments in 8 bits: 8 bytes | |
 | zero3 | and parameters | | |
 | zero3_hpz | the same, with a second copy of the parameters per host (ZeRO++; the original's HYBRID_SHARD) | | |
 | zero3_cpu | and parameters | optimizer states and parameters | |
@@ -48,6 +51,8 @@ does not know, and would ignore, and a value that it can't read are errors with 
 | zero3_cpu_split_8bit | the same | the same, AdamW's moments in 8 bits: 8 bytes | |
 | zero3_split | as zero3, masters as in zero3_cpu_split | | |
 | zero3_nvme | and parameters | parameters | optimizer states, moving average |
+| zero3_nvme_split | and parameters | parameters | optimizer states: 10, not 16 bytes per parameter; average |
+| zero3_nvme_split_8bit | and parameters | parameters | the same, AdamW's moments in 8 bits: 4 bytes |
 | zero3_nvme_all | and parameters | | all of them |
 
 - `communication_data_type`, where open, is the run's precision: gradients travel in bf16, as the original's do.

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from bagel_ds.memory.gathering import Gathered, gathered
-from bagel_ds.memory.states import DEVICE, HOST, NVME, Sharding, State, backward_states, window_gradients
+from bagel_ds.memory.states import DEVICE, HOST, Sharding, State, backward_states, window_gradients
 from bagel_ds.model.shape.activations import Activations, PackShape, activations, arena_bytes, vae_bytes
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.model.shape.parts import Freezing
@@ -205,7 +205,7 @@ def _partitioning3(s: Sharding, single: int, share: int) -> list[State]:
     found.append(State(_NORM, DEVICE, 8 * min(NORM_ELEMENTS, single)))
     if not s.on_cpu:
         found.append(State(_IN_TRANSIT, DEVICE, s.gradient_bytes * single))
-    if s.place(s.optimizer) == NVME and not s.keeps_fp32_gradients:
+    if s.deepspeed_swaps and not s.keeps_fp32_gradients:
         found.append(State(_TO_NVME, DEVICE, 4 * share))
     return found
 
@@ -259,7 +259,7 @@ def _load(s: Sharding, shape: StepShape) -> Phase:
     if s.place(s.optimizer) == HOST:
         size -= (s.master_bytes + 2 * s.moment_bytes) * s.share(True)  # counted as states, but allocated after this
     held = [State("weights in transit to the GPU", HOST, size)] if size > 0 and not s.on_cpu else []
-    if s.place(s.optimizer) == NVME:
+    if s.deepspeed_swaps:
         copied = s.gradient_bytes * s.share(True) if s.pinned(s.optimizer) else 0
         zeros = s.master_bytes * max(s.sub_groups())
         held.append(State("gradients being laid out", HOST, max(copied, zeros)))

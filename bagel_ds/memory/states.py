@@ -11,7 +11,7 @@ from typing import Iterator, NamedTuple
 
 from bagel_ds.model.shape.parameters import ParameterSize
 from bagel_ds.units import MIB
-from bagel_ds.zero.config.settings import Offload, ZeroSettings
+from bagel_ds.zero.config.settings import SPLIT_SWAP_BUFFERS, Offload, ZeroSettings
 
 DEVICE, HOST, NVME = "gpu", "host", "nvme"
 EXACT_ABOVE_MIB = 32  # larger page-locked blocks are not rounded up or cached (train/process/allocators.py)
@@ -43,6 +43,11 @@ class Sharding(ZeroSettings):
     def place(self, offload: Offload) -> str:
         """Where the optimizer's states (`self.optimizer`) or the weights (`self.param`) are."""
         return _PLACE[offload.device]
+
+    @property
+    def deepspeed_swaps(self) -> bool:
+        """Whether DeepSpeed moves masters, moments and gradients to NVMe. Beside split masters the trainer does."""
+        return self.place(self.optimizer) == NVME and not self.split_moments
 
     @property
     def sums_on_device(self) -> bool:
@@ -120,11 +125,16 @@ def _stage12(s: Sharding) -> Iterator[State]:
     place = s.place(s.optimizer)
     share = -(-s.elements(True) // s.world)
     yield State("weights", DEVICE, s.whole_weights())
-    yield State("masters", place, s.master_bytes * share, s.pinned(s.optimizer) if place == HOST else 0)
+    masters = "masters' upper halves" if s.split_moments else "masters"
+    yield State(masters, place, s.master_bytes * share, s.pinned(s.optimizer) if place == HOST else 0)
     yield State("Adam moments", place, 2 * s.moment_bytes * share)
     if place == HOST:
-        yield State("gradients in the masters' format", HOST, s.master_bytes * share, s.pinned(s.optimizer))
-        yield State("updated weights in transit to the GPU", HOST, s.weight_bytes * share, s.pinned(s.optimizer))
+        if s.split_moments:  # the upper halves are the weights that go to the GPU
+            yield State("masters' lower halves", HOST, s.master_bytes * share)
+            yield State("gradients", HOST, s.gradient_bytes * share, s.pinned(s.optimizer))
+        else:
+            yield State("gradients in the masters' format", HOST, s.master_bytes * share, s.pinned(s.optimizer))
+            yield State("updated weights in transit to the GPU", HOST, s.weight_bytes * share, s.pinned(s.optimizer))
         largest = max(p.numel for p in s.parameters if p.trains)
         yield State("largest gradient, in transit", DEVICE, s.weight_bytes * largest)
         yield State("largest gradient, in transit", HOST, s.weight_bytes * largest, s.pinned(s.optimizer))
@@ -140,7 +150,7 @@ def backward_states(s: Sharding) -> list[State]:
         size = s.bucket * (2 if s.overlap_comm else 1)
         touched = min(size, s.elements(True)) if s.on_cpu else size
         found.append(State("communication buckets", DEVICE, touched * s.weight_bytes))
-    elif s.stage == 3 and s.place(s.optimizer) == NVME:
+    elif s.deepspeed_swaps:
         shares = [-(-p.numel // s.world) for p in s.parameters if p.trains]
         small = sum(share for share in shares if 4 * share < MIB)
         found.append(State("fp32 gradients too small to swap", HOST, 4 * small))
@@ -184,7 +194,10 @@ def _stage3(s: Sharding) -> Iterator[State]:
         yield State(
             "gradients in the masters' format", HOST, s.master_bytes * share, s.pinned(s.optimizer, len(groups))
         )
-    if optimizer == NVME:
+    if optimizer == NVME and s.split_moments:
+        buffers = min(SPLIT_SWAP_BUFFERS, len(groups))
+        yield State("optimizer swap buffers", HOST, buffers * max(groups) * (s.master_bytes + 2 * s.moment_bytes))
+    elif optimizer == NVME:
         yield State("gradients in fp32, swapped", NVME, s.master_bytes * share)
         yield State("optimizer swap buffers", HOST, s.optimizer.buffers * max(groups) * s.master_bytes)
     if param == NVME:

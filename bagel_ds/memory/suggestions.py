@@ -29,12 +29,16 @@ PRESETS = (
     ("zero2.json", 0.0, 0.0),
     ("zero3.json", 0.5, 0.0),
     ("zero2_cpu.json", 1.5, 0.0),
+    ("zero2_cpu_split.json", 1.5, 0.0),
+    ("zero2_cpu_split_bf16.json", 1.5, 0.5),
+    ("zero2_cpu_split_8bit.json", 1.5, 1.5),
     ("zero3_split.json", 0.75, 0.0),
     ("zero3_cpu.json", 2.0, 0.0),
     ("zero3_cpu_split.json", 2.0, 0.0),
     ("zero3_cpu_split_bf16.json", 2.0, 0.5),
     ("zero3_cpu_split_8bit.json", 2.0, 1.5),
-    ("zero3_nvme.json", 7.0, 0.0),
+    ("zero3_nvme_split.json", 7.0, 0.0),
+    ("zero3_nvme.json", 7.5, 0.0),  # in fp32, too
     ("zero3_nvme_all.json", 8.0, 0.0),
 )
 TOKENS = ((0.75, 2.5), (0.5, 6.0), (0.25, 14.0))

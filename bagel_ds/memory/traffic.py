@@ -45,7 +45,8 @@ def step_traffic(s: Sharding, live: Gathered | None, ranks: int, layer_inputs: i
             pcie += s.weight_bytes * share
     if s.place(s.optimizer) == NVME:
         states = (s.master_bytes + 2 * s.moment_bytes) * share
-        nvme += 2 * states + 2 * s.master_bytes * share  # masters and moments, and gradients in fp32, in and out
+        nvme += 2 * states  # masters and moments, in and out
+        nvme += 2 * s.master_bytes * share if s.deepspeed_swaps else 0  # gradients in fp32
     if s.place(s.param) == NVME:
         nvme += gathers // s.world + s.weight_bytes * share
     return Traffic(int(network * ranks), int(pcie * ranks), int(nvme * ranks))
@@ -60,7 +61,7 @@ def offloaded_gradient_bytes(s: Sharding) -> int:
         # After each backward pass to the host and back (summed on the GPU); after the last also in the masters' format.
         return 2 * s.gradient_bytes * s.accumulation + (0 if s.split_moments else s.master_bytes)
     if s.sums_on_device or s.accumulation == 1:
-        return s.master_bytes
+        return s.gradient_bytes if s.split_moments else s.master_bytes
     if s.stage == 1:
         return 2 * s.weight_bytes + s.master_bytes  # summed on the GPU, then added to an empty sum on the host
     return s.weight_bytes * (2 * s.accumulation - 1) + s.master_bytes

@@ -10,7 +10,6 @@ an element's place and the update's number, so that they are the same on any num
 
 from __future__ import annotations
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -18,12 +17,11 @@ from typing import Iterator, NamedTuple
 import torch
 from torch import Tensor
 
-from bagel_ds.errors import UserError
 from bagel_ds.ranges import Pieces, WeightSource, copy_range
-from bagel_ds.units import GIB
 from bagel_ds.zero.partitions import Group, GroupAverage, Partitions, group_pieces
 from bagel_ds.zero.split.formats import seed_of
 from bagel_ds.zero.split.update import Average, update_average
+from bagel_ds.zero.swap_io import reserve_file
 
 _CHUNK = 2**22  # elements updated at once
 
@@ -93,17 +91,5 @@ class ShardedEMA:
             return torch.zeros_like(like, dtype=self._options.dtype)
         self._options.folder.mkdir(parents=True, exist_ok=True)
         path = self._options.folder / f"group_{group.index}.ema"
-        _reserve(path, like.numel() * self._options.dtype.itemsize)
+        reserve_file(path, like.numel() * self._options.dtype.itemsize, "the moving average")
         return torch.from_file(str(path), shared=True, size=like.numel(), dtype=self._options.dtype)
-
-
-def _reserve(path: Path, nbytes: int) -> None:
-    """Make a file of `nbytes` and allocate its blocks: on a full disk, writing to a mapping would end in SIGBUS."""
-    try:
-        with path.open("wb") as file:
-            os.posix_fallocate(file.fileno(), 0, nbytes)
-    except OSError as error:
-        raise UserError(
-            f"--nvme_path: {path} can't hold {nbytes / GIB:.2f} GiB of the moving average ({error.strerror}); free "
-            "space there, or pass another --nvme_path or a preset that keeps more in memory (zero3_cpu)"
-        ) from None

@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 from bagel_ds.errors import UserError
 from bagel_ds.ranges import COPIED_ELEMENTS, WeightSource
-from bagel_ds.zero.config.settings import ZeroSettings
+from bagel_ds.zero.config.settings import SPLIT_MASTERS, ZeroSettings, offload_device
 from bagel_ds.zero.ema import EMAOptions, ShardedEMA
 from bagel_ds.zero.partitions import Partitions, load_masters
+from bagel_ds.zero.split.optimizer import SplitAdamW
 from bagel_ds.zero.split.partitions import SplitPartitions
-from bagel_ds.zero.split.zero3 import SplitAdamW, split_zero3
+from bagel_ds.zero.split.zero2 import split_zero2
+from bagel_ds.zero.split.zero3 import split_zero3
 from bagel_ds.zero.swap_patches import use_checked_swapping
 from bagel_ds.zero.weights import full_shape, is_partitioned, load_weights
 
@@ -44,7 +46,7 @@ class ZeroEngine:
     """One network under DeepSpeed. `build` makes the module; it need not initialize weights, which `start` loads."""
 
     def __init__(self, build: Callable[[], nn.Module], trainable: Callable[[str], bool], ds_config: dict[str, Any]):
-        self._settings, self._ds_config = ZeroSettings.of(ds_config), ds_config
+        self._settings, self._ds_config = ZeroSettings.of(ds_config), _for_deepspeed(ds_config)
         self.stage = self._settings.stage
         if self._settings.swap_folders:
             use_checked_swapping()
@@ -68,12 +70,14 @@ class ZeroEngine:
                 "turn one of them off"
             )
         _import_muon()
-        with split_zero3() if self._settings.split_moments else nullcontext():
+        splits = split_zero3 if self.stage == 3 else split_zero2
+        with splits() if self._settings.split_moments else nullcontext():
             self._engine, *_ = deepspeed.initialize(
                 model=self.module, optimizer=self._adam(parameters, adam), config=self._ds_config
             )
         if self._settings.split_moments:
-            self.partitions: Partitions = SplitPartitions(self._engine, self._settings.split_moments)
+            folder = self._settings.split_folder(torch.distributed.get_rank())
+            self.partitions: Partitions = SplitPartitions(self._engine, self._settings.split_moments, folder)
         else:
             self.partitions = Partitions(self._engine)
         load_masters(self.partitions, weights)
@@ -193,6 +197,15 @@ class ZeroEngine:
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         pieces = (piece for gradient in gradients for piece in gradient.reshape(-1).split(COPIED_ELEMENTS))
         return torch.stack([torch.linalg.vector_norm(piece.float()) for piece in pieces]).norm()
+
+
+def _for_deepspeed(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration that DeepSpeed gets: what is on NVMe beside split masters is not its business."""
+    if SPLIT_MASTERS not in ds_config or offload_device(ds_config, "optimizer") != "nvme":
+        return ds_config
+    zero = ds_config["zero_optimization"]
+    in_memory = {"device": "cpu", "pin_memory": zero["offload_optimizer"].get("pin_memory") is True}
+    return {**ds_config, "zero_optimization": {**zero, "offload_optimizer": in_memory}}
 
 
 def _import_muon() -> None:

@@ -18,13 +18,14 @@ import threading
 import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bagel_ds.errors import UserError
-from bagel_ds.units import MIB
+from bagel_ds.units import GIB, MIB
 
 logger = logging.getLogger("bagel_ds")
 
@@ -228,6 +229,22 @@ def _fault(path: str, nbytes: int, write: bool, error: OSError) -> UserError:
         f"{what}{error.strerror}. Training can't continue without these values. Check the drive (dmesg, smartctl), "
         "make sure that nothing else removes these files, and resume from the last checkpoint."
     )
+
+
+def reserve_file(path: Path, nbytes: int, what: str) -> None:
+    """Make a file of `nbytes` zeros and allocate its blocks, as a full disk would end writing to a mapping in SIGBUS.
+
+    `what` it is for, in the message of the `UserError` if there is no room.
+    """
+    try:
+        with path.open("wb") as file:
+            if nbytes:
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+    except OSError as error:
+        raise UserError(
+            f"--nvme_path: {path} can't hold {nbytes / GIB:.2f} GiB of {what} ({error.strerror}); free space there, "
+            "or pass another --nvme_path or a preset that keeps more in memory (zero3_cpu)"
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------------------- memory

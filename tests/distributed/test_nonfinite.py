@@ -23,17 +23,19 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
     "stage 3, bf16": ({"ds_config": "zero3", "precision": "bf16"}, NAN),
     "stage 3, CPU": ({"ds_config": "zero3_cpu"}, NAN),
     "split masters": ({"ds_config": "zero3_cpu_split_8bit", "precision": "bf16"}, NAN),
+    "split masters, stage 2": ({"ds_config": "zero2_cpu_split_bf16", "precision": "bf16"}, NAN),
+    "split masters, NVMe": ({"ds_config": "zero3_nvme_split_8bit", "precision": "bf16"}, NAN),
     "only a loss, stage 2": ({"ds_config": "zero2"}, INF),
     "only a loss, stage 3": ({"ds_config": "zero3"}, INF),
 }
-RESUMED = ("stage 3, CPU", "split masters", "only a loss, stage 3")
+RESUMED = ("stage 3, CPU", "split masters", "split masters, stage 2", "split masters, NVMe", "only a loss, stage 3")
 
 
 @pytest.fixture(scope="module")
 def outcomes(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Outcome]]]:
     """Only rank 1 meets the number, in the second of three steps."""
     folder = tmp_path_factory.mktemp("nonfinite")
-    short = {"precision": "fp32", "max_num_tokens": 448, "total_steps": 3, "save_every": 1}
+    short = {"precision": "fp32", "max_num_tokens": 448, "total_steps": 3, "save_every": 1, "nvme_path": folder}
     cases = [
         Case(
             name,

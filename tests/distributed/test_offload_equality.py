@@ -1,6 +1,7 @@
 """Where weights and optimizer states lie changes no bit of what is trained: NVMe beside CPU memory, at sizes that move.
 
-Nor does it whether masters are split (beside fp32 masters in CPU memory, with gradients in fp32 and in bf16).
+Nor does it whether masters are split (beside fp32 masters in CPU memory, with gradients in fp32 and in bf16, under
+stages 2 and 3).
 
 Every table of a random network has its own size, so that offsets in a group miss every alignment. Between presets of
 one case the groups hold the same parameters in the same order, so masters, moments, moving average, weights and
@@ -22,7 +23,7 @@ import json
 import random
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Mapping
+from typing import Any, Mapping
 
 import pytest
 import torch
@@ -40,7 +41,9 @@ PRESETS = ("zero3_cpu", "zero3_nvme", "zero3_nvme_all")
 SWAPS = 2**20 // 4  # fp32 elements per rank
 PERSISTS = 100_000  # elements, our presets' threshold
 SEEDS = (0, 1, 2)
-SPLIT, SPLIT_SEEDS = "zero3_cpu_split", (1, 3)  # those in bf16; without accumulation gradients are bf16
+# With split masters, and in fp32: for the seeds in bf16. Without accumulation gradients are bf16.
+SPLIT = {"zero3_cpu_split": "zero3_cpu", "zero3_nvme_split": "zero3_cpu", "zero2_cpu_split": "zero2_cpu"}
+SPLIT_SEEDS = (1, 3)
 RANKS = [1, 2, soak(3)]
 
 
@@ -55,7 +58,7 @@ class Case:
     accumulation: int
     sizes: list[int]
     piece: int
-    zero: dict[str, int] = field(default_factory=dict)
+    zero: dict[str, int | bool] = field(default_factory=dict)
     steps: int = 3
 
 
@@ -85,7 +88,10 @@ def drawn_cases(world: int, seed: int) -> list[Case]:
         "stage3_max_live_parameters": draw.choice((0, SWAPS, 10**9)),
         "stage3_max_reuse_distance": draw.choice((0, SWAPS, 10**9)),
     }
+    stage2 = {name: draw.choice((1000, SWAPS, 10**9)) for name in ("reduce_bucket_size", "allgather_bucket_size")}
+    stage2["round_robin_gradients"] = draw.choice((False, True))
     precision, accumulation = (("fp32", 1), ("bf16", 2), ("fp32", 2), ("bf16", 1))[seed]
+    presets = [*(PRESETS if seed in SEEDS else PRESETS[:1]), *([*SPLIT, "zero2_cpu"] if precision == "bf16" else [])]
     return [
         Case(
             name=f"{preset}-{world}-{seed}",
@@ -94,11 +100,13 @@ def drawn_cases(world: int, seed: int) -> list[Case]:
             accumulation=accumulation,
             sizes=sizes,
             piece=draw.choice((0, 10_007)),
-            zero=shared
+            zero=stage2
+            if preset.startswith("zero2")
+            else shared
             if preset == "zero3_nvme_all"
             else {**shared, **fetching},  # weights on NVMe: as the preset says
         )
-        for preset in [*(PRESETS if seed in SEEDS else PRESETS[:1]), *([SPLIT] if precision == "bf16" else [])]
+        for preset in presets
     ]
 
 
@@ -122,28 +130,30 @@ def train_tables(folder: Path, world: int, env: Mapping[str, str] | None = None)
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("preset", PRESETS[1:])
 def test_states_on_nvme_are_those_in_memory_to_the_last_bit(trained: tuple[int, Path], seed: int, preset: str) -> None:
-    assert_same_as_in_memory(trained[1], trained[0], seed, preset)
+    other = assert_same(trained[1], trained[0], seed, preset, "zero3_cpu")
+    assert other["gradient_bytes"] > 0, "this network is large enough to swap gradients"
 
 
 @pytest.mark.parametrize("trained", RANKS, indirect=True)
 @pytest.mark.parametrize("seed", SPLIT_SEEDS)
-def test_split_masters_are_fp32_masters_to_the_last_bit(trained: tuple[int, Path], seed: int) -> None:
+@pytest.mark.parametrize("preset", SPLIT)
+def test_split_masters_are_fp32_masters_to_the_last_bit(trained: tuple[int, Path], seed: int, preset: str) -> None:
     """Masters, moments, average, weights and gradient norms."""
-    assert_same_as_in_memory(trained[1], trained[0], seed, SPLIT)
+    assert_same(trained[1], trained[0], seed, preset, SPLIT[preset])
 
 
-def assert_same_as_in_memory(folder: Path, world: int, seed: int, preset: str) -> None:
-    """What `train_tables` left under `preset` equals, to the last bit, what it left with the states in CPU memory."""
-    in_memory = json.loads((folder / f"zero3_cpu-{world}-{seed}.json").read_text())
-    other = json.loads((folder / f"{preset}-{world}-{seed}.json").read_text())
-    assert other["norms"] == in_memory["norms"], "the clipping factors follow from these"
-    assert preset == SPLIT or other["gradient_bytes"] > 0, "this network is large enough to swap gradients"
+def assert_same(folder: Path, world: int, seed: int, preset: str, reference: str) -> dict[str, Any]:
+    """What `train_tables` left under one preset equals, to the last bit, what it left under another."""
+    expected_run = json.loads((folder / f"{reference}-{world}-{seed}.json").read_text())
+    other: dict[str, Any] = json.loads((folder / f"{preset}-{world}-{seed}.json").read_text())
+    assert other["norms"] == expected_run["norms"], "the clipping factors follow from these"
     for rank in range(world):
-        expected = load_file(folder / f"zero3_cpu-{world}-{seed}.rank{rank}.safetensors")
+        expected = load_file(folder / f"{reference}-{world}-{seed}.rank{rank}.safetensors")
         found = load_file(folder / f"{preset}-{world}-{seed}.rank{rank}.safetensors")
         assert found.keys() == expected.keys()
         differ = [name for name in expected if not torch.equal(found[name], expected[name])]
         assert not differ, f"rank {rank}: {len(differ)} of {len(expected)}, {differ[:5]}"
+    return other
 
 
 # ------------------------------------------------------------------------------------------- a network of BAGEL's own

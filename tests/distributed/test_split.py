@@ -32,7 +32,7 @@ def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
     def case(name: str, preset: str, come_from: str | None = None, faults: bool = False, **changed: object) -> Case:
         options = {"precision": "bf16", "max_num_tokens": 448, "save_every": 2, "total_steps": STEPS, **changed}
-        options |= {"ds_config": preset, "ema_dtype": "bf16"}
+        options |= {"ds_config": preset, "ema_dtype": "bf16", "nvme_path": folder / "drive" / name}
         if come_from is not None:
             options["resume_from"] = folder / come_from
         return Case(name, arguments(demo, folder / name, **options), faults=[FULL] if faults else [])
@@ -44,6 +44,10 @@ def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
             case("split", "zero3_cpu_split"),
             case("to_split", "zero3_cpu_split", "fp32/checkpoints/step_2"),
             case("to_fp32", "zero3_cpu", "split/checkpoints/step_2"),
+            case("nvme", "zero3_nvme_split"),
+            case("from_nvme", "zero3_cpu_split", "nvme/checkpoints/step_2"),
+            case("to_nvme", "zero3_nvme_split", "fp32/checkpoints/step_2"),
+            case("to_stage_2", "zero2_cpu_split", "split/checkpoints/step_2"),
             case("packed", "zero3_cpu_split_8bit"),
             case("full", "zero3_cpu_split_8bit", faults=True),
             case("on_gpu", "zero3_split"),  # the same code, on the CPU
@@ -94,6 +98,22 @@ def test_fp32_masters_become_split_ones_and_back(runs: Runs) -> None:
     back = done(runs, "to_fp32")
     # A resumed DeepSpeed computes its bias corrections in another way, which may show in a last bit.
     assert back == {step: pytest.approx(whole[step], rel=1e-3) for step in range(2, STEPS)}
+
+
+def test_on_nvme_every_bit_is_the_same(runs: Runs) -> None:
+    folder, _ = runs
+    whole = done(runs, "fp32")
+    assert done(runs, "nvme") == whole
+    for name in ("to_nvme", "from_nvme"):
+        assert done(runs, name) == {step: whole[step] for step in range(2, STEPS)}
+    for name in ("nvme", "to_nvme", "from_nvme"):
+        assert differences(folder / name, folder / "fp32", STEPS) == {}, name
+
+
+def test_stage_2_goes_on_from_stage_3(runs: Runs) -> None:
+    """It sums gradients in another order."""
+    whole = done(runs, "fp32")
+    assert done(runs, "to_stage_2") == {step: pytest.approx(whole[step], rel=5e-3) for step in range(2, STEPS)}
 
 
 def test_split_masters_on_the_device_train_alike(runs: Runs) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_offload_equality import PRESETS, SEEDS, assert_same_as_in_memory, train_tables
+from tests.distributed.test_offload_equality import PRESETS, SEEDS, assert_same, train_tables
 from tests.gpu.launches import ON_GPU, RANKS
 
 
@@ -22,4 +22,4 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("preset", PRESETS[1:])
 def test_states_on_nvme_are_those_in_memory_to_the_last_bit(tables: Path, seed: int, preset: str) -> None:
-    assert_same_as_in_memory(tables, RANKS, seed, preset)
+    assert assert_same(tables, RANKS, seed, preset, "zero3_cpu")["gradient_bytes"] > 0

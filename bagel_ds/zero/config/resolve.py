@@ -134,7 +134,7 @@ def _check_bf16_masters(draft: Draft) -> None:
 
 
 def _settle_split_masters(draft: Draft) -> None:
-    """Masters as the weight and 16 more bits: ZeRO-3 in bf16, with the optimizer's states where the weights are."""
+    """Masters as a 16-bit weight and 16 more bits: in bf16, with ZeRO-3, or ZeRO-2 and the optimizer in host memory."""
     section = draft.ds.get(SPLIT_MASTERS)
     if section is None:
         return
@@ -152,12 +152,22 @@ def _settle_split_masters(draft: Draft) -> None:
     if draft.config.training.precision != "bf16":
         found = draft.config.training.precision
         draft.fault(f"{SPLIT_MASTERS} needs --precision bf16, found {found}; {remove}, or pass --precision bf16")
-    if stage != 3:
-        draft.fault(f"{SPLIT_MASTERS} needs ZeRO stage 3, found stage {stage}; {remove}, or use preset zero3_cpu_split")
-    elif "nvme" in places or places[0] != places[1]:
+    if stage == 2:
+        if places[0] != "cpu":
+            draft.fault(
+                f"{SPLIT_MASTERS} with ZeRO stage 2 needs offload_optimizer on the CPU, found {places[0]}; use preset "
+                f"zero2_cpu_split or zero3_split, or {remove}"
+            )
+    elif stage != 3:
         draft.fault(
-            f"{SPLIT_MASTERS} keeps the optimizer's states beside the weights, on the GPU or in host memory, found "
-            f"offload_optimizer on {places[0]} and offload_param on {places[1]}; make the two equal, or {remove}"
+            f"{SPLIT_MASTERS} needs ZeRO stage 2 or 3, found stage {stage}; use preset zero2_cpu_split or "
+            f"zero3_cpu_split, or {remove}"
+        )
+    elif places not in (["none", "none"], ["cpu", "cpu"], ["nvme", "cpu"]):
+        draft.fault(
+            f"{SPLIT_MASTERS} with ZeRO stage 3 needs the optimizer where the weights are, on the GPU or in host "
+            "memory, or the optimizer on NVMe and the weights in host memory; found offload_optimizer on "
+            f"{places[0]} and offload_param on {places[1]}; change these, or {remove}"
         )
     for key in ("bf16_master_weights_and_grads", "bf16_optimizer_states"):
         if draft.section("bf16").get(key, AUTO) not in (AUTO, False):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 _TYPE_BYTES = {"fp32": 4, "float32": 4, "fp16": 2, "bf16": 2, "float16": 2, "bfloat16": 2}
 SPLIT_MASTERS = "split_masters"  # the trainer's own section of a configuration
+SPLIT_SWAP_BUFFERS = 3  # groups in memory where states beside split masters are on NVMe: read, updated, written
 SPLIT_MOMENTS = {"fp32": 4, "bf16": 2, "8bit": 1}  # bytes of one moment
 
 
@@ -92,6 +93,11 @@ class ZeroSettings:
     def swap_folders(self) -> list[Path]:
         """Folders of swap files on this host; none where nothing is on NVMe."""
         return sorted({each.folder for each in (self.optimizer, self.param) if each.folder is not None})
+
+    def split_folder(self, rank: int) -> Path | None:
+        """Of what split masters keep beside the weights; None if that is in memory."""
+        folder = self.optimizer.folder
+        return None if folder is None or not self.split_moments else folder / "split" / f"rank{rank}"
 
     def average_folder(self, rank: int) -> Path | None:
         """Of the moving average, beside an optimizer on NVMe; None if the average is in memory."""

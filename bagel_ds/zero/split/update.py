@@ -42,13 +42,22 @@ class Step(NamedTuple):
 
 
 class SplitRange:
-    """The states of a contiguous part of a tensor. All tensors are 1-D with the same number of elements."""
+    """The states of a contiguous part of a tensor. All tensors are 1-D with the same number of elements.
 
-    def __init__(self, high: Tensor, low: Tensor, moments: tuple[Tensor, ...], start: int):
-        self.high, self.low, self.moments = high, low, moments
+    Before it is used it must `hold` what lies beside the weights, whose place changes if it comes from NVMe.
+    """
+
+    low: Tensor
+    moments: tuple[Tensor, ...]
+
+    def __init__(self, high: Tensor, start: int):
+        self.high = high
         self.start = start  # in the whole tensor
         self.fused = high.numel()  # of these, elements that DeepSpeed's CPU Adam computes in whole vectors
         self.ties = torch.empty(0, dtype=torch.int64, device=high.device)
+
+    def hold(self, low: Tensor, *moments: Tensor) -> None:
+        self.low, self.moments = low, moments
 
     def parts(self) -> Iterator[tuple[slice, Tensor]]:
         """Pieces small enough for torch's temporary tensors, each with the positions of its ties."""

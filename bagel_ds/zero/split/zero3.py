@@ -7,32 +7,19 @@ sums them, and the update reads it. Written for the internals of DeepSpeed 0.19.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Callable
+from contextlib import AbstractContextManager
+from typing import Any
 
-import torch
 from deepspeed.runtime.zero import stage3
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
-from torch import Tensor, nn
+from torch import Tensor
+
+from bagel_ds.zero.split.optimizer import GroupUpdates, replaced_optimizer
 
 
-class SplitAdamW(torch.optim.Optimizer):
-    """Holds AdamW's options for DeepSpeed; what it updates is set once ZeRO-3 has made its groups."""
-
-    def __init__(self, parameters: list[nn.Parameter], options: dict[str, Any]):
-        super().__init__(parameters, options)
-        self.update_group: Callable[[int, Tensor, float], None] | None = None
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        raise RuntimeError("split masters are updated group by group")
-
-
-class SplitZero3(stage3.DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
+class SplitZero3(GroupUpdates, stage3.DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
     """The optimizer that `deepspeed.initialize` returns as `engine.optimizer`."""
 
     def gradients(self, group: int) -> Tensor:
-        """The group's summed gradients on this rank, laid out like its weights (1-D)."""
         start = sum(self.fp16_partitioned_groups_flat_numel[:group])
         flat: Tensor = self.grad_partitions_flat_buffer
         return flat.narrow(0, start, self.fp16_partitioned_groups_flat_numel[group])
@@ -52,16 +39,6 @@ class SplitZero3(stage3.DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
     def _prepare_sub_group(self, group: int, timer_names: Any) -> None:
         pass  # would copy gradients to fp32
 
-    def unscale_and_clip_grads(self, group: int, total_norm: Tensor) -> None:
-        """Only the factor, in the precision in which DeepSpeed multiplies: the update applies it."""
-        scale: Any = self.loss_scale
-        if self.clip_grad > 0:
-            scale = torch.clamp((total_norm / self.loss_scale + 1e-6) / self.clip_grad, min=1.0) * self.loss_scale
-        self._factor = float(1.0 / scale)
-
-    def _optimizer_step(self, group: int) -> None:
-        self.optimizer.update_group(group, self.gradients(group), self._factor)
-
     def _reassign_or_swap_out_partitioned_parameters(self, group: int) -> None:
         pass  # the update has written the weights
 
@@ -70,14 +47,6 @@ class SplitZero3(stage3.DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]
             self.averaged_gradients[group] = None
 
 
-@contextmanager
-def split_zero3() -> Iterator[None]:
+def split_zero3() -> AbstractContextManager[None]:
     """Around `deepspeed.initialize`, which names the class of its ZeRO-3 optimizer itself."""
-    before = stage3.DeepSpeedZeroOptimizer_Stage3
-    if SplitAdamW not in ZERO_SUPPORTED_OPTIMIZERS:
-        ZERO_SUPPORTED_OPTIMIZERS.append(SplitAdamW)
-    stage3.DeepSpeedZeroOptimizer_Stage3 = SplitZero3
-    try:
-        yield
-    finally:
-        stage3.DeepSpeedZeroOptimizer_Stage3 = before
+    return replaced_optimizer(stage3, "DeepSpeedZeroOptimizer_Stage3", SplitZero3)

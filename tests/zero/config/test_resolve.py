@@ -67,9 +67,9 @@ def test_presets_offload_what_their_names_say() -> None:
         ds, _ = resolve_ds_config(preset + ".json", config(), 2)
         devices[preset] = (offload_device(ds, "optimizer"), offload_device(ds, "param"))
     assert devices["zero3"] == devices["zero3_split"] == devices["zero2"] == ("none", "none")
-    assert devices["zero2_cpu"] == ("cpu", "none")
+    assert devices["zero2_cpu"] == devices["zero2_cpu_split"] == ("cpu", "none")
     assert devices["zero3_cpu"] == devices["zero3_cpu_split"] == ("cpu", "cpu")
-    assert devices["zero3_nvme"] == ("nvme", "cpu")
+    assert devices["zero3_nvme"] == devices["zero3_nvme_split"] == ("nvme", "cpu")
     assert devices["zero3_nvme_all"] == ("nvme", "nvme")
 
 
@@ -319,7 +319,7 @@ def test_split_masters_have_moments_of_the_named_size(tmp_path: Path, moments: s
         (
             split_config(param="none"),
             [],
-            "offload_optimizer on cpu and offload_param on none; make the two equal",
+            "found offload_optimizer on cpu and offload_param on none; change these, or remove the section",
         ),
         (split_config(param="nvme"), [], "found offload_optimizer on cpu and offload_param on nvme"),
         (
@@ -336,8 +336,35 @@ def test_split_masters_that_cannot_be_are_refused(
     assert said in fault(tmp_path, content, *words)
 
 
-def test_split_masters_need_stage_3(tmp_path: Path) -> None:
-    content = split_config(stage=2)
+@pytest.mark.parametrize(
+    "stage, offload, said",
+    [
+        (2, "cpu", ""),
+        (2, "none", "split_masters with ZeRO stage 2 needs offload_optimizer on the CPU, found none; use preset zero2"),
+        (
+            1,
+            "cpu",
+            "split_masters needs ZeRO stage 2 or 3, found stage 1; use preset zero2_cpu_split or zero3_cpu_split",
+        ),
+    ],
+)
+def test_split_masters_need_a_stage_that_shards_gradients(tmp_path: Path, stage: int, offload: str, said: str) -> None:
+    content = split_config(stage=stage)
     del content["zero_optimization"]["offload_param"]
-    said = fault(tmp_path, content)
-    assert "split_masters needs ZeRO stage 3, found stage 2" in said and "zero3_cpu_split" in said
+    content["zero_optimization"]["offload_optimizer"] = {"device": offload}
+    if said:
+        assert said in fault(tmp_path, content)
+    else:
+        assert ZeroSettings.of(resolve(tmp_path, content)[0]).split_moments == "bf16"
+
+
+def test_split_masters_on_nvme_are_out_of_the_weights_way(tmp_path: Path) -> None:
+    words = ["--nvme_path", str(tmp_path)]
+    settings = ZeroSettings.of(resolve_ds_config("zero3_nvme_split", config(*words), 2)[0])
+    assert settings.split_folder(1) == settings.optimizer.folder / "split" / "rank1"
+    assert ZeroSettings.of(resolve_ds_config("zero3_nvme", config(*words), 2)[0]).split_folder(1) is None
+    assert ZeroSettings.of(resolve_ds_config("zero3_cpu_split", config(*words), 2)[0]).split_folder(1) is None
+    content = split_config()
+    content["zero_optimization"]["offload_optimizer"] = {"device": "nvme", "nvme_path": str(tmp_path)}
+    content["zero_optimization"]["offload_param"] = {"device": "nvme", "nvme_path": str(tmp_path)}
+    assert "found offload_optimizer on nvme and offload_param on nvme" in fault(tmp_path, content, *words)

@@ -29,8 +29,8 @@ def masters() -> Tensor:
 def fresh(moments: MomentFormat, start: int = 0, values: Tensor | None = None) -> SplitRange:
     values = masters() if values is None else values
     count = len(values)
-    halves = torch.empty(count, dtype=torch.bfloat16), torch.empty(count, dtype=torch.int16)
-    kept = SplitRange(*halves, moments.allocate(count, torch.device("cpu")), start)
+    kept = SplitRange(torch.empty(count, dtype=torch.bfloat16), start)
+    kept.hold(torch.empty(count, dtype=torch.int16), *moments.allocate(count, torch.device("cpu")))
     kept.put(values)
     return kept
 
