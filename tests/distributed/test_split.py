@@ -90,6 +90,18 @@ def test_every_bit_is_that_of_fp32_masters(runs: Runs) -> None:
         assert differences(folder / "split", folder / "fp32", step) == {}
 
 
+@pytest.mark.slow
+def test_a_hundred_steps_are_those_of_fp32_masters_to_the_last_bit(demo: Path, tmp_path: Path) -> None:
+    presets, steps = ("zero3_cpu", "zero3_cpu_split"), 100
+    short = {"precision": "bf16", "max_num_tokens": 448, "total_steps": steps, "save_every": steps, "lr": 2e-3}
+    cases = [Case(name, arguments(demo, tmp_path / name, **short, ds_config=name)) for name in presets]
+    outcomes = run_cases(tmp_path / "outcomes", cases, ranks=2)
+    assert [outcomes[name][0].code for name in presets] == [0, 0], outcomes[presets[0]][0].output[-3000:]
+    whole, found = (losses(tmp_path / name) for name in presets)
+    assert found == whole and len(found) == steps
+    assert differences(tmp_path / presets[1], tmp_path / presets[0], steps) == {}
+
+
 def test_fp32_masters_become_split_ones_and_back(runs: Runs) -> None:
     folder, _ = runs
     whole = done(runs, "fp32")
