@@ -41,6 +41,11 @@ class Op(NamedTuple):
     purpose: str
     instead: str  # how to do without it, for the message; "" if the run does without it by itself
     load: Callable[[], object]
+    whose: str = "DeepSpeed's"
+
+    @property
+    def title(self) -> str:
+        return f"{self.whose} {self.name}"
 
 
 def needed_ops(ds_config: dict[str, Any]) -> list[Op]:
@@ -56,7 +61,7 @@ def every_op() -> list[Op]:
 
 
 def _split_adam() -> Op:
-    return Op(kernel_name(), "AdamW of split masters in host memory", "", kernel)
+    return Op(kernel_name(), "AdamW of split masters in host memory", "", kernel, "the kernel")
 
 
 def load_op(builder: str) -> object:
@@ -89,11 +94,9 @@ def build(ops: Sequence[Op]) -> None:
     for op in ops:
         with _alone(op):
             remove_stale_locks(extensions_folder(), op.name)
-            with timed_elsewhere(), waiting_for(f"DeepSpeed's {op.name} to be compiled", _USUAL):
+            with timed_elsewhere(), waiting_for(f"{op.title} to be compiled", _USUAL):
                 if not is_built(op):
-                    logger.info(
-                        "compiling DeepSpeed's %s (%s) into %s: %s", op.name, op.purpose, extensions_folder(), _USUAL
-                    )
+                    logger.info("compiling %s (%s) into %s: %s", op.title, op.purpose, extensions_folder(), _USUAL)
                 try:
                     op.load()
                 except Exception as error:  # of any kind: torch's, a compiler's, the file system's
@@ -153,7 +156,7 @@ def _alone(op: Op) -> Iterator[None]:
         descriptor = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise UserError(
-            f"DeepSpeed's {op.name} can't be compiled into {folder} ({error.strerror}): set TORCH_EXTENSIONS_DIR to a "
+            f"{op.title} can't be compiled into {folder} ({error.strerror}): set TORCH_EXTENSIONS_DIR to a "
             "folder you may write"
         ) from None
     try:
@@ -171,7 +174,7 @@ def _failure(op: Op, error: Exception) -> str:
     lines = [line[:_SHOWN_WIDTH] for line in str(error).splitlines() if line.strip() and not _COMMAND.match(line)]
     said = "\n".join(f"    {line}" for line in lines[-_SHOWN_LINES:])
     return (
-        f"DeepSpeed's {op.name} ({op.purpose}) can't be built on this machine: {type(error).__name__}\n{said}\n"
+        f"{op.title} ({op.purpose}) can't be built on this machine: {type(error).__name__}\n{said}\n"
         f"Remove {extensions_folder()} if another compiler or Python has built there{', or ' * bool(op.instead)}"
         f"{op.instead}."
     )

@@ -26,7 +26,7 @@ DEMO_VAE, LARGEST_IMAGE = VAEConfig(channels=32), 192**2
 VOCABULARY = 16384
 # fp32 and half of the tokens: a CPU without AVX-512 takes half an hour for these products in bf16.
 QLORA = {"lora_rank": 16, "precision": "fp32", "max_num_tokens": 512}
-SIZES = {"64M": (512, 4), "213M": (768, 8), "358M": (1024, 8)}  # width and layers
+SIZES = {"64M": (512, 4), "213M": (768, 8), "358M": (1024, 8), "540M": (1280, 8)}  # width and layers
 
 
 class Case(NamedTuple):
@@ -52,7 +52,10 @@ CASES = (
     Case("zero3_cpu", options={"ema_dtype": "bf16"}),
     Case("zero3_cpu", options={"num_workers": 1}),
     Case("zero3_cpu_split"),
-    Case("zero3_cpu_split_8bit"),
+    Case("zero2_cpu_split_8bit"),
+    Case("zero3_nvme_split"),
+    Case("zero3_cpu_split", "540M"),
+    Case("zero3_cpu_split_8bit", "540M", options={"ema_dtype": "bf16"}),
     Case("zero3", options={"activation_checkpointing": "offload"}),
     Case("zero3_nvme"),
     Case("zero3_nvme", ranks=3),
