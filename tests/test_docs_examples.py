@@ -49,7 +49,7 @@ def examples(page: Path) -> Iterator[Example]:
     """Training and planning commands in the page's blocks of code."""
     for block in code_blocks(page):
         for remark, line in zip(["", *block], block):
-            if re.match(r"\s*(deepspeed .*launch/train\.py|bagel-ds memory)", line):
+            if re.match(r"\s*(\w+=\S* )*((deepspeed|torchrun) .*launch/train\.py|bagel-ds memory)", line):
                 yield Example(f"{page.name}: {' '.join(line.split())[:60]}", tuple(shlex.split(line)), remark.strip())
 
 
