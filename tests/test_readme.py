@@ -39,10 +39,8 @@ def test_the_hardware_table_has_rows_of_the_planners(name: str) -> None:
         if re.fullmatch(r"\d+ x \d+", cells[0] if cells else ""):
             gpus, ram, _, settings, tokens, gpu, host = cells[:7]
             planned |= {(gpus, size.strip(), settings, tokens, gpu, host) for size in ram.split(",")}
-    rows = [
-        re.fullmatch(r"\| (\d+ x \d+) GB[,，] ?(\d+) GB \| [^|]+ \| ([^|]+) \| ([\d,]+) \| (\d+)[,，、] ?(\d+) \|", line)
-        for line in page_lines(name)
-    ]
+    row_of = re.compile(r"\| (\d+ x \d+) GB[,，] ?(\d+) GB \| [^|]+ \| ([^|]+) \| ([\d,]+) \| (\d+)[,、] ?(\d+) \|")
+    rows = [row_of.fullmatch(line) for line in page_lines(name)]
     shown = [row.groups() for row in rows if row]
     assert len(shown) == 5 and set(shown) <= planned
 
