@@ -96,3 +96,9 @@ def test_quoted_messages_are_those_of_the_code() -> None:
 
 def test_what_another_program_says_is_not_taken_for_ours() -> None:
     assert not is_said("weight ... is on the meta device") and is_said("this run's memory plan: ...")
+
+
+def test_no_line_begins_with_an_issue_number() -> None:
+    """Such a line is a heading for the site, which needs no space behind `#`."""
+    pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("**/*.md")]
+    assert [str(page) for page in pages if re.search(r"^#+\d", page.read_text(encoding="utf-8"), re.MULTILINE)] == []
