@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import bagel_ds
+
 REPOSITORY = Path(__file__).parents[1]
 
 
@@ -66,3 +68,8 @@ def test_links_between_pages_lead_somewhere() -> None:
                 heads = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", head) for head in heads]
                 slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
                 assert anchor[1:] in slugs, f"{source.name}: {name}{anchor}"
+
+
+def test_the_newest_release_of_the_changelog_is_the_packages_version() -> None:
+    released = re.findall(r"^## (\d\S*)", (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert released[0] == bagel_ds.__version__
