@@ -98,6 +98,35 @@ def test_what_another_program_says_is_not_taken_for_ours() -> None:
     assert not is_said("weight ... is on the meta device") and is_said("this run's memory plan: ...")
 
 
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        (
+            "troubleshooting.md",
+            r"(\d+) to (\d+) GiB with `zero3_nvme_split.json`, (\d+) to (\d+) with .*?less than (\d+)",
+        ),
+        (
+            "zh/troubleshooting.md",
+            r"`zero3_nvme_split.json` 是 (\d+) 到 (\d+) GiB，.*?时 (\d+) 到 (\d+)，.*?不到 (\d+)",
+        ),
+    ],
+)
+def test_the_host_memory_it_names_is_the_planners(page: str, said: str) -> None:
+    """Of training all weights, as in the table of docs/low_memory.md."""
+    docs = REPOSITORY / "docs"
+    table = re.findall(r"^\| \d+ x \d+ \|.*$", (docs / "low_memory.md").read_text(encoding="utf-8"), re.MULTILINE)
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table]
+    hosts: dict[str, list[int]] = {"nvme": [], "cpu": [], "gpu": []}
+    for _, _, _, settings, _, _, host, *_ in rows:
+        if "lora" not in settings:
+            hosts["nvme" if "nvme" in settings else "cpu" if "cpu" in settings else "gpu"].append(int(host))
+    found = re.search(said, " ".join((docs / page).read_text(encoding="utf-8").split()))
+    assert found
+    nvme, cpu = hosts["nvme"], hosts["cpu"]
+    assert [int(number) for number in found.groups()[:4]] == [min(nvme), max(nvme), min(cpu), max(cpu)]
+    assert max(hosts["gpu"]) < int(found[5])
+
+
 def test_no_line_begins_with_an_issue_number() -> None:
     """Such a line is a heading for the site, which needs no space behind `#`."""
     pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("**/*.md")]
