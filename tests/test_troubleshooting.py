@@ -84,6 +84,14 @@ def test_each_reported_problem_is_found_by_its_issue_number(problem: str) -> Non
         assert re.search(rf"^\|[^|]*#{number}\b[^|]*\|[^|]*\| \[", index, re.MULTILINE), f"the list lacks #{number}"
 
 
+@pytest.mark.parametrize(
+    "words",
+    ["SIGKILL at load", "hang at step 0", "loss 11", "weight on meta device", "NCCL timeout", "OOM", "NaN", "KeyError"],
+)
+def test_the_words_that_people_type_are_found(words: str) -> None:
+    assert words.lower() in " ".join(PAGE.split()).lower()
+
+
 def test_quoted_messages_are_those_of_the_code() -> None:
     text = re.sub(r"^```.*?^```", "", PAGE, flags=re.MULTILINE | re.DOTALL)
     quoted = {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)}
