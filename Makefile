@@ -6,7 +6,7 @@
 #   make soak        a run killed 100 times (KILLS, KILL_SEED), each time resumed, and what else takes long: hours
 #   make test-gpu    those that need a CUDA device (bench/on_gpu.sh: the same in pieces, and the benchmarks)
 #   make measure     the memory planner beside measured launches
-#   make lint        style, types, and whether docs/arguments.md is current
+#   make lint        style, types, whether docs/arguments.md is current, and the site of the documentation (site/)
 # PYTHON chooses the interpreter (3.11 or newer), PIP_ARGS is passed to every pip install, PYTEST_ARGS to pytest.
 
 SHELL := /bin/bash
@@ -77,6 +77,7 @@ lint: $(VENV)/.installed-dev
 	mypy
 	@bagel-ds arguments | diff -u docs/arguments.md - || \
 	  { echo "docs/arguments.md is not current: run bagel-ds arguments > docs/arguments.md"; exit 1; }
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 format: $(VENV)/.installed-dev
 	ruff check --fix

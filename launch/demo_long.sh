@@ -34,11 +34,13 @@ deepspeed "${where[@]}" --master_port "$port" "$repo/launch/train.py" \
     --finetune_from_ema True \
     --visual_gen False \
     --activation_checkpointing none \
-    --total_steps 400 \
-    --save_every 400 \
+    --total_steps 800 \
+    --save_every 800 \
     --log_every 10 \
     --warmup_steps 20 \
     --lr 2e-3 \
+    --lr_scheduler cosine \
+    --min_lr 1e-5 \
     --ema 0 \
     --num_workers 1 \
     "${budgets[@]}" \

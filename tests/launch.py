@@ -110,11 +110,13 @@ def run_ranks(
     return Finished(next(filter(None, codes), 0), output)
 
 
-def run_to_end(command: Sequence[str], environment: Mapping[str, str], port: int, timeout: float) -> Finished:
+def run_to_end(
+    command: Sequence[str], environment: Mapping[str, str], port: int, timeout: float, cwd: Path = REPOSITORY
+) -> Finished:
     """Run a command, in an environment of `cpu_environment`, whose ranks meet at `port`; ends it after `timeout` s."""
     process = subprocess.Popen(
         command,
-        cwd=REPOSITORY,
+        cwd=cwd,
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -19,7 +19,8 @@ from tests.code_blocks import code_blocks
 from tests.guide_commands import GUIDE_COMMANDS, arguments
 
 REPOSITORY = Path(__file__).parents[1]
-PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("**/*.md"))]
+# Chinese pages have the same commands (tests/test_docs_chinese.py).
+PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 MACHINE = re.compile(
     r"(?P<fits>fits|does not fit) (?:(?P<hosts>\d+) hosts of )?(?P<gpus>\d+) x (?P<gpu>\d+) GB GPUs(?: and|,) "
     r"(?P<ram>\d+) GB of RAM(?: and (?P<nvme>\d+) GB of NVMe)?"
@@ -49,7 +50,7 @@ def examples(page: Path) -> Iterator[Example]:
     """Training and planning commands in the page's blocks of code."""
     for block in code_blocks(page):
         for remark, line in zip(["", *block], block):
-            if re.match(r"\s*(deepspeed .*launch/train\.py|bagel-ds memory)", line):
+            if re.match(r"\s*(\w+=\S* )*((deepspeed|torchrun) .*launch/train\.py|bagel-ds memory)", line):
                 yield Example(f"{page.name}: {' '.join(line.split())[:60]}", tuple(shlex.split(line)), remark.strip())
 
 
