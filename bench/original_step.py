@@ -89,7 +89,8 @@ def _layer(layer: Any, x: Tensor, routing: Routing) -> Tensor:
 
 
 def _attention(attention: Any, x: Tensor, routing: Routing) -> Tensor:
-    q, k, v = (_routed(attention, f"{which}_proj", x, routing).unflatten(-1, (-1, attention.head_dim)) for which in "qkv")
+    projected = (_routed(attention, f"{which}_proj", x, routing) for which in "qkv")
+    q, k, v = (part.unflatten(-1, (-1, attention.head_dim)) for part in projected)
     if attention.qk_norm:
         q, k = _routed(attention, "q_norm", q, routing), _routed(attention, "k_norm", k, routing)
     q, k = (_rotated(heads, routing.cos_TD[:, None], routing.sin_TD[:, None]) for heads in (q, k))
