@@ -83,7 +83,7 @@ def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Phase]:
         ],
         "head": [
             *_checkpoints(shape, needs.checkpoints + needs.vit_checkpoints, needs.layer_input),
-            State("logits chunk and labels", DEVICE, needs.head),
+            State("logits and labels", DEVICE, needs.head),
             # The head's gradient comes first, so the bucket is empty: only a gradient larger than it is reduced now.
             *(_reduction(s, head) if _trains(s, "lm_head") and head > s.bucket else []),
         ],

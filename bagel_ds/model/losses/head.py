@@ -1,8 +1,9 @@
 """Language-model head and cross entropy as one module.
 
-Guarantees: in training, the [K, vocabulary] logits never exist as a whole: they are made chunk by chunk, sized in
-shape/activations.py. The module is called exactly once per micro-batch on every rank and reads its weight only inside
-its own forward and backward, so under ZeRO-3 the weight is gathered once for each, however many chunks a rank needs.
+Guarantees: in training, the [K, vocabulary] logits never exist as a whole in fp32: they are made chunk by chunk, and
+what is kept of them for the backward pass, in the run's dtype, has a limit (both in shape/activations.py). The module
+is called exactly once per micro-batch on every rank and reads its weight only inside its own forward and backward, so
+under ZeRO-3 the weight is gathered once for each, however many chunks a rank needs.
 
 Shape legend: K positions with a label, C hidden, V vocabulary (padded rows included), v one vocabulary chunk.
 """
@@ -14,7 +15,7 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 
-from bagel_ds.model.shape.activations import chunk_columns
+from bagel_ds.model.shape.activations import KEPT_LOGITS, chunk_columns
 
 
 class CrossEntropyHead(nn.Module):
@@ -35,34 +36,49 @@ class CrossEntropyHead(nn.Module):
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Chunks run over the vocabulary, so each weight row's gradient is one matrix product: nothing is rounded twice."""
+    """Chunks run over the vocabulary, so each weight row's gradient is one matrix product: nothing is rounded twice.
+
+    The first chunks' logits are kept for the backward pass, in the run's dtype, up to `KEPT_LOGITS` bytes; the others
+    are computed again.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden_KC: Tensor, weight_VC: Tensor, label_ids_K: Tensor) -> Tensor:
         log_sum = torch.full((len(hidden_KC),), -torch.inf, device=hidden_KC.device)
         label_logit = torch.zeros_like(log_sum)
+        kept: list[Tensor] = []
+        room = KEPT_LOGITS if any(ctx.needs_input_grad) else 0
         for start, stop in _chunks(len(hidden_KC), len(weight_VC)):
-            logits_Kv = (hidden_KC @ weight_VC[start:stop].T).float()
-            log_sum = torch.logaddexp(log_sum, logits_Kv.logsumexp(dim=1))
+            logits_Kv = hidden_KC @ weight_VC[start:stop].T
+            room -= logits_Kv.nbytes
+            if room >= 0:
+                kept.append(logits_Kv)
+            log_sum = torch.logaddexp(log_sum, logits_Kv.float().logsumexp(dim=1))
             inside = (label_ids_K >= start) & (label_ids_K < stop)
             columns = (label_ids_K - start).clamp(0, stop - start - 1)
-            label_logit += logits_Kv.gather(1, columns[:, None])[:, 0] * inside
+            label_logit += logits_Kv.gather(1, columns[:, None])[:, 0].float() * inside
         ctx.save_for_backward(hidden_KC, weight_VC, label_ids_K, log_sum)
+        ctx.kept = kept  # not an input or output, and changed in the backward pass
         return log_sum - label_logit
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
         hidden_KC, weight_VC, label_ids_K, log_sum = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None  # a second backward pass would find changed logits
+        assert kept is not None, "the head's backward pass runs once"
         grad_K1 = grad_outputs[0].float()[:, None]
         grad_hidden = torch.zeros_like(hidden_KC, dtype=torch.float32)
         grad_weight = torch.empty_like(weight_VC) if ctx.needs_input_grad[1] else None
         rows = torch.arange(len(hidden_KC), device=hidden_KC.device)
+        kept.reverse()
         for start, stop in _chunks(len(hidden_KC), len(weight_VC)):
             chunk = weight_VC[start:stop]
-            grad_logits = ((hidden_KC @ chunk.T).float() - log_sum[:, None]).exp_()
+            logits_Kv = kept.pop() if kept else hidden_KC @ chunk.T
+            grad_logits = logits_Kv.float().sub_(log_sum[:, None]).exp_().mul_(grad_K1)
             inside = (label_ids_K >= start) & (label_ids_K < stop)
-            grad_logits[rows, (label_ids_K - start).clamp(0, stop - start - 1)] -= inside.float()
-            grad_logits = (grad_logits * grad_K1).to(hidden_KC.dtype)
+            columns = (label_ids_K - start).clamp(0, stop - start - 1)
+            grad_logits[rows, columns] -= grad_K1[:, 0] * inside
+            grad_logits = grad_logits.to(hidden_KC.dtype)
             grad_hidden += grad_logits @ chunk
             if grad_weight is not None:
                 torch.mm(grad_logits.T, hidden_KC, out=grad_weight[start:stop])

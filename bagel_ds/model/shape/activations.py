@@ -13,6 +13,7 @@ from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 
 CHUNK_ELEMENTS = 2**25  # fp32 logits that the head holds at once: 128 MiB
 CHUNK_COLUMNS = 1024  # the least columns of a chunk of logits
+KEPT_LOGITS = 2**31  # bytes of logits that the head keeps for its backward pass
 ARENA_ALIGNMENT = 512  # bytes, of the slices in the arena of offloaded layer inputs
 
 
@@ -34,7 +35,7 @@ class Activations(NamedTuple):
     vit_layer: int
     vit_checkpoints: int
     vit_layer_input: int
-    head: int  # hidden states of labels, their gradient, one chunk of logits
+    head: int  # hidden states of labels, their gradient, logits that are kept and one chunk more
 
 
 def activations(config: BagelConfig, pack: PackShape, mode: str, dtype_bytes: int) -> Activations:
@@ -82,10 +83,12 @@ def chunk_columns(positions: int) -> int:
 
 
 def head_bytes(labels: int, vocabulary: int, width: int, dtype_bytes: int) -> int:
-    """Cross entropy in chunks: logits in the run's dtype and twice in fp32, the labels' rows and their gradient."""
+    """Cross entropy: logits that are kept, what a chunk needs in fp32, the labels' rows and their gradient."""
     columns = min(vocabulary, chunk_columns(labels))
-    per_logit = 8 + (dtype_bytes if dtype_bytes < 4 else 0)
-    return int(labels * columns * per_logit + labels * width * (2 * dtype_bytes + 4))
+    every = labels * vocabulary * dtype_bytes
+    kept = every if every <= KEPT_LOGITS else KEPT_LOGITS + labels * columns * dtype_bytes
+    fp32 = labels * columns * (8 if dtype_bytes < 4 else 4)
+    return int(kept + fp32 + labels * width * (2 * dtype_bytes + 4))
 
 
 def vae_bytes(vae: VAEConfig, pixels: int, bf16: bool, on_cpu: bool) -> int:
