@@ -1,5 +1,9 @@
 """Attention by torch's scaled_dot_product_attention: one call per segment over exactly the keys it sees.
 
+Guarantees: every device, dtype and head dim. Keys and values are not repeated for the query heads that share them,
+except on a GPU where only a kernel works that can't share them (fp32, or a GPU without flash attention); torch would
+otherwise form the whole matrix of scores there.
+
 Shape legend: Q query tokens, T tokens (keys), H heads, K key/value heads, D head dim; of a segment n queries and
 m keys.
 """
@@ -7,10 +11,14 @@ m keys.
 from __future__ import annotations
 
 from functools import partial
+from itertools import accumulate
+from typing import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn.attention.bias import causal_lower_right
 
 from bagel_ds.model.attention.backends import Attend
 from bagel_ds.model.attention.layout import AttentionLayout
@@ -21,32 +29,38 @@ def prepare(layout: AttentionLayout) -> Attend:
 
 
 def _attend(layout: AttentionLayout, q_QHD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-    groups = q_QHD.shape[1] // k_TKD.shape[1]
-    queries = q_QHD.split(layout.segment_lens)
-    keys = k_TKD.repeat_interleave(groups, dim=1).split(layout.segment_lens)
-    values = v_TKD.repeat_interleave(groups, dim=1).split(layout.segment_lens)
-    outputs = []
-    for query, seen, causal in zip(queries, layout.visible, layout.is_causal):
-        key = torch.cat([keys[segment] for segment in seen])
-        value = torch.cat([values[segment] for segment in seen])
-        outputs.append(_segment(query, key, value, causal))
+    queries, keys, values = (x.split(layout.segment_lens) for x in (q_QHD, k_TKD, v_TKD))
+    outputs = [
+        _segment(query, _joined(keys, seen), _joined(values, seen), causal)
+        for query, seen, causal in zip(queries, layout.visible, layout.is_causal)
+    ]
     return torch.cat(outputs)
 
 
+def _joined(parts: Sequence[Tensor], seen: Sequence[int]) -> Tensor:
+    return parts[seen[0]] if len(seen) == 1 else torch.cat([parts[segment] for segment in seen])
+
+
 def _attend_cached(layout: AttentionLayout, q_QHD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
-    """As `_attend`, but query heads that share a key head become rows of one, so the cache isn't copied per head."""
+    """As `_attend`, but made for few queries and without a backward pass.
+
+    Query heads that share a key head become rows of one, so that the cache is read once for all of them. Keys that lie
+    side by side, as the cache and what follows it do, are not copied.
+    """
     groups, head_dim = q_QHD.shape[1] // k_TKD.shape[1], q_QHD.shape[2]
     queries = iter(q_QHD.split([n for n, cached in zip(layout.segment_lens, layout.is_cached) if not cached]))
-    keys, values = k_TKD.split(layout.segment_lens), v_TKD.split(layout.segment_lens)
+    ends = list(accumulate(layout.segment_lens))
     outputs = []
     for seen, causal, cached in zip(layout.visible, layout.is_causal, layout.is_cached):
         if cached:
             continue
         query = next(queries)
-        key = torch.cat([keys[segment] for segment in seen])
-        value = torch.cat([values[segment] for segment in seen])
+        if seen[-1] - seen[0] == len(seen) - 1:
+            side_by_side = slice(ends[seen[0]] - layout.segment_lens[seen[0]], ends[seen[-1]])
+            key, value = k_TKD[side_by_side], v_TKD[side_by_side]
+        else:
+            key, value = (_joined(x.split(layout.segment_lens), seen) for x in (k_TKD, v_TKD))
         if causal and len(query) > 1:
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
             outputs.append(_segment(query, key, value, causal))
             continue
         rows_nKD = query.unflatten(1, (-1, groups)).transpose(1, 2).flatten(0, 1)
@@ -55,17 +69,18 @@ def _attend_cached(layout: AttentionLayout, q_QHD: Tensor, k_TKD: Tensor, v_TKD:
     return torch.cat(outputs)
 
 
-def _segment(query_nHD: Tensor, key_mHD: Tensor, value_mHD: Tensor, causal: bool) -> Tensor:
+def _segment(query_nHD: Tensor, key_mKD: Tensor, value_mKD: Tensor, causal: bool) -> Tensor:
     """Attention of one segment. With `causal` the last query sees all keys and each earlier one a key less."""
-    n_query, n_key = len(query_nHD), len(key_mHD)
+    query, key, value = (x.transpose(0, 1)[None] for x in (query_nHD, key_mKD, value_mKD))
+    groups, n, m = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    shared = groups > 1
+    if shared and query.is_cuda and not can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, True)):
+        key, value, shared = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
     mask = None
-    if causal and n_key > n_query:
-        mask = torch.ones(n_query, n_key, dtype=torch.bool, device=query_nHD.device).tril_(n_key - n_query)
+    if causal and m > n:
+        # On a GPU a marker, for which the kernel itself leaves keys out; a CPU has no such kernel.
+        mask = causal_lower_right(n, m) if query.is_cuda else torch.ones(n, m, dtype=torch.bool).tril_(m - n)
     output = F.scaled_dot_product_attention(
-        query_nHD.transpose(0, 1)[None],
-        key_mHD.transpose(0, 1)[None],
-        value_mHD.transpose(0, 1)[None],
-        attn_mask=mask,
-        is_causal=causal and mask is None,
+        query, key, value, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=shared
     )
     return output[0].transpose(0, 1)

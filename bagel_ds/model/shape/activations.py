@@ -45,7 +45,10 @@ def activations(config: BagelConfig, pack: PackShape, mode: str, dtype_bytes: in
     share = dtype_bytes / 2  # the counts below are those of bf16; fp32 copies in norms weigh the same in both
     width, inner = llm.hidden_size, llm.intermediate_size
     keys = width * llm.num_key_value_heads / llm.num_attention_heads
-    saved = share * (19 * width + 2 * keys + 8 * inner) + 14 * width + 3 * keys  # of one layer
+    # What attention reads. Segments with a prefix have it in copies of their own, as many again on average. In fp32 a
+    # GPU has no kernel that shares them between heads (attention/sdpa.py).
+    attended = 2 * width if dtype_bytes == 4 else 4 * keys
+    saved = share * (17 * width + 2 * keys + attended + 8 * inner) + 14 * width + 3 * keys  # of one layer
     transient = share * (2 * width + keys + 4 * inner)
     vit_saved = share * (15 * vit.hidden_size + 4 * vit.intermediate_size) + 3 * vit.hidden_size
     vit_transient = share * 2 * vit.intermediate_size
