@@ -31,6 +31,7 @@ from bagel_ds.inference.placement import gpu_limit, place_weights  # noqa: E402
 from bagel_ds.inference.sampler import Drawing, _Call, draw, guided  # noqa: E402
 from bagel_ds.inference.settings import DEFAULTS, Settings  # noqa: E402
 from bagel_ds.inference.text import Text, generate_texts  # noqa: E402
+from bagel_ds.model.attention.choice import Place, choose_attention  # noqa: E402
 from bagel_ds.model.shape.config import BagelConfig  # noqa: E402
 from bagel_ds.ranges import TensorInfo  # noqa: E402
 from bench import original_inference  # noqa: E402
@@ -126,6 +127,8 @@ def random_inferencer(options: argparse.Namespace, device: torch.device) -> Infe
         config = scaled_config(options.width, options.layers, demo.llm.vocab_size)
     config = dataclasses.replace(config, vit=demo.vit, max_latent_size=demo.max_latent_size)
     dtype = DTYPES["bf16" if device.type == "cuda" else "fp32"]
+    config, line = choose_attention(config, "auto", Place(device, dtype, trains=False))
+    print(line, file=sys.stderr)
     limited = options.max_gpu_memory is not None and device.type == "cuda"
     placement = place_weights(config, dtype.itemsize, gpu_limit(options.max_gpu_memory) if limited else None)
     shapes = parameter_shapes(config)

@@ -40,7 +40,10 @@ COVERED_BY: dict[str, tuple[str, str]] = {
     "inputs/network.py": ("inputs/test_data.py", "the network and the data are opened together"),
     "machine/liveness.py": ("train/process/test_stall.py", "its only listener"),
     "memory/": ("memory/test_planner.py", "terms of one sum; test_measured.py compares them with launches"),
-    "model/attention/": ("model/test_attention.py", "one function and its layouts"),
+    "model/attention/backends.py": ("model/attention/test_choice.py", "a registry that the choice reads"),
+    "model/attention/flash_package.py": ("model/attention/test_varlen.py", "a kernel under the decomposition"),
+    "model/attention/flash_torch.py": ("model/attention/test_varlen.py", "likewise"),
+    "model/attention/sdpa.py": ("model/attention/test_layout.py", "it follows the layout segment by segment"),
     "model/batch.py": ("data/batches/test_batch_file.py", "a record without behavior but `to`"),
     "model/embeddings.py": (
         "model/test_bagel.py",

@@ -11,6 +11,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+from bagel_ds.model.attention.backends import CHOICES
+
 
 def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
     """A dataclass field with its one-line help and, for strings, the values it can take."""
@@ -160,7 +162,7 @@ class TrainingArguments:
     freeze_vae: bool = option(True, "don't train the VAE; it never is")
     freeze_und: bool = option(False, "no gradient through understanding tokens: only the generation side learns")
     copy_init_moe: bool = option(True, "generation expert starts as a copy where the checkpoint lacks it")
-    use_flex: bool = option(False, "same as attn flex")
+    use_flex: bool = option(False, "attn flex where it works, else attn sdpa; attn takes precedence")
 
     lora_rank: int = option(0, "(ours) train low-rank adapters (LoRA) of this rank, and nothing else; 0 for none")
     lora_alpha: float | None = option(
@@ -202,7 +204,10 @@ class TrainingArguments:
         choices=("fp32", "bf16"),
     )
     attn: str = option(
-        "auto", "(ours) attention backend; the result is the same", choices=("auto", "flash", "flex", "sdpa")
+        "auto",
+        "(ours) attention kernels; the result is the same. auto takes the fastest that works and logs which; flash is "
+        "flash-attn or torch's varlen_attn, flex FlexAttention, sdpa torch's scaled_dot_product_attention",
+        choices=CHOICES,
     )
     precision: str = option(
         "bf16", "(ours) bf16 with fp32 master weights, or fp32 throughout (for tests)", choices=("bf16", "fp32")

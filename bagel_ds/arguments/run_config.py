@@ -20,7 +20,6 @@ from bagel_ds.arguments.options import SECTIONS, DataArguments, ModelArguments, 
 from bagel_ds.arguments.parse import Words, duration_seconds, help_text, read_option_file, read_words
 from bagel_ds.errors import all_faults, shown
 from bagel_ds.machine.user_folders import expanded
-from bagel_ds.model.attention.backends import BACKENDS, DEFAULT_BACKEND
 
 _PATHS = """model_path llm_path vit_path vae_path dataset_config_file dataset_info index_cache results_dir
     checkpoint_dir resume_from val_config sample_prompts ds_config nvme_path""".split()
@@ -62,9 +61,8 @@ class RunConfig:
 
     @property
     def attention(self) -> str:
-        """The attention backend that this run uses."""
-        wanted = _wanted_attention(self)
-        return wanted if wanted in BACKENDS else DEFAULT_BACKEND
+        """The attention kernels that this run may use: a key of NAMES in model/attention/backends.py."""
+        return "use_flex" if self.training.use_flex and "attn" not in self.explicit else self.training.attn
 
     @property
     def exported_dtype(self) -> str:
@@ -108,12 +106,6 @@ def wandb_wanted(config: RunConfig) -> bool:
     if config.training.enable_wandb is not None:
         return config.training.enable_wandb
     return bool({"wandb_project", "wandb_name"} & config.explicit)
-
-
-def _wanted_attention(config: RunConfig) -> str:
-    if config.training.use_flex and "attn" not in config.explicit:
-        return "flex"
-    return DEFAULT_BACKEND if config.training.attn == "auto" else config.training.attn
 
 
 # ------------------------------------------------------------------------------------------------ what is refused
@@ -220,15 +212,9 @@ def _notes(config: RunConfig) -> list[str]:
 
 
 def _attention_notes(config: RunConfig) -> list[str]:
-    wanted = _wanted_attention(config)
-    source = "attn" if "attn" in config.explicit else "use_flex True"
-    notes = []
     if config.training.use_flex and "attn" in config.explicit and config.training.attn != "flex":
-        notes.append(f"use_flex True has no effect: attn {config.training.attn} takes precedence")
-    if wanted not in BACKENDS:
-        asked = source if source == "use_flex True" else f"attn {wanted}"
-        notes.append(f"{asked}: this version computes attention with {config.attention}; same result, but slower")
-    return notes
+        return [f"use_flex True has no effect: attn {config.training.attn} takes precedence"]
+    return []
 
 
 def _effectless_notes(config: RunConfig) -> list[str]:

@@ -12,6 +12,7 @@ from bagel_ds.cli.option_values import at_least_one, not_negative
 from bagel_ds.errors import UserError
 from bagel_ds.inference.settings import MODES, RENORM_TYPES, Settings
 from bagel_ds.machine.output import log_to_stderr
+from bagel_ds.model.attention.backends import CHOICES
 
 
 def add_command(commands: Any) -> None:
@@ -70,6 +71,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "are added where a request does not choose (docs/lora.md)",
     )
     add("--max_gpu_memory", default=None, metavar="SIZE", help="such as 24GiB: layers beyond it stay in host memory")
+    add("--attn", choices=CHOICES, default="auto", help="attention kernels; the result is the same (default auto)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -154,7 +156,13 @@ def _opened(options: argparse.Namespace) -> Any:
     if device is None and local is not None and device_type() == "cuda":
         device = f"cuda:{local}"
     return open_inferencer(
-        options.model_path, device, options.precision, options.weights, options.max_gpu_memory, options.lora
+        options.model_path,
+        device,
+        options.precision,
+        options.weights,
+        options.max_gpu_memory,
+        options.lora,
+        options.attn,
     )
 
 

@@ -38,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
         precision=options.precision,
         max_gpu_memory=options.max_gpu_memory,
         lora=options.lora,
+        attn=options.attn,
     )
     with Server(Work(models), options.host, options.port) as server:
         if not server.loopback:

@@ -42,6 +42,7 @@ def setup_models(
     weights: str | None = None,
     max_gpu_memory: float | str | None = None,
     lora: Sequence[str | Path] = (),
+    attn: str = "auto",
 ) -> tuple[Any, Any, Any, dict[str, int]]:
     """(model, vae_model, tokenizer, new_token_ids) of a model folder; `inferencer` uses them from here on.
 
@@ -49,7 +50,7 @@ def setup_models(
     """
     from bagel_ds.inference.loading import open_inferencer
 
-    opened = open_inferencer(model_path, device, precision, weights, max_gpu_memory, lora)
+    opened = open_inferencer(model_path, device, precision, weights, max_gpu_memory, lora, attn)
     inferencer._current = opened
     special = opened.network.tokenizer.special
     new_token_ids = {

@@ -28,6 +28,7 @@ from bagel_ds.inputs.data import layout_options, open_held_out, open_inputs
 from bagel_ds.lora.base import base_files, base_folder
 from bagel_ds.lora.peft_files import EMA_FOLDER, holds_adapter
 from bagel_ds.machine.liveness import going_on
+from bagel_ds.model.attention.choice import Place, choose_attention
 from bagel_ds.model.bagel import BagelOutput
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.losses.breakdown import BY_TIME, CE, LossBreakdown
@@ -109,7 +110,9 @@ def evaluate_folder(
     used = list(adapters.folders.values())
     files = base_files(folder, used) if used else TensorFiles(model_folder.weight_files(stem))
     where = f"{inputs.folder} ({files.paths[0].name})"
-    model = load_bagel(inputs.model, files, where, device, dtype, adapters=adapters)
+    shape, line = choose_attention(inputs.model, config.attention, Place(device, dtype, trains=False))
+    logger.info(line)
+    model = load_bagel(shape, files, where, device, dtype, adapters=adapters)
 
     def forward(batch: PackedBatch) -> BagelOutput:
         latents = encode_batch(vae, batch, inputs.model.latent_patch_size, dtype == torch.bfloat16)

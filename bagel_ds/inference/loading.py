@@ -27,6 +27,8 @@ from bagel_ds.inputs.network import open_tokenizer
 from bagel_ds.lora.base import base_files
 from bagel_ds.lora.peft_files import holds_adapter
 from bagel_ds.machine.device import device_type
+from bagel_ds.model.attention.backends import CHOICES
+from bagel_ds.model.attention.choice import Place, choose_attention
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model.shape.parts import GENERATION, part_of
@@ -60,19 +62,23 @@ def open_inferencer(
     weights: str | None = None,
     max_gpu_memory: float | str | None = None,
     lora: Sequence[str | Path] = (),
+    attn: str = "auto",
 ) -> Inferencer:
     """The model of a folder, ready.
 
     `device`: cpu, cuda or cuda:N. `precision`: bf16 or fp32 (default: bf16 on a GPU, fp32 on a CPU). `weights`: ema or
     model; by default the average, unless the folder's record says that it is too young. `max_gpu_memory`: GiB, or text
     such as 24GiB; layers that don't fit are streamed from host memory. `lora`: adapters as [NAME=]FOLDER[:WEIGHT],
-    added beside the weights; a request's own `lora` chooses among them by name. Raises `UserError` for a folder that is
+    added beside the weights; a request's own `lora` chooses among them by name. `attn`: auto, flash, flex or sdpa, as
+    `--attn` of a run. Raises `UserError` for a folder that is
     missing, incomplete or not a BAGEL model, and for a limit that is too small.
     """
     folder = ModelFolder(meant_checkpoint(Path(path)))
     place = torch_device(device)
     if precision not in (None, *DTYPES):
         raise UserError(f"precision {precision!r}: expected bf16 or fp32")
+    if attn not in CHOICES:
+        raise UserError(f"attn {attn!r}: expected one of {', '.join(CHOICES)}")
     dtype = DTYPES[precision or ("bf16" if place.type == "cuda" else "fp32")]
     limit = None if max_gpu_memory is None else gpu_limit(max_gpu_memory)
     if limit is not None and place.type != "cuda":
@@ -90,6 +96,8 @@ def open_inferencer(
         z_channels=vae.config.z_channels if vae is not None else BagelConfig().z_channels,
         visual_gen=generates,
     )
+    config, line = choose_attention(config, attn, Place(place, dtype, trains=False))
+    logger.info(line)
     vae_bytes = sum(parameter.nbytes for parameter in vae.parameters()) if vae is not None else 0
     beside = vae_bytes + adapters.nbytes(dtype)
     placement = place_weights(config, dtype.itemsize, limit if place.type == "cuda" else None, beside)

@@ -86,7 +86,6 @@ def bagel_config(config: RunConfig, folder: ModelFolder, weights: Path | None, v
         visual_und=training.visual_und,
         timestep_shift=training.timestep_shift,
         freeze_und=training.freeze_und,
-        attention=config.attention,
     )
     return with_adapters(training, network)
 

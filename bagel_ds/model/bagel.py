@@ -46,6 +46,7 @@ class Bagel(nn.Module):
         self.config = config
         self.recompute = recompute
         self.attention = attention_backend(config.attention)
+        self.vit_attention = attention_backend(config.vit_attention)
         width = config.llm.hidden_size
         self.language_model = LanguageModel(config)
         self.time_embedder = TimestepEmbedder(width)
@@ -126,7 +127,7 @@ class Bagel(nn.Module):
         x_UC = self.language_model.model.embed_tokens(batch.text_ids)
         if self.config.visual_und:
             patches = normalize_pixels(batch.vit_patches).to(self.dtype)
-            within_images = self.attention(AttentionLayout.images(batch.vit_seqlens))
+            within_images = self.vit_attention(AttentionLayout.images(batch.vit_seqlens))
             features = self.vit_model(patches, batch.vit_position_ids, within_images, self.recompute)
             features = self.connector(features) + self.vit_pos_embed(batch.vit_position_ids)
             x_UC = torch.cat([x_UC, features])

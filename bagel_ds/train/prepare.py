@@ -28,8 +28,10 @@ from bagel_ds.inputs.data import layout_options, open_data, open_datasets, open_
 from bagel_ds.inputs.files import check_inputs, pretrained_of, starts_from_pretrained
 from bagel_ds.inputs.network import bagel_config, resolve_model_path
 from bagel_ds.lora.peft_files import holds_adapter
+from bagel_ds.machine.device import uses_cuda
 from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.memory.planner import MemoryPlan
+from bagel_ds.model.attention.choice import Place, choose_attention
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.model.shape.parts import Freezing, trains_by_name
@@ -93,6 +95,8 @@ def prepare(config: RunConfig) -> Prepared:
     pretrained = pretrained_of(config)[:2] if starts_from_pretrained(config) else None
     start = sound_start(config.training, model_folder, pretrained)
     model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start), "opening the model folder")
+    with waiting_for("attention kernels to be tried", "a minute if FlexAttention is compiled"):
+        model, attention_note = together(lambda: _with_attention(config, model))
     world, here = dist.get_world_size(), hosts().local_size
     zero = together(lambda: fit_to_network(ds_config, model, config.training, world))
     drive_notes = one_per_host_first(lambda: _ready_nvme(config, zero), "preparing its folder on NVMe")
@@ -120,7 +124,7 @@ def prepare(config: RunConfig) -> Prepared:
     # Before anything is loaded: is the resumed run's place one in this run's plan?
     together(lambda: data.place(place))
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
-    notes = [*ds_notes, *drive_notes, *_crowding(config)]
+    notes = [*ds_notes, attention_note, *drive_notes, *_crowding(config)]
     notes += together(lambda: _set_aside(config, saved, start) if is_main() else [])
     return Prepared(
         ds_config=ds_config,
@@ -270,6 +274,12 @@ def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[Bagel
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, max_latent_size=32))
     weights = path if holds_adapter(start.folder) else start.folder
     return bagel_config(config, folder, None if start.pretrained else weights, vae.config), vae
+
+
+def _with_attention(config: RunConfig, model: BagelConfig) -> tuple[BagelConfig, str]:
+    device = torch.device("cuda", torch.cuda.current_device()) if uses_cuda() else torch.device("cpu")
+    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    return choose_attention(model, config.attention, Place(device, dtype, trains=True))
 
 
 def trainable(config: RunConfig, model: BagelConfig) -> Callable[[str], bool]:

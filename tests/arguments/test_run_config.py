@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from bagel_ds.arguments.options import all_options, is_optional, type_name
 from bagel_ds.arguments.parse import LAUNCHER_LETTERS, LAUNCHER_OPTIONS, SYNONYMS, duration_seconds, duration_text
-from bagel_ds.arguments.run_config import BACKENDS, RunConfig, parse_arguments, wandb_wanted
+from bagel_ds.arguments.run_config import RunConfig, parse_arguments, wandb_wanted
 from bagel_ds.errors import UserError
+from bagel_ds.model.attention.backends import CHOICES, NAMES
 from tests.guide_commands import BLOCKMOVING, GUIDE_COMMANDS, MODALITY_EXTRAS, WANDB_EXTRA, arguments
 
 OPTIONS = """
@@ -276,13 +277,14 @@ def test_a_plain_run_has_no_remarks() -> None:
     assert parse("--lr 2e-5 --finetune_from_hf").notes == ()
 
 
-@pytest.mark.parametrize("line", ["--use_flex True", "--attn flex", "--attn flash", "--attn auto", "--attn sdpa", ""])
-def test_a_missing_attention_backend_goes_on_with_one_line(line: str) -> None:
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [("--use_flex True", "use_flex"), ("", "auto"), ("--use_flex True --attn flex", "flex")]
+    + [(f"--attn {name}", name) for name in CHOICES],
+)
+def test_the_attention_that_is_wanted_is_chosen_later_on_the_device(line: str, wanted: str) -> None:
     config = parse(line)
-    asked = "flex" if "flex" in line else line.removeprefix("--attn ").strip() or "auto"
-    assert config.attention in BACKENDS
-    assert len(config.notes) == (asked not in (*BACKENDS, "auto"))
-    assert all("attention" in note for note in config.notes)
+    assert config.attention == wanted and config.attention in NAMES and config.notes == ()
 
 
 def test_attn_decides_over_use_flex() -> None:

@@ -66,6 +66,16 @@ def several_wrong_arguments(demo: Path, own_folder: Path) -> list[str]:
     return [*arguments(demo, own_folder), "--total_stepz", "4", "--lr", "fast"]
 
 
+@bad("--attn flash", "flash-attn: it computes on a GPU only", "Leave out --attn", "--attn sdpa")
+def flash_on_a_cpu(demo: Path, own_folder: Path) -> list[str]:
+    return arguments(demo, own_folder, attn="flash")
+
+
+@bad("--attn flex", "no backward pass on a CPU", "--attn sdpa")
+def flex_on_a_cpu(demo: Path, own_folder: Path) -> list[str]:
+    return arguments(demo, own_folder, attn="flex")
+
+
 @bad("zero9", "zero2, ", "zero3", "zero3_cpu")
 def unknown_ds_config(demo: Path, own_folder: Path) -> list[str]:
     return arguments(demo, own_folder, ds_config="zero9")

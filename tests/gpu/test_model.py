@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from bagel_ds.machine.device import choose_kernels
 from bagel_ds.model import quantized
 from bagel_ds.model.attention.backends import BACKENDS, attention_backend
+from bagel_ds.model.attention.choice import Heads, Place, fault_of
 from bagel_ds.model.attention.layout import AttentionLayout
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
 from bagel_ds.model.offload import OffloadedInputs
@@ -18,6 +20,7 @@ from bagel_ds.model.recompute import MODES, recompute, recompute_mode
 from bagel_ds.model.shape.quantization import QUANTIZATIONS, Quantization
 from bagel_ds.model.vae import SpatialAttention
 from tests.gpu.launches import DEVICE, REHEARSED, only_on_a_gpu
+from tests.model.attention.structures import dense, drawn, with_gradients
 from tests.model.test_bagel import loss_of, pack, tiny
 from tests.model.test_offload import built
 from tests.model.test_offload import loss_of as loss_of_pack
@@ -89,21 +92,55 @@ def test_bf16_loss_is_near_fp32() -> None:
     assert float((output.ce.sum() + output.mse.sum()).detach()) == pytest.approx(exact, rel=2e-2)
 
 
+def random_layout(seed: int) -> AttentionLayout:
+    """Samples of up to 6 splits, with every kind behind every other."""
+    draw, longest = random.Random(seed), 30 if REHEARSED else 300
+    samples = [[draw.randint(1, longest) for _ in range(draw.randint(1, 6))] for _ in range(4)]
+    lens = [length for sample in samples for length in sample]
+    return AttentionLayout.from_splits(
+        [sum(s) for s in samples], lens, draw.choices([CAUSAL, FULL, NOISE], k=len(lens))
+    )
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in modules that torch's compiler imports
+@pytest.mark.parametrize("heads", [Heads(8, 2, 64), Heads(28, 4, 128), Heads(16, 16, 72)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_kernels_equal_a_dense_mask(backend: str, dtype: torch.dtype) -> None:
-    layout = AttentionLayout.from_splits([200, 90], [60, 80, 60, 90], [CAUSAL, NOISE, FULL, CAUSAL])
-    mask = layout.dense_mask().to(DEVICE)
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    q = torch.randn(290, 8, 64, device=DEVICE, generator=generator)
-    k, v = (torch.randn(290, 2, 64, device=DEVICE, generator=generator) for _ in range(2))
-    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(4, 1)) / 8
-    expected = torch.einsum(
-        "hqk,khd->qhd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v.repeat_interleave(4, 1)
-    )
-    found = attention_backend(backend)(layout)(q.to(dtype), k.to(dtype), v.to(dtype)).float()
-    error = (found - expected).norm() / expected.norm()
-    assert error < (1e-4 if dtype == torch.float32 else 1e-2)
+def test_kernels_equal_a_dense_mask(backend: str, dtype: torch.dtype, heads: Heads) -> None:
+    """Values and gradients over random packs."""
+    place = Place(torch.device(DEVICE), dtype, True)
+    if fault := fault_of(backend, heads, place):
+        pytest.skip(fault)
+    for seed in range(6):
+        layout = random_layout(seed)
+        tensors = drawn(layout, heads.dim, DEVICE, heads[:2])
+        found = with_gradients(attention_backend(backend)(layout), [x.to(dtype) for x in tensors])
+        for one, exact in zip(found, with_gradients(dense(layout), [x.to(dtype).double() for x in tensors])):
+            error = float((one.double() - exact).norm() / exact.norm())
+            assert error < (1e-4 if dtype == torch.float32 else 1.5e-2), (backend, seed)
+
+
+@only_on_a_gpu
+@pytest.mark.parametrize("heads", [Heads(28, 4, 128), Heads(16, 16, 72)], ids=str)
+def test_torchs_own_flash_kernels_work_here(heads: Heads) -> None:
+    """Not skipped, so that a torch whose function has changed is noticed."""
+    assert fault_of("flash_torch", heads, Place(torch.device("cuda"), torch.bfloat16, True)) is None
+
+
+@only_on_a_gpu
+def test_flash_waits_for_nothing_and_forms_no_matrix_of_scores() -> None:
+    layout = AttentionLayout.from_splits([16000], [1000, 6000, 500, 500, 8000], [CAUSAL, NOISE, FULL, CAUSAL, NOISE])
+    tensors = [x.bfloat16() for x in drawn(layout, 128, "cuda", (28, 4))]
+    attend = attention_backend("flash_torch")(layout)
+    with_gradients(attend, tensors)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with_gradients(attention_backend("flash_torch")(layout), tensors)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.cuda.max_memory_allocated() - before < 12 * tensors[0].nbytes  # scores would be 14 GB
 
 
 def test_attention_takes_no_kernel_of_cudnn() -> None:

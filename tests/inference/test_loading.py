@@ -120,6 +120,18 @@ def test_what_is_not_there_is_one_message(folder: Path, tmp_path: Path) -> None:
         open_inferencer(folder, "cpu")
 
 
+def test_attention_kernels_are_tried_and_named(demo: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "bagel_ds"):
+        config = open_inferencer(demo, "cpu").network.model.config
+    assert (config.attention, config.vit_attention) == ("sdpa", "sdpa")
+    lines = [message for message in caplog.messages if message.startswith("attention: ")]
+    assert lines == ["attention: torch's scaled_dot_product_attention"]
+    with pytest.raises(UserError, match="--attn flash can't be used here .*on a GPU only.* pass --attn sdpa"):
+        open_inferencer(demo, "cpu", attn="flash")
+    with pytest.raises(UserError, match="attn 'xformers': expected one of auto, flash, flex, sdpa"):
+        open_inferencer(demo, "cpu", attn="xformers")
+
+
 def test_a_weight_that_is_not_finite_is_named(folder: Path) -> None:
     bias = load_file(folder / "ema.safetensors")["vae2llm.bias"]
     changed(folder, **{"vae2llm.bias": bias * torch.nan})

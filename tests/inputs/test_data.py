@@ -10,7 +10,6 @@ import pytest
 from bagel_ds.arguments.run_config import make_config
 from bagel_ds.inputs.data import sample_options
 from bagel_ds.inputs.network import bagel_config
-from bagel_ds.model.attention.backends import BACKENDS
 from bagel_ds.model.shape.config import VAEConfig
 from bagel_ds.model_folder.folder import ModelFolder
 
@@ -47,9 +46,3 @@ def test_samples_are_planned_with_the_position_ids_they_will_get(interpolates: b
     config = make_config({"interpolate_pos": interpolates})
     options = sample_options(config, bagel_config(config, folder, None, VAEConfig()), VAEConfig())
     assert options.layout.interpolate_pos is interpolates
-
-
-@pytest.mark.parametrize("name", ["sdpa", "flex"])
-def test_attn_reaches_the_network(name: str, folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BACKENDS, "flex", "some.kernel")
-    assert bagel_config(make_config({"attn": name}), folder, None, VAEConfig()).attention == name

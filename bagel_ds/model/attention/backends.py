@@ -1,21 +1,35 @@
 """The registry of attention kernels. Importing it needs no torch, so the command line can read it for `--help`.
 
-To add a kernel, write a module with `prepare(layout) -> Attend` and name it here. tests/reference/test_masks.py then
-compares it with a dense mask. `--attn` takes the names in arguments/options.py.
+To add a kernel, write a module like sdpa.py, name it in BACKENDS and put it where `--attn` should find it in NAMES.
+`choice.py` tries it before a run uses it; tests/model/attention compares it with a dense mask.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Callable, Protocol
+from typing import TYPE_CHECKING, Any, Callable, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from bagel_ds.model.attention.layout import AttentionLayout
 
-BACKENDS = {"sdpa": "bagel_ds.model.attention.sdpa"}  # name -> module
+BACKENDS = {  # name -> module
+    "sdpa": "bagel_ds.model.attention.sdpa",
+    "flash_package": "bagel_ds.model.attention.flash_package",
+    "flash_torch": "bagel_ds.model.attention.flash_torch",
+    "flex": "bagel_ds.model.attention.flex",
+}
 DEFAULT_BACKEND = "sdpa"
+CHOICES = ("auto", "flash", "flex", "sdpa")  # of `--attn`
+# The values of `--attn` (and `--use_flex True`), and the kernels that each may take, the best first.
+NAMES = {
+    "auto": ("flash_package", "flash_torch", "flex", "sdpa"),
+    "flash": ("flash_package", "flash_torch"),
+    "flex": ("flex",),
+    "sdpa": ("sdpa",),
+    "use_flex": ("flex", "sdpa"),  # the original's option: a wish, as the guides pass it everywhere
+}
 
 
 class Attend(Protocol):
@@ -31,9 +45,14 @@ class Attend(Protocol):
 Backend = Callable[["AttentionLayout"], Attend]
 
 
+def backend_module(name: str) -> Any:
+    """The module of a kernel: `prepare(layout) -> Attend`, `unsupported(device, dtype, head_dim, trains)` and TITLE."""
+    return import_module(BACKENDS[name])
+
+
 def attention_backend(name: str) -> Backend:
     """The kernel of this name. It accepts every layout; one without segments gives no rows but a connected graph."""
-    kernel: Backend = import_module(BACKENDS[name]).prepare
+    kernel: Backend = backend_module(name).prepare
     return lambda layout: kernel(layout) if layout.segment_lens else _attend_to_nothing
 
 

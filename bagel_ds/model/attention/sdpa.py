@@ -18,14 +18,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_flash_attention
-from torch.nn.attention.bias import causal_lower_right
 
 from bagel_ds.model.attention.backends import Attend
 from bagel_ds.model.attention.layout import AttentionLayout
 
+TITLE = "torch's scaled_dot_product_attention"
+
 
 def prepare(layout: AttentionLayout) -> Attend:
     return partial(_attend_cached if any(layout.is_cached) else _attend, layout)
+
+
+def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, trains: bool) -> None:
+    """It takes everything."""
 
 
 def _attend(layout: AttentionLayout, q_QHD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
@@ -76,10 +81,13 @@ def _segment(query_nHD: Tensor, key_mKD: Tensor, value_mKD: Tensor, causal: bool
     shared = groups > 1
     if shared and query.is_cuda and not can_use_flash_attention(SDPAParams(query, key, value, None, 0.0, False, True)):
         key, value, shared = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), False
-    mask = None
-    if causal and m > n:
-        # On a GPU a marker, for which the kernel itself leaves keys out; a CPU has no such kernel.
-        mask = causal_lower_right(n, m) if query.is_cuda else torch.ones(n, m, dtype=torch.bool).tril_(m - n)
+    mask: Tensor | None = None
+    if causal and m > n and query.is_cuda:
+        from torch.nn.attention.bias import causal_lower_right  # it imports torch's compiler, which takes seconds
+
+        mask = causal_lower_right(n, m)  # not a mask but a marker: the kernel itself leaves keys out
+    elif causal and m > n:
+        mask = torch.ones(n, m, dtype=torch.bool).tril_(m - n)  # a CPU has no such kernel
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=shared
     )

@@ -80,7 +80,8 @@ class BagelConfig:
     visual_und: bool = True
     timestep_shift: float = 1.0
     freeze_und: bool = False
-    attention: str = DEFAULT_BACKEND  # a name of model/attention/backends.py; the result is the same
+    attention: str = DEFAULT_BACKEND  # a name of BACKENDS in model/attention/backends.py; the result is the same
+    vit_attention: str = DEFAULT_BACKEND  # likewise
     lora: LoRA | None = None
 
     def unquantized(self) -> BagelConfig:

@@ -17,37 +17,11 @@ from bagel_ds.model.attention.layout import AttentionLayout
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
 from tests.memory.test_phases import network, pack
-
-samples = st.lists(
-    st.lists(st.tuples(st.integers(1, 4), st.sampled_from([CAUSAL, FULL, NOISE])), min_size=1, max_size=5), max_size=4
-)
-
-
-def flat(structure: list[list[tuple[int, str]]]) -> tuple[list[int], list[int], list[str]]:
-    lens = [sum(length for length, _ in sample) for sample in structure]
-    splits = [split for sample in structure for split in sample]
-    return lens, [length for length, _ in splits], [mode for _, mode in splits]
-
-
-def rule(structure: list[list[tuple[int, str]]]) -> torch.Tensor:
-    """REFERENCE 7, token by token."""
-    tokens = [
-        (sample, split, mode)
-        for sample, splits in enumerate(structure)
-        for split, (length, mode) in enumerate(splits)
-        for _ in range(length)
-    ]
-    mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
-    for i, (sample_i, split_i, mode_i) in enumerate(tokens):
-        for j, (sample_j, split_j, mode_j) in enumerate(tokens):
-            own = (sample_i, split_i) == (sample_j, split_j)
-            sees = j <= i or (own and mode_i in (FULL, NOISE))
-            mask[i, j] = sample_i == sample_j and sees and not (mode_j == NOISE and not own)
-    return mask
+from tests.model.attention.structures import Structure, dense, drawn, flat, query_rows, rule, samples, with_gradients
 
 
 @given(samples)
-def test_layout_follows_the_rule(structure: list[list[tuple[int, str]]]) -> None:
+def test_layout_follows_the_rule(structure: Structure) -> None:
     assert torch.equal(AttentionLayout.from_splits(*flat(structure)).dense_mask(), rule(structure))
 
 
@@ -61,7 +35,7 @@ def test_no_tokens_give_no_rows_and_zero_gradients(backend: str) -> None:
 
 
 @given(samples, st.data())
-def test_a_cache_is_the_splits_that_came_before(structure: list[list[tuple[int, str]]], data: st.DataObject) -> None:
+def test_a_cache_is_the_splits_that_came_before(structure: Structure, data: st.DataObject) -> None:
     """The rows of the tokens behind a cache, whose noise splits are not kept, are those of the whole pack."""
     whole = AttentionLayout.from_splits(*flat(structure)).dense_mask()
     behind, cached_lens, keys, queries, start = [], [], [], [], 0
@@ -81,24 +55,48 @@ def test_a_cache_is_the_splits_that_came_before(structure: list[list[tuple[int, 
         cached_lens.append(cached)
         behind.append(sample[cut:])
     layout = AttentionLayout.from_splits(*flat(behind), cached_lens)
-    rows = [row for row, key in enumerate(keys) if key in set(queries)]
     expected = whole[queries][:, keys]
-    assert torch.equal(layout.dense_mask()[rows], expected)
+    assert torch.equal(layout.dense_mask()[query_rows(layout)], expected)
     assert layout.pairs == int(expected.sum())
-    if not any(layout.is_cached) or not queries:
-        return
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(len(queries), 4, 8, generator=generator)
-    k, v = (torch.randn(len(keys), 2, 8, generator=generator) for _ in range(2))
-    for backend in BACKENDS:
-        found = attention_backend(backend)(layout)(q, k, v)
-        heads = (x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v))
-        dense = torch.nn.functional.scaled_dot_product_attention(q.transpose(0, 1), *heads, attn_mask=expected)
-        torch.testing.assert_close(found, dense.transpose(0, 1), rtol=1e-5, atol=1e-5)
 
 
-def test_every_layer_attends_with_the_backend_that_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Language model and ViT; a layer that ignores `--attn` makes fewer calls."""
+@given(samples, st.data())
+def test_sdpa_equals_a_dense_mask(structure: Structure, data: st.DataObject) -> None:
+    cached = data.draw(st.lists(st.integers(0, 5), min_size=len(structure), max_size=len(structure)))
+    for layout in (
+        AttentionLayout.from_splits(*flat(structure)),
+        AttentionLayout.from_splits(*flat(structure), cached),
+    ):
+        if not layout.segment_lens:
+            continue
+        tensors = drawn(layout)
+        for found, expected in zip(
+            with_gradients(sdpa.prepare(layout), tensors), with_gradients(dense(layout), tensors)
+        ):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_sdpa_copies_no_keys_that_lie_side_by_side_behind_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that is appended to a long context must not move the context."""
+    layout = AttentionLayout.from_splits([1, 2], [1, 2], [CAUSAL, FULL], [50, 60])
+    q, k, v, _ = drawn(layout)
+    taken: list[torch.Tensor] = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: object) -> torch.Tensor:
+        taken.extend((key, value))
+        return real(query, key, value, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    sdpa.prepare(layout)(q, k, v)
+    assert len(taken) == 4
+    for number, found in enumerate(taken):
+        assert found.untyped_storage().data_ptr() == (k, v)[number % 2].untyped_storage().data_ptr()
+
+
+@pytest.mark.parametrize("part", ["attention", "vit_attention"])
+def test_every_layer_attends_with_the_backend_that_was_chosen(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the language model and of the ViT; a layer that ignores `--attn` makes fewer calls."""
     calls: list[int] = []
 
     def prepare(layout: AttentionLayout) -> Attend:
@@ -110,7 +108,8 @@ def test_every_layer_attends_with_the_backend_that_was_chosen(monkeypatch: pytes
 
     monkeypatch.setitem(BACKENDS, "counting", "counting_attention")
     monkeypatch.setitem(sys.modules, "counting_attention", types.SimpleNamespace(prepare=prepare))  # type: ignore[arg-type]
-    config = dataclasses.replace(network(), attention="counting")
+    config = dataclasses.replace(network(), **{part: "counting"})
     with torch.no_grad():
         Bagel(config)(pack(4, 2, 3), torch.zeros(2, 64))
-    assert calls == [3] * config.vit.num_layers + [9] * config.llm.num_hidden_layers
+    expected = {"vit_attention": [3] * config.vit.num_layers, "attention": [9] * config.llm.num_hidden_layers}
+    assert calls == expected[part]
