@@ -72,9 +72,25 @@ def inference(report: Any) -> str:
     return f"{report['parameters']:,} parameters, {report['prompts']} prompts. {'; '.join(found)}"
 
 
+def attention(report: Any) -> str:
+    """Of each pack, or length of segments, the speed of every way beside sdpa's."""
+    found = []
+    for case in report.get("cases", report.get("sweep")):
+        rates = [
+            f"{name} {one['ratio']:.2f} ({one['tflops']:.0f} TFLOP/s"
+            + (")" if one["peak_gib"] is None else f", {one['peak_gib']:.2f} GiB)")
+            for name, one in case["ways"].items()
+        ]
+        what = case["pack"] if "pack" in case else f"segments of {case['segment']}"
+        found.append(f"{what}, {case['tokens']:,} tokens: {', '.join(rates)}")
+    missing = [f"no {name} ({fault})" for name, fault in report.get("unavailable", {}).items()]
+    return f"{report['precision']}, heads {report['heads']}, times sdpa's speed. {'; '.join(found + missing)}"
+
+
 # By the script's name; tests/gpu share one.
 NUMBERS: dict[str, Numbers] = {
     "tests": tests,
+    "attention": attention,
     "gpu_depths": depths,
     "saving": saving,
     "cost_model": cost_model,

@@ -16,7 +16,7 @@ TITLE = "flash-attn"
 
 
 def prepare(layout: AttentionLayout) -> Attend:
-    return varlen(layout, _kernel)
+    return varlen(layout, kernel)
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, trains: bool) -> str | None:
@@ -30,9 +30,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int, trains:
     return None
 
 
-def _kernel(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool
-) -> Tensor:
+def kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool) -> Tensor:
     from flash_attn import flash_attn_varlen_func  # built for one torch; choice.py tries it
 
     output: Tensor = flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, causal=causal)

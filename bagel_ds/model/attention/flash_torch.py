@@ -21,12 +21,10 @@ unsupported = flash_package.unsupported  # the same kernels, compiled by torch
 
 
 def prepare(layout: AttentionLayout) -> Attend:
-    return varlen(layout, _kernel)
+    return varlen(layout, kernel)
 
 
-def _kernel(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool
-) -> Tensor:
+def kernel(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     accepts = _parameters()

@@ -141,7 +141,7 @@ def _padded(x_THD: Tensor, length: int) -> Tensor:
 
 @cache
 def _kernel() -> Callable[..., Any]:
-    """`flex_attention`, compiled. Past its limit of shapes torch must fail, not take the dense form: hence fullgraph."""
+    """`flex_attention`, compiled. Past its limit of shapes torch would take the dense form; with fullgraph it fails."""
     from torch.nn.attention.flex_attention import flex_attention
 
     config = torch._dynamo.config

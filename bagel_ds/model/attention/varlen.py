@@ -70,14 +70,14 @@ def varlen(layout: AttentionLayout, kernel: VarlenKernel) -> Attend:
         if q_QHD.device not in plans:
             plans[q_QHD.device] = plan(layout, q_QHD.device)
         calls, order, keys = plans[q_QHD.device]
-        queries = _reordered(q_QHD, order).split([call.queries for call in calls])
-        k_parts, v_parts = (_reordered(x, keys).split([call.keys for call in calls]) for x in (k_TKD, v_TKD))
+        queries = reordered(q_QHD, order).split([call.queries for call in calls])
+        k_parts, v_parts = (reordered(x, keys).split([call.keys for call in calls]) for x in (k_TKD, v_TKD))
         outputs = [
             kernel(q, k, v, call.cu_q, call.cu_k, call.max_q, call.max_k, call.causal)
             for call, q, k, v in zip(calls, queries, k_parts, v_parts)
         ]
         whole = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return _reordered(whole, order and order.reverse())
+        return reordered(whole, order and order.reverse())
 
     return attend
 
@@ -137,7 +137,8 @@ def _permutation(index: Tensor | None) -> Permutation | None:
     return Permutation(index, inverse)
 
 
-def _reordered(x: Tensor, order: Permutation | Tensor | None) -> Tensor:
+def reordered(x: Tensor, order: Permutation | Tensor | None) -> Tensor:
+    """The rows of x in the order that a plan asks for."""
     if order is None:
         return x
     gathered: Tensor = _Permuted.apply(x, *order) if isinstance(order, Permutation) else _Repeated.apply(x, order)
