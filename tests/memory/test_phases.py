@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Callable
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
 from bagel_ds.memory.gathering import gathered
+from bagel_ds.model.attention import sdpa
+from bagel_ds.model.attention.backends import Attend
+from bagel_ds.model.attention.layout import AttentionLayout
+from bagel_ds.model.attention.varlen import varlen
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE, PackedBatch
 from bagel_ds.model.offload import OffloadedInputs
@@ -134,14 +139,50 @@ def test_activations_are_bounded_closely(tokens: tuple[float, ...], dtype: torch
     assert 0.97 * measured < planned < (1.15 if max(tokens) == 1 else 1.4) * measured
 
 
-def _peaks(config: BagelConfig, tokens: list[int], mode: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Largest live bytes of a forward and backward pass, and what is planned for it."""
+def in_two_calls(layout: AttentionLayout) -> Attend:
+    """As the flash kernels do it, which have no CPU."""
+
+    def kernel(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *lengths: Any) -> torch.Tensor:
+        cu_q, cu_k, _, _, causal = lengths
+        assert not causal
+        parts = zip(
+            *(x.transpose(0, 1)[None].split(cu.diff().tolist(), 2) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k)))
+        )
+        outputs = [torch.nn.functional.scaled_dot_product_attention(*part, enable_gqa=True) for part in parts]
+        return torch.cat([output[0].transpose(0, 1) for output in outputs])
+
+    return varlen(layout, kernel)
+
+
+@pytest.mark.parametrize("prepare", [sdpa.prepare, in_two_calls], ids=["sdpa", "two calls"])
+def test_copies_of_a_prefix_that_images_share_are_within_the_plan(
+    prepare: Callable[[AttentionLayout], Attend], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One sample of eight images that see all before them: attention reads each key 4.5 times, in copies."""
+    monkeypatch.setattr(sdpa, "prepare", prepare)
+    measured, planned = (
+        after - before
+        for before, after in zip(
+            *(_peaks(network(layers=1, heads=(8, 1)), [0, n, 0], "full", torch.bfloat16, 8) for n in (512, 1024))
+        )
+    )
+    assert 0.97 * measured < planned < 1.15 * measured
+
+
+def _peaks(config: BagelConfig, tokens: list[int], mode: str, dtype: torch.dtype, splits: int = 1) -> tuple[int, int]:
+    """Largest live bytes of a forward and backward pass, and what is planned for it.
+
+    `splits`: the pack is one sample of so many images of equal size, of which only the last is hidden from others.
+    """
     torch.manual_seed(0)
     model = Bagel(config, recompute_mode(mode))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, 0, 0.02)
     model = model.to(dtype)
     batch, latents = pack(*tokens), torch.zeros(tokens[1], 64)
+    if splits > 1:
+        lens, modes = (tokens[1] // splits,) * splits, (FULL,) * (splits - 1) + (NOISE,)
+        batch = dataclasses.replace(batch, split_lens=lens, attn_modes=modes)
     model(batch, latents)
     with LiveTensors() as live:
         if isinstance(model.recompute, OffloadedInputs):
