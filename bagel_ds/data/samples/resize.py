@@ -100,10 +100,12 @@ def prepare() -> str:
 
 
 def began(fault: str) -> None:
-    """In a worker process: the process that started it has seen to reporting `fault`."""
-    _reported.add(fault)
+    """In a worker process: `fault` is what `prepare` returned in the process that started it, which has reported it."""
+    global _starters_fault
+    _starters_fault = fault
 
 
+_starters_fault: str | None = None
 _reported: set[str] = set()
 
 
@@ -111,7 +113,8 @@ def _report(fault: str) -> None:
     if not fault or fault in _reported:
         return
     _reported.add(fault)
-    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other ranks of a host find the same
+    is_first = os.environ.get("LOCAL_RANK", "0") == "0"  # the other ranks of a host find the same
+    if is_first if _starters_fault is None else fault != _starters_fault:
         logger.warning(
             "Pillow resizes images, because the faster kernel can't be used: %s. Pixels are the same; a data worker "
             "takes about twice as long per sample",
