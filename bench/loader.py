@@ -1,9 +1,10 @@
-"""How fast one worker makes packs: ours, ours with Pillow's resize, the original's way (bench/original_loader.py).
+"""How fast one worker makes packs: ours, ours as it was, the original's way (bench/original_loader.py).
 
 One command: `python bench/loader.py [--json]`. All make the same samples of the same files (t2i, edit pairs,
 conversations; JPEG pictures of 512-1344 px) in one worker process each, and take turns, so that a busy machine slows
 all. Times are of this machine; the ratios are what counts. The table of parts shows what bounds a worker: Pillow's
-decoder, to which the pixels are bound. Pixels of the resize kernel are compared with Pillow's, all of them.
+decoder, to which the pixels are bound. Pixels of the resize kernel are compared with Pillow's, all of them. "As it was"
+is Pillow's resize with a malloc that returns every block of 1 MiB or more; beside it Pillow's resize alone.
 """
 
 from __future__ import annotations
@@ -44,9 +45,16 @@ from bagel_ds.data.streams.opening import open_streams
 from bagel_ds.data.streams.stream import GroupStream, SampleOptions
 from bagel_ds.demo.tokenizer import train_tokenizer
 from bagel_ds.model_folder.tokenizer import Tokenizer, load_tokenizer
+from bagel_ds.processes import worker
 
 BUDGETS = {"expected_num_tokens": 32768, "max_num_tokens": 36864}
 GROUPS = {"t2i": "t2i_pretrain", "edit": "unified_edit", "vlm": "vlm_sft"}
+PILLOW = {"BAGEL_DS_RESIZE": "pillow"}
+OURS: dict[str, dict[str, str]] = {
+    "ours": {},
+    "pillow_resize": PILLOW,
+    "before": {**PILLOW, "MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**22)},
+}
 WORDS = "a red blue small large house tree river street under over light dark person with dog cat window".split()
 
 
@@ -128,14 +136,16 @@ def worker_seconds() -> float:
     return sum(sum(process.cpu_times()[:2]) for process in found if process.pid not in servers)
 
 
-def ours(data: PlannedData, packs: int, kernel: bool) -> Iterator[Any]:
-    """With the resize kernel or with Pillow's resize."""
-    os.environ["BAGEL_DS_RESIZE"] = "" if kernel else "pillow"
+def ours(data: PlannedData, packs: int, way: str) -> Iterator[Any]:
+    """In one of `OURS`: the variables of the server that forks the worker, which is started anew."""
+    worker._close()
+    os.environ.update(OURS[way])
     batches = data.micro_batches(0, 1, num_workers=1)
     for _ in range(packs):
         yield next(batches).batch
     batches.close()
-    del os.environ["BAGEL_DS_RESIZE"]
+    for name in OURS[way]:
+        del os.environ[name]
 
 
 def original(folder: Path, plans: list[tuple[SamplePlan, ...]], tokenizer: Tokenizer, masks: bool) -> DataLoader[Any]:
@@ -243,7 +253,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=120, help="rows of each of the three data sets")
     parser.add_argument("--packs", type=int, default=24, help="packs to make")
     parser.add_argument("--rounds", type=int, default=2, help="turns of the original's way")
-    parser.add_argument("--pairs", type=int, default=5, help="turns of ours, with the kernel and with Pillow's resize")
+    parser.add_argument("--pairs", type=int, default=5, help="turns of each of our ways")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if fault := resize.prepare():
@@ -263,22 +273,27 @@ def measure(folder: Path, rows: int, packs: int, rounds: int, pairs: int) -> dic
     streams, tokenizer, data = open_data(folder)
     steps = data.planner.steps(1)
     plans = [next(steps).packs[0].samples for _ in range(packs)]
-    ways: dict[str, list[Cost]] = {"ours": [], "pillow_resize": [], "original": [], "original_flex": []}
+    ways: dict[str, list[Cost]] = {way: [] for way in (*OURS, "original", "original_flex")}
     for turn in range(max(rounds, pairs)):
-        for way in ("ours", "pillow_resize") if turn < pairs else ():
-            batches = ours(data, packs, kernel=way == "ours")
-            ways[way].append(cost_per_sample(batches, lambda batch: len(batch.sample_lens)))
+        for way in OURS if turn < pairs else ():
+            ways[way].append(cost_per_sample(ours(data, packs, way), lambda batch: len(batch.sample_lens)))
         for way, masks in (("original", True), ("original_flex", False)) if turn < rounds else ():
             loader = original(folder, plans, tokenizer, masks)
             ways[way].append(cost_per_sample(loader, lambda pack: len(pack["sample_lens"])))
     best = {way: Cost(*map(min, zip(*costs, strict=True))) for way, costs in ways.items()}
     raw_rows.forget_open_files()
-    kernel = [slow.cpu / fast.cpu for fast, slow in zip(ways["ours"], ways["pillow_resize"], strict=True)]
+
+    def gain(way: str) -> dict[str, float]:
+        """How many times as many samples per second of the processor ours makes, of turns beside each other."""
+        found = [slow.cpu / fast.cpu for fast, slow in zip(ways["ours"], ways[way], strict=True)]
+        return {"median": median(found), "least": min(found), "most": max(found)}
+
     return {
         "samples": sum(map(len, plans)),
         "samples_per_second": {way: 1 / cost.clock for way, cost in best.items()},
         "samples_per_cpu_second": {way: 1 / cost.cpu for way, cost in best.items()},
-        "resize_kernel_cpu_ratio": {"median": median(kernel), "least": min(kernel), "most": max(kernel)},
+        "cpu_ratio_to_before": gain("before"),
+        "cpu_ratio_to_pillow_resize": gain("pillow_resize"),
         "ratio": best["original"].clock / best["ours"].clock,
         "ratio_without_masks": best["original_flex"].clock / best["ours"].clock,
         "cpu_ratio": best["original"].cpu / best["ours"].cpu,
@@ -289,18 +304,20 @@ def measure(folder: Path, rows: int, packs: int, rounds: int, pairs: int) -> dic
 
 def describe(report: dict[str, Any]) -> str:
     speed, parts = report["samples_per_second"], report["ms_per_sample"]
-    cpu, kernel = report["samples_per_cpu_second"], report["resize_kernel_cpu_ratio"]
+    cpu, gains = report["samples_per_cpu_second"], (report["cpu_ratio_to_before"], report["cpu_ratio_to_pillow_resize"])
+    before, pillow = (f"{gain['median']:.2f} ({gain['least']:.2f} to {gain['most']:.2f})" for gain in gains)
     lines = [
         f"{report['samples']} samples, one worker, samples per second (per second of the worker's processor):",
         f"  ours                             {speed['ours']:6.1f} ({cpu['ours']:.1f})",
         f"  ours, Pillow's resize            {speed['pillow_resize']:6.1f} ({cpu['pillow_resize']:.1f})",
+        f"  ours before                      {speed['before']:6.1f} ({cpu['before']:.1f})",
         f"  original, dense masks            {speed['original']:6.1f} ({cpu['original']:.1f})",
         f"  original, use_flex: no masks     {speed['original_flex']:6.1f} ({cpu['original_flex']:.1f})",
         f"  ratio to the original {report['ratio']:.2f} ({report['cpu_ratio']:.2f}), without masks"
         f" {report['ratio_without_masks']:.2f}"
         f" ({report['cpu_ratio_without_masks']:.2f})",
-        f"  the kernel makes {kernel['median']:.2f} times as many per processor second, {kernel['least']:.2f} to "
-        f"{kernel['most']:.2f} in pairs of turns; equal pixels",
+        f"  per second of the processor, median of turns beside each other: {before} times as many as before,",
+        f"  {pillow} times as many as with Pillow's resize; equal pixels",
         "milliseconds per sample in our worker, without the way to the main process:",
         *(f"  {part:16s} {value:6.2f}" for part, value in parts.items()),
         f"  decode and resize are {(parts['decode'] + parts['resize']) / parts['whole']:.0%} of it",

@@ -86,7 +86,6 @@ def decode_rgb(source: bytes | Path) -> Image.Image:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                _allocate_in_one(*image.size)
                 return _loaded(image) if image.format in _KEPT_FORMATS and _is_plain(image) else to_rgb(image)
         except Exception as error:  # what Pillow's decoders raise on damaged files is an open set
             raise _bad(source, f"the image cannot be decoded ({_words(error)})") from error
@@ -181,14 +180,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _is_plain(image: Image.Image) -> bool:
     return image.mode == "RGB" and image.info.get("transparency") is None
-
-
-def _allocate_in_one(width: int, height: int) -> None:
-    """Have Pillow decode into one block of memory, which `resize.py` reads without a copy.
-
-    Its own way gives images of more than 4 megapixels several, but smaller ones the block of an earlier image.
-    """
-    Image.core.set_use_block_allocator(4 * width * height > Image.core.get_block_size())
 
 
 def _loaded(image: Image.Image) -> Image.Image:

@@ -32,6 +32,10 @@ from bagel_ds.machine.user_folders import extensions_folder
 
 logger = logging.getLogger("bagel_ds")
 
+# One block of memory per image. Otherwise images of more than 4 megapixels have several, which the kernel can't read
+# without a copy. Decoding takes as long.
+Image.core.set_use_block_allocator(1)
+
 _SWITCH = "BAGEL_DS_RESIZE"
 _SOURCE = Path(__file__).with_name("resize.cpp")
 # No -march=native, as hosts may share the folder, and no fused multiply-add, as weights must be rounded as Pillow's.

@@ -106,13 +106,9 @@ def test_rgb_files_are_not_copied_and_can_be_used_when_the_file_is_closed(
     )
 
 
-def test_large_images_are_decoded_into_one_block_of_memory_and_small_ones_as_pillow_does() -> None:
-    large = decode_rgb(_saved(Image.new("RGB", (2500, 2000), (9, 8, 7)), "JPEG"))
-    assert Image.core.get_use_block_allocator() == 1
-    assert resize._in_place(large) is not None
-    small = decode_rgb(picture(70, 50))
-    assert Image.core.get_use_block_allocator() == 0
-    assert resize._in_place(small) is not None
+@pytest.mark.parametrize("size", [(70, 50), (2500, 2000)])
+def test_images_are_decoded_into_one_block_of_memory_which_the_resize_reads_in_place(size: tuple[int, int]) -> None:
+    assert resize._in_place(decode_rgb(_saved(Image.new("RGB", size, (9, 8, 7)), "JPEG"))) is not None
 
 
 def test_an_image_that_the_caller_holds_is_copied() -> None:

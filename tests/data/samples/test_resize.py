@@ -134,7 +134,7 @@ def test_more_than_four_megapixels_have_pillows_pixels_in_one_block_or_several(
 
 
 @NEEDS_KERNEL
-def test_pixels_are_right_with_any_size_of_pillows_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_are_right_with_any_size_of_pillows_blocks(block_allocator: int) -> None:
     """Also blocks smaller than the strips that are copied: then the kernel steps back, for this image only."""
     prepare()
     size = Image.core.get_block_size()
