@@ -1,9 +1,10 @@
-"""How fast one worker makes packs: ours beside the original's way (bench/original_loader.py), and what bounds it.
+"""How fast one worker makes packs: ours, ours as it was, the original's way (bench/original_loader.py).
 
-One command: `python bench/loader.py [--json]`. Both ways make the same samples of the same files (t2i, edit pairs,
+One command: `python bench/loader.py [--json]`. All make the same samples of the same files (t2i, edit pairs,
 conversations; JPEG pictures of 512-1344 px) in one worker process each, and take turns, so that a busy machine slows
-both. Times are of this machine; the ratio is what counts. The floor is what decoding and resizing alone take: Pillow's
-decoder and bicubic filter, which the pixels are bound to.
+all. Times are of this machine; the ratios are what counts. The table of parts shows what bounds a worker: Pillow's
+decoder, to which the pixels are bound. Pixels of the resize kernel are compared with Pillow's, all of them. "As it was"
+is Pillow's resize with a malloc that returns every block of 1 MiB or more; beside it Pillow's resize alone.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import tempfile
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +36,7 @@ from bagel_ds.data.config.dataset_config import load_dataset_config
 from bagel_ds.data.files import rows as raw_rows
 from bagel_ds.data.files.row_cache import LIMIT, GroupKey, ReadsRows, Row, RowCache
 from bagel_ds.data.plan.planner import PackingOptions, Planner
+from bagel_ds.data.samples import resize
 from bagel_ds.data.samples.draws import normals
 from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.images import decode_rgb, resize_to_uint8
@@ -41,9 +45,16 @@ from bagel_ds.data.streams.opening import open_streams
 from bagel_ds.data.streams.stream import GroupStream, SampleOptions
 from bagel_ds.demo.tokenizer import train_tokenizer
 from bagel_ds.model_folder.tokenizer import Tokenizer, load_tokenizer
+from bagel_ds.processes import worker
 
 BUDGETS = {"expected_num_tokens": 32768, "max_num_tokens": 36864}
 GROUPS = {"t2i": "t2i_pretrain", "edit": "unified_edit", "vlm": "vlm_sft"}
+PILLOW = {"BAGEL_DS_RESIZE": "pillow"}
+OURS: dict[str, dict[str, str]] = {
+    "ours": {},
+    "pillow_resize": PILLOW,
+    "before": {**PILLOW, "MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**22)},
+}
 WORDS = "a red blue small large house tree river street under over light dark person with dog cat window".split()
 
 
@@ -125,11 +136,16 @@ def worker_seconds() -> float:
     return sum(sum(process.cpu_times()[:2]) for process in found if process.pid not in servers)
 
 
-def ours(data: PlannedData, packs: int) -> Iterator[Any]:
+def ours(data: PlannedData, packs: int, way: str) -> Iterator[Any]:
+    """In one of `OURS`: the variables of the server that forks the worker, which is started anew."""
+    worker._close()
+    os.environ.update(OURS[way])
     batches = data.micro_batches(0, 1, num_workers=1)
     for _ in range(packs):
         yield next(batches).batch
     batches.close()
+    for name in OURS[way]:
+        del os.environ[name]
 
 
 def original(folder: Path, plans: list[tuple[SamplePlan, ...]], tokenizer: Tokenizer, masks: bool) -> DataLoader[Any]:
@@ -145,8 +161,11 @@ def _as_is(pack: Any) -> Any:
 
 
 def floor(streams: list[GroupStream], plans: list[tuple[SamplePlan, ...]], tokenizer: Tokenizer) -> dict[str, float]:
-    """Milliseconds per sample of the parts of our work, in this process."""
-    spent = dict.fromkeys(("read", "decode", "resize", "noise", "tokenise", "whole"), 0.0)
+    """Milliseconds per sample of the parts of our work, in this process, and of Pillow's resize.
+
+    Raises AssertionError where the kernel's pixels aren't Pillow's.
+    """
+    spent = dict.fromkeys(("read", "decode", "resize", "noise", "tokenise", "whole", "by Pillow"), 0.0)
 
     def timed(part: str, work: Callable[..., Any], *given: Any) -> Any:
         start = time.perf_counter()
@@ -164,13 +183,15 @@ def floor(streams: list[GroupStream], plans: list[tuple[SamplePlan, ...]], token
                 timed("tokenise", tokenizer.encode, row.texts[entry.content])
                 continue
             transform = stream.vae_transform if entry.kind == VAE else stream.vit_transform
-            timed("resize", resize_to_uint8, images[entry.content], transform)
+            pixels = timed("resize", resize_to_uint8, images[entry.content], transform).permute(1, 2, 0)
+            expected = timed("by Pillow", resize.by_pillow, images[entry.content], (entry.width, entry.height))
+            assert torch.equal(pixels, expected), f"the kernel's pixels aren't Pillow's: {plan}"
             for drawn in range(1 + entry.loss if entry.kind == VAE else 0):
                 timed("noise", normals, (entry.tokens, 64), "noise", drawn)
     count = sum(map(len, plans))
     parts = {part: 1000 * value / count for part, value in spent.items()}
-    whole = parts.pop("whole")
-    return {**parts, "layout and rest": whole - sum(parts.values()), "whole": whole}
+    whole, by_pillow = parts.pop("whole"), parts.pop("by Pillow")
+    return {**parts, "layout and rest": whole - sum(parts.values()), "whole": whole, "resize by Pillow": by_pillow}
 
 
 class _Rows:
@@ -231,11 +252,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--rows", type=int, default=120, help="rows of each of the three data sets")
     parser.add_argument("--packs", type=int, default=24, help="packs to make")
-    parser.add_argument("--rounds", type=int, default=2, help="turns of each way")
+    parser.add_argument("--rounds", type=int, default=2, help="turns of the original's way")
+    parser.add_argument("--pairs", type=int, default=5, help="turns of each of our ways")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if fault := resize.prepare():
+        raise SystemExit(f"the resize kernel can't be measured: {fault}")
     with tempfile.TemporaryDirectory() as name:
-        report = measure(Path(name), arguments.rows, arguments.packs, arguments.rounds)
+        report = measure(Path(name), arguments.rows, arguments.packs, arguments.rounds, arguments.pairs)
     report["row_groups"] = [
         {"group_rows": rows, "world_size": world, "workers": workers, **row_group_reads(rows, world, workers)}
         for rows in (100, 1000)
@@ -244,23 +268,32 @@ def main() -> None:
     print(json.dumps(report) if arguments.json else describe(report))
 
 
-def measure(folder: Path, rows: int, packs: int, rounds: int) -> dict[str, Any]:
+def measure(folder: Path, rows: int, packs: int, rounds: int, pairs: int) -> dict[str, Any]:
     write_data(folder, rows)
     streams, tokenizer, data = open_data(folder)
     steps = data.planner.steps(1)
     plans = [next(steps).packs[0].samples for _ in range(packs)]
-    ways: dict[str, list[Cost]] = {"ours": [], "original": [], "original_flex": []}
-    for _ in range(rounds):
-        ways["ours"].append(cost_per_sample(ours(data, packs), lambda batch: len(batch.sample_lens)))
-        for way, masks in (("original", True), ("original_flex", False)):
+    ways: dict[str, list[Cost]] = {way: [] for way in (*OURS, "original", "original_flex")}
+    for turn in range(max(rounds, pairs)):
+        for way in OURS if turn < pairs else ():
+            ways[way].append(cost_per_sample(ours(data, packs, way), lambda batch: len(batch.sample_lens)))
+        for way, masks in (("original", True), ("original_flex", False)) if turn < rounds else ():
             loader = original(folder, plans, tokenizer, masks)
             ways[way].append(cost_per_sample(loader, lambda pack: len(pack["sample_lens"])))
     best = {way: Cost(*map(min, zip(*costs, strict=True))) for way, costs in ways.items()}
     raw_rows.forget_open_files()
+
+    def gain(way: str) -> dict[str, float]:
+        """How many times as many samples per second of the processor ours makes, of turns beside each other."""
+        found = [slow.cpu / fast.cpu for fast, slow in zip(ways["ours"], ways[way], strict=True)]
+        return {"median": median(found), "least": min(found), "most": max(found)}
+
     return {
         "samples": sum(map(len, plans)),
         "samples_per_second": {way: 1 / cost.clock for way, cost in best.items()},
         "samples_per_cpu_second": {way: 1 / cost.cpu for way, cost in best.items()},
+        "cpu_ratio_to_before": gain("before"),
+        "cpu_ratio_to_pillow_resize": gain("pillow_resize"),
         "ratio": best["original"].clock / best["ours"].clock,
         "ratio_without_masks": best["original_flex"].clock / best["ours"].clock,
         "cpu_ratio": best["original"].cpu / best["ours"].cpu,
@@ -271,14 +304,20 @@ def measure(folder: Path, rows: int, packs: int, rounds: int) -> dict[str, Any]:
 
 def describe(report: dict[str, Any]) -> str:
     speed, parts = report["samples_per_second"], report["ms_per_sample"]
-    cpu = report["samples_per_cpu_second"]
+    cpu, gains = report["samples_per_cpu_second"], (report["cpu_ratio_to_before"], report["cpu_ratio_to_pillow_resize"])
+    before, pillow = (f"{gain['median']:.2f} ({gain['least']:.2f} to {gain['most']:.2f})" for gain in gains)
     lines = [
         f"{report['samples']} samples, one worker, samples per second (per second of the worker's processor):",
         f"  ours                             {speed['ours']:6.1f} ({cpu['ours']:.1f})",
+        f"  ours, Pillow's resize            {speed['pillow_resize']:6.1f} ({cpu['pillow_resize']:.1f})",
+        f"  ours before                      {speed['before']:6.1f} ({cpu['before']:.1f})",
         f"  original, dense masks            {speed['original']:6.1f} ({cpu['original']:.1f})",
         f"  original, use_flex: no masks     {speed['original_flex']:6.1f} ({cpu['original_flex']:.1f})",
-        f"  ratio {report['ratio']:.2f} ({report['cpu_ratio']:.2f}), without masks {report['ratio_without_masks']:.2f}"
+        f"  ratio to the original {report['ratio']:.2f} ({report['cpu_ratio']:.2f}), without masks"
+        f" {report['ratio_without_masks']:.2f}"
         f" ({report['cpu_ratio_without_masks']:.2f})",
+        f"  per second of the processor, median of turns beside each other: {before} times as many as before,",
+        f"  {pillow} times as many as with Pillow's resize; equal pixels",
         "milliseconds per sample in our worker, without the way to the main process:",
         *(f"  {part:16s} {value:6.2f}" for part, value in parts.items()),
         f"  decode and resize are {(parts['decode'] + parts['resize']) / parts['whole']:.0%} of it",

@@ -33,8 +33,9 @@ _PRELOAD = ("bagel_ds.data.batches.loader", "bagel_ds.data.inspect.check")
 # No threads in the server: none of OpenMP, numpy's BLAS, `tokenizers` and Arrow's allocator.
 _NO_THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 _NO_THREADS |= {"TOKENIZERS_PARALLELISM": "false", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-# Return freed blocks to the system, as ranks do (`train/process/allocators.py`): pictures are large and short-lived.
-_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**22), "MALLOC_ARENA_MAX": "2"}
+# Return freed blocks to the system, as ranks do (`train/process/allocators.py`): packs are large and short-lived. Use
+# those below 8 MiB, such as single pictures, again: fresh pages would take a seventh of a worker's time.
+_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**23), "MALLOC_TRIM_THRESHOLD_": str(2**24), "MALLOC_ARENA_MAX": "2"}
 _NO_PROCESS = "no process can be started: {}. Limits are the number of processes (`ulimit -u`) and memory."
 _OUT_OF_MEMORY = " (the kernel kills processes when memory runs out; `dmesg` shows it; fewer workers need less)"
 _STACKS_SECONDS = 0.2  # for one process to print its stacks before the next begins

@@ -19,6 +19,7 @@ import torch
 
 from bagel_ds.data.batches.materialize import PackTask
 from bagel_ds.data.batches.shared_batch import ReceivedBatch, receive_batch, send_batch
+from bagel_ds.data.samples import resize
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.processes import answer_tasks, start_worker
 
@@ -31,10 +32,11 @@ def worker_batches(
 ) -> Generator[PackedBatch, None, None]:
     """`maker(task)` of each task; every worker has `prefetch` tasks ahead. Raises as `Worker.receive` does."""
     device = torch.cuda.current_device() if pin_memory else None
+    fault = resize.prepare()
     started: list[_BatchWorker] = []
     try:
         for number in range(workers):
-            started.append(_BatchWorker(number, maker, device))
+            started.append(_BatchWorker(number, maker, device, fault))
         for _ in range(prefetch):
             for worker in started:
                 worker.give(next(tasks))
@@ -53,9 +55,11 @@ class _BatchWorker:
     With a `device` the thread puts batches into page-locked memory, for that GPU.
     """
 
-    def __init__(self, number: int, maker: Callable[[PackTask], PackedBatch], device: int | None) -> None:
+    def __init__(
+        self, number: int, maker: Callable[[PackTask], PackedBatch], device: int | None, resize_fault: str
+    ) -> None:
         self._given: deque[PackTask] = deque()
-        self._worker = start_worker(_make_batches, shared=maker, name=f"data worker {number}")
+        self._worker = start_worker(_make_batches, resize_fault, shared=maker, name=f"data worker {number}")
         self._worker.doing = self._doing
         self._made: SimpleQueue[PackedBatch | BaseException] = SimpleQueue()
         self._device = device
@@ -102,6 +106,7 @@ class _BatchWorker:
         return f"it made a pack of {'; '.join(places[:_NAMED_SAMPLES])}{rest}"
 
 
-def _make_batches(connection: Connection, maker: Callable[[PackTask], PackedBatch]) -> None:
+def _make_batches(connection: Connection, maker: Callable[[PackTask], PackedBatch], resize_fault: str) -> None:
     torch.set_num_threads(1)
+    resize.began(resize_fault)
     answer_tasks(connection, maker, send_batch)

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image, ImageFile, PngImagePlugin
 from torch import Tensor
 
+from bagel_ds.data.samples.resize import bicubic
 from bagel_ds.data.samples.sample import BadRow
 from bagel_ds.git_lfs import pointer_fault
 from bagel_ds.regular_files import file_fault
@@ -36,6 +35,9 @@ _ORIENTATION = 0x0112  # EXIF tag
 
 # Pillow's conversion to RGB clips these at 255, which gives an almost white picture, so they are refused.
 _DEEP_MODES = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")
+
+# What needs no copy in RGB: once loaded, such an image holds its pixels only. Others keep a decoder's memory.
+_KEPT_FORMATS = ("JPEG", "PNG")
 
 
 class BadImage(BadRow):
@@ -84,7 +86,7 @@ def decode_rgb(source: bytes | Path) -> Image.Image:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return to_rgb(image)
+                return _loaded(image) if image.format in _KEPT_FORMATS and _is_plain(image) else to_rgb(image)
         except Exception as error:  # what Pillow's decoders raise on damaged files is an open set
             raise _bad(source, f"the image cannot be decoded ({_words(error)})") from error
 
@@ -121,10 +123,7 @@ def ignored_orientation(source: bytes | Path) -> int:
 
 def resize_to_uint8(image: Image.Image, transform: ImageTransform, img_num: int = 1) -> Tensor:
     """RGB image -> uint8 [3, height, width] of `transform.size`, bicubic; a view of [height, width, 3] in memory."""
-    size = transform.size(*image.size, img_num)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return bicubic(image, transform.size(*image.size, img_num)).permute(2, 0, 1)
 
 
 def size_fault(width: int, height: int) -> str:
@@ -170,13 +169,22 @@ def _mode_fault(mode: str) -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; anything with an alpha channel or a transparent color is composited on white."""
+    """A copy in RGB; anything with an alpha channel or a transparent color is composited on white."""
     if image.mode in ("RGBA", "LA", "PA") or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
         white.paste(image, mask=image.getchannel("A"))
         return white
     return image.convert("RGB")
+
+
+def _is_plain(image: Image.Image) -> bool:
+    return image.mode == "RGB" and image.info.get("transparency") is None
+
+
+def _loaded(image: Image.Image) -> Image.Image:
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _bad(source: bytes | Path, reason: str) -> BadImage:

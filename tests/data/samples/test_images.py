@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from bagel_ds.data.samples import resize
 from bagel_ds.data.samples.images import (
     MAX_SIDE,
     BadImage,
@@ -26,6 +27,7 @@ from bagel_ds.data.samples.images import (
     ignored_orientation,
     image_size,
     resize_to_uint8,
+    to_rgb,
 )
 from tests.small_data import picture
 
@@ -78,6 +80,41 @@ def test_an_animation_gives_its_first_frame() -> None:
     frames = [Image.new("RGB", (4, 4), color) for color in ((250, 0, 0), (0, 0, 250))]
     content = _saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert np.asarray(decode_rgb(content))[0, 0].tolist() == [250, 0, 0]
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("as_file", [False, True])
+def test_rgb_files_are_not_copied_and_can_be_used_when_the_file_is_closed(
+    kind: str, as_file: bool, tmp_path: Path
+) -> None:
+    content = picture(70, 50, kind=kind)
+    path = tmp_path / "picture"
+    path.write_bytes(content)
+    decoded = decode_rgb(path if as_file else content)
+    path.unlink()
+    assert decoded.format == kind, "the image that was opened, no copy"
+    assert decoded.mode == "RGB" and getattr(decoded, "fp", None) is None
+    with Image.open(io.BytesIO(content)) as image:
+        expected = image.convert("RGB")
+    assert np.array_equal(np.asarray(decoded), np.asarray(expected))
+    turned = decoded.transpose(Image.Transpose.ROTATE_90)
+    assert np.array_equal(np.asarray(turned), np.rot90(np.asarray(expected)))
+    assert (decoded.copy().size, decoded.resize((9, 8)).size, decoded.crop((0, 0, 3, 4)).size) == (
+        (70, 50),
+        (9, 8),
+        (3, 4),
+    )
+
+
+@pytest.mark.parametrize("size", [(70, 50), (2500, 2000)])
+def test_images_are_decoded_into_one_block_of_memory_which_the_resize_reads_in_place(size: tuple[int, int]) -> None:
+    assert resize._in_place(decode_rgb(_saved(Image.new("RGB", size, (9, 8, 7)), "JPEG"))) is not None
+
+
+def test_an_image_that_the_caller_holds_is_copied() -> None:
+    """What it does with it afterwards changes nothing."""
+    image = Image.new("RGB", (4, 4))
+    assert to_rgb(image) is not image and to_rgb(image).mode == "RGB"
 
 
 def test_a_file_cut_off_in_its_pixels_still_decodes() -> None:
