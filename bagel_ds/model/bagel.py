@@ -95,11 +95,11 @@ class Bagel(nn.Module):
         hidden = self.language_model.model(x, geometry, self.recompute)
 
         ce_rows = geometry.to_sequence[batch.ce_loss_indexes]
-        ce = self.language_model.lm_head(hidden.und[ce_rows], batch.label_ids)
+        ce = self.language_model.lm_head(hidden.und.index_select(0, ce_rows), batch.label_ids)
         mse_rows = geometry.to_sequence[batch.mse_loss_indexes] - len(x.und)
         if not self.config.visual_gen:
             return BagelOutput(ce, target[mse_rows])
-        velocity = self.llm2vae(hidden.gen[mse_rows])
+        velocity = self.llm2vae(hidden.gen.index_select(0, mse_rows))
         return BagelOutput(ce, (velocity.float() - target[mse_rows]) ** 2)
 
     def _predict(
@@ -111,11 +111,11 @@ class Bagel(nn.Module):
         last = network.run_layers(x, geometry, keep, caches)
         hidden = network.final_norm(last)
         ce_rows = geometry.to_sequence[batch.ce_loss_indexes]
-        logits = self.language_model.lm_head(hidden.und[ce_rows])
+        logits = self.language_model.lm_head(hidden.und.index_select(0, ce_rows))
         mse_rows = geometry.to_sequence[batch.mse_loss_indexes] - len(x.und)
         if not self.config.visual_gen:
             return Prediction(logits, x_t_GF[mse_rows], last.gen[mse_rows])
-        return Prediction(logits, self.llm2vae(hidden.gen[mse_rows]).float(), last.gen[mse_rows])
+        return Prediction(logits, self.llm2vae(hidden.gen.index_select(0, mse_rows)).float(), last.gen[mse_rows])
 
     def velocity_of(self, last_MC: Tensor) -> Tensor:
         """The velocity [M, F] fp32 that follows from the last layer's output at latent tokens (`Prediction.last`)."""

@@ -7,6 +7,7 @@ a checkpoint of the same side. Computed in float64 and rounded once.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,7 +69,28 @@ def rope_tables(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.
 
 
 def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotary embedding, rotate-half form (first half against second half)."""
-    first, second = x_THD.chunk(2, dim=-1)
-    rotated = torch.cat([-second, first], dim=-1)
-    return x_THD * cos_TD[:, None] + rotated * sin_TD[:, None]
+    """Rotary embedding, rotate-half form (first half against second half); tables from `rope_tables`."""
+    rotated: Tensor = _Rotated.apply(x_THD, cos_TD, sin_TD)
+    return rotated
+
+
+class _Rotated(torch.autograd.Function):
+    """Its backward pass turns by the opposite angles."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+        ctx.tables = cos_TD, sin_TD
+        return _rotate(x_THD, cos_TD, sin_TD, 1.0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _rotate(gradient, *ctx.tables, -1.0), None, None
+
+
+def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, direction: float) -> Tensor:
+    half = x_THD.shape[-1] // 2
+    sin_T1D = sin_TD[:, None, :half]  # both halves of the tables are equal
+    rotated = x_THD * cos_TD[:, None]
+    rotated[..., :half].addcmul_(x_THD[..., half:], sin_T1D, value=-direction)
+    rotated[..., half:].addcmul_(x_THD[..., :half], sin_T1D, value=direction)
+    return rotated

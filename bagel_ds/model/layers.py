@@ -6,7 +6,7 @@ not filled twice. Load a weight before you use it.
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
@@ -61,9 +61,36 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., width], in the weight's dtype."""
+        normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        return normed
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps the input and each row's factor, where torch's own would keep four tensors of the input's size."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x_fp32 = x.float()
-        normed = x_fp32 * torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        factor = torch.linalg.vecdot(x_fp32, x_fp32).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        ctx.save_for_backward(x, weight, factor)
+        normed = x_fp32 * factor
+        return normed.mul_(weight) if x.dtype == weight.dtype == torch.float32 else normed.to(x.dtype) * weight
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        x, weight, factor = ctx.saved_tensors
+        x_fp32, width = x.float(), x.shape[-1]
+        product = gradient * x_fp32  # fp32
+        grad_weight = grad_x = None
+        if ctx.needs_input_grad[1]:
+            rows = product.view(-1, width)
+            grad_weight = (rows.T @ factor.view(-1)).to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            along = (product @ weight.float()).unsqueeze(-1)
+            grad_x = torch.mul(gradient, weight, out=product if x.dtype == torch.float32 else None).float()
+            grad_x = grad_x.addcmul_(x_fp32, along.mul_(factor).mul_(factor).div_(-width)).mul_(factor).to(x.dtype)
+        return grad_x, grad_weight, None
 
 
 class GELUMLP(nn.Module):

@@ -19,6 +19,7 @@ from bagel_ds.model.attention.backends import Attend
 from bagel_ds.model.embeddings import apply_rope
 from bagel_ds.model.layers import Embedding, RMSNorm, SwiGLUMLP
 from bagel_ds.model.losses.head import CrossEntropyHead
+from bagel_ds.model.permutation import permuted
 from bagel_ds.model.quantized import linear_layer
 from bagel_ds.model.recompute import Recompute
 from bagel_ds.model.shape.config import BagelConfig
@@ -100,7 +101,8 @@ class MoTAttention(TwoExperts):
         if cache is not None:
             k_TKD, v_TKD = cache.extend(k_TKD, v_TKD)
         o_TC = geometry.attend(q_THD, k_TKD, v_TKD).flatten(1)
-        und, gen = o_TC[geometry.to_experts].split([len(x.und), len(x.gen)])
+        by_expert = permuted(o_TC, geometry.to_experts, geometry.to_sequence)
+        und, gen = by_expert.split([len(x.und), len(x.gen)])
         return self.stop_und(self.route("o_proj", Experts(und, gen)))
 
     def _heads(self, which: str, x: Experts, geometry: PackGeometry) -> Tensor:
@@ -109,7 +111,7 @@ class MoTAttention(TwoExperts):
         heads = Experts(*(tokens.unflatten(-1, (-1, self.head_dim)) for tokens in projected))
         if self.qk_norm and which != "v":
             heads = self.route(which + "_norm", heads)
-        return torch.cat(self.stop_und(heads))[geometry.to_sequence]
+        return permuted(torch.cat(self.stop_und(heads)), geometry.to_sequence, geometry.to_experts)
 
 
 class MoTLayer(TwoExperts):

@@ -42,7 +42,7 @@ def network(
         num_hidden_layers=layers,
         num_attention_heads=heads[0],
         num_key_value_heads=heads[1],
-        vocab_size=1024,
+        vocab_size=512,
     )
     vit = ViTConfig(hidden_size=64, intermediate_size=128, num_layers=2, num_attention_heads=4)
     return BagelConfig(llm=llm, vit=vit, **switches)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bagel_ds.model.attention.backends import Attend
 from bagel_ds.model.attention.layout import AttentionLayout
+from bagel_ds.model.permutation import permuted
 
 
 class VarlenKernel(Protocol):
@@ -141,21 +142,10 @@ def reordered(x: Tensor, order: Permutation | Tensor | None) -> Tensor:
     """The rows of x in the order that a plan asks for."""
     if order is None:
         return x
-    gathered: Tensor = _Permuted.apply(x, *order) if isinstance(order, Permutation) else _Repeated.apply(x, order)
+    if isinstance(order, Permutation):
+        return permuted(x, *order)
+    gathered: Tensor = _Repeated.apply(x, order)
     return gathered
-
-
-class _Permuted(torch.autograd.Function):
-    """Rows in another order. Its backward pass is a gather too, where torch's own sorts the index."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.inverse = inverse
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return gradient.index_select(0, ctx.inverse), None, None
 
 
 class _Repeated(torch.autograd.Function):

@@ -38,7 +38,7 @@ class CrossEntropyHead(nn.Module):
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Chunks run over the vocabulary, so each weight row's gradient is one matrix product: nothing is rounded twice.
 
-    The first chunks' logits are kept for the backward pass, in the run's dtype, up to `KEPT_LOGITS` bytes; the others
+    The first chunks' logits are kept for the backward pass, in the run's dtype, up to `KEPT_LOGITS` elements; the others
     are computed again.
     """
 
@@ -50,7 +50,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         room = KEPT_LOGITS if any(ctx.needs_input_grad) else 0
         for start, stop in _chunks(len(hidden_KC), len(weight_VC)):
             logits_Kv = hidden_KC @ weight_VC[start:stop].T
-            room -= logits_Kv.nbytes
+            room -= logits_Kv.numel()
             if room >= 0:
                 kept.append(logits_Kv)
             log_sum = torch.logaddexp(log_sum, logits_Kv.float().logsumexp(dim=1))
@@ -64,13 +64,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor | None, None]:
         hidden_KC, weight_VC, label_ids_K, log_sum = ctx.saved_tensors
-        kept, ctx.kept = ctx.kept, None  # a second backward pass would find changed logits
-        assert kept is not None, "the head's backward pass runs once"
+        kept, ctx.kept = ctx.kept[::-1], []  # they are used up: a second backward pass computes them again
         grad_K1 = grad_outputs[0].float()[:, None]
         grad_hidden = torch.zeros_like(hidden_KC, dtype=torch.float32)
         grad_weight = torch.empty_like(weight_VC) if ctx.needs_input_grad[1] else None
         rows = torch.arange(len(hidden_KC), device=hidden_KC.device)
-        kept.reverse()
         for start, stop in _chunks(len(hidden_KC), len(weight_VC)):
             chunk = weight_VC[start:stop]
             logits_Kv = kept.pop() if kept else hidden_KC @ chunk.T

@@ -13,7 +13,7 @@ from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 
 CHUNK_ELEMENTS = 2**25  # fp32 logits that the head holds at once: 128 MiB
 CHUNK_COLUMNS = 1024  # the least columns of a chunk of logits
-KEPT_LOGITS = 2**31  # bytes of logits that the head keeps for its backward pass
+KEPT_LOGITS = 2**29  # logits that the head keeps for its backward pass, in the run's dtype: 1 GiB in bf16
 ARENA_ALIGNMENT = 512  # bytes, of the slices in the arena of offloaded layer inputs
 
 
@@ -42,14 +42,14 @@ def activations(config: BagelConfig, pack: PackShape, mode: str, dtype_bytes: in
     """`mode` is the argument activation_checkpointing: "full", "none" or "offload" (sized like "full")."""
     llm, vit = config.llm, config.vit
     tokens, patches = pack.tokens, pack.vit_tokens if config.visual_und else 0
-    share = dtype_bytes / 2  # the counts below are those of bf16; fp32 copies in norms weigh the same in both
+    share = dtype_bytes / 2  # the counts below are those of bf16
     width, inner = llm.hidden_size, llm.intermediate_size
     keys = width * llm.num_key_value_heads / llm.num_attention_heads
     # What attention reads. Segments with a prefix have it in copies of their own, as many again on average. In fp32 a
     # GPU has no kernel that shares them between heads (attention/sdpa.py).
     attended = 2 * width if dtype_bytes == 4 else 4 * keys
-    saved = share * (17 * width + 2 * keys + attended + 8 * inner) + 14 * width + 3 * keys  # of one layer
-    transient = share * (2 * width + keys + 4 * inner)
+    saved = share * (14 * width + 2 * keys + attended + 8 * inner)  # of one layer
+    transient = share * (4 * width + 4 * inner)
     vit_saved = share * (15 * vit.hidden_size + 4 * vit.intermediate_size) + 3 * vit.hidden_size
     vit_transient = share * 2 * vit.intermediate_size
     checkpoint, vit_checkpoint = 2 * share * width, 2 * share * vit.hidden_size
@@ -88,10 +88,10 @@ def chunk_columns(positions: int) -> int:
 def head_bytes(labels: int, vocabulary: int, width: int, dtype_bytes: int) -> int:
     """Cross entropy: logits that are kept, what a chunk needs in fp32, the labels' rows and their gradient."""
     columns = min(vocabulary, chunk_columns(labels))
-    every = labels * vocabulary * dtype_bytes
-    kept = every if every <= KEPT_LOGITS else KEPT_LOGITS + labels * columns * dtype_bytes
+    every = labels * vocabulary
+    kept = every if every <= KEPT_LOGITS else KEPT_LOGITS + labels * columns
     fp32 = labels * columns * (8 if dtype_bytes < 4 else 4)
-    return int(kept + fp32 + labels * width * (2 * dtype_bytes + 4))
+    return int(kept * dtype_bytes + fp32 + labels * width * (2 * dtype_bytes + 4))
 
 
 def vae_bytes(vae: VAEConfig, pixels: int, bf16: bool, on_cpu: bool) -> int:

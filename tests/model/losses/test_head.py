@@ -24,7 +24,7 @@ def make(
     return head, states, torch.randint(0, vocabulary, (positions,), generator=generator)
 
 
-@pytest.mark.parametrize("kept", [0, 1024 * 7 * 4 - 1, 1024 * 7 * 4, 2**31], ids=["none", "under", "one", "all kept"])
+@pytest.mark.parametrize("kept", [0, 1024 * 7 - 1, 1024 * 7, 2**29], ids=["none", "under", "one", "all kept"])
 @pytest.mark.parametrize("elements", [1, 4096, 2**25], ids=["many chunks", "some chunks", "one chunk"])
 @pytest.mark.parametrize("positions", [0, 1, 7])
 def test_loss_and_gradients_equal_the_plain_way(
@@ -47,7 +47,7 @@ def test_kept_logits_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.Monke
     """With half of them kept, others are computed again; the head multiplies as often as it must."""
     monkeypatch.setattr(activations, "CHUNK_ELEMENTS", 1)
     found = []
-    for kept in (0, 1024 * 7 * dtype.itemsize, 2**31):
+    for kept in (0, 1024 * 7, 2**29):
         monkeypatch.setattr(head_module, "KEPT_LOGITS", kept)
         head, states, labels = make(7)
         head, states = head.to(dtype), states.detach().to(dtype).requires_grad_()
@@ -56,7 +56,7 @@ def test_kept_logits_change_no_bit(dtype: torch.dtype, monkeypatch: pytest.Monke
             loss.mul(torch.linspace(-1, 2, 7)).sum().backward()
         assert head.weight.grad is not None and states.grad is not None
         found.append((loss, states.grad, head.weight.grad))
-        assert products.count == {0: 12, 2**31: 9}.get(kept, 11)  # three chunks
+        assert products.count == {0: 12, 2**29: 9}.get(kept, 11)  # three chunks
     for one, two in zip(found, found[1:]):
         assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
