@@ -49,6 +49,9 @@ FOREIGN = {
     "host=node1 was not reachable via ssh",
     "launcher 'pdsh' not installed",
     "Connection refused",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Killing subprocess",
     "huggingface-cli: command not found",
     "ranks x --gradient_accumulation_steps",  # a formula
 }
