@@ -17,6 +17,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TOP = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 # The names that tests find blocks by stand behind the language, where Markdown for the site knows only options.
 _NAMED_BLOCK = re.compile(r"^( *```\w+) [\w-]+$", re.MULTILINE)
+_CODE = re.compile(r"<code>[^<]*</code>")  # blocks with colors hold other elements
+_OPTION = re.compile(r"--[a-z]\w+")
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+://|#)([^)#\s]*)(#[^)\s]*)?\)")
 
 
@@ -34,6 +36,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri in TOP.values():
         return markdown
     return for_site(markdown, f"docs/{page.file.src_uri}")
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Options in running text and tables, marked so that site.css keeps `--name` on one line."""
+    return _CODE.sub(lambda code: _OPTION.sub(r'<span class="option">\g<0></span>', code[0]), html)
 
 
 def for_site(markdown: str, source: str) -> str:

@@ -31,7 +31,11 @@ ISSUES = {
 }
 # What torch, the launcher, the shell and other programs say.
 FOREIGN = {
+    "exitcode: -9",
+    "Signal 9 (SIGKILL) received",
+    "size mismatch for latent_pos_embed",
     "weight ... is on the meta device",
+    "Cannot copy out of meta tensor",
     "No module named flash_attn",
     "CUDA out of memory",
     "Watchdog caught collective operation timeout",
@@ -45,6 +49,9 @@ FOREIGN = {
     "host=node1 was not reachable via ssh",
     "launcher 'pdsh' not installed",
     "Connection refused",
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Killing subprocess",
     "huggingface-cli: command not found",
     "ranks x --gradient_accumulation_steps",  # a formula
 }
@@ -86,7 +93,8 @@ def test_each_reported_problem_is_found_by_its_issue_number(problem: str) -> Non
 
 @pytest.mark.parametrize(
     "words",
-    ["SIGKILL at load", "hang at step 0", "loss 11", "weight on meta device", "NCCL timeout", "OOM", "NaN", "KeyError"],
+    ["SIGKILL at load", "hang at step 0", "loss 11", "weight on meta device", "NCCL timeout", "OOM", "NaN", "KeyError"]
+    + ["Signal 9", "size mismatch", "meta tensor", "OutOfMemoryError", "ChildFailedError", "stuck", "num_used_data"],
 )
 def test_the_words_that_people_type_are_found(words: str) -> None:
     assert words.lower() in " ".join(PAGE.split()).lower()

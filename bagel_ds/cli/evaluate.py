@@ -75,6 +75,11 @@ def run(options: argparse.Namespace) -> int:
     from bagel_ds.checkpoint.step_folders import meant_checkpoint
 
     log_to_stderr()
+    if not Path(options.val_config).is_file():
+        raise UserError(
+            f"--val_config {options.val_config}: no such file. Write a dataset YAML of the held-out rows "
+            "(docs/inference.md)"
+        )
     options.checkpoints = [meant_checkpoint(path) for path in options.checkpoints]  # `latest` may be a text file
     wanted = list(_STEMS) if options.weights == "both" else [options.weights]
     found = _with_adapters(options) if options.lora else _weight_files(options.checkpoints, wanted)

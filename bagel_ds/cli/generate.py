@@ -42,7 +42,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--timestep_shift", type=float, default=None, help="more steps near the noise for a shift above 1")
     add("--cfg_text_scale", type=float, default=None, help="guidance by the text; 1 or less switches it off")
     add("--cfg_img_scale", type=float, default=None, help="guidance by the image; 1 or less switches it off")
-    add("--cfg_interval", type=float, nargs=2, metavar=("LO", "HI"), default=None, help="flow times with guidance")
+    add(
+        "--cfg_interval",
+        type=float,
+        nargs=2,
+        metavar=("LO", "HI"),
+        default=None,
+        help="guide only at flow times from LO to HI; 1 is noise, 0 the picture",
+    )
     add("--cfg_renorm_min", type=float, default=None, help="smallest factor of renormalization, 0 to 1")
     add("--cfg_renorm_type", choices=RENORM_TYPES, default=None, help="what renormalization measures")
     add("--enable_taylorseer", action="store_true", default=None, help="extrapolate two steps of three")
@@ -50,7 +57,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--do_sample", action="store_true", default=None, help="draw the tokens of a text instead of the likeliest")
     add("--text_temperature", type=float, default=None, help="of --do_sample")
     add("--max_iterations", type=at_least_one, default=None, help="texts and images of interleaved reasoning")
-    add("--layout", choices=("plain", "geneval", "wise"), default="plain", help="file and folders of a benchmark")
+    add(
+        "--layout",
+        choices=("plain", "geneval", "wise"),
+        default="plain",
+        help="read the prompt file of GenEval or WISE and write the folders that its scorer expects",
+    )
     add("--batch_size", type=at_least_one, default=4, help="prompts of a file at a time (default 4)")
     add_model_options(parser)
     add("--local_rank", type=int, default=None, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
@@ -61,7 +73,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", default=None, help="cpu, cuda or cuda:N (default: the launcher's GPU, or the first)")
     add("--precision", choices=("bf16", "fp32"), default=None, help="default bf16 on a GPU, fp32 on a CPU")
-    add("--weights", choices=("ema", "model"), default=None, help="default: the average, unless it is too young")
+    add(
+        "--weights",
+        type=lambda word: {"average": "ema", "weights": "model"}.get(word, word),  # as bagel-ds evaluate names them
+        choices=("ema", "model"),
+        default=None,
+        help="ema.safetensors (or: average) or model.safetensors (or: weights); default: the average, unless it is too "
+        "young for the run",
+    )
     add(
         "--lora",
         action="append",

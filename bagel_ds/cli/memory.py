@@ -156,7 +156,7 @@ def _ranks(options: argparse.Namespace, line: LaunchLine) -> Ranks:
 def _network(model: str | None, config: RunConfig) -> tuple[BagelConfig, VAEConfig]:
     """The network to plan for: --model, or the one at --model_path."""
     if model is None and "model_path" not in config.explicit:
-        raise UserError("bagel-ds memory: pass --model_path with the model's folder or hub id, or --model 7b")
+        raise UserError("pass --model_path with the model's folder or hub id, or --model 7b")
     name = model or config.model.model_path
     if model is None and Path(name).is_dir():
         return _from_folder(config, Path(name))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bagel_ds.errors import UserError
-from bagel_ds.model_folder.folder import DOWNLOAD, EMA, MODEL, ModelFolder
+from bagel_ds.model_folder.folder import EMA, MODEL, ModelFolder
 from bagel_ds.model_folder.tensor_files import read_header
 
 _STEPS, _DECAY = "training_steps", "ema_decay"  # keys of the metadata
@@ -55,7 +55,7 @@ def average_or_weights(folder: Path) -> Choice:
         return Choice("ema", f"the folder holds no {MODEL}")
     if weights:
         return Choice("model", f"the folder holds no {EMA}")
-    raise UserError(f"{folder} holds neither {MODEL} nor {EMA} (nor their .index.json). {DOWNLOAD}")
+    raise UserError(model_folder.without_weights())
 
 
 def chosen(averaging: Averaging | None) -> Choice:

@@ -36,8 +36,8 @@ TOKENIZER_FILES = (
 )
 
 DOWNLOAD = (
-    "Get the model with `hf download ByteDance-Seed/BAGEL-7B-MoT --local-dir models/BAGEL-7B-MoT` and pass "
-    "--model_path models/BAGEL-7B-MoT; or make a tiny one with `bagel-ds demo --out demo`."
+    "Get the model with `bagel-ds download` and pass --model_path models/BAGEL-7B-MoT; or make a tiny one with "
+    "`bagel-ds demo --out demo`."
 )
 
 
@@ -123,9 +123,15 @@ class ModelFolder:
             files = self.weight_files(stem)
             if files:
                 return TensorFiles(files)
+        raise UserError(self.without_weights())
+
+    def without_weights(self) -> str:
+        """The message about a folder with neither weight file; the remedy names the folder's newest checkpoint."""
         others = [path.name for path in sorted(self.path.iterdir()) if _is_weight_file(path) and path.name != VAE]
         unread = f" Found {', '.join(others[:3])}, which has another name or format." if others else ""
-        raise UserError(f"{self.path} holds neither {MODEL} nor {EMA} (nor their .index.json).{unread} {DOWNLOAD}")
+        newest = _newest_checkpoint(self.path)
+        remedy = f"It is the folder of a run: pass a checkpoint, such as {newest}." if newest else DOWNLOAD
+        return f"{self.path} holds neither {MODEL} nor {EMA} (nor their .index.json).{unread} {remedy}"
 
     def load_vae(self, decodes: bool = True) -> AutoEncoder:
         """The frozen autoencoder in fp32, or only its encoder. Raises `UserError`."""
@@ -177,6 +183,14 @@ def _number_fault(value: Any, kind: type, most: int) -> str:
         return "" if type(value) is int and 1 <= value <= most else f"a whole number from 1 to {most:,}"
     good = type(value) in (int, float) and 0 < value < math.inf
     return "" if good else "a number above 0"
+
+
+def _newest_checkpoint(folder: Path) -> Path | None:
+    """The last step_N with weights in a checkpoint_dir, or in the one of a results_dir."""
+    steps = [path for below in (folder, folder / "checkpoints") for path in below.glob("step_*")]
+    numbered = [path for path in steps if path.name.removeprefix("step_").isdecimal() and path.is_dir()]
+    whole = [path for path in numbered if ModelFolder(path).holds_weights]
+    return max(whole, key=lambda path: int(path.name.removeprefix("step_")), default=None)
 
 
 def _is_weight_file(path: Path) -> bool:

@@ -57,8 +57,7 @@ _NAMES = {dtype: name for name, dtype in _TORCH.items()}
 
 
 UNQUANTIZED = (
-    "Quantized weights can't be trained: use weights in bf16 or fp32, such as "
-    "`hf download ByteDance-Seed/BAGEL-7B-MoT --local-dir models/BAGEL-7B-MoT`"
+    "Quantized weights can't be trained: use weights in bf16 or fp32, such as those that `bagel-ds download` fetches"
 )
 
 

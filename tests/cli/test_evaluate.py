@@ -47,7 +47,8 @@ def test_mistakes_are_reported_together_before_anything_is_loaded(
     assert f"{tmp_path / 'step_3'}: no such folder" in error(
         capsys, tmp_path / "latest", "--val_config", demo / "example.yaml"
     )
-    assert "--val_config nowhere.yaml: no such file" in error(capsys, demo / "model", "--val_config", "nowhere.yaml")
+    text = error(capsys, demo / "model", "--val_config", "nowhere.yaml")
+    assert "--val_config nowhere.yaml: no such file" in text and "--dataset_config_file" not in text
     assert "--val_every" in error(capsys, demo / "model", "--val_config", demo / "example.yaml", "--val_evry", 3)
 
 

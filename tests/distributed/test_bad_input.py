@@ -49,9 +49,7 @@ def loads(make: Make) -> Make:
 
 
 # ------------------------------------------------------------------------------------------------------- arguments
-@bad(
-    "hf download ByteDance-Seed/BAGEL-7B-MoT", "bagel-ds demo", "--model_path hf/BAGEL-7B-MoT", "--dataset_config_file"
-)
+@bad("bagel-ds download", "bagel-ds demo", "--model_path hf/BAGEL-7B-MoT", "--dataset_config_file")
 def the_bare_command(demo: Path, own_folder: Path) -> list[str]:
     return ["--ds_config", "zero3.json"]
 
@@ -122,12 +120,12 @@ def checkpoint_dir_is_a_file(demo: Path, own_folder: Path) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------- the model folder
-@bad("--model_path .*nowhere", "hf download", "bagel-ds demo")
+@bad("--model_path .*nowhere", "bagel-ds download", "bagel-ds demo")
 def model_folder_missing(demo: Path, own_folder: Path) -> list[str]:
     return arguments(demo, own_folder, model_path=own_folder / "nowhere")
 
 
-@bad("lacks", r"llm_config\.json", r"ae\.safetensors", r"tokenizer\.json", r"ema\.safetensors", "hf download")
+@bad("lacks", r"llm_config\.json", r"ae\.safetensors", r"tokenizer\.json", r"ema\.safetensors", "bagel-ds download")
 def model_folder_nearly_empty(demo: Path, own_folder: Path) -> list[str]:
     left_out = [file.name for file in (demo / "model").iterdir() if file.name != "vit_config.json"]
     return arguments(demo, own_folder, model_path=linked_model(demo / "model", own_folder / "model", left_out))
@@ -166,7 +164,7 @@ def weights_of_another_network(demo: Path, own_folder: Path) -> list[str]:
     return arguments(demo, own_folder, model_path=model)
 
 
-@bad(r"lacks ema\.safetensors or model\.safetensors", "hf download")
+@bad(r"lacks ema\.safetensors or model\.safetensors", "bagel-ds download")
 def no_weights_at_all(demo: Path, own_folder: Path) -> list[str]:
     model = linked_model(demo / "model", own_folder / "model", ["ema.safetensors"])
     return arguments(demo, own_folder, model_path=model)

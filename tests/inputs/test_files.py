@@ -10,7 +10,7 @@ from bagel_ds.arguments.run_config import RunConfig, parse_arguments
 from bagel_ds.errors import UserError
 from bagel_ds.inputs import files, network
 
-NO_MODEL_WORDS = ("hf download ByteDance-Seed/BAGEL-7B-MoT", "bagel-ds demo --out demo")
+NO_MODEL_WORDS = ("bagel-ds download", "bagel-ds demo --out demo")
 
 
 @pytest.fixture(autouse=True)

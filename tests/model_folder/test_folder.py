@@ -125,6 +125,17 @@ def test_weights_that_can_not_be_used_are_named(name: str, tmp_path: Path) -> No
         ModelFolder(tmp_path).open_weights(True)
 
 
+@pytest.mark.parametrize("above", [".", "checkpoints"])
+def test_for_the_folder_of_a_run_its_newest_checkpoint_is_named(above: str, tmp_path: Path) -> None:
+    for step in (9, 10):
+        (tmp_path / above / f"step_{step}").mkdir(parents=True)
+        save_file({"a": torch.ones(1)}, tmp_path / above / f"step_{step}" / "model.safetensors")
+    (tmp_path / above / "step_11").mkdir()  # without weights, as an adapter's
+    (tmp_path / above / "step_final").symlink_to("step_10")
+    with pytest.raises(UserError, match="holds neither .* pass a checkpoint, such as .*step_10[.]$"):
+        ModelFolder(tmp_path).open_weights(True)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', "{}"])
 def test_a_broken_index_is_a_message(text: str, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(text)
