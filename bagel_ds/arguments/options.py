@@ -214,8 +214,9 @@ class TrainingArguments:
     )
     activation_checkpointing: str = option(
         "full",
-        "(ours) recompute every layer in backward; offload also keeps its input in CPU memory, none keeps all",
-        choices=("full", "offload", "none"),
+        "(ours) recompute every layer in backward; selective keeps the results of matrix products and attention in as "
+        "many layers as the GPU has room for, offload also keeps a layer's input in CPU memory, none keeps all",
+        choices=("full", "selective", "offload", "none"),
     )
     save_dtype: str = option(
         "auto",

@@ -38,6 +38,7 @@ class StepShape(NamedTuple):
     image_pixels: int
     checkpointing: str  # the argument activation_checkpointing
     gpu_bytes: float | None = None  # memory of one GPU; None if unknown
+    selective_layers: int = 0  # decoder layers that keep products
 
 
 def phases(sharding: Sharding, shape: StepShape) -> list[Phase]:
@@ -77,12 +78,14 @@ def _backward(s: Sharding, shape: StepShape, needs: Activations) -> list[Phase]:
     own = {
         "layer": [
             *_checkpoints(shape, needs.checkpoints + needs.vit_checkpoints, 2 * needs.layer_input),
+            State(_PRODUCTS, DEVICE, needs.products * max(shape.selective_layers - 1, 0)),
             State("activations of a decoder layer", DEVICE, needs.layer),
             *dequantized(s, shape),
             *_reduction(s, 0),
         ],
         "head": [
             *_checkpoints(shape, needs.checkpoints + needs.vit_checkpoints, needs.layer_input),
+            State(_PRODUCTS, DEVICE, needs.products * shape.selective_layers),
             State("logits and labels", DEVICE, needs.head),
             # The head's gradient comes first, so the bucket is empty: only a gradient larger than it is reduced now.
             *(_reduction(s, head) if _trains(s, "lm_head") and head > s.bucket else []),
@@ -162,6 +165,7 @@ def _trains(s: Sharding, part: str) -> bool:
     return any(p.trains and part in p.name for p in s.parameters)
 
 
+_PRODUCTS = "products that layers keep"
 _REDUCED, _SUMS = "gradients being reduced", "gradients in the format of their sum"
 _NORM, _IN_TRANSIT = "gradient norm in float64", "a gradient in transit to the host"
 _TO_NVME = "fp32 gradients in transit to NVMe"

@@ -8,6 +8,7 @@ memory.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,7 @@ class MemoryOptions:
     max_num_tokens: int = 36864
     image_pixels: int = 1024 * 1024  # of the largest image the autoencoder encodes
     activation_checkpointing: str = "full"
+    selective_layers: int | None = None  # decoder layers that keep products with "selective"; None: as many as fit
     freeze_llm: bool = False
     freeze_vit: bool = False
     ema: bool = True
@@ -117,6 +119,7 @@ class MemoryPlan:
     gpu_memory: float | None = None
     host_memory: float | None = None
     nvme_space: float | None = None
+    selective_layers: int | None = None  # decoder layers that keep products; None unless "selective"
 
     @property
     def shortfalls(self) -> dict[str, float]:
@@ -158,7 +161,27 @@ class MemoryPlan:
 
 
 def plan_memory(model: BagelConfig, settings: ZeroSettings, run: MemoryOptions) -> MemoryPlan:
-    """Predict the peaks of a run. Raises UserError if nothing would train."""
+    """Predict the peaks of a run. Raises UserError if nothing would train.
+
+    With "selective" activation checkpointing, as many decoder layers keep products as the GPU has room for, all of them
+    where its memory isn't given.
+    """
+    if run.activation_checkpointing != "selective" or run.selective_layers is not None:
+        return _plan(model, settings, run)
+
+    def keeping(layers: int) -> MemoryPlan:
+        return _plan(model, settings, dataclasses.replace(run, selective_layers=layers))
+
+    layers, least = model.llm.num_hidden_layers, 0
+    if run.gpu_memory is None or DEVICE not in keeping(layers).shortfalls:
+        return keeping(layers)
+    while least + 1 < layers:  # `layers` have no room, `least` have, or nothing has
+        middle = (least + layers) // 2
+        least, layers = (least, middle) if DEVICE in keeping(middle).shortfalls else (middle, layers)
+    return keeping(least)
+
+
+def _plan(model: BagelConfig, settings: ZeroSettings, run: MemoryOptions) -> MemoryPlan:
     parameters = parameter_sizes(model, run.freezing)
     if not any(parameter.trains for parameter in parameters):
         raise UserError("nothing to train: the freeze_* arguments with visual_und/visual_gen leave no parameter")
@@ -172,6 +195,7 @@ def plan_memory(model: BagelConfig, settings: ZeroSettings, run: MemoryOptions) 
         run.image_pixels,
         run.activation_checkpointing,
         gpu_bytes=None if run.gpu_memory is None else run.gpu_memory * GIB,
+        selective_layers=run.selective_layers or 0,
     )
     ranks = run.ranks_per_host or run.world_size
     always = [
@@ -211,6 +235,7 @@ def plan_memory(model: BagelConfig, settings: ZeroSettings, run: MemoryOptions) 
         gpu_memory=run.gpu_memory,
         host_memory=run.host_memory,
         nvme_space=run.nvme,
+        selective_layers=run.selective_layers,
     )
 
 

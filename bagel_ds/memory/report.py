@@ -29,6 +29,8 @@ def report_lines(plan: MemoryPlan) -> list[str]:
             lines.append(f"{title}: {peaks[place] / GIB:.1f}{budget} GiB")
             lines += _item_lines([item for item in plan.items if item.place == place], peaks[place])
     lines += _between_steps(plan)
+    if plan.selective_layers is not None:
+        lines.append(f"decoder layers that keep products for the backward pass (selective): {plan.selective_layers}")
     moved = [f"{name} {size / GIB:.0f} GiB" for name, size in plan.traffic._asdict().items() if size]
     lines.append("moved per host and step: " + (", ".join(moved) or "nothing"))
     return lines + [verdict(plan)]

@@ -115,8 +115,9 @@ class MoTAttention(TwoExperts):
 
 
 class MoTLayer(TwoExperts):
-    def __init__(self, config: BagelConfig):
+    def __init__(self, config: BagelConfig, layers_after: int):
         super().__init__(config)
+        self.layers_after = layers_after  # whose backward passes come before this one's
         llm = config.llm
         self.self_attn = MoTAttention(config)
         for suffix in ("", GEN):
@@ -140,7 +141,7 @@ class MoTModel(TwoExperts):
         super().__init__(config)
         llm = config.llm
         self.embed_tokens = Embedding(llm.vocab_size, llm.hidden_size)
-        self.layers = nn.ModuleList(MoTLayer(config) for _ in range(llm.num_hidden_layers))
+        self.layers = nn.ModuleList(MoTLayer(config, after) for after in reversed(range(llm.num_hidden_layers)))
         for suffix in ("", GEN):
             self.add_module("norm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps))
 

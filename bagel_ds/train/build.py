@@ -36,7 +36,12 @@ def build_engine(config: RunConfig, prepared: Prepared) -> ZeroEngine:
     model, training = prepared.model, config.training
     # No pack has more tokens, so this is the most that layer inputs take in host memory ("offload").
     arena = arena_bytes(model, config.data.max_num_tokens, DTYPES[training.precision].itemsize)
-    recompute = recompute_mode(training.activation_checkpointing, arena, draws=training.lora_dropout > 0)
+    recompute = recompute_mode(
+        training.activation_checkpointing,
+        arena,
+        draws=training.lora_dropout > 0,
+        layers=prepared.memory.selective_layers,
+    )
     return ZeroEngine(lambda: Bagel(model, recompute), trainable(config, model), prepared.ds_config)
 
 

@@ -169,6 +169,27 @@ def test_copies_of_a_prefix_that_images_share_are_within_the_plan(
     assert 0.97 * measured < planned < 1.15 * measured
 
 
+def selective_peaks(kept: int, layers: int = 4) -> tuple[int, int]:
+    """As `_peaks`, per token of a text, of a network in which so many layers keep products."""
+    found = []
+    for tokens in (2048, 4096):  # so many that gradients of weights, which come one by one, weigh little
+        torch.manual_seed(0)
+        config = network(layers=layers)
+        model = Bagel(config, recompute_mode("selective", layers=kept))
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, 0, 0.02)
+        model, batch = model.to(torch.bfloat16), pack(0, tokens, 0)
+        with LiveTensors() as live:
+            output = model(batch, torch.zeros(tokens, 64))
+            loss = output.mse.sum() + output.ce.sum()
+            del output
+            loss.backward()
+        needs = activations(config, PackShape(tokens, 0, 0), "selective", 2)
+        layer = needs.products * max(kept - 1, 0) + needs.layer
+        found.append((live.peak, needs.inputs + needs.checkpoints + max(layer, needs.products * kept + needs.head)))
+    return found[1][0] - found[0][0], found[1][1] - found[0][1]
+
+
 def _peaks(config: BagelConfig, tokens: list[int], mode: str, dtype: torch.dtype, splits: int = 1) -> tuple[int, int]:
     """Largest live bytes of a forward and backward pass, and what is planned for it.
 

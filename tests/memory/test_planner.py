@@ -385,6 +385,26 @@ def test_what_is_suggested_are_remedies_of_different_kinds() -> None:
     assert harmless[0].settings == ("--ds_config zero3_split.json",)
 
 
+@pytest.mark.parametrize("gpu, tokens", [(24, 11520), (40, 11520), (24, 20480), (80, 11520), (6, 11520)])
+def test_selective_keeps_products_in_as_many_layers_as_fit(gpu: float, tokens: int) -> None:
+    options = {"activation_checkpointing": "selective", "max_num_tokens": tokens}
+    found = plan("zero3_cpu.json", **options, gpu_memory=gpu)
+    kept, every = found.selective_layers, MODEL.llm.num_hidden_layers
+    assert kept is not None
+    if gpu > 6:
+        assert "gpu" not in found.shortfalls and kept > 0
+    else:
+        assert "gpu" in found.shortfalls and kept == 0
+    if kept < every:
+        more = plan("zero3_cpu.json", **options, gpu_memory=gpu, selective_layers=kept + 1)
+        assert "gpu" in more.shortfalls
+    assert f"(selective): {kept}" in "\n".join(report_lines(found))
+    unknown = plan("zero3_cpu.json", **options)
+    assert unknown.selective_layers == every
+    full = plan("zero3_cpu.json", max_num_tokens=tokens, gpu_memory=gpu)
+    assert full.selective_layers is None and full.gpu_peak <= found.gpu_peak < unknown.gpu_peak + 1
+
+
 def test_what_was_compared_with_nothing_is_said() -> None:
     found = plan("zero3_nvme.json", gpu_memory=24, host_memory=128)
     expected = f"it fits the sizes you gave; NVMe not compared: {found.nvme / GIB:.0f} GiB needed (pass --nvme)"

@@ -28,7 +28,7 @@ def norm_of(width: int, dtype: torch.dtype) -> RMSNorm:
     return norm.to(dtype)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_norm_equals_its_plain_form(shape: tuple[int, ...], dtype: torch.dtype, tolerance: float) -> None:
     norm, x, weights = norm_of(shape[-1], dtype), drawn(*shape, dtype=dtype), drawn(*shape, dtype=dtype).detach()

@@ -32,6 +32,7 @@ class Activations(NamedTuple):
     layer_input: int  # the part of one decoder layer
     inputs: int  # embeddings, flow and pixels of the pack
     layer: int  # what one decoder layer adds during its backward pass
+    products: int  # of that, results of products and attention, which "selective" keeps from the forward pass
     vit_layer: int
     vit_checkpoints: int
     vit_layer_input: int
@@ -39,7 +40,7 @@ class Activations(NamedTuple):
 
 
 def activations(config: BagelConfig, pack: PackShape, mode: str, dtype_bytes: int) -> Activations:
-    """`mode` is the argument activation_checkpointing: "full", "none" or "offload" (sized like "full")."""
+    """`mode` is the argument activation_checkpointing: "full", "none", "offload" or "selective" (sized like "full")."""
     llm, vit = config.llm, config.vit
     tokens, patches = pack.tokens, pack.vit_tokens if config.visual_und else 0
     share = dtype_bytes / 2  # the counts below are those of bf16
@@ -50,6 +51,7 @@ def activations(config: BagelConfig, pack: PackShape, mode: str, dtype_bytes: in
     attended = 2 * width if dtype_bytes == 4 else 4 * keys
     saved = share * (14 * width + 2 * keys + attended + 8 * inner)  # of one layer
     transient = share * (4 * width + 4 * inner)
+    products = share * (8 * width + 4 * keys + 4 * inner) + 4 * llm.num_attention_heads
     vit_saved = share * (15 * vit.hidden_size + 4 * vit.intermediate_size) + 3 * vit.hidden_size
     vit_transient = share * 2 * vit.intermediate_size
     checkpoint, vit_checkpoint = 2 * share * width, 2 * share * vit.hidden_size
@@ -62,6 +64,7 @@ def activations(config: BagelConfig, pack: PackShape, mode: str, dtype_bytes: in
             tokens * (share * 4 * width + 12 * config.latent_features) + patches * patch_features * (1 + 2 * share)
         ),
         layer=int(tokens * (transient if mode == "none" else saved + transient)),
+        products=int(tokens * products),
         vit_layer=int(patches * (vit_transient if mode == "none" else vit_saved + vit_transient)),
         vit_checkpoints=int(patches * vit.num_layers * layers[1]),
         vit_layer_input=int(patches * vit_checkpoint),
