@@ -25,6 +25,7 @@ CASES = {  # preset and how layers are recomputed
     "zero3": ("zero3", "full"),
     "zero2": ("zero2", "full"),
     "offload": ("zero3", "offload"),
+    "selective": ("zero3", "selective"),
 }
 
 

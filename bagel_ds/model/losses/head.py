@@ -38,8 +38,8 @@ class CrossEntropyHead(nn.Module):
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Chunks run over the vocabulary, so each weight row's gradient is one matrix product: nothing is rounded twice.
 
-    The first chunks' logits are kept for the backward pass, in the run's dtype, up to `KEPT_LOGITS` elements; the others
-    are computed again.
+    The first chunks' logits, up to `KEPT_LOGITS` elements, are kept for the backward pass in the run's dtype; those of
+    the others are computed again.
     """
 
     @staticmethod
