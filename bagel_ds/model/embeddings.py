@@ -84,7 +84,8 @@ class _Rotated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _rotate(gradient, *ctx.tables, -1.0), None, None
+        cos_TD, sin_TD = ctx.tables
+        return _rotate(gradient, cos_TD, sin_TD, -1.0), None, None
 
 
 def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, direction: float) -> Tensor:
