@@ -106,6 +106,7 @@ class TrainingArguments:
     finetune_from_hf: bool = option(False, "start from the weights of model_path")
 
     log_every: int = option(10, "optimizer steps between log lines")
+    profile: int = option(0, "(ours) write a profile of so many steps into results_dir/profile; 0 for none")
     save_every: int = option(2000, "optimizer steps between checkpoints; the last step is always saved")
     total_steps: int = option(500_000, "optimizer steps of the whole run")
     del_previous_state: bool = option(False, "after a save, delete older optimizer states and keep the weights")

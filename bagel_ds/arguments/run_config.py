@@ -114,7 +114,7 @@ _AT_LEAST_ONE = """max_num_tokens_per_sample expected_num_tokens max_num_tokens 
     num_replicate num_shard ema_every val_every sample_every""".split()
 _NOT_NEGATIVE = """num_workers prefer_buffer_before max_buffer_size data_seed global_seed debug_batches warmup_steps lr
     min_lr eps max_grad_norm mse_weight ce_weight peak_device_tflops keep_last stall_timeout max_nonfinite
-    val_max_batches weight_decay lora_rank""".split()
+    val_max_batches weight_decay lora_rank profile""".split()
 _PROBABILITIES = ["text_cond_dropout_prob", "vae_cond_dropout_prob", "vit_cond_dropout_prob"]
 _DECAYS = ["beta1", "beta2", "ema", "lora_dropout"]
 

@@ -23,6 +23,7 @@ from bagel_ds.model.losses.normalization import (
     weighted,
     window_totals,
 )
+from bagel_ds.train.metrics.profile import phase_of_step
 from bagel_ds.zero.engine import ZeroEngine
 
 Encode = Callable[[PackedBatch], Tensor]  # the batch's images as clean latent tokens [G, F] fp32
@@ -69,13 +70,17 @@ def accumulate(
         if number:
             engine.next_micro_batch()
         batch = batch.to(engine.device)
-        output = engine.forward(batch, encode(batch))
+        with phase_of_step("images to latents"):
+            latents = encode(batch)
+        with phase_of_step("forward"):
+            output = engine.forward(batch, latents)
         means = partial_means(output, batch, totals, options)
         if breakdown is not None and breakdown_sums is not None:
             breakdown.add(breakdown_sums, output, batch)
         sums += torch.stack(means).detach()
         # DeepSpeed averages gradients over ranks, but the means are already over all ranks.
-        engine.backward(_spoiled_unless_finite(weighted(means, options)) * world)
+        with phase_of_step("backward"):
+            engine.backward(_spoiled_unless_finite(weighted(means, options)) * world)
     return WindowLosses(LossSums(*sums), totals, options, breakdown_sums)
 
 
@@ -86,7 +91,8 @@ def update(
 
     Asks `wants_stop` once, after the update; a true answer on any rank counts for all.
     """
-    grad_norm = engine.update(learning_rate)
+    with phase_of_step("update"):
+        grad_norm = engine.update(learning_rate)
     all_ranks = torch.stack([*losses.sums, losses.sums.ce.new_tensor(bool(wants_stop()))])
     dist.all_reduce(all_ranks)
     ce, mse, stops = all_ranks.tolist()

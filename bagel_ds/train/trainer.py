@@ -37,6 +37,7 @@ from bagel_ds.train.evaluation import Evaluation
 from bagel_ds.train.memory_plan import outcome
 from bagel_ds.train.metrics.log import MetricsLog
 from bagel_ds.train.metrics.meter import StepMeter
+from bagel_ds.train.metrics.profile import StepProfile, phase_of_step
 from bagel_ds.train.metrics.wandb import WandbOptions
 from bagel_ds.train.nonfinite import NonFiniteGuard
 from bagel_ds.train.plan_log import log_packs, log_plan
@@ -123,8 +124,11 @@ class Trainer:
             self._before_first_step()
             stop = self._listen_for_stops()
             after_step = self._after_step(metrics, stop, saves)
+            if self.args.profile and is_main():
+                profile = StepProfile(Path(self.args.results_dir) / "profile", self.args.profile)
+                after_step.append(enter(closing(profile)).step)
             for number in range(self.progress.steps_done, self.args.total_steps):
-                with watch.phase(number, "data"):
+                with watch.phase(number, "data"), self.meter.waiting_for_data(), phase_of_step("data"):
                     window = list(islice(batches, self.args.gradient_accumulation_steps))
                 with watch.phase(number, "step"):
                     step = self._step(number, window, saves, stop)

@@ -31,6 +31,7 @@ _LINE_FIELDS = (
     ("memory/host_gib", "Host GiB: {:.2f}"),
     ("data/packing_efficiency", "Packing: {:.3f}"),
     ("data/imbalance", "Imbalance: {:.3f}"),
+    ("perf/data_wait", "Data Wait: {:.3f}"),
     ("val/mse", "Val mse: {:.4f}"),
     ("val/ce", "Val ce: {:.4f}"),
 )

@@ -11,7 +11,8 @@ import logging
 import socket
 import time
 from collections import Counter
-from typing import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Callable, Iterator, Mapping, Sequence
 
 from bagel_ds.data.batches.loader import MicroBatch
 from bagel_ds.model.losses.breakdown import LossBreakdown
@@ -46,8 +47,14 @@ class StepMeter:
     def restart(self) -> None:
         """Measure speeds from here on; `read` ends with it."""
         self._began = time.monotonic()
-        self._steps, self._tokens, self._flops = 0, 0, 0.0
+        self._steps, self._tokens, self._flops, self._waited = 0, 0, 0.0, 0.0
         self._window: Sequence[MicroBatch] = ()
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._waited += time.monotonic() - began
 
     def add(self, window: Sequence[MicroBatch], result: StepResult) -> None:
         self._steps += 1
@@ -60,7 +67,8 @@ class StepMeter:
         """Metrics by public name; None for one that this step does not have."""
         seconds = time.monotonic() - self._began
         breakdown = None if result.breakdown is None else result.breakdown.tolist()
-        mine = (self._flops, device_memory(), host_gib(), socket.gethostname(), breakdown, self._newly_broken)
+        host = (host_gib(), socket.gethostname())
+        mine = (self._flops, device_memory(), *host, self._waited, breakdown, self._newly_broken)
         ranks = everyone(mine)
         values: dict[str, float | None] = {
             "loss/mse": result.mse,
@@ -71,6 +79,8 @@ class StepMeter:
             "optim/grad_norm": result.grad_norm,
             "perf/tokens_per_sec": self._tokens / seconds,
             "perf/step_seconds": seconds / self._steps,
+            "perf/data_wait": max(waited for *_, waited, _, _ in ranks)
+            / seconds,  # share of time; all wait for the slowest
         }
         if self._peak is not None:
             flops = sum(flops for flops, *_ in ranks)
@@ -79,8 +89,8 @@ class StepMeter:
         values["memory/device_gib"] = max((device.allocated for device in devices), default=None)
         values["memory/device_reserved_gib"] = max((device.reserved for device in devices), default=None)
         hosts: Counter[str] = Counter()
-        for _, _, host, name, *_ in ranks:
-            hosts[name] += host  # type: ignore[assignment]
+        for _, _, gib, name, *_ in ranks:
+            hosts[name] += gib  # type: ignore[assignment]
         values["memory/host_gib"] = max(hosts.values())
         self.device_peak = values["memory/device_reserved_gib"]
         self.host_peak = max(self.host_peak, max(hosts.values()))

@@ -9,6 +9,7 @@ METRIC_NAMES = (
     "perf/tokens_per_sec",
     "perf/mfu",
     "perf/step_seconds",
+    "perf/data_wait",
     "memory/device_gib",
     "memory/device_reserved_gib",
     "memory/host_gib",

@@ -65,7 +65,7 @@ def test_parts_of_the_losses_come_from_all_ranks_in_one_exchange(clock: Clock, m
         exchanges.append(mine)
         theirs = torch.zeros(2, 8, dtype=torch.float64)
         theirs[:, 0] = torch.tensor([9.0, 1.0])  # one token of t2i with an error of 9
-        return [mine, (*mine[:4], theirs.tolist(), *mine[5:])]
+        return [mine, (*mine[:5], theirs.tolist(), *mine[6:])]
 
     monkeypatch.setattr(meter_module, "everyone", two_ranks)
     meter = StepMeter(BagelConfig(), 0.0, breakdown=breakdown)
@@ -122,9 +122,12 @@ def test_a_skipped_row_is_counted_once_and_named_once(
 
 def test_utilisation_is_over_all_ranks(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     def two_ranks(mine: Any) -> list[Any]:
-        flops, device, host, _, breakdown, skipped = mine
+        flops, device, host, _, waited, breakdown, skipped = mine
         broken = {"row 7": "t2i", "row 8": "t2i"}
-        return [(flops, device, 2.0, "a", breakdown, skipped), (3 * flops, device, 3.0, "a", breakdown, broken)]
+        return [
+            (flops, device, 2.0, "a", waited, breakdown, skipped),
+            (3 * flops, device, 3.0, "a", waited + 0.25, breakdown, broken),
+        ]
 
     meter = StepMeter(BagelConfig(), peak_device_tflops=100.0)
     meter.add([micro()], RESULT)
@@ -132,8 +135,11 @@ def test_utilisation_is_over_all_ranks(clock: Clock, monkeypatch: pytest.MonkeyP
     alone = meter.read(1e-4, RESULT)
     monkeypatch.setattr(meter_module, "everyone", two_ranks)
     meter.add([micro()], RESULT)
-    clock.now += 1
+    with meter.waiting_for_data():
+        clock.now += 0.5
+    clock.now += 0.5
     both = meter.read(1e-4, RESULT)
+    assert both["perf/data_wait"] == 0.75 and alone["perf/data_wait"] == 0, "of the rank that waits longest"
     assert both["perf/mfu"] == pytest.approx(2 * alone["perf/mfu"])  # type: ignore[operator]
     assert both["memory/host_gib"] == 5.0, "ranks of one host share its memory"
     assert both["data/skipped/t2i"] == 2
