@@ -81,9 +81,13 @@ def parse_arguments(argv: list[str], own: Sequence[str] = ()) -> RunConfig:
         print(help_text())
         raise SystemExit(0)
     in_file = Words() if words.config_file is None else read_option_file(words.config_file)
-    all_faults(in_file.faults + words.faults, "These options can't be understood:")
     places = {name: place for name, place in in_file.places.items() if name not in words.values}
-    return make_config(in_file.values | words.values, frozenset(in_file.explicit | words.explicit), places)
+    values = in_file.values | words.values
+    if faults := in_file.faults + words.faults:
+        # Also those of the options that were understood, so that nobody corrects one only to meet the next.
+        faults += RunConfig(places=places).placed(_value_faults(values))
+    all_faults(faults, "These options can't be understood:")
+    return make_config(values, frozenset(in_file.explicit | words.explicit), places)
 
 
 def make_config(
@@ -139,20 +143,26 @@ _ONLY: list[tuple[str, Any, str]] = [
 ]
 
 
-def _faults(config: RunConfig) -> list[str]:
-    values = config.values()
+def _value_faults(values: Mapping[str, Any]) -> list[str]:
+    """What is wrong with single values, whatever the other options are."""
     faults = []
     for names, is_good, expected in _RANGES:
         for name in names:
-            if values[name] is not None and not is_good(values[name]):
+            if values.get(name) is not None and not is_good(values[name]):
                 faults.append(f"--{name} {shown(values[name])}: expected {expected}")
     for name, value in values.items():
         largest = _LARGEST_SEED if name.endswith("_seed") else _LARGEST
         if isinstance(value, int) and abs(value) > largest:
             faults.append(f"--{name} {shown(value)}: expected at most {largest}")
     for name, accepted, reason in _ONLY:
-        if values[name] != accepted:
+        if values.get(name, accepted) != accepted:
             faults.append(f"--{name} {values[name]} is not supported: {reason}; leave it out or pass {accepted}")
+    return faults
+
+
+def _faults(config: RunConfig) -> list[str]:
+    values = config.values()
+    faults = _value_faults(values)
     if not values["visual_gen"] and not values["visual_und"]:
         faults.append(
             "--visual_gen False and --visual_und False leave nothing to train; leave out at least one of the two"

@@ -102,6 +102,8 @@ def export_checkpoint(
     if fault is None:
         plan = _plan(checkpoint, base, dtype, program, serve)
         _check_replaceable(out, plan)
+        if former := _exported_of(out):
+            logger.info("%s holds an export of %s, which this one replaces", out, former)
         names = state_files(checkpoint) if base is None else adapter_files(checkpoint)
         with waiting_for(f"the checksums of {checkpoint}", "the export begins after that"):
             fault = None if from_peft else checksum_fault(checkpoint, names)
@@ -260,6 +262,11 @@ def _exported(out: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError):
         return []
     return [path.as_posix() for path in paths if not path.is_absolute() and ".." not in path.parts]
+
+
+def _exported_of(out: Path) -> str | None:
+    """The checkpoint of the last export into `out`; None if there was none."""
+    return str(json.loads((out / EXPORTED).read_text()).get("checkpoint", "?")) if _exported(out) else None
 
 
 def _move(staging: Path, out: Path) -> None:

@@ -16,7 +16,7 @@ import bagel_ds
 from bagel_ds.cli import convert, data, doctor, evaluate, generate, hub, run, web
 from bagel_ds.cli import memory as memory_command
 from bagel_ds.cli.option_values import not_negative
-from bagel_ds.errors import UserError
+from bagel_ds.errors import UserError, nearest
 from bagel_ds.machine.output import run_command
 
 
@@ -27,7 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     parser = make_parser()
-    options, training = parser.parse_known_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and not words[0].startswith("-") and words[0] not in (known := _commands(parser)):
+        parser.error(f"{words[0]!r} is not a command; {nearest(words[0], known)}")
+    options, training = parser.parse_known_args(words)
     options.own = _option_names(options.command)
     if training and not hasattr(options, "training"):
         options.command.error(_unknown(training, options.own))
@@ -76,6 +79,11 @@ def make_parser() -> argparse.ArgumentParser:
     for command in commands.choices.values():
         command.set_defaults(command=command)
     return parser
+
+
+def _commands(parser: argparse.ArgumentParser) -> list[str]:
+    """The names of all commands."""
+    return [name for action in parser._actions for name in action.choices or () if action.nargs == argparse.PARSER]
 
 
 def _option_names(command: argparse.ArgumentParser) -> list[str]:

@@ -24,7 +24,7 @@ from bagel_ds.memory.planner import MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.memory.report import not_compared, report_lines, size_options, suggestion_lines
 from bagel_ds.memory.suggestions import resolved, suggestions
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
-from bagel_ds.units import GIB
+from bagel_ds.units import GIB, MIB
 from bagel_ds.zero.config.check import check_file_if_possible
 
 RELEASED = "BAGEL-7B-MoT"
@@ -54,6 +54,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="for scripts: exit code 0 only if it fits, 1 if not, 2 if a size is missing",
     )
     parser.add_argument("--inference", action="store_true", help="what bagel-ds generate takes with --gpu_memory")
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="FOLDER", help="with --inference: an adapter beside the model, "
+        "as in bagel-ds generate; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--table", action="store_true", help="print the table of docs/low_memory.md and nothing else")
 
 
@@ -69,8 +73,10 @@ def run(options: argparse.Namespace) -> int:
     ranks = _ranks(options, line)
     model, vae = _network(options.model, config)
     if options.inference:
-        print(_inference(model, vae, options.gpu_memory))
+        print(_inference(model, vae, options.gpu_memory, options.lora))
         return 0
+    if options.lora:
+        raise UserError("--lora is for --inference; to plan the training of an adapter, pass --lora_rank")
     memory = MemoryOptions.of(
         config,
         ranks.all,
@@ -97,19 +103,25 @@ def run(options: argparse.Namespace) -> int:
     return _checked(plan) if options.check else 0
 
 
-def _inference(model: BagelConfig, vae: VAEConfig, gpu_memory: float | None) -> str:
-    """Where inference in bf16 keeps the weights on a GPU of `gpu_memory` GiB, and what streaming them costs."""
+def _inference(model: BagelConfig, vae: VAEConfig, gpu_memory: float | None, lora: list[str]) -> str:
+    """Where inference in bf16 keeps the weights on a GPU of `gpu_memory` GiB, and what streaming them costs.
+
+    The adapters of `lora` (as of `open_inferencer`) stay on the GPU. Raises `UserError`.
+    """
     import torch
 
+    from bagel_ds.inference.adapters import Adapters
     from bagel_ds.inference.placement import WORK_BYTES, place_weights
     from bagel_ds.memory.table import PCIE
     from bagel_ds.model.vae import AutoEncoder
 
     with torch.device("meta"):
         vae_bytes = sum(parameter.nbytes for parameter in AutoEncoder(vae).parameters())
-    placement = place_weights(model, 2, None if gpu_memory is None else int(gpu_memory * GIB), vae_bytes)
+    adapters = Adapters(lora).nbytes(torch.bfloat16)
+    placement = place_weights(model, 2, None if gpu_memory is None else int(gpu_memory * GIB), vae_bytes + adapters)
     total = (placement.gpu_bytes + WORK_BYTES) / GIB
-    found = f"inference in bf16: {total:.1f} GiB on the GPU ({WORK_BYTES / GIB:.0f} GiB of it to work in)"
+    found = f"inference in bf16: {total:.1f} GiB on the GPU ({WORK_BYTES / GIB:.0f} GiB of it to work in"
+    found += f", {adapters / MIB:,.1f} MiB for adapters)" if adapters else ")"
     if not placement.streamed:
         return f"{found}, no layer is streamed"
     calls = 49  # of the network for an image with num_timesteps 50; guidance branches share a call

@@ -14,6 +14,14 @@ def not_negative(word: str) -> int:
     return _whole_number(word, 0)
 
 
+def port(word: str) -> int:
+    """A TCP port, or 0 for any that is free."""
+    number = _whole_number(word, 0)
+    if number > 65535:
+        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, found {word!r}")
+    return number
+
+
 def gibibytes(word: str) -> float:
     """A size in GiB, above 0."""
     value = _number(word)

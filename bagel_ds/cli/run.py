@@ -73,13 +73,17 @@ def _export(options: argparse.Namespace) -> None:
     from bagel_ds.checkpoint.export import export_checkpoint
     from bagel_ds.checkpoint.step_folders import meant_checkpoint
     from bagel_ds.lora.base import base_folder
+    from bagel_ds.lora.peft_files import holds_adapter
 
     log_to_stderr()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.save_dtype]
     limit = None if options.max_shard_size is None else _bytes_of(options.max_shard_size)
     if options.serve is not None and options.program is None:
         raise UserError(f"--serve {options.serve} needs --for; without it, both weight files are written")
-    base = base_folder(meant_checkpoint(options.checkpoint), options.model_path) if options.merge else None
+    checkpoint = meant_checkpoint(options.checkpoint)
+    if options.merge and checkpoint.is_dir() and not holds_adapter(checkpoint):
+        raise UserError(f"{checkpoint} does not hold an adapter, so there is nothing to merge; leave out --merge")
+    base = base_folder(checkpoint, options.model_path) if options.merge else None
     if options.model_path is not None and base is None:
         raise UserError("--model_path goes with --merge; other checkpoints hold the whole model")
     serve = options.serve or "auto"

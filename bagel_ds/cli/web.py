@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bagel_ds.cli.generate import add_model_options
-from bagel_ds.cli.option_values import not_negative
+from bagel_ds.cli.option_values import port
 from bagel_ds.machine.output import log_to_stderr
 
 logger = logging.getLogger("bagel_ds")
@@ -19,7 +19,7 @@ def add_command(commands: Any) -> None:
     web = commands.add_parser("web", help="serve a page that draws, edits, answers and reasons with a model folder")
     web.add_argument("--model_path", type=Path, required=True, help="BAGEL-7B-MoT, a checkpoint, or an export")
     web.add_argument("--host", default="127.0.0.1", help="address to serve at (default: this machine only)")
-    web.add_argument("--port", type=not_negative, default=7860, help="0: any that is free (default 7860)")
+    web.add_argument("--port", type=port, default=7860, help="0: any that is free (default 7860)")
     add_model_options(web)
     web.set_defaults(run=run)
 

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,18 +62,23 @@ def save_findings(folder: Path, measured: bool) -> list[Finding]:
 
 def swap_findings(folder: Path, measured: bool) -> list[Finding]:
     """What a run checks of `--nvme_path`, and how fast the drive is when it is used as a run does."""
-    made = not folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        notes = check_drives([folder])
-        findings = [Finding("nvme_path", Verdict.GOOD, notes[0].removeprefix("NVMe: "))]
+        said = check_drives([folder])[0].removeprefix("NVMe: ")
+        findings = [Finding("nvme_path", Verdict.GOOD, said)]
+        if made:
+            remedy = "if a drive should be mounted there, mount it, or correct the path"
+            said = f"does not exist yet, and a run will make it: {said}"
+            findings = [Finding("nvme_path", Verdict.NOTE, said, remedy)]
         if measured:
             findings.append(_judged("nvme_path speed", folder, swap_speed, _SLOW_SWAP, _swap_time, "NVMe SSD"))
         return findings
     except UserError as fault:
         return [Finding("nvme_path", Verdict.FAULT, str(fault).removeprefix("--nvme_path: "))]
     finally:
-        if made and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
+        with suppress(OSError):  # not empty, or could not be made
+            for path in made:
+                path.rmdir()
 
 
 def save_speed(folder: Path) -> Speed:

@@ -27,8 +27,8 @@ def opened(image: Image.Image | str | Path | bytes) -> Image.Image:
     try:
         return decode_rgb(image if isinstance(image, bytes) else Path(image))
     except BadImage as fault:
-        named = "image" if isinstance(image, bytes) else f"image {image}"
-        raise UserError(f"{named}: {fault}. Pass a PNG, JPEG or WebP file.") from None
+        named = "image:" if isinstance(image, bytes) else "image"  # the fault begins with the file's name
+        raise UserError(f"{named} {fault}. Pass a PNG, JPEG or WebP file.") from None
 
 
 def resized(network: Network, image: Image.Image) -> Image.Image:

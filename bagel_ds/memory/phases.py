@@ -48,7 +48,7 @@ def phases(sharding: Sharding, shape: StepShape) -> list[Phase]:
         _vae(sharding, shape),
         *_backward(sharding, shape, needs),
         _optimizer(sharding),
-        Phase("export", [State("export chunks", DEVICE, 2 * EXPORT_CHUNK), State("export chunks", HOST, EXPORT_CHUNK)]),
+        Phase("export", _export_chunks(sharding)),
     ]
     found = [Phase(phase.name, [*phase.states, *arena(sharding, shape)]) for phase in found]
     load = _load(sharding, shape)
@@ -244,6 +244,12 @@ def _optimizer(s: Sharding) -> Phase:
     if s.stage == 0 and s.bf16:
         found[0].append(State("gradients in fp32", DEVICE, 4 * s.elements(True)))
     return Phase("optimizer step", max(found, key=_total))
+
+
+def _export_chunks(s: Sharding) -> list[State]:
+    """One chunk is gathered while the one before it is still held, and copied to the host unless it is there."""
+    gathered = State("export chunks", DEVICE, 2 * EXPORT_CHUNK)
+    return [gathered] if s.on_cpu else [gathered, State("export chunks", HOST, EXPORT_CHUNK)]
 
 
 def _load(s: Sharding, shape: StepShape) -> Phase:

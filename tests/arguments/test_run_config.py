@@ -148,6 +148,16 @@ def test_all_faults_are_listed_at_once() -> None:
         assert word in message
 
 
+def test_values_out_of_range_are_listed_beside_those_that_are_no_values(tmp_path: Path) -> None:
+    message = fault("--lr abc --warmup_steps -3 --ema 1.5 --freeze_vae False")
+    assert message.count("\n  - ") == 4
+    for word in ("'abc'", "--warmup_steps -3: expected 0 or more", "--ema 1.5: expected", "--freeze_vae False is not"):
+        assert word in message
+    file = tmp_path / "run.yaml"
+    file.write_text("total_steps: 0\n")
+    assert f"{file}, line 1: --total_steps 0: expected at least 1" in fault(f"--config {file} --lr abc")
+
+
 def test_help_lists_every_option_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
     for word in ("--help", "-h"):
         with pytest.raises(SystemExit) as caught:

@@ -176,11 +176,16 @@ def test_a_full_disk_is_one_message_and_changes_nothing(
     assert out.exists() == (there != "nothing")
 
 
-def test_an_export_replaces_an_earlier_one_and_leaves_what_is_not_its_own(checkpoint: Path, tmp_path: Path) -> None:
+def test_an_export_replaces_an_earlier_one_says_so_and_leaves_what_is_not_its_own(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "bagel_ds")
     out = tmp_path / "out"
     export_checkpoint(checkpoint, out, torch.float32)
     (out / "README.md").write_text("mine")
+    assert "replaces" not in caplog.text
     export_checkpoint(checkpoint, out, torch.bfloat16, shard_bytes=24)
+    assert f"{out} holds an export of {checkpoint}, which this one replaces" in caplog.text
     assert not (out / "model.safetensors").exists(), "it would be loaded instead of the shards"
     assert len(ModelFolder(out).weight_files("model")) == 2
     export_checkpoint(checkpoint, out, torch.float32)

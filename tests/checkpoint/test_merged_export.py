@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from bagel_ds.checkpoint.export import export_checkpoint
 from bagel_ds.checkpoint.step_folders import MANIFEST
+from bagel_ds.cli.main import main
 from bagel_ds.demo import write_demo
 from bagel_ds.errors import UserError
 from bagel_ds.lora.base import base_fingerprint
@@ -104,3 +105,10 @@ def test_another_base_is_refused_and_an_adapter_needs_one(base: Path, tmp_path: 
     with pytest.raises(UserError, match="holds an adapter: pass --merge"):
         export_checkpoint(folder, tmp_path / "out", torch.float32)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_an_adapter_has_nothing_to_merge(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(base), "--merge", "--out", str(tmp_path / "out")]) == 2
+    assert "does not hold an adapter, so there is nothing to merge; leave out --merge" in capsys.readouterr().err

@@ -30,6 +30,12 @@ def generate(model: Path, *words: Any) -> int:
     return main(["generate", "--model_path", str(model), "--device", "cpu", *TINY, *map(str, words)])
 
 
+def test_a_picture_that_is_not_there_is_named_once(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(model, "--prompt", "make it blue", "--image", "nope.png") == 2
+    message = capsys.readouterr().err
+    assert "image nope.png: " in message and message.count("nope.png") == 1
+
+
 def results(folder: Path) -> dict[str, dict[str, Any]]:
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
     return {row["name"]: row for row in rows}

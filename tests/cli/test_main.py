@@ -46,6 +46,16 @@ def test_wrong_usage_exits_with_2(words: list[str], capsys: pytest.CaptureFixtur
     assert "usage: bagel-ds" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("word", "remedy"), [("gnerate", "did you mean 'generate'?"), ("xyz", "the nearest known ones are ")]
+)
+def test_an_unknown_command_names_the_nearest(word: str, remedy: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main.main([word, "--prompt", "a cat"])
+    assert caught.value.code == 2
+    assert f"bagel-ds: error: {word!r} is not a command; {remedy}" in capsys.readouterr().err
+
+
 def test_a_users_mistake_is_a_message_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,12 +10,16 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from bagel_ds.arguments.run_config import make_config
 from bagel_ds.cli.main import main
+from bagel_ds.lora.peft_files import CONFIG, WEIGHTS, AdapterRecord, peft_name
 from bagel_ds.memory.planner import MemoryOptions, plan_memory
 from bagel_ds.memory.suggestions import resolved
 from bagel_ds.model.shape.config import BagelConfig, LLMConfig
+from bagel_ds.model.shape.lora import LoRA
 from bagel_ds.units import GIB
 
 SEVEN_B = "memory --model 7b --ds_config zero3_cpu.json --max_num_tokens 11520 --num_workers 1"
@@ -64,6 +68,10 @@ def test_a_training_command_is_planned_as_it_stands(capsys: pytest.CaptureFixtur
         ("memory --world_size 2", "--model_path"),
         ("memory --model 7b --max_num_tokns 5", "--max_num_tokens"),
         ("memory --model 7b --ds_config zero9", "the presets are"),
+        ("memory --model 7b --ds_config zero3_cpu_spilt.json", "(did you mean zero3_cpu_split?); the presets are"),
+        ("memory --model 7b --ds_config qqqq", "no preset of that name; the presets are"),
+        ("memory --model 7b --lora results/step_5", "--lora is for --inference"),
+        ("memory --model 7b --inference --lora no/such/step_5", "there is no folder no/such/step_5"),
         ("memory --model 7b --world_size 4 --ranks_per_host 3", "not a multiple"),
         ("memory --model_path no/such/folder", "does not exist"),
     ],
@@ -263,6 +271,18 @@ def test_inference_says_what_is_streamed_and_what_it_costs(capsys: pytest.Captur
     assert moved == pytest.approx(49 * held, rel=0.01) and seconds == pytest.approx(moved / 20, rel=0.02)
     assert main("memory --model 7b --inference --gpu_memory 4".split()) == 2
     assert "too small for this network" in capsys.readouterr().err
+
+
+def test_inference_counts_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """2048 * 3584 numbers of each matrix, in bf16."""
+    layer = "language_model.model.layers.0.self_attn.q_proj"
+    tensors = {name: torch.zeros(2048, 3584, dtype=torch.bfloat16) for name in ("lora_A", "lora_B")}
+    tensors["lora_B"] = tensors["lora_B"].t().contiguous()
+    record = AdapterRecord(LoRA(2048, 4.0), frozenset([layer]), "BASE", "0")
+    (tmp_path / CONFIG).write_text(record.config())
+    save_file({peft_name(f"{layer}.{kind}"): value for kind, value in tensors.items()}, tmp_path / WEIGHTS)
+    assert main(["memory", "--model", "7b", "--inference", "--lora", str(tmp_path)]) == 0
+    assert " GiB on the GPU (3 GiB of it to work in, 28.0 MiB for adapters), no layer" in capsys.readouterr().out
 
 
 def test_samples_are_planned_by_the_runs_own_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

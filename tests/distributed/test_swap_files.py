@@ -14,15 +14,17 @@ from tests.distributed.started import PATIENCE, StartedRun, send
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
 
-def test_a_killed_rank_leaves_nothing_on_nvme(demo: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_is_named_and_leaves_nothing_on_nvme(demo: Path, tmp_path: Path) -> None:
     nvme = tmp_path / "nvme"
     words = arguments(demo, tmp_path, ds_config="zero3_nvme", nvme_path=nvme, total_steps=500, save_every=1000)
     with StartedRun(words, tmp_path) as run:
         run.until(lambda: (tmp_path / "metrics.jsonl").exists(), "a first step")
         assert list(nvme.rglob("rank0/*.swp")) and list(nvme.rglob("rank1/*.swp"))
-        send(run.ranks()[:1], signal.SIGKILL)
+        killed = run.ranks()[0]
+        send([killed], signal.SIGKILL)
         assert run.end() != 0
         run.all_ended()
+        assert f"[rank 1] rank 0 (process {killed}) has ended; ending this rank, too" in run.output
     assert list(nvme.iterdir()) == []
 
 

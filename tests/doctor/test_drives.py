@@ -70,6 +70,14 @@ def test_a_folder_that_can_not_be_written_is_a_fault(tmp_path: Path) -> None:
     assert swap_findings(tmp_path / "file" / "below", measured=True)[0].verdict is Verdict.FAULT
 
 
+def test_a_folder_to_swap_to_that_is_not_there_is_a_warning_and_leaves_nothing(tmp_path: Path) -> None:
+    (found,) = swap_findings(tmp_path / "new" / "swap", measured=False)
+    assert found.verdict is Verdict.NOTE and "does not exist yet, and a run will make it" in found.message
+    assert f"{tmp_path / 'new' / 'swap'} (" in found.message and "mount it" in found.remedy
+    assert list(tmp_path.iterdir()) == [], "neither the folder that was made for the check nor the one above it"
+    assert swap_findings(tmp_path, measured=False)[0].verdict is Verdict.GOOD
+
+
 def test_swapping_to_memory_is_refused_as_a_run_refuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bagel_ds.zero.nvme_check.file_system", lambda path: "tmpfs")
     (found,) = swap_findings(tmp_path / "new", measured=True)

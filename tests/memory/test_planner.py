@@ -19,15 +19,19 @@ from bagel_ds.errors import UserError
 from bagel_ds.lora.targets import with_adapters
 from bagel_ds.memory import table as table_module
 from bagel_ds.memory.between_steps import SampleShape
+from bagel_ds.memory.phases import StepShape, phases
 from bagel_ds.memory.planner import MemoryItem, MemoryOptions, MemoryPlan, plan_memory
 from bagel_ds.memory.report import report_lines, verdict
+from bagel_ds.memory.states import Sharding
 from bagel_ds.memory.suggestions import resolved, suggestions
 from bagel_ds.memory.table import longest_packs, table
+from bagel_ds.model.shape.activations import PackShape
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.model.shape.lora import is_decoder_linear
 from bagel_ds.model.shape.parameters import linear_layers, parameter_sizes, vae_decoder_parameters
+from bagel_ds.model.shape.parts import Freezing
 from bagel_ds.model.shape.quantization import QUANTIZATIONS
-from bagel_ds.units import GIB
+from bagel_ds.units import GIB, MIB
 
 MODEL = BagelConfig()
 PARAMETERS = sum(parameter.numel for parameter in parameter_sizes(MODEL))
@@ -179,6 +183,17 @@ def test_a_run_on_cpu_has_all_of_it_in_host_memory() -> None:
     found = plan("zero3.json", device="cpu")
     assert found.gpu_peak == 0 and all(item.place == "host" for item in found.items)
     assert found.host_peak > 20 * PARAMETERS
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", [2]), ("cuda", [2, 1])])
+def test_chunks_of_an_export_are_copied_only_from_a_gpu(device: str, expected: list[int]) -> None:
+    """Each chunk of 64 MiB is gathered while the one before it is held."""
+    settings = resolved("zero3.json", config("zero3.json"), MODEL, 1)
+    sharding = Sharding.over(settings, parameter_sizes(MODEL), 1, on_cpu=device == "cpu")
+    pack = PackShape(1000, labels=1000, vit_tokens=500)
+    shape = StepShape(MODEL, Freezing(), VAEConfig(), pack, image_pixels=1024, checkpointing="full")
+    (states,) = [phase.states for phase in phases(sharding, shape) if phase.name == "export"]
+    assert [state.size // (64 * MIB) for state in states] == expected
 
 
 @pytest.mark.parametrize(

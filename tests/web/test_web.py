@@ -248,6 +248,15 @@ def test_a_long_line_and_old_results_have_an_end(server: Server, monkeypatch: py
     assert "are waiting already" in refused(server, {"prompt": "x", **TINY})
 
 
+@pytest.mark.parametrize("port", ["65536", "99999", "-1", "http"])
+def test_a_port_that_is_none_is_refused_before_anything_is_loaded(
+    port: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["web", "--model_path", "no/such/folder", "--port", port])
+    assert ended.value.code == 2 and f"found {port!r}" in capsys.readouterr().err
+
+
 def test_a_port_that_is_taken_is_one_message(server: Server, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     port = str(server.server_address[1])
     assert main(["web", "--model_path", str(model), "--device", "cpu", "--port", port]) == 2

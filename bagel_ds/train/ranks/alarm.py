@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
-from bagel_ds.train.process.detach import end_at_once
+from bagel_ds.train.process.detach import end_at_once, process_state
 from bagel_ds.train.ranks.hosts import Hosts
 
 _KEY = "failed"
@@ -31,6 +31,9 @@ GRACE_SECONDS = 3.0
 _BEAT_SECONDS = 5.0  # between signs of life of a rank, if there are several hosts
 _SILENT_SECONDS = 120.0  # after which a host is taken for dead: no call holds Python's lock that long
 _GONE_SECONDS = 10.0  # for a rank that ends normally, as rank 0 has done, to close its alarm
+_NAMED_SECONDS = 2.0  # in which a killed process, whose connections close first, is gone
+# What gloo, NCCL and the store say if the process at the other end has ended.
+_BROKEN = r"connection (was likely )?(closed|reset)|broken pipe|socket closed|remote process exited"
 
 _current: _Alarm | None = None
 
@@ -62,6 +65,11 @@ def heard() -> str | None:
     return None if _current is None else _current.heard()
 
 
+def ended_neighbors(error: BaseException) -> str | None:
+    """Which ranks of this host have ended, if `error` is a connection that broke; None if it isn't or none has."""
+    return None if _current is None else _current.ended_neighbors(error)
+
+
 def broken_connection(why: str) -> str | None:
     """Which host is at the other end of a connection whose failure `why` describes, as gloo does; None if unknown."""
     return None if _current is None else _current.broken_connection(why)
@@ -91,8 +99,19 @@ class _Alarm:
     def _own_place(self) -> int:
         return self._places.index(self._hosts.ranks[self.rank].place)
 
+    def ended_neighbors(self, error: BaseException) -> str | None:
+        if not isinstance(error, RuntimeError) or re.search(_BROKEN, str(error), re.IGNORECASE) is None:
+            return None
+        neighbors, deadline = self._hosts.neighbors, time.monotonic() + _NAMED_SECONDS
+        while not (gone := [rank for rank, pid in neighbors.items() if process_state(pid) is None]):
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(0.05)
+        names = ", ".join(f"rank {rank} (process {neighbors[rank]})" for rank in gone)
+        return f"{names} has ended" if len(gone) == 1 else f"{names} have ended"
+
     def broken_connection(self, why: str) -> str | None:
-        if re.search(r"connection (closed|reset)|broken pipe", why, re.IGNORECASE) is None:
+        if re.search(_BROKEN, why, re.IGNORECASE) is None:
             return None
         for number, place in enumerate(self._places):
             addresses = {info.address for info in self._hosts.ranks if info.place == place and info.address}

@@ -42,14 +42,8 @@ def ending_alone(explain: Callable[[BaseException], UserError | None]) -> Iterat
 
 
 def _end(error: BaseException, fault: UserError | None) -> None:
-    first = alarm.heard() if fault is None else None
-    if first is not None:  # this rank's failure follows from that, e.g. a closed connection
-        for number in STOP_SIGNALS:  # from the launcher, which has seen the other rank end
-            signal.signal(number, signal.SIG_IGN)
-        alarm.close()  # it would say the same
-        print(f"[rank {alarm.own_rank()}] {first}; ending this rank, too", file=sys.stderr, flush=True)
-        time.sleep(alarm.GRACE_SECONDS)
-        end_at_once(1)
+    if fault is None:
+        _end_after_others(error)
     broken = alarm.broken_connection(str(error)) if fault is None else None
     if fault is not None:
         print(f"ERROR: {fault}", file=sys.stderr, flush=True)
@@ -62,3 +56,21 @@ def _end(error: BaseException, fault: UserError | None) -> None:
     why = broken or str(fault or repr(error)).splitlines()[0]
     alarm.sound(why if len(why) <= _SHOWN else why[:_SHOWN] + "...")
     end_at_once(1 if fault is None else 2)
+
+
+def _end_after_others(error: BaseException) -> None:
+    """End this rank with a line instead of a traceback if `error` follows from the end of another rank."""
+    first = alarm.heard()
+    killed = alarm.ended_neighbors(error) if first is None else None  # it has notified nobody
+    if killed is not None:
+        first = alarm.heard() or killed  # also if it has failed between the two
+    if first is None:
+        return
+    for number in STOP_SIGNALS:  # from the launcher, which has seen the other rank end
+        signal.signal(number, signal.SIG_IGN)
+    alarm.close()  # it would say the same
+    print(f"[rank {alarm.own_rank()}] {first}; ending this rank, too", file=sys.stderr, flush=True)
+    if first == killed:
+        alarm.sound(first)
+    time.sleep(alarm.GRACE_SECONDS)
+    end_at_once(1)

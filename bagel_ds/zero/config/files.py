@@ -6,6 +6,7 @@ is one message that lists the presets.
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 
 import bagel_ds
@@ -29,8 +30,12 @@ def find_ds_config(name_or_path: str) -> Path:
         for name in (name_or_path, name_or_path + ".json"):
             if (ds_configs_folder() / name).is_file():
                 return ds_configs_folder() / name
-    presets = ", ".join(sorted(preset.stem for preset in ds_configs_folder().glob("*.json")))
-    raise UserError(f"--ds_config {name_or_path}: no such file, and no preset of that name; the presets are: {presets}")
+    presets = sorted(preset.stem for preset in ds_configs_folder().glob("*.json"))
+    meant = difflib.get_close_matches(path.name.removesuffix(".json"), presets, n=1)
+    raise UserError(
+        f"--ds_config {name_or_path}: no such file, and no preset of that name"
+        f"{f' (did you mean {meant[0]}?)' if meant else ''}; the presets are: {', '.join(presets)}"
+    )
 
 
 def read_ds_config(path: Path) -> Document:

@@ -117,6 +117,33 @@ with ending_alone(explain):
     assert "Traceback" not in output_0 and "Connection closed" not in output_0
 
 
+NEIGHBORS = """
+import os, signal
+alarm.close()
+dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=2)
+pids = [None, None]
+dist.all_gather_object(pids, os.getpid())
+alarm.listen(store, Hosts(rank, tuple(rank_on("a", pid=pid) for pid in pids)))
+"""
+
+
+def test_a_neighbor_killed_in_the_middle_of_a_sum_is_named_in_a_line() -> None:
+    sums = NEIGHBORS + "import torch\nwith ending_alone(explain):\n    dist.all_reduce(torch.ones(1))"
+    killed = NEIGHBORS + "time.sleep(2)\nos.kill(os.getpid(), signal.SIGKILL)"
+    with two_ranks(sums, killed) as (first, second):
+        first_output, _ = first.communicate(timeout=120)
+        assert first.returncode == 1 and second.wait(10) == -signal.SIGKILL
+    assert f"[rank 0] rank 1 (process {second.pid}) has ended; ending this rank, too" in first_output
+    assert "Traceback" not in first_output, "of the connection, which is not the cause"
+
+
+def test_a_failure_of_its_own_keeps_its_traceback_beside_a_killed_neighbor() -> None:
+    fails = NEIGHBORS + "time.sleep(4)\nwith ending_alone(explain):\n    raise RuntimeError('a bug')"
+    killed = NEIGHBORS + "time.sleep(1)\nos.kill(os.getpid(), signal.SIGKILL)"
+    (code, output), _ = outcomes(fails, killed)
+    assert code == 1 and "Traceback" in output and "RuntimeError: a bug" in output
+
+
 def test_the_end_of_the_store_ends_the_ranks_that_it_served() -> None:
     with two_ranks("hang()", "hang()") as (first, second):
         for process in (first, second):
