@@ -196,8 +196,8 @@ def test_prices_are_the_operations_of_a_real_step_under_every_switch(
 ) -> None:
     """Exactly, but for the small layers around the language model, which are added here; with ZeRO-3's linear layers.
 
-    torch's plain attention, the one it can count, keeps the scores: its backward is 2 forwards, not 2.5. A price is that
-    of a head without room for logits, which computes them twice.
+    torch's plain attention, the one it can count, keeps the scores: its backward is 2 forwards, not 2.5. A price is
+    that of a head without room for logits, which computes them twice.
     """
     monkeypatch.setattr(head, "KEPT_LOGITS", 0)
     monkeypatch.setattr(torch.nn.functional, "linear", zero3_linear_wrap)
