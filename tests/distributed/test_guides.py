@@ -100,7 +100,8 @@ def _blockmoving(demo: Path, results: Path, **replaced: str) -> list[str]:
 def _assert_blockmoving_trained(output: str, demo: Path, results: Path, steps: int) -> None:
     _assert_trained(output, demo, results, steps)
     assert "data group interleave_reasoning: 60 rows of blockmoving_train" in output
-    assert "W&B is off (enable_wandb False)" in output and "use_flex True" in output
+    assert "W&B is off (enable_wandb False)" in output
+    assert "attention: " in output and "FlexAttention" in output, "use_flex True: what it gets, and why not flex"
     shown = re.findall(r"pack (\d+): [\d,]+ of [\d,]+ tokens", output)
     assert shown == ["0", "1", "2"], "debug_batches 3"
 
