@@ -172,13 +172,19 @@ def plan_memory(model: BagelConfig, settings: ZeroSettings, run: MemoryOptions) 
     def keeping(layers: int) -> MemoryPlan:
         return _plan(model, settings, dataclasses.replace(run, selective_layers=layers))
 
-    layers, least = model.llm.num_hidden_layers, 0
-    if run.gpu_memory is None or DEVICE not in keeping(layers).shortfalls:
-        return keeping(layers)
-    while least + 1 < layers:  # `layers` have no room, `least` have, or nothing has
+    least, layers = 0, model.llm.num_hidden_layers
+    every = keeping(layers)
+    if run.gpu_memory is None or DEVICE not in every.shortfalls:
+        return every
+    found = keeping(least)  # what is returned if nothing has room
+    while least + 1 < layers:  # `layers` have no room
         middle = (least + layers) // 2
-        least, layers = (least, middle) if DEVICE in keeping(middle).shortfalls else (middle, layers)
-    return keeping(least)
+        plan = keeping(middle)
+        if DEVICE in plan.shortfalls:
+            layers = middle
+        else:
+            least, found = middle, plan
+    return found
 
 
 def _plan(model: BagelConfig, settings: ZeroSettings, run: MemoryOptions) -> MemoryPlan:

@@ -90,6 +90,8 @@ def drawn_cases(world: int, seed: int) -> list[Case]:
     }
     stage2 = {name: draw.choice((1000, SWAPS, 10**9)) for name in ("reduce_bucket_size", "allgather_bucket_size")}
     stage2["round_robin_gradients"] = draw.choice((False, True))
+    settings = {"zero3_nvme_all": shared}  # weights on NVMe are fetched as the preset says
+    settings |= dict.fromkeys(("zero2_cpu", "zero2_cpu_split"), stage2)
     precision, accumulation = (("fp32", 1), ("bf16", 2), ("fp32", 2), ("bf16", 1))[seed]
     presets = [*(PRESETS if seed in SEEDS else PRESETS[:1]), *([*SPLIT, "zero2_cpu"] if precision == "bf16" else [])]
     return [
@@ -100,11 +102,7 @@ def drawn_cases(world: int, seed: int) -> list[Case]:
             accumulation=accumulation,
             sizes=sizes,
             piece=draw.choice((0, 10_007)),
-            zero=stage2
-            if preset.startswith("zero2")
-            else shared
-            if preset == "zero3_nvme_all"
-            else {**shared, **fetching},  # weights on NVMe: as the preset says
+            zero=settings.get(preset, {**shared, **fetching}),
         )
         for preset in presets
     ]

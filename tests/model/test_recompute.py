@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.recompute import ATTENTION, PRODUCTS, recompute_mode
-from tests.memory.test_phases import network, pack
+from bagel_ds.model.shape.lora import LoRA
+from tests.memory.test_phases import network, pack, selective_peaks
 
 LAYERS = 3
 
@@ -28,7 +28,7 @@ class Operators(TorchDispatchMode):
 
 
 def counted(mode: str, **options: Any) -> tuple[int, int, int]:
-    """(products, attentions, exponentials of norms: `rsqrt_`) of a forward and backward pass."""
+    """(products, attentions, norms) of a forward and backward pass."""
     torch.manual_seed(0)
     config = network(width=64, inner=96, layers=LAYERS)
     model = Bagel(config, recompute_mode(mode, **options))
@@ -62,8 +62,6 @@ def test_selective_repeats_norms_but_no_product_of_a_decoder_layer() -> None:
 
 @pytest.mark.parametrize("mode", ["full", "selective"])
 def test_adapters_with_dropout_see_the_same_masks_again(mode: str) -> None:
-    from bagel_ds.model.shape.lora import LoRA
-
     grads = []
     for name in ("none", mode):
         torch.manual_seed(0)
@@ -80,8 +78,6 @@ def test_adapters_with_dropout_see_the_same_masks_again(mode: str) -> None:
 
 
 def test_the_planner_counts_what_selective_keeps() -> None:
-    from tests.memory.test_phases import selective_peaks
-
     for layers in (0, 2, 4):
-        measured, planned = partial(selective_peaks, kept=layers)()
+        measured, planned = selective_peaks(kept=layers)
         assert 0.97 * measured < planned < 1.15 * measured, layers

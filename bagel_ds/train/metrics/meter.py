@@ -79,8 +79,8 @@ class StepMeter:
             "optim/grad_norm": result.grad_norm,
             "perf/tokens_per_sec": self._tokens / seconds,
             "perf/step_seconds": seconds / self._steps,
-            "perf/data_wait": max(waited for *_, waited, _, _ in ranks)
-            / seconds,  # share of time; all wait for the slowest
+            # A share of time, of the rank that waits longest: the others wait for it.
+            "perf/data_wait": max(waited for *_, waited, _, _ in ranks) / seconds,
         }
         if self._peak is not None:
             flops = sum(flops for flops, *_ in ranks)

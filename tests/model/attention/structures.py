@@ -43,6 +43,16 @@ def rule(structure: Structure) -> Tensor:
     return mask
 
 
+def cached_lens(structure: Structure, most: int = 5) -> st.SearchStrategy[list[int]]:
+    """Tokens that stand before each sample in a cache."""
+    return st.lists(st.integers(0, most), min_size=len(structure), max_size=len(structure))
+
+
+def layouts(structure: Structure, cached: Sequence[int]) -> list[AttentionLayout]:
+    """The structure's layout without a cache and behind one; none if it has no samples."""
+    return [AttentionLayout.from_splits(*flat(structure), behind) for behind in ((), cached)] if structure else []
+
+
 def query_rows(layout: AttentionLayout) -> Tensor:
     """[Q] positions of the layout's queries among its keys."""
     is_query = [not cached for n, cached in zip(layout.segment_lens, layout.is_cached) for _ in range(n)]

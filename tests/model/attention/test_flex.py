@@ -11,7 +11,7 @@ from torch.nn.attention import flex_attention as torch_flex
 from bagel_ds.model.attention import flex
 from bagel_ds.model.attention.layout import AttentionLayout
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
-from tests.model.attention.structures import Structure, dense, drawn, flat, query_rows, samples
+from tests.model.attention.structures import Structure, cached_lens, dense, drawn, layouts, query_rows, samples
 
 CPU = torch.device("cpu")
 
@@ -21,15 +21,9 @@ def longer(structure: Structure, times: int) -> Structure:
     return [[(length * times, mode) for length, mode in sample] for sample in structure]
 
 
-def layouts(structure: Structure, cached: list[int]) -> list[AttentionLayout]:
-    plain = AttentionLayout.from_splits(*flat(structure))
-    return [plain, AttentionLayout.from_splits(*flat(structure), cached)] if structure else []
-
-
 @given(samples, st.data(), st.sampled_from([1, 43, 64]))
 def test_bounds_are_the_rule_and_blocks_hold_all_of_it(structure: Structure, data: st.DataObject, times: int) -> None:
-    cached = data.draw(st.lists(st.integers(0, 200), min_size=len(structure), max_size=len(structure)))
-    for layout in layouts(longer(structure, times), cached):
+    for layout in layouts(longer(structure, times), data.draw(cached_lens(structure, 200))):
         tokens = flex.bounds(layout, CPU)
         reach, segment, last = tokens
         sees = (torch.arange(len(last)) <= reach[:, None]) & (segment[:, None] <= last)

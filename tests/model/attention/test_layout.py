@@ -17,7 +17,18 @@ from bagel_ds.model.attention.layout import AttentionLayout
 from bagel_ds.model.bagel import Bagel
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
 from tests.memory.test_phases import network, pack
-from tests.model.attention.structures import Structure, dense, drawn, flat, query_rows, rule, samples, with_gradients
+from tests.model.attention.structures import (
+    Structure,
+    cached_lens,
+    dense,
+    drawn,
+    flat,
+    layouts,
+    query_rows,
+    rule,
+    samples,
+    with_gradients,
+)
 
 
 @given(samples)
@@ -62,13 +73,7 @@ def test_a_cache_is_the_splits_that_came_before(structure: Structure, data: st.D
 
 @given(samples, st.data())
 def test_sdpa_equals_a_dense_mask(structure: Structure, data: st.DataObject) -> None:
-    cached = data.draw(st.lists(st.integers(0, 5), min_size=len(structure), max_size=len(structure)))
-    for layout in (
-        AttentionLayout.from_splits(*flat(structure)),
-        AttentionLayout.from_splits(*flat(structure), cached),
-    ):
-        if not layout.segment_lens:
-            continue
+    for layout in layouts(structure, data.draw(cached_lens(structure))):
         tensors = drawn(layout)
         for found, expected in zip(
             with_gradients(sdpa.prepare(layout), tensors), with_gradients(dense(layout), tensors)

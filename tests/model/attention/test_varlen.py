@@ -16,7 +16,7 @@ from bagel_ds.model.attention import flash_package, flash_torch
 from bagel_ds.model.attention.layout import AttentionLayout
 from bagel_ds.model.attention.varlen import Permutation, plan, varlen, varlen_reference
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
-from tests.model.attention.structures import Structure, dense, drawn, flat, samples, with_gradients
+from tests.model.attention.structures import Structure, cached_lens, dense, drawn, layouts, samples, with_gradients
 
 MIXED = AttentionLayout.from_splits([20, 9], [5, 6, 4, 5, 9], [CAUSAL, NOISE, FULL, CAUSAL, CAUSAL])
 
@@ -24,13 +24,7 @@ MIXED = AttentionLayout.from_splits([20, 9], [5, 6, 4, 5, 9], [CAUSAL, NOISE, FU
 @given(samples, st.data())
 def test_two_calls_equal_a_dense_mask(structure: Structure, data: st.DataObject) -> None:
     """Forward and backward, also behind a cache of some samples."""
-    cached = data.draw(st.lists(st.integers(0, 5), min_size=len(structure), max_size=len(structure)))
-    for layout in (
-        AttentionLayout.from_splits(*flat(structure)),
-        AttentionLayout.from_splits(*flat(structure), cached),
-    ):
-        if not layout.segment_lens:
-            continue
+    for layout in layouts(structure, data.draw(cached_lens(structure))):
         tensors = drawn(layout)
         found = with_gradients(varlen(layout, varlen_reference), tensors)
         for one, expected in zip(found, with_gradients(dense(layout), tensors)):
