@@ -61,7 +61,6 @@ COVERED_BY: dict[str, tuple[str, str]] = {
     "train/ranks/alarm.py": ("train/ranks/test_failure.py", "an alarm sounds when a rank fails"),
     "train/metrics/shown.py": ("train/metrics/test_log.py", "a record that a log shows"),
     "train/sampling.py": ("distributed/test_sampling.py", "needs a launch"),
-    "train/step.py": ("model/losses/test_breakdown.py", "also by every recording in distributed/test_trajectories.py"),
     "train/trainer.py": ("distributed/test_resume.py", "needs a launch"),
     "units.py": ("memory/test_planner.py", "three constants"),
     "web/": ("web/test_web.py", "asked over HTTP and in a browser, as the page asks"),

@@ -35,12 +35,13 @@ class NonFiniteGuard:
             return
         self.skipped += 1
         self._keep(step, window)
-        samples = [name for names in everyone([name for batch in window for name in batch.samples]) for name in names]
+        ranks = everyone(([name for batch in window for name in batch.samples], result.losses.sums.tolist()))
+        samples = [name for names, _ in ranks for name in names]
         logger.warning(
             "step %d skipped: loss %s, gradient norm %s. Its packs are in %s (%d of --max_nonfinite %d)",
             step,
-            result.total,
-            result.grad_norm,
+            result.means([sums for _, sums in ranks]).total,
+            float(result.grad_norm),
             self._folder,
             self.skipped,
             self._limit,

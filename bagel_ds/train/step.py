@@ -1,7 +1,7 @@
 """One optimizer step: a window of micro-batches in, updated weights and the step's losses out.
 
-Guarantees: every rank makes the same calls in the same order, whatever its batches hold. Losses are means over the
-whole step and all ranks.
+Guarantees: every rank makes the same calls in the same order, whatever its batches hold. Nothing here waits for a GPU:
+ranks exchange over the network what they know on the host, and losses stay on the device until a step is logged.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.losses.breakdown import LossBreakdown
 from bagel_ds.model.losses.normalization import (
     LossOptions,
-    LossSums,
     WindowTotals,
     partial_means,
     weighted,
-    window_totals,
+    window_counts,
 )
 from bagel_ds.train.metrics.profile import phase_of_step
+from bagel_ds.train.ranks.agreement import on_any_rank, sum_over_ranks
 from bagel_ds.zero.engine import ZeroEngine
 
 Encode = Callable[[PackedBatch], Tensor]  # the batch's images as clean latent tokens [G, F] fp32
@@ -32,23 +32,39 @@ Encode = Callable[[PackedBatch], Tensor]  # the batch's images as clean latent t
 class WindowLosses(NamedTuple):
     """What `accumulate` hands to `update`; tensors are on the engine's device."""
 
-    sums: LossSums  # this rank's part of the means, fp64
+    sums: Tensor  # [2] fp64: this rank's part of the step's mean ce and mse
     totals: WindowTotals
     options: LossOptions
     breakdown: Tensor | None  # this rank's sums by part (`LossBreakdown`)
 
 
-class StepResult(NamedTuple):
-    """Means over the whole step. ce or mse is None if the step has none of it."""
+class StepMeans(NamedTuple):
+    """Losses over the whole step and all ranks. ce or mse is None if the step has none of it."""
 
     ce: float | None
     mse: float | None
     total: float
-    grad_norm: float
-    tokens: int  # over all ranks
+
+
+class StepResult(NamedTuple):
+    """A finished step. Reading `losses` or `grad_norm` waits for the device."""
+
+    losses: WindowLosses
+    grad_norm: Tensor | float  # before clipping
     applied: bool  # False if a loss or gradient was not finite: then no rank has updated anything
     stop: bool  # a rank wants to stop after this step
-    breakdown: Tensor | None = None  # `WindowLosses.breakdown`
+
+    @property
+    def tokens(self) -> int:
+        """Over all ranks."""
+        return int(self.losses.totals.tokens)
+
+    def means(self, sums_by_rank: Sequence[Sequence[float]]) -> StepMeans:
+        """The step's losses, from `losses.sums.tolist()` of every rank."""
+        ce, mse = (math.fsum(parts) for parts in zip(*sums_by_rank, strict=True))
+        _, totals, options, _ = self.losses
+        total = options.ce_weight * ce + options.mse_weight * mse
+        return StepMeans(ce if totals.ce else None, mse if totals.mse else None, total)
 
 
 def accumulate(
@@ -62,7 +78,7 @@ def accumulate(
 
     `window` has as many batches as the engine has accumulation steps. `breakdown` also sums the losses by part.
     """
-    totals = window_totals(window, options, engine.device)
+    totals = WindowTotals(*sum_over_ranks(window_counts(window, options)))
     world = dist.get_world_size()
     sums = torch.zeros(2, dtype=torch.float64, device=engine.device)  # ce, mse
     breakdown_sums = None if breakdown is None else breakdown.zeros(engine.device)
@@ -81,7 +97,7 @@ def accumulate(
         # DeepSpeed averages gradients over ranks, but the means are already over all ranks.
         with phase_of_step("backward"):
             engine.backward(_spoiled_unless_finite(weighted(means, options)) * world)
-    return WindowLosses(LossSums(*sums), totals, options, breakdown_sums)
+    return WindowLosses(sums, totals, options, breakdown_sums)
 
 
 def update(
@@ -92,20 +108,8 @@ def update(
     Asks `wants_stop` once, after the update; a true answer on any rank counts for all.
     """
     with phase_of_step("update"):
-        grad_norm = engine.update(learning_rate)
-    all_ranks = torch.stack([*losses.sums, losses.sums.ce.new_tensor(bool(wants_stop()))])
-    dist.all_reduce(all_ranks)
-    ce, mse, stops = all_ranks.tolist()
-    return StepResult(
-        ce=ce if losses.totals.ce else None,
-        mse=mse if losses.totals.mse else None,
-        total=float(weighted(LossSums(*all_ranks[:2]), losses.options)),
-        grad_norm=grad_norm,
-        tokens=int(losses.totals.tokens),
-        applied=math.isfinite(grad_norm),
-        stop=stops > 0,
-        breakdown=losses.breakdown,
-    )
+        applied, grad_norm = engine.update(learning_rate)
+    return StepResult(losses, grad_norm, applied, stop=on_any_rank(bool(wants_stop())))
 
 
 def _spoiled_unless_finite(loss: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Callable, NamedTuple
@@ -133,22 +132,27 @@ class ZeroEngine:
         assert not self._engine.is_gradient_accumulation_boundary(), "a window has accumulation_steps micro-batches"
         self._engine.step()
 
-    def update(self, learning_rate: float) -> float:
-        """Call after the step's last backward pass: clip, update, clear. Returns the gradient norm before clipping.
+    def update(self, learning_rate: float) -> tuple[bool, Tensor | float]:
+        """Call after the step's last backward pass: clip, update, clear.
 
-        If the norm is not finite, nothing was updated on any rank.
+        Returns whether anything was updated, the same on every rank, and the gradient norm before clipping. Nothing is
+        if the norm is not finite. DeepSpeed waits for the norm before it updates; nothing here waits after that.
         """
         assert self._engine.is_gradient_accumulation_boundary(), "a window has accumulation_steps micro-batches"
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = self._unpartitioned_norm() if self.stage == 0 else None
-        if norm is not None and not torch.isfinite(norm) and not self._settings.bf16:
-            self._drop_gradients()  # DeepSpeed's other optimizers skip such an update by themselves
-        self._engine.step()
-        found = float(norm if norm is not None else self._engine.get_global_grad_norm())
-        if math.isfinite(found):
+        if self.stage == 0:
+            norm = self._unpartitioned_norm()
+            applied = bool(torch.isfinite(norm))  # DeepSpeed computes neither for whole fp32 gradients
+            if not applied and not self._settings.bf16:
+                self._drop_gradients()  # its other optimizers skip such an update by themselves
+            self._engine.step()
+        else:
+            self._engine.step()
+            applied, norm = self._engine.was_step_applied(), self._engine.get_global_grad_norm()
+        if applied:
             self.partitions.updated()
-        return found
+        return applied, norm
 
     def close(self) -> None:
         """Remove DeepSpeed's hooks and buffers, so that another engine can be built in this process."""

@@ -48,6 +48,23 @@ def test_fp32_gradients_equal_the_cpus(mode: str) -> None:
         assert float((on_gpu[name] - expected).abs().max()) <= 1e-4 * scale + 1e-7, name
 
 
+@only_on_a_gpu
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
+def test_a_step_does_not_wait_for_the_gpu(mode: str) -> None:
+    """As tests/train/test_step.py, with the attention that a GPU has: torch raises at every wait."""
+    model, batch = tiny().to(DEVICE), pack(6, labels=True, drawn=(3, 4)).pin_memory()
+    model.recompute = recompute_mode(mode, layers=1)
+    loss_of(model, batch.to(DEVICE))  # kernels are chosen and loaded
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        batch = batch.to(DEVICE)
+        output = model(batch, torch.zeros(len(batch.vae_indexes), 64, device=DEVICE))
+        (output.ce.sum() + output.mse.sum()).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("quantization", QUANTIZATIONS.values(), ids=list(QUANTIZATIONS))
 @pytest.mark.parametrize("kernel", [True, False], ids=["bitsandbytes", "torch"])
 def test_quantized_weights_are_the_cpus_to_the_last_bit(

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bagel_ds.errors import UserError
 from bagel_ds.model.batch import PackedBatch
+from bagel_ds.model.losses.normalization import LossOptions, WindowTotals
 from bagel_ds.train import nonfinite
 from bagel_ds.train.nonfinite import NonFiniteGuard
-from bagel_ds.train.step import StepResult
+from bagel_ds.train.step import StepResult, WindowLosses
 from tests.data.stand_in import odd_batch
 
 pytestmark = pytest.mark.usefixtures("one_rank")
@@ -25,7 +27,9 @@ def batch() -> PackedBatch:
 
 
 def result(grad_norm: float) -> StepResult:
-    return StepResult(1.0, 2.0, grad_norm, grad_norm, 7, applied=math.isfinite(grad_norm), stop=False)
+    sums = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    losses = WindowLosses(sums, WindowTotals(4.0, 5.0, 7.0), LossOptions(), breakdown=None)
+    return StepResult(losses, grad_norm, applied=math.isfinite(grad_norm), stop=False)
 
 
 def test_a_finite_update_is_neither_counted_nor_kept(batch: PackedBatch, tmp_path: Path) -> None:
@@ -42,7 +46,9 @@ def test_past_the_limit_the_error_names_the_samples_and_the_packs(
     with caplog.at_level(logging.WARNING, "bagel_ds"):
         nonfinite.logger.propagate = True
         guard.check(3, [batch, batch], result(norm))
-    assert "step 3 skipped" in caplog.text and "(1 of --max_nonfinite 1)" in caplog.text
+    assert (
+        f"step 3 skipped: loss 3.0, gradient norm {norm}" in caplog.text and "(1 of --max_nonfinite 1)" in caplog.text
+    )
     with pytest.raises(UserError) as found:
         guard.check(4, [batch], result(norm))
     for words in ("2 updates", "more than --max_nonfinite 1", "step 4", *batch.samples, "nonfinite"):

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import NamedTuple, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from bagel_ds.model.bagel import BagelOutput
@@ -37,14 +36,12 @@ class WindowTotals(NamedTuple):
     tokens: float
 
 
-def window_totals(window: Sequence[PackedBatch], options: LossOptions, device: torch.device) -> WindowTotals:
-    """Count the batches of a step on all ranks, in one small collective call before the first backward pass."""
+def window_counts(window: Sequence[PackedBatch], options: LossOptions) -> WindowTotals:
+    """What this rank adds to a step's totals. The batches are on the host."""
     counts = torch.zeros(3, dtype=torch.float64)
     for batch in window:
         labels = batch.ce_loss_weights.double().sum() if options.ce_loss_reweighting else len(batch.label_ids)
         counts += torch.tensor([labels, len(batch.mse_loss_indexes), batch.sequence_length], dtype=torch.float64)
-    counts = counts.to(device)
-    dist.all_reduce(counts)
     return WindowTotals(*counts.tolist())
 
 

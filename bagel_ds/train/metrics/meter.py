@@ -12,16 +12,29 @@ import socket
 import time
 from collections import Counter
 from contextlib import contextmanager
-from typing import Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, NamedTuple, Sequence
 
 from bagel_ds.data.batches.loader import MicroBatch
 from bagel_ds.model.losses.breakdown import LossBreakdown
 from bagel_ds.model.shape.config import BagelConfig
-from bagel_ds.train.metrics.throughput import device_memory, host_gib, pack_flops, peak_tflops
+from bagel_ds.train.metrics.throughput import DeviceMemory, device_memory, host_gib, pack_flops, peak_tflops
 from bagel_ds.train.ranks.agreement import everyone, is_main
 from bagel_ds.train.step import StepResult
 
 logger = logging.getLogger("bagel_ds")
+
+
+class _OfRank(NamedTuple):
+    """What a rank tells the others at a logged step."""
+
+    flops: float  # since the last logged step, as is `waited`
+    device: DeviceMemory | None
+    host_gib: float
+    host: str
+    waited: float  # seconds, for data
+    losses: list[float]  # `WindowLosses.sums`
+    breakdown: Any
+    newly_broken: dict[str, str]
 
 
 class StepMeter:
@@ -35,7 +48,7 @@ class StepMeter:
         breakdown: LossBreakdown | None = None,
     ):
         """`unusable_rows` counts the rows that the index or the plan leaves out, by dataset; `breakdown` names the
-        sums in `StepResult.breakdown`."""
+        sums in `WindowLosses.breakdown`."""
         self._breakdown = breakdown
         self._model, self._peak, self._unusable_rows = model, peak_tflops(peak_device_tflops), unusable_rows
         self._broken: dict[str, str] = {}  # row and reason -> dataset, on all ranks
@@ -65,32 +78,41 @@ class StepMeter:
 
     def read(self, rate: float, result: StepResult) -> dict[str, float | None]:
         """Metrics by public name; None for one that this step does not have."""
-        seconds = time.monotonic() - self._began
-        breakdown = None if result.breakdown is None else result.breakdown.tolist()
-        host = (host_gib(), socket.gethostname())
-        mine = (self._flops, device_memory(), *host, self._waited, breakdown, self._newly_broken)
-        ranks = everyone(mine)
+        losses = result.losses
+        mine = _OfRank(
+            flops=self._flops,
+            device=device_memory(),
+            host_gib=host_gib(),
+            host=socket.gethostname(),
+            waited=self._waited,
+            losses=losses.sums.tolist(),
+            breakdown=None if losses.breakdown is None else losses.breakdown.tolist(),
+            newly_broken=self._newly_broken,
+        )
+        seconds = time.monotonic() - self._began  # the losses have waited for the device
+        ranks: list[_OfRank] = everyone(mine)
+        means = result.means([rank.losses for rank in ranks])
         values: dict[str, float | None] = {
-            "loss/mse": result.mse,
-            "loss/ce": result.ce,
-            "loss/total": result.total,
-            **(self._breakdown.means([breakdown for *_, breakdown, _ in ranks]) if self._breakdown is not None else {}),
+            "loss/mse": means.mse,
+            "loss/ce": means.ce,
+            "loss/total": means.total,
+            **({} if self._breakdown is None else self._breakdown.means([rank.breakdown for rank in ranks])),
             "optim/lr": rate,
-            "optim/grad_norm": result.grad_norm,
+            "optim/grad_norm": float(result.grad_norm),
             "perf/tokens_per_sec": self._tokens / seconds,
             "perf/step_seconds": seconds / self._steps,
             # A share of time, of the rank that waits longest: the others wait for it.
-            "perf/data_wait": max(waited for *_, waited, _, _ in ranks) / seconds,
+            "perf/data_wait": max(rank.waited for rank in ranks) / seconds,
         }
         if self._peak is not None:
-            flops = sum(flops for flops, *_ in ranks)
+            flops = sum(rank.flops for rank in ranks)
             values["perf/mfu"] = flops / seconds / (self._peak * 1e12 * len(ranks))
-        devices = [device for _, device, *_ in ranks if device is not None]
+        devices = [rank.device for rank in ranks if rank.device is not None]
         values["memory/device_gib"] = max((device.allocated for device in devices), default=None)
         values["memory/device_reserved_gib"] = max((device.reserved for device in devices), default=None)
         hosts: Counter[str] = Counter()
-        for _, _, gib, name, *_ in ranks:
-            hosts[name] += gib  # type: ignore[assignment]
+        for rank in ranks:
+            hosts[rank.host] += rank.host_gib  # type: ignore[assignment]
         values["memory/host_gib"] = max(hosts.values())
         self.device_peak = values["memory/device_reserved_gib"]
         self.host_peak = max(self.host_peak, max(hosts.values()))
@@ -98,7 +120,7 @@ class StepMeter:
         values["data/imbalance"] = sum(micro.imbalance for micro in self._window) / len(self._window)
         values.update({f"data/epoch/{name}": epoch for name, epoch in self._window[-1].epochs.items()})
         skipped = Counter(self._unusable_rows())
-        skipped.update(self._all_broken([broken for *_, broken in ranks]).values())
+        skipped.update(self._all_broken([rank.newly_broken for rank in ranks]).values())
         names = [*self._window[-1].epochs, *skipped]
         values.update({f"data/skipped/{name}": float(skipped[name]) for name in names})
         self.restart()

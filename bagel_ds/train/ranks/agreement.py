@@ -13,7 +13,7 @@ import time
 import uuid
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, TypeVar
+from typing import Any, Callable, Sequence, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -161,6 +161,13 @@ def on_any_rank(value: bool) -> bool:
     found = torch.tensor(int(value))
     dist.all_reduce(found, dist.ReduceOp.MAX, group=control_group())
     return bool(found)
+
+
+def sum_over_ranks(values: Sequence[float]) -> list[float]:
+    """Each of `values`, added up over all ranks in fp64."""
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=control_group())
+    return total.tolist()  # type: ignore[no-any-return]
 
 
 def to_main(value: Any) -> list[Any] | None:

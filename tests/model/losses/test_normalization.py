@@ -13,13 +13,10 @@ from bagel_ds.data.samples.image_tokens import LayoutOptions
 from bagel_ds.data.samples.sample import TEXT, VAE
 from bagel_ds.model.bagel import BagelOutput
 from bagel_ds.model.batch import PackedBatch
-from bagel_ds.model.losses.normalization import LossOptions, LossSums, partial_means, weighted, window_totals
+from bagel_ds.model.losses.normalization import LossOptions, LossSums, partial_means, weighted, window_counts
 from bagel_ds.model_folder.tokenizer import SpecialTokens
 
-pytestmark = pytest.mark.usefixtures("process_group")
-
 SPECIAL = SpecialTokens(bos=1, eos=2, start_of_image=3, end_of_image=4, end_of_text=0)
-CPU = torch.device("cpu")
 FEATURES = LayoutOptions().latent_features
 
 
@@ -45,7 +42,7 @@ def output_of(batch: PackedBatch, seed: int) -> BagelOutput:
 
 
 def summed(batches: Sequence[PackedBatch], outputs: Sequence[BagelOutput], options: LossOptions) -> LossSums:
-    totals = window_totals(batches, options, CPU)
+    totals = window_counts(batches, options)
     parts = [partial_means(output, batch, totals, options) for batch, output in zip(batches, outputs, strict=True)]
     return LossSums(*(torch.stack(values).sum() for values in zip(*parts, strict=True)))
 
@@ -54,7 +51,7 @@ BATCHES = [pack(text(4), image(2, 3)), pack(text(31)), pack(image(5, 2), image(1
 
 
 def test_totals_count_labels_noised_tokens_and_all_tokens_of_the_window() -> None:
-    totals = window_totals(BATCHES, LossOptions(), CPU)
+    totals = window_counts(BATCHES, LossOptions())
     # A text of n tokens has n + 1 labels; an image of r x c tokens has r * c targets and two markers.
     assert totals[:3] == (5 + 32 + 2 + 10, 6 + 10 + 1, 6 + 8 + 33 + 12 + 3 + 3 + 11)
 

@@ -10,18 +10,20 @@ import torch
 
 from bagel_ds.data.batches.loader import MicroBatch
 from bagel_ds.model.losses.breakdown import LossBreakdown
-from bagel_ds.model.losses.normalization import LossOptions
+from bagel_ds.model.losses.normalization import LossOptions, WindowTotals
 from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.train.metrics import meter as meter_module
 from bagel_ds.train.metrics.meter import StepMeter
 from bagel_ds.train.metrics.throughput import DeviceMemory
-from bagel_ds.train.step import StepResult
+from bagel_ds.train.step import StepResult, WindowLosses
 from tests.train.metrics.metric_names import METRIC_NAMES, METRIC_PREFIXES
 from tests.train.metrics.test_throughput import pack, text
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-RESULT = StepResult(ce=2.0, mse=None, total=2.0, grad_norm=0.5, tokens=100, applied=True, stop=False)
+TOTALS = WindowTotals(ce=3.0, mse=0.0, tokens=100.0)
+LOSSES = WindowLosses(torch.tensor([2.0, 0.0], dtype=torch.float64), TOTALS, LossOptions(), breakdown=None)
+RESULT = StepResult(LOSSES, grad_norm=torch.tensor(0.5), applied=True, stop=False)
 
 
 class Clock:
@@ -61,23 +63,24 @@ def test_parts_of_the_losses_come_from_all_ranks_in_one_exchange(clock: Clock, m
     breakdown = LossBreakdown(["t2i", "vlm"], 1.0, LossOptions())
     exchanges = []
 
-    def two_ranks(mine: tuple) -> list[tuple]:
+    def two_ranks(mine: Any) -> list[Any]:
         exchanges.append(mine)
         theirs = torch.zeros(2, 8, dtype=torch.float64)
         theirs[:, 0] = torch.tensor([9.0, 1.0])  # one token of t2i with an error of 9
-        return [mine, (*mine[:5], theirs.tolist(), *mine[6:])]
+        return [mine, mine._replace(losses=[1.0, 0.0], breakdown=theirs.tolist())]
 
     monkeypatch.setattr(meter_module, "everyone", two_ranks)
     meter = StepMeter(BagelConfig(), 0.0, breakdown=breakdown)
     sums = breakdown.zeros(torch.device("cpu"))
     sums[:, 0] = torch.tensor([6.0, 2.0])
     sums[:, 3] = torch.tensor([1.0, 4.0])
-    result = RESULT._replace(breakdown=sums)
+    result = RESULT._replace(losses=LOSSES._replace(breakdown=sums))
     meter.add([micro()], result)
     clock.now += 1
     values = meter.read(1e-4, result)
     assert values["loss/mse/t2i"] == 5.0 and values["loss/ce/vlm"] == 0.25
     assert "loss/mse/vlm" not in values and len(exchanges) == 1
+    assert values["loss/ce"] == 3.0 and values["optim/grad_norm"] == 0.5
     assert all(name in METRIC_NAMES or name.startswith(METRIC_PREFIXES) for name in values)
 
 
@@ -122,12 +125,10 @@ def test_a_skipped_row_is_counted_once_and_named_once(
 
 def test_utilisation_is_over_all_ranks(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     def two_ranks(mine: Any) -> list[Any]:
-        flops, device, host, _, waited, breakdown, skipped = mine
         broken = {"row 7": "t2i", "row 8": "t2i"}
-        return [
-            (flops, device, 2.0, "a", waited, breakdown, skipped),
-            (3 * flops, device, 3.0, "a", waited + 0.25, breakdown, broken),
-        ]
+        mine = mine._replace(host="a", host_gib=2.0)
+        other = mine._replace(flops=3 * mine.flops, host_gib=3.0, waited=mine.waited + 0.25, newly_broken=broken)
+        return [mine, other]
 
     meter = StepMeter(BagelConfig(), peak_device_tflops=100.0)
     meter.add([micro()], RESULT)
@@ -151,7 +152,7 @@ def test_device_memory_is_that_of_the_fullest_rank_and_a_plan_is_compared_with_w
     meter = StepMeter(BagelConfig(), peak_device_tflops=0.0)
     for mine, other, expected in ((None, None, (None, None)), ((3.0, 5.0), (4.0, 4.5), (4.0, 5.0))):
         devices = [None if peaks is None else DeviceMemory(*peaks) for peaks in (mine, other)]
-        monkeypatch.setattr(meter_module, "everyone", lambda all: [(all[0], device, *all[2:]) for device in devices])  # noqa: B023
+        monkeypatch.setattr(meter_module, "everyone", lambda mine: [mine._replace(device=device) for device in devices])  # noqa: B023
         meter.add([micro()], RESULT)
         clock.now += 1
         values = meter.read(1e-4, RESULT)
