@@ -165,6 +165,7 @@ def run(nvme_path: Path, layers: int) -> dict[str, object]:
         pack = small_pack(config)
         latents = torch.zeros(len(pack.vae_indexes), config.latent_features, device=engine.device)
         result = update(engine, accumulate(engine, lambda _: latents, [pack], LossOptions()), 1e-4)
+        losses = result.read()
         phase("step", began)
         began = time.monotonic()
         sink = HashingSink()
@@ -181,9 +182,9 @@ def run(nvme_path: Path, layers: int) -> dict[str, object]:
         "weights_gib": round(2 * parameters / GIB, 2),
         "nvme_gib": round(on_disk / GIB, 2),
         "phases": phases,
-        "ce": result.ce,
-        "mse": result.mse,
-        "grad_norm": result.grad_norm,
+        "ce": losses.ce,
+        "mse": losses.mse,
+        "grad_norm": float(result.grad_norm),
         "exported_gib": round(sink.nbytes / GIB, 2),
         "exported_sha256": sink.digest.hexdigest(),
         "host_peak_over_weights": round(max(p["host_peak_gib"] for p in phases.values()) / (2 * parameters / GIB), 3),

@@ -84,7 +84,7 @@ def _train(config: RunConfig, launch: Launch, launcher: LauncherProcess | None, 
 
     setup_logging(None, launch.rank)
     with waiting_for("torch and DeepSpeed to be imported", "minutes from a slow network disk, the first time"):
-        from bagel_ds.train.process.allocators import exact_pinned_memory, return_freed_memory
+        from bagel_ds.train.process.allocators import exact_pinned_memory, expandable_segments, return_freed_memory
         from bagel_ds.train.process.out_of_memory import memory_fault
         from bagel_ds.train.process.stall import start_watch
         from bagel_ds.train.ranks import alarm
@@ -99,6 +99,7 @@ def _train(config: RunConfig, launch: Launch, launcher: LauncherProcess | None, 
     choose_kernels(config.training.precision)
     if uses_cuda():
         exact_pinned_memory()
+        expandable_segments()
 
     def explain(error: BaseException) -> UserError | None:
         return memory_fault(error, config.data.max_num_tokens)

@@ -35,12 +35,11 @@ class NonFiniteGuard:
             return
         self.skipped += 1
         self._keep(step, window)
-        ranks = everyone(([name for batch in window for name in batch.samples], result.losses.sums.tolist()))
-        samples = [name for names, _ in ranks for name in names]
+        samples = [name for names in everyone([name for batch in window for name in batch.samples]) for name in names]
         logger.warning(
             "step %d skipped: loss %s, gradient norm %s. Its packs are in %s (%d of --max_nonfinite %d)",
             step,
-            result.means([sums for _, sums in ranks]).total,
+            result.read().total,
             float(result.grad_norm),
             self._folder,
             self.skipped,

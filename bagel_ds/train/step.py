@@ -23,7 +23,7 @@ from bagel_ds.model.losses.normalization import (
     window_counts,
 )
 from bagel_ds.train.metrics.profile import phase_of_step
-from bagel_ds.train.ranks.agreement import on_any_rank, sum_over_ranks
+from bagel_ds.train.ranks.agreement import everyone, on_any_rank, sum_over_ranks
 from bagel_ds.zero.engine import ZeroEngine
 
 Encode = Callable[[PackedBatch], Tensor]  # the batch's images as clean latent tokens [G, F] fp32
@@ -47,7 +47,7 @@ class StepMeans(NamedTuple):
 
 
 class StepResult(NamedTuple):
-    """A finished step. Reading `losses` or `grad_norm` waits for the device."""
+    """A finished step. Reading a loss or `grad_norm` waits for the device."""
 
     losses: WindowLosses
     grad_norm: Tensor | float  # before clipping
@@ -65,6 +65,10 @@ class StepResult(NamedTuple):
         _, totals, options, _ = self.losses
         total = options.ce_weight * ce + options.mse_weight * mse
         return StepMeans(ce if totals.ce else None, mse if totals.mse else None, total)
+
+    def read(self) -> StepMeans:
+        """The step's losses, exchanged with the other ranks: call it on all of them."""
+        return self.means(everyone(self.losses.sums.tolist()))
 
 
 def accumulate(

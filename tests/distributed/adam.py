@@ -133,7 +133,7 @@ class Run:
         """The step's update; the masters after it are written as `made`. Returns the gradient's norm."""
         loss = self.engine.forward(gradients(step, dist.get_rank()))
         self.engine.backward(loss)
-        norm = self.engine.update(self.case["rates"][step])
+        norm = float(self.engine.update(self.case["rates"][step])[1])
         self.write(MASTER, made)
         return norm
 

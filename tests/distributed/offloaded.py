@@ -71,7 +71,7 @@ def train(case: dict[str, Any], results: Path) -> None:
                 engine.next_micro_batch()
             loss = engine.forward(1000 * step + 100 * micro + 10 * rank)
             engine.backward(loss / case["accumulation"])
-        norms.append(engine.update(LEARNING_RATE))
+        norms.append(float(engine.update(LEARNING_RATE)[1]))
     check_average_in_place(engine, average)
     held: dict[str, Tensor] = {}
     for key in (MASTER, *MOMENTS):

@@ -95,7 +95,8 @@ def replay(case: dict, results: Path) -> None:
             schedule="constant",
         )
         result = update(engine, accumulate(engine, lambda _, encode=encode: next(encode), window, options), rate)
-        steps.append({"ce": result.ce, "mse": result.mse, "grad_norm": result.grad_norm, "lr": rate})
+        losses = result.read()
+        steps.append({"ce": losses.ce, "mse": losses.mse, "grad_norm": float(result.grad_norm), "lr": rate})
 
     infos = {name: TensorInfo(torch.float32, shape) for name, shape in engine.shapes.items()}
     for kind, pieces in (("model", engine.partitions.pieces(MASTER)), ("ema", ema.pieces())):

@@ -102,8 +102,9 @@ def train(case: dict, steps: int, folder: Path, results: Path) -> None:
         window = [batch for batch, _ in made]
         losses = accumulate(engine, lambda _, latents=latents: next(latents), window, LossOptions(), parts)
         result = update(engine, losses, 1e-4)
-        values.append([result.ce, result.mse, result.grad_norm])
-        by_part.append(parts.means(everyone(result.breakdown.tolist())))
+        means = result.read()
+        values.append([means.ce, means.mse, float(result.grad_norm)])
+        by_part.append(parts.means(everyone(losses.breakdown.tolist())))
     infos = {name: TensorInfo(torch.float32, shape) for name, shape in engine.shapes.items()}
     final = chain(engine.partitions.pieces(MASTER), frozen_pieces(engine.module))
     export_tensors(results / f"{case['name']}.safetensors", infos, final, engine.device)

@@ -1,9 +1,10 @@
-"""Settings of two allocators: the C library's, and torch's for page-locked host memory.
+"""Settings of three allocators: the C library's, and torch's for page-locked host memory and for GPUs.
 
-Guarantees: settings change only where memory lies, never a result; what can't be set stays as it is. By default glibc
-keeps freed blocks of up to 32 MiB in the heap, where loading leaves holes of up to four bytes per parameter of a rank.
-torch rounds page-locked blocks up to powers of two and caches freed ones, which for a 7B offloaded to host memory is
-tens of GiB. Call the setters before tensors are made.
+Guarantees: settings change only where memory lies, never a result; what can't be set, or is set by the user, stays as
+it is. By default glibc keeps freed blocks of up to 32 MiB in the heap, where loading leaves holes of up to four bytes
+per parameter of a rank. torch rounds page-locked blocks up to powers of two and caches freed ones, which for a 7B
+offloaded to host memory is tens of GiB. On the GPU it takes segments that can't grow, so that packs of many shapes
+leave holes in them. Call the setters before tensors are made.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from bagel_ds.units import MIB
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 LARGE, KEPT, ARENAS = MIB, 4 * MIB, 2
 _PINNED_LIMIT = "pinned_max_cached_size_mb"
+_EXPANDABLE = "expandable_segments"
 
 _rounds_pinned_memory = True  # torch's default
+_settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
 
 
 def return_freed_memory() -> bool:
@@ -41,14 +44,28 @@ def exact_pinned_memory(above_mib: int = EXACT_ABOVE_MIB) -> None:
     host have an arena (model/offload.py). PYTORCH_ALLOC_CONF (or PYTORCH_CUDA_ALLOC_CONF) takes precedence.
     """
     global _rounds_pinned_memory
-    given = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
-    if _PINNED_LIMIT not in given:
+    _rounds_pinned_memory = not _set_unless_given(_PINNED_LIMIT, str(above_mib))
+
+
+def expandable_segments() -> bool:
+    """Have a GPU's memory in segments that grow, so that little of it is lost in holes; whether torch takes it.
+
+    With another value in PYTORCH_ALLOC_CONF (or PYTORCH_CUDA_ALLOC_CONF) that one stays.
+    """
+    return _set_unless_given(_EXPANDABLE, "True")
+
+
+def _set_unless_given(name: str, value: str) -> bool:
+    """Set `name` of torch's allocators beside what is set; whether it is now set, here or by the user."""
+    global _settings
+    if name not in _settings:
+        settings = ",".join(filter(None, [_settings, f"{name}:{value}"]))
         try:
-            set_allocator = torch._C._accelerator_setAllocatorSettings
-            set_allocator(",".join(filter(None, [given, f"{_PINNED_LIMIT}:{above_mib}"])))
+            torch._C._accelerator_setAllocatorSettings(settings)
         except (AttributeError, RuntimeError, ValueError):
-            return
-    _rounds_pinned_memory = False
+            return False
+        _settings = settings
+    return True
 
 
 def rounds_pinned_memory() -> bool:

@@ -246,8 +246,11 @@ _UNSUPPORTED = {
     "expert_parallel": (None, "the model is sharded only by ZeRO"),
     "hybrid_engine": (None, "it is for reinforcement learning"),
     "weight_quantization": (None, "weights are trained in full"),
-    "zero_optimization.zenflow": (None, "it failed with this model"),
-    "zero_optimization.offload_optimizer.super_offload": (False, "the trainer's optimizer can't"),
+    "zero_optimization.zenflow": (None, "its updates are not exact: some gradients are applied steps later"),
+    "zero_optimization.offload_optimizer.super_offload": (
+        False,
+        "it does not overlap where gradients are clipped, as they are here",
+    ),
 }
 
 

@@ -12,7 +12,9 @@ from bagel_ds.memory.states import EXACT_ABOVE_MIB
 
 COMMON = """
 import torch
-from bagel_ds.train.process.allocators import exact_pinned_memory, return_freed_memory, rounds_pinned_memory
+from bagel_ds.train.process.allocators import (
+    exact_pinned_memory, expandable_segments, return_freed_memory, rounds_pinned_memory
+)
 def anonymous_mib():
     lines = open("/proc/self/status").read().splitlines()
     return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) / 1024
@@ -70,3 +72,24 @@ def test_a_limit_that_the_user_sets_stays(variable: str) -> None:
 
 def test_a_torch_that_cannot_do_that_rounds() -> None:
     assert output(f"del torch._C._accelerator_setAllocatorSettings\n{PINNED}").startswith("True True")
+
+
+EXPANDABLE = """
+exact_pinned_memory()
+print(expandable_segments(), torch._C._accelerator_getAllocatorSettings())
+"""
+
+
+def test_segments_of_a_gpu_grow_beside_the_other_setting() -> None:
+    assert output(EXPANDABLE) == f"True pinned_max_cached_size_mb:{EXACT_ABOVE_MIB},expandable_segments:True"
+
+
+def test_a_user_who_does_not_want_that_is_heard() -> None:
+    given = "expandable_segments:False"
+    expected = f"True {given},pinned_max_cached_size_mb:{EXACT_ABOVE_MIB}"
+    assert output(EXPANDABLE, PYTORCH_ALLOC_CONF=given) == expected
+
+
+def test_a_torch_without_such_settings_has_no_such_segments() -> None:
+    code = "del torch._C._accelerator_setAllocatorSettings\nprint(expandable_segments())"
+    assert output(code) == "False"
