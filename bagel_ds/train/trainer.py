@@ -31,6 +31,7 @@ from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.losses.breakdown import LossBreakdown
 from bagel_ds.model.losses.normalization import LossOptions
+from bagel_ds.model.mot import MoTLayer
 from bagel_ds.model.shape.parameters import adapted_layers
 from bagel_ds.train.build import DTYPES, build_engine, image_encoder, load
 from bagel_ds.train.evaluation import Evaluation
@@ -125,7 +126,8 @@ class Trainer:
             stop = self._listen_for_stops()
             after_step = self._after_step(metrics, stop, saves)
             if self.args.profile and is_main():
-                profile = StepProfile(Path(self.args.results_dir) / "profile", self.args.profile)
+                layers = [module for module in self.engine.module.modules() if isinstance(module, MoTLayer)]
+                profile = StepProfile(Path(self.args.results_dir) / "profile", self.args.profile, layers)
                 after_step.append(enter(closing(profile)).step)
             for number in range(self.progress.steps_done, self.args.total_steps):
                 with watch.phase(number, "data"), self.meter.waiting_for_data(), phase_of_step("data"):
