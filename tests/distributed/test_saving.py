@@ -47,18 +47,21 @@ def words_of(demo: Path, results: Path, **changed: object) -> list[str]:
 
 
 def late_and_not(demo: Path, folder: Path, preset: str, accumulation: int) -> list[Case]:
-    """Three steps that are all saved, three and two that are saved only at their end, the two with gathered weights,
-    and a third step from the second that was saved. Each run's results lie in a folder of its name."""
+    """Three steps that are all saved, the same with ranks on several hosts, which gather the weights, three and two
+    that are saved only at their end, and a third step from the second that was saved. Each run's results lie in a
+    folder of its name."""
     config: dict[str, Any] = {"ds_config": preset, "gradient_accumulation_steps": accumulation}
     if "split" in preset:
         config |= {"precision": "bf16", "ema_dtype": "bf16"}
     runs: dict[str, dict[str, Any]] = {
         "late": {"total_steps": 3, "save_every": 1},
+        "hosts": {"total_steps": 3, "save_every": 1},
         "whole": {"total_steps": 3},
         "short": {"total_steps": 2},
         "resumed": {"total_steps": 3, "resume_from": folder / "late" / "checkpoints" / "step_2"},
     }
-    faults = {"late": [LATE], "short": [HOSTS]}
+    gathers = {"at": "gather", "do": "nothing", "marker": str(folder / "gathered")}
+    faults = {"late": [LATE], "hosts": [HOSTS, LATE, gathers]}
     return [
         Case(name, words_of(demo, folder / name, **options, **config), faults=faults.get(name, []))
         for name, options in runs.items()
@@ -78,15 +81,17 @@ def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def assert_alike(runs: Runs) -> None:
     folder, outcomes = runs
-    for name in ("late", "whole", "short", "resumed"):
+    for name in ("late", "hosts", "whole", "short", "resumed"):
         assert outcomes[name][0].code == 0, outcomes[name][0].output
-    assert "ranks on several hosts" in outcomes["short"][0].output
+    assert (folder / "gathered").exists()
     expected = losses(folder / "whole")
-    assert list(expected) == [0, 1, 2] and losses(folder / "late") == expected
+    assert list(expected) == [0, 1, 2] and losses(folder / "late") == losses(folder / "hosts") == expected
     assert losses(folder / "resumed") == {2: expected[2]}
     assert [step for step, _ in step_folders(folder / "late" / "checkpoints")] == [1, 2, 3]
-    assert checksums(folder / "late", 2) == checksums(folder / "short", 2), "saved while the third step computed"
-    assert checksums(folder / "late", 3) == checksums(folder / "whole", 3)
+    for overlapped in ("late", "hosts"):
+        two, three = (checksums(folder / overlapped, step) for step in (2, 3))
+        assert two == checksums(folder / "short", 2), "saved while the third step computed"
+        assert three == checksums(folder / "whole", 3)
     assert checksums(folder / "resumed", 3) == checksums(folder / "whole", 3)
 
 
