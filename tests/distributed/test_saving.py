@@ -121,6 +121,39 @@ def test_nor_does_it_under_another_stage_or_offload(
     assert_alike((folder / preset, outcomes[preset]))
 
 
+NVME = {"ds_config": "zero3_nvme", "ema_device": "nvme"}
+ADAPTERS = {"ds_config": "zero2", "lora_rank": 4, "lora_targets": ".*"}
+
+
+@pytest.mark.slow
+def test_states_that_move_and_adapters_are_gathered_alike(demo: Path, tmp_path: Path) -> None:
+    """States on NVMe are gathered before training goes on."""
+    cases = []
+    for kind, options in (("nvme", {**NVME, "nvme_path": tmp_path / "nvme"}), ("adapters", ADAPTERS)):
+        for place, faults in (("here", []), ("hosts", [HOSTS])):
+            words = words_of(demo, tmp_path / f"{kind}_{place}", total_steps=2, save_every=1, **options)
+            cases.append(Case(f"{kind}_{place}", words, faults=faults))
+    outcomes = run_cases(tmp_path / "launch", cases, ranks=2)
+    for name, (main, _) in outcomes.items():
+        assert main.code == 0, main.output
+        assert ("before training goes on" in main.output) == name.startswith("nvme")
+    for kind in ("nvme", "adapters"):
+        for step in (1, 2):
+            assert checksums(tmp_path / f"{kind}_hosts", step) == checksums(tmp_path / f"{kind}_here", step)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_while_it_gathers_ends_the_run(demo: Path, tmp_path: Path) -> None:
+    """Rank 0 waits for its weights meanwhile, and other calls of the ranks for rank 0."""
+    broken = {"at": "gather", "rank": 1, "do": "break", "times": 1}
+    words = words_of(demo, tmp_path / "run", total_steps=3, save_every=1)
+    with StartedRun(words, tmp_path / "run", faults=[HOSTS, broken]) as run:
+        assert run.end() == 1, run.output[-4000:]
+        assert "ArithmeticError: only this rank fails" in run.output
+        assert "[rank 0] rank 1 has ended (ArithmeticError" in run.output
+    assert step_folders(tmp_path / "run" / "checkpoints") == []
+
+
 @pytest.mark.parametrize("name", ["full", "full_on_hosts"])
 def test_a_disk_that_fills_while_it_is_written_costs_that_save_alone(name: str, runs: Runs) -> None:
     """The states of rank 1, or on rank 0 the weights that all ranks of several hosts gather there."""
