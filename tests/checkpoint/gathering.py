@@ -1,12 +1,14 @@
 """Three ranks gather in threads, with something going wrong in each part; started by test_gather.py.
 
 `python gathering.py FOLDER`, on every rank with the launcher's variables. Rank 0 writes FOLDER/<part>.safetensors, and
-every rank what it met to FOLDER/rank_<rank>.json: by part, the error of its `collect` or None.
+every rank what it met to FOLDER/rank_<rank>.json: by part, the error of its `collect` or None. The masters are on the
+device that BAGEL_TEST_DEVICE names.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +25,7 @@ from bagel_ds.model_folder.tensor_files import TensorFiles, TensorFileWriter
 from bagel_ds.ranges import Pieces, Range, TensorInfo
 
 RANKS = 3
-CPU = torch.device("cpu")
+DEVICE = torch.device(os.environ.get("BAGEL_TEST_DEVICE", "cpu"))
 PATIENCE = 120.0
 SHAPES = {"large": (301, 333), "seven": (7,), "nothing": (0, 4), "one": (1,), "table": (64, 65)}
 INFOS = {name: TensorInfo(torch.bfloat16, shape) for name, shape in SHAPES.items()}
@@ -40,7 +42,7 @@ def held(rank: int) -> Iterator[Pieces]:
     """A rank's share: two ranges of the large tensor, one of others; "seven" is on rank 2, "one" on rank 1."""
     owners = {"seven": 2, "one": 1}
     for name in SHAPES:
-        flat = whole(name)
+        flat = whole(name).to(DEVICE)
         parts = 2 * RANKS if name == "large" else RANKS
         edges = [len(flat) * part // parts for part in range(parts + 1)]
         mine = [(edges[part], edges[part + 1]) for part in range(rank, parts, RANKS)]
@@ -147,12 +149,12 @@ def given_up(first: bool) -> Callable[[Path, Gathering], str | None]:
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     gather.CHUNK_BYTES = gather._LEAST_BYTES = 4096  # many frames
-    gathering, met = Gathering(CPU), {}
+    gathering, met = Gathering(DEVICE), {}
     for part in (beside_other_calls, full_disk, broken_rank, once_more):
         met[part.__name__] = part(folder, gathering)
         dist.barrier()
     for name, first in (("rank 0 gives up", True), ("others give up", False)):
-        met[name] = given_up(first)(folder, Gathering(CPU))
+        met[name] = given_up(first)(folder, Gathering(DEVICE))
         dist.barrier()
     (folder / f"rank_{dist.get_rank()}.json").write_text(json.dumps(met))
     dist.barrier()

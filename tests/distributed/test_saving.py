@@ -121,7 +121,7 @@ def test_nor_does_it_under_another_stage_or_offload(
     assert_alike((folder / preset, outcomes[preset]))
 
 
-NVME = {"ds_config": "zero3_nvme", "ema_device": "nvme"}
+NVME = {"ds_config": "zero3_nvme"}
 ADAPTERS = {"ds_config": "zero2", "lora_rank": 4, "lora_targets": ".*"}
 
 
