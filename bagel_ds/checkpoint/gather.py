@@ -1,8 +1,10 @@
 """Collects weights that are spread over ranks into one safetensors file on rank 0, frame by frame.
 
 Guarantees: beyond its own share no rank holds more than four chunks of `CHUNK_BYTES`. The file holds the ranks' values
-cast to its dtype, bit for bit. It works in a thread beside training: it uses a gloo group of its own, no other thread
-waits for it, and `close` ends it at once, whatever other ranks do. A rank that fails doesn't keep the others waiting.
+cast to its dtype, bit for bit. It works in a thread beside training, because it uses a gloo group of its own; `close`
+ends it at once, whatever other ranks do. A rank that fails keeps no other waiting.
+
+Each rank sends its values to rank 0, point to point, so nobody waits for anybody but rank 0, and nothing is summed.
 """
 
 from __future__ import annotations
@@ -92,9 +94,8 @@ class Gathering:
         if refused is not None:
             raise refused
         # A rank that has failed reports why.
-        assert failed or not any(lacking.values()), (
-            f"not offered once: {[name for name in lacking if lacking[name]][:3]}"
-        )
+        wrong = [name for name, numel in lacking.items() if numel]
+        assert failed or not wrong, f"not offered once: {wrong[:3]}"
 
     def _received(self, size: int) -> Iterator[_Frame]:
         """The frames of the other ranks, one of each in turn; valid until the next, which arrives meanwhile."""

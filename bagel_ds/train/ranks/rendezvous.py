@@ -24,7 +24,7 @@ from bagel_ds.train.ranks.launcher import Launch
 _MEET_SECONDS = 600.0  # for all ranks to be started
 _LOOK_SECONDS = 5.0  # between looks at which ranks have come
 _NAMED_HOSTS = 16  # in a message
-_REMEDY = "every host must have been started; `bagel-ds doctor --hostfile FILE` finds a host that can't be reached"
+_DOCTOR = "`bagel-ds doctor --hostfile FILE` finds a host that can't be reached"
 _GRACE_SECONDS = 5.0  # for a first rank to report and the launcher to end the others
 
 
@@ -48,7 +48,7 @@ def meet(launch: Launch, own: str, planned: Sequence[str] = ()) -> tuple[dist.St
     # Rank 0 reports who is missing; until a host has reached it, its first rank does.
     level = logging.INFO if launch.rank == 0 else logging.WARNING
     try:
-        with waiting_for(arrivals.awaited, _REMEDY, level):
+        with waiting_for(arrivals.awaited, f"every host must have been started; {_DOCTOR}", level):
             store = _store(launch)
             store.set(f"host/{launch.rank}", host)
             store.set(f"rank/{launch.rank}", own)
@@ -62,7 +62,7 @@ def meet(launch: Launch, own: str, planned: Sequence[str] = ()) -> tuple[dist.St
     raise UserError(
         f"rank {launch.rank} on {host} can't meet the others at {place} (--master_addr, --master_port): {why} Check "
         f"that all {launch.world_size} ranks ({launch.launcher}) are started, that rank 0 runs on that host, that no "
-        f"firewall is in between and that the port is free; {_REMEDY}"
+        f"firewall is in between and that the port is free; {_DOCTOR}"
     )
 
 
@@ -102,16 +102,18 @@ class _Arrivals:
                 self._look(store)
                 looked = now
             if now > deadline:
-                return False
+                return not self.missing
             time.sleep(pause)
             pause = min(1.5 * pause, 1.0)
         return True
 
     def _look(self, store: dist.Store) -> None:
-        for rank in range(self._launch.world_size):
-            if rank not in self._hosts and store.check([f"rank/{rank}"]):
-                self._hosts[rank] = store.get(f"host/{rank}").decode()
-        self.missing = [rank for rank in range(self._launch.world_size) if rank not in self._hosts]
+        hosts, ranks = dict(self._hosts), range(self._launch.world_size)
+        for rank in ranks:
+            if rank not in hosts and store.check([f"rank/{rank}"]):
+                hosts[rank] = store.get(f"host/{rank}").decode()
+        # Replaced as a whole, because another thread reads it for the log.
+        self._hosts, self.missing = hosts, [rank for rank in ranks if rank not in hosts]
 
     def awaited(self) -> str:
         """For `waiting_for`: the ranks that are missing, or "" if another rank says so."""
@@ -133,7 +135,7 @@ class _Arrivals:
 
 
 def _by_host(ranks: Sequence[tuple[int, str]]) -> str:
-    """Such as "ranks 0 to 7 (node1) and 8 to 15 (node2)"."""
+    """Such as "ranks 0 to 7 (node1), 8 to 15 (node2)"."""
     spans: list[tuple[int, int, str]] = []
     for rank, host in ranks:
         if spans and spans[-1][1:] == (rank - 1, host):
