@@ -27,4 +27,15 @@ def export_tensors(
 ) -> None:
     """Write `path` on rank 0; call on every rank. `device` as in `Gathering`, the rest as in `collect`."""
     with TensorFileWriter(path, tensors) if dist.get_rank() == 0 else nullcontext() as writer:
-        Gathering(device).collect(writer, tensors, pieces)
+        _gathering(device).collect(writer, tensors, pieces)
+
+
+def _gathering(device: torch.device) -> Gathering:
+    """One for all files of a process group: each has connections and threads of its own."""
+    world = dist.group.WORLD
+    if not _made or _made[-1][:2] != (world, device):
+        _made.append((world, device, Gathering(device)))
+    return _made[-1][2]
+
+
+_made: list[tuple[object, torch.device, Gathering]] = []
