@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from bagel_ds.arguments.run_config import make_config  # noqa: E402
-from bagel_ds.checkpoint.gather import stream_tensors  # noqa: E402
+from bagel_ds.checkpoint.gather import Gathering  # noqa: E402
 from bagel_ds.data.batches.layout import Loaded, layout  # noqa: E402
 from bagel_ds.data.samples.sample import TEXT, VAE  # noqa: E402
 from bagel_ds.errors import UserError  # noqa: E402
@@ -83,7 +83,7 @@ class RandomWeights:
 
 
 class HashingSink:
-    """What `stream_tensors` writes to: nothing is kept but a digest and the count of bytes."""
+    """What `Gathering.collect` writes to: nothing is kept but a digest and the count of bytes."""
 
     def __init__(self) -> None:
         self.digest, self.nbytes, self.largest = hashlib.sha256(), 0, 0
@@ -171,7 +171,7 @@ def run(nvme_path: Path, layers: int) -> dict[str, object]:
         sink = HashingSink()
         infos = {name: TensorInfo(torch.bfloat16, shape) for name, shape in shapes.items()}
         pieces = chain(engine.partitions.pieces(MASTER), frozen_pieces(engine.module))
-        stream_tensors(sink, infos, pieces, engine.device)  # type: ignore[arg-type]
+        Gathering(engine.device).collect(sink, infos, pieces)  # type: ignore[arg-type]
         phase("export", began)
         engine.close()
     finally:

@@ -1,7 +1,7 @@
 """Seconds that training stands still for a save: overlapped beside in the foreground, in one run.
 
-One command: `python bench/saving.py [--json] [--presets ...] [--saves N] [--work DIR]`, on two ranks: of the CPU, or of
-the GPUs where there are some (one rank where there is one). It writes a model with random
+One command: `python bench/saving.py [--json] [--presets ...] [--saves N] [--several_hosts] [--work DIR]`, on two ranks:
+of the CPU, or of the GPUs where there are some (one rank where there is one). It writes a model with random
 weights in the real layout, trains it on the demo's data with a save after every second step, of which every second
 overlaps the step after it and every other is finished before training goes on, and removes everything. The launch is
 the trainer's (bench/saving_train.py); the seconds are those of its own log lines. On CPU, a thread that writes takes
@@ -45,25 +45,28 @@ def main() -> None:
     parser.add_argument("--presets", nargs="*", default=list(PRESETS))
     parser.add_argument("--saves", type=int, default=5, help="of each kind (default 5)")
     parser.add_argument("--width", type=int, default=512, help="of the language model (default 512)")
+    parser.add_argument("--several_hosts", action="store_true", help="gather the weights, as ranks of several hosts do")
     parser.add_argument("--work", type=Path, help="folder for model and checkpoints (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work, prefix="saving_") as folder:
-        report = measure(Path(folder), options.presets, options.saves, options.width)
+        report = measure(Path(folder), options.presets, options.saves, options.width, options.several_hosts)
     print(json.dumps(report, indent=1) if options.json else "\n".join(lines(report)))
 
 
-def measure(folder: Path, presets: list[str], saves: int, width: int) -> dict[str, Any]:
+def measure(folder: Path, presets: list[str], saves: int, width: int, several_hosts: bool) -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()):
         write_demo(folder / "demo")
     parameters = write_random_model(folder / "model", folder / "demo" / "model", scaled_config(width, 8, VOCABULARY))
     device = device_type()
     ranks = 2 if device == "cpu" else min(2, torch.cuda.device_count())
-    report: dict[str, Any] = {"device": device, "parameters": parameters, "ranks": ranks, "saves": saves, "presets": {}}
+    report: dict[str, Any] = {"device": device, "parameters": parameters, "ranks": ranks, "saves": saves}
+    report |= {"several_hosts": several_hosts, "presets": {}}
     for preset in presets:
         print(f"[saving] {preset}", file=sys.stderr, flush=True)
         # One step more than the last save: it overlaps that step, and is no save that ends the run.
         words = arguments(folder, preset, 2 * saves * EVERY + 1)
-        run = measured_run(words, ranks=ranks, script="saving_train.py", device=device)
+        environment = {"BAGEL_BENCH_HOSTS": "several" if several_hosts else "one"}
+        run = measured_run(words, ranks=ranks, script="saving_train.py", device=device, environment=environment)
         if run.code != 0:
             raise SystemExit(f"{preset} failed:\n{run.output[-3000:]}")
         state = sum(path.stat().st_size for path in (folder / "run" / "checkpoints" / "step_final").rglob("*.safe*"))
@@ -109,7 +112,8 @@ def arguments(folder: Path, preset: str, steps: int) -> list[object]:
 
 def lines(report: dict[str, Any]) -> list[str]:
     found = [
-        f"{report['parameters']:,} parameters, {report['ranks']} rank(s) on {report['device']}; "
+        f"{report['parameters']:,} parameters, {report['ranks']} rank(s) on {report['device']}"
+        f"{', as on several hosts' if report['several_hosts'] else ''}; "
         f"seconds per save, medians of {report['saves']}"
     ]
     for preset, values in report["presets"].items():

@@ -1,11 +1,13 @@
 """launch/train.py whose saves overlap training in turn and not; started by bench/saving.py.
 
 Guarantees: the run itself is the trainer's, but that the first, third, ... save is finished at once; lines
-"STEP <number> <seconds>" of rank 0 say how long the work of a step took, without what it waited for a save.
+"STEP <number> <seconds>" of rank 0 say how long the work of a step took, without what it waited for a save. With
+BAGEL_BENCH_HOSTS=several its ranks take themselves for ranks of several hosts.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -52,5 +54,7 @@ class TimedTrainer(trainer_module.Trainer):
 
 if __name__ == "__main__":
     trainer_module.OverlappedSaves = EverySecondOverlaps  # type: ignore[misc]
+    if os.environ.get("BAGEL_BENCH_HOSTS") == "several":
+        trainer_module.on_one_host = lambda: False
     trainer_module.Trainer = TimedTrainer  # type: ignore[misc]
     sys.exit(main())

@@ -1,8 +1,9 @@
 """Two hosts on this machine: network, process, mount and UTS namespaces, joined by a veth pair, with an sshd in each.
 
 `TwoHosts` starts them and ends everything in them. Both see this machine's files, as over a shared file system, but
-each has its own name, processes, network and /dev/shm. Names, keys and client settings of ssh lie in a folder of the
-test that is mounted over /etc/ssh and /etc/hosts, so `ssh node2` works as on a cluster. Needs root.
+each has its own name, processes, network, /dev/shm and id of its kernel, as if it had one of its own. Names, keys and
+client settings of ssh lie in a folder of the test that is mounted over /etc/ssh and /etc/hosts, so `ssh node2` works as
+on a cluster. Needs root.
 """
 
 from __future__ import annotations
@@ -89,7 +90,10 @@ class TwoHosts:
         script = (
             f"set -e; hostname {name}; ip link set lo up; mount --make-rprivate /; mount -t tmpfs tmpfs /dev/shm; "
             f"mount -t tmpfs tmpfs /run; mkdir /run/sshd; mount --bind {settings}/ssh /etc/ssh; "
-            f"mount --bind {settings}/hosts /etc/hosts; touch {settings}/{name}.ready; exec sleep infinity"
+            f"mount --bind {settings}/hosts /etc/hosts; "
+            f"cat /proc/sys/kernel/random/uuid > {settings}/{name}.boot_id; "
+            f"mount --bind {settings}/{name}.boot_id /proc/sys/kernel/random/boot_id; "
+            f"touch {settings}/{name}.ready; exec sleep infinity"
         )
         namespaces = ["--net", "--uts", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
         holder = subprocess.Popen(["unshare", *namespaces, "bash", "-c", script])

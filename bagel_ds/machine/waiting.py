@@ -20,14 +20,14 @@ logger = logging.getLogger("bagel_ds")
 
 
 @contextmanager
-def waiting_for(what: str | Callable[[], str], usual: str = "") -> Iterator[None]:
+def waiting_for(what: str | Callable[[], str], usual: str = "", level: int = logging.INFO) -> Iterator[None]:
     """Put this around work that may take long. `what` completes "waiting for", `usual` says what to expect.
 
     If `what` is a function, it is called before each line, and "" logs nothing.
     """
     text = what if callable(what) else lambda: what
     began, ended = time.monotonic(), threading.Event()
-    thread = threading.Thread(target=_speak, args=(text, usual, began, ended), name="waiting", daemon=True)
+    thread = threading.Thread(target=_speak, args=(text, usual, level, began, ended), name="waiting", daemon=True)
     thread.start()
     try:
         yield
@@ -36,13 +36,20 @@ def waiting_for(what: str | Callable[[], str], usual: str = "") -> Iterator[None
         thread.join()
 
 
-def _speak(what: Callable[[], str], usual: str, began: float, ended: threading.Event) -> None:
+def _speak(what: Callable[[], str], usual: str, level: int, began: float, ended: threading.Event) -> None:
     said, pause = "", FIRST
     while not ended.wait(pause):
         if text := what():
             expected = f"; {usual}" if usual and not said else ""
-            logger.info("waiting for %s (%.0f s%s)", text, time.monotonic() - began, expected)
+            logger.log(level, "waiting for %s (%.0f s%s)", text, time.monotonic() - began, expected)
             said = text
+        elif said:
+            _log_end(said, level, began)
+            said = ""
         pause = EVERY
     if said:
-        logger.info("waited %.0f s for %s", time.monotonic() - began, said)
+        _log_end(said, level, began)
+
+
+def _log_end(said: str, level: int, began: float) -> None:
+    logger.log(level, "waited %.0f s for %s", time.monotonic() - began, said)

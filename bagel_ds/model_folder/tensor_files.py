@@ -140,12 +140,14 @@ class Written(NamedTuple):
     crc: int
 
 
-def joined_checksums(tensors: Mapping[str, TensorInfo], written: Iterable[Mapping[str, Written]]) -> dict[str, int]:
-    """CRC-32 of each of `tensors`, of which each of several writers has `written` at most one range."""
+def joined_checksums(
+    tensors: Mapping[str, TensorInfo], written: Iterable[Mapping[str, list[Written]]]
+) -> dict[str, int]:
+    """CRC-32 of each of `tensors`, from the ranges that each of several writers has `written`."""
     ranges: dict[str, list[Written]] = {name: [] for name in tensors}
     for writer in written:
-        for name, each in writer.items():
-            ranges[name].append(each)
+        for name, parts in writer.items():
+            ranges[name] += parts
     found = {}
     for name, info in tensors.items():
         stop = crc = 0
@@ -202,8 +204,8 @@ class TensorFileWriter:
         self._data_start = 8 + len(encoded)
         self.path = path
         self.nbytes = self._data_start + position
-        self.written: dict[str, Written] = {}
-        self._disordered: set[str] = set()
+        self.written: dict[str, list[Written]] = {}
+        self.written_bytes = 0  # so far
         self._file = open(path, "r+b" if joins else "wb")
         if joins:
             return
@@ -225,20 +227,26 @@ class TensorFileWriter:
         self._file.seek(self._data_start + self._offsets[name] + start * info.dtype.itemsize)
         raw = values.contiguous().view(torch.uint8).numpy().data
         self._file.write(raw)
-        before = self.written.get(name, Written(start, start, 0))
-        if start != before.stop:
-            self._disordered.add(name)
-        self.written[name] = Written(before.start, start + values.numel(), zlib.crc32(raw, before.crc))
+        self.written_bytes += len(raw)
+        # Several ranges may grow at the same time: those of ranks that hold parts of one tensor.
+        ranges = self.written.setdefault(name, [])
+        grown = next((number for number, each in enumerate(ranges) if each.stop == start), len(ranges))
+        before = ranges[grown] if grown < len(ranges) else Written(start, start, 0)
+        ranges[grown : grown + 1] = [Written(before.start, start + values.numel(), zlib.crc32(raw, before.crc))]
 
     @property
     def checksums(self) -> dict[str, int]:
-        """CRC-32 of each tensor that was written whole and in order."""
-        written = {name: self.written.get(name, Written(0, 0, 0)) for name in self._tensors}
-        return {
-            name: each.crc
-            for name, each in written.items()
-            if each[:2] == (0, self._tensors[name].numel) and name not in self._disordered
-        }
+        """CRC-32 of each tensor of which every element was written once."""
+        whole = {name: info for name, info in self._tensors.items() if self._is_whole(name)}
+        return joined_checksums(whole, [{name: self.written.get(name, []) for name in whole}])
+
+    def _is_whole(self, name: str) -> bool:
+        stop = 0
+        for each in sorted(self.written.get(name, [])):
+            if each.start != stop:
+                return False
+            stop = each.stop
+        return stop == self._tensors[name].numel
 
     def close(self) -> None:
         self._file.flush()

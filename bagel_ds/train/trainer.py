@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from bagel_ds.arguments.parse import duration_seconds
 from bagel_ds.arguments.run_config import RunConfig, wandb_wanted
+from bagel_ds.checkpoint.gather import Gathering
 from bagel_ds.checkpoint.step_folders import mark_final, read_trainer
 from bagel_ds.data.batches.loader import MicroBatch, primed
 from bagel_ds.data.index.background import BackgroundIndex, index_in_background
@@ -280,7 +281,7 @@ class Trainer:
             DTYPES[self.config.exported_dtype],
             self.args.del_previous_state,
             self.args.keep_last,
-            one_host=on_one_host(),
+            gathering=None if on_one_host() else Gathering(self.engine.device),
             adapter=self._adapter(),
         )
         return OverlappedSaves(options, self.engine, self.ema, self.watch, self.args.save_every)

@@ -1,8 +1,10 @@
-"""Pieces of weights -> one file, in chunks of any size, with the bits of the pieces."""
+"""Pieces of weights -> one file, in chunks of any size, with the bits of the pieces, whatever else ranks do."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from safetensors.torch import load_file
 
 from bagel_ds.checkpoint import gather
 from bagel_ds.ranges import Pieces, Range, TensorInfo
+from tests.checkpoint import gathering
 from tests.checkpoint.written import export_tensors
+from tests.launch import run_ranks
 
 CPU = torch.device("cpu")
 
@@ -59,5 +63,41 @@ def test_pieces_may_come_in_any_order_and_names_too(tmp_path: Path) -> None:
 
 def test_a_tensor_that_nobody_offers_is_an_error(tmp_path: Path) -> None:
     infos = {"a": TensorInfo(torch.float32, (6,)), "b": TensorInfo(torch.float32, (1,))}
-    with pytest.raises(AssertionError, match="no rank offered .'a'."):
+    with pytest.raises(AssertionError, match="not offered once: .'a'."):
         export_tensors(tmp_path / "x.safetensors", infos, [cut("b", torch.ones(1))], CPU)
+
+
+# ---------------------------------------------------------------------------------------------------- several ranks
+@pytest.fixture(scope="module")
+def met(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, str | None]]]:
+    """What three ranks wrote, and what each met (gathering.py)."""
+    folder = tmp_path_factory.mktemp("gathering")
+    ran = run_ranks(Path(gathering.__file__), [folder], ranks=gathering.RANKS, timeout=300)
+    assert ran.code == 0, ran.output
+    return folder, [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(gathering.RANKS)]
+
+
+@pytest.mark.parametrize("part", ["beside", "again"])
+def test_ranks_gather_in_the_background_what_the_file_of_one_would_hold(part: str, met: Any) -> None:
+    """The threads can't end before the main threads have summed over all ranks."""
+    folder, ranks = met
+    assert [rank["beside_other_calls"] for rank in ranks] == [rank["once_more"] for rank in ranks] == [None] * 3
+    loaded = load_file(folder / f"{part}.safetensors")
+    assert set(loaded) == set(gathering.SHAPES)
+    for name, shape in gathering.SHAPES.items():
+        expected = gathering.whole(name).bfloat16().view(shape)
+        assert torch.equal(loaded[name].view(torch.int16), expected.view(torch.int16)), name
+
+
+def test_a_full_disk_on_rank_0_is_an_error_there_and_no_rank_waits(met: Any) -> None:
+    assert [rank["full_disk"] for rank in met[1]] == ["OSError: [Errno 28] full", None, None]
+
+
+def test_a_rank_that_fails_keeps_no_other_waiting(met: Any) -> None:
+    assert [rank["broken_rank"] for rank in met[1]] == [None, "ArithmeticError: rank 1 fails", None]
+
+
+@pytest.mark.parametrize("part", ["rank 0 gives up", "others give up"])
+def test_giving_up_needs_no_other_rank(part: str, met: Any) -> None:
+    for rank in met[1]:
+        assert str(rank[part]).startswith("RuntimeError: "), rank

@@ -9,7 +9,7 @@ from typing import Iterable, Mapping
 import torch
 import torch.distributed as dist
 
-from bagel_ds.checkpoint.gather import stream_tensors
+from bagel_ds.checkpoint.gather import Gathering
 from bagel_ds.checkpoint.state import Held, fill_rank, open_rank
 from bagel_ds.model_folder.tensor_files import TensorFileWriter
 from bagel_ds.ranges import Pieces, TensorInfo
@@ -25,6 +25,17 @@ def write_rank(path: Path, held: Iterable[Held], pieces: Iterable[tuple[str, Pie
 def export_tensors(
     path: Path, tensors: Mapping[str, TensorInfo], pieces: Iterable[Pieces], device: torch.device
 ) -> None:
-    """Write `path` on rank 0; call on every rank. Arguments as in `stream_tensors`."""
+    """Write `path` on rank 0; call on every rank. `device` as in `Gathering`, the rest as in `collect`."""
     with TensorFileWriter(path, tensors) if dist.get_rank() == 0 else nullcontext() as writer:
-        stream_tensors(writer, tensors, pieces, device)
+        _gathering(device).collect(writer, tensors, pieces)
+
+
+def _gathering(device: torch.device) -> Gathering:
+    """One for all files of a process group: each has connections and threads of its own."""
+    world = dist.group.WORLD
+    if not _made or _made[-1][:2] != (world, device):
+        _made.append((world, device, Gathering(device)))
+    return _made[-1][2]
+
+
+_made: list[tuple[object, torch.device, Gathering]] = []

@@ -24,7 +24,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -67,7 +67,7 @@ def _faulty_run(faults: list[dict[str, Any]], by: Started) -> int:
 @contextmanager
 def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
     """Runs of the trainer in this block meet `faults`."""
-    from bagel_ds.checkpoint import state
+    from bagel_ds.checkpoint import gather, state
     from bagel_ds.data.batches import loader
     from bagel_ds.train import prepare, trainer
     from bagel_ds.train import step as step_module
@@ -77,9 +77,9 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
 
     load, step = trainer.Trainer._load, trainer.Trainer._step
     complete, stream, fill = save_module.Save._complete, state.fill_whole, state.fill_rank
-    one_host, gather = trainer.on_one_host, save_module.stream_tensors
+    one_host, collect = trainer.on_one_host, gather.Gathering.collect
     means, open_data = step_module.partial_means, prepare.open_data
-    wait, waited_for = background.Background.wait, threading.Event()
+    ended_within, waited_for = background.Background.ended_within, threading.Event()
 
     def faulty_load(self: Any) -> None:
         _happen(faults, "load")
@@ -122,13 +122,16 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
             waited_for.clear()
         fill(*arguments)
 
-    def faulty_gather(writer: Any, *arguments: Any) -> None:
-        if writer is not None and "full" in _happen(faults, "gather"):
+    def faulty_collect(self: Any, writer: Any, tensors: Any, pieces: Any) -> None:
+        done = _happen(faults, "gather")
+        if "break" in done:
+            pieces = _breaking(pieces)
+        if "full" in done and writer is not None:
             full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the disk")
             with _instead(writer, "write", _raise(full)):
-                gather(writer, *arguments)
+                collect(self, writer, tensors, pieces)
             return
-        gather(writer, *arguments)
+        collect(self, writer, tensors, pieces)
 
     def faulty_open(*arguments: Any) -> Any:
         _happen(faults, "index")
@@ -141,9 +144,9 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
     def faulty_hosts() -> bool:
         return one_host() and not _happen(faults, "hosts")
 
-    def telling_wait(self: Any) -> None:
+    def telling_ended_within(self: Any, seconds: float) -> bool:
         waited_for.set()
-        wait(self)
+        return ended_within(self, seconds)
 
     with (
         _instead(loader, "BatchMaker", FaultyMaker if FAULTS in os.environ else loader.BatchMaker),
@@ -152,11 +155,11 @@ def going_wrong(faults: list[dict[str, Any]]) -> Iterator[None]:
         _instead(trainer.Trainer, "_load", faulty_load),
         _instead(trainer.Trainer, "_step", faulty_step),
         _instead(save_module.Save, "_complete", faulty_complete),
-        _instead(save_module, "stream_tensors", faulty_gather),
+        _instead(gather.Gathering, "collect", faulty_collect),
         _instead(state, "fill_whole", faulty_stream),
         _instead(state, "fill_rank", faulty_fill),
         _instead(trainer, "on_one_host", faulty_hosts),
-        _instead(background.Background, "wait", telling_wait),
+        _instead(background.Background, "ended_within", telling_ended_within),
     ):
         yield
 
@@ -165,6 +168,13 @@ def _instead(place: Any, name: str, value: Any) -> Any:
     from unittest import mock
 
     return mock.patch.object(place, name, value)
+
+
+def _breaking(pieces: Iterable[Any]) -> Iterator[Any]:
+    """The first half of `pieces`, and then an error that no other rank has."""
+    listed = list(pieces)
+    yield from listed[: len(listed) // 2]
+    raise ArithmeticError("only this rank fails")
 
 
 def _raise(error: Exception) -> Callable[..., Any]:

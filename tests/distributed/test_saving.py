@@ -47,18 +47,21 @@ def words_of(demo: Path, results: Path, **changed: object) -> list[str]:
 
 
 def late_and_not(demo: Path, folder: Path, preset: str, accumulation: int) -> list[Case]:
-    """Three steps that are all saved, three and two that are saved only at their end, the two with gathered weights,
-    and a third step from the second that was saved. Each run's results lie in a folder of its name."""
+    """Three steps that are all saved, the same with ranks on several hosts, which gather the weights, three and two
+    that are saved only at their end, and a third step from the second that was saved. Each run's results lie in a
+    folder of its name."""
     config: dict[str, Any] = {"ds_config": preset, "gradient_accumulation_steps": accumulation}
     if "split" in preset:
         config |= {"precision": "bf16", "ema_dtype": "bf16"}
     runs: dict[str, dict[str, Any]] = {
         "late": {"total_steps": 3, "save_every": 1},
+        "hosts": {"total_steps": 3, "save_every": 1},
         "whole": {"total_steps": 3},
         "short": {"total_steps": 2},
         "resumed": {"total_steps": 3, "resume_from": folder / "late" / "checkpoints" / "step_2"},
     }
-    faults = {"late": [LATE], "short": [HOSTS]}
+    gathers = {"at": "gather", "do": "nothing", "marker": str(folder / "gathered")}
+    faults = {"late": [LATE], "hosts": [HOSTS, LATE, gathers]}
     return [
         Case(name, words_of(demo, folder / name, **options, **config), faults=faults.get(name, []))
         for name, options in runs.items()
@@ -78,15 +81,17 @@ def runs(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def assert_alike(runs: Runs) -> None:
     folder, outcomes = runs
-    for name in ("late", "whole", "short", "resumed"):
+    for name in ("late", "hosts", "whole", "short", "resumed"):
         assert outcomes[name][0].code == 0, outcomes[name][0].output
-    assert "ranks on several hosts" in outcomes["short"][0].output
+    assert (folder / "gathered").exists()
     expected = losses(folder / "whole")
-    assert list(expected) == [0, 1, 2] and losses(folder / "late") == expected
+    assert list(expected) == [0, 1, 2] and losses(folder / "late") == losses(folder / "hosts") == expected
     assert losses(folder / "resumed") == {2: expected[2]}
     assert [step for step, _ in step_folders(folder / "late" / "checkpoints")] == [1, 2, 3]
-    assert checksums(folder / "late", 2) == checksums(folder / "short", 2), "saved while the third step computed"
-    assert checksums(folder / "late", 3) == checksums(folder / "whole", 3)
+    for overlapped in ("late", "hosts"):
+        two, three = (checksums(folder / overlapped, step) for step in (2, 3))
+        assert two == checksums(folder / "short", 2), "saved while the third step computed"
+        assert three == checksums(folder / "whole", 3)
     assert checksums(folder / "resumed", 3) == checksums(folder / "whole", 3)
 
 
@@ -114,6 +119,39 @@ def test_nor_does_it_under_another_stage_or_offload(
 ) -> None:
     folder, outcomes = others(launch)
     assert_alike((folder / preset, outcomes[preset]))
+
+
+NVME = {"ds_config": "zero3_nvme"}
+ADAPTERS = {"ds_config": "zero2", "lora_rank": 4, "lora_targets": ".*"}
+
+
+@pytest.mark.slow
+def test_states_that_move_and_adapters_are_gathered_alike(demo: Path, tmp_path: Path) -> None:
+    """States on NVMe are gathered before training goes on."""
+    cases = []
+    for kind, options in (("nvme", {**NVME, "nvme_path": tmp_path / "nvme"}), ("adapters", ADAPTERS)):
+        for place, faults in (("here", []), ("hosts", [HOSTS])):
+            words = words_of(demo, tmp_path / f"{kind}_{place}", total_steps=2, save_every=1, **options)
+            cases.append(Case(f"{kind}_{place}", words, faults=faults))
+    outcomes = run_cases(tmp_path / "launch", cases, ranks=2)
+    for name, (main, _) in outcomes.items():
+        assert main.code == 0, main.output
+        assert ("before training goes on" in main.output) == name.startswith("nvme")
+    for kind in ("nvme", "adapters"):
+        for step in (1, 2):
+            assert checksums(tmp_path / f"{kind}_hosts", step) == checksums(tmp_path / f"{kind}_here", step)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_while_it_gathers_ends_the_run(demo: Path, tmp_path: Path) -> None:
+    """Rank 0 waits for its weights meanwhile, and other calls of the ranks for rank 0."""
+    broken = {"at": "gather", "rank": 1, "do": "break", "times": 1}
+    words = words_of(demo, tmp_path / "run", total_steps=3, save_every=1)
+    with StartedRun(words, tmp_path / "run", faults=[HOSTS, broken]) as run:
+        assert run.end() == 1, run.output[-4000:]
+        assert "ArithmeticError: only this rank fails" in run.output
+        assert "[rank 0] rank 1 has ended (ArithmeticError" in run.output
+    assert step_folders(tmp_path / "run" / "checkpoints") == []
 
 
 @pytest.mark.parametrize("name", ["full", "full_on_hosts"])

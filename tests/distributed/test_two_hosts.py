@@ -1,5 +1,7 @@
 """Two hosts, started by `deepspeed --hostfile` over ssh: they train and save, one loses power, the other resumes.
 
+They save while the next step computes, and the bits of their checkpoint are those of one host.
+
 The hosts are network namespaces (tests/two_hosts.py). Where these are not allowed, two `deepspeed --no_ssh` launches
 stand in; the test of namespaces then skips with the reason, and `.ci/run` fails if they would have been allowed.
 """
@@ -16,17 +18,19 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.cases import arguments, losses
+from tests.distributed.cases import arguments, checksums, losses
 from tests.distributed.started import ENDING, PATIENCE, steps_logged
 from tests.launch import (
     LAUNCH,
     REPOSITORY,
     SHOWN,
+    TRAIN,
     cpu_environment,
     end_with_stacks,
     free_port,
     processes_of,
     remove_shared_memory,
+    run_ranks,
 )
 from tests.two_hosts import TwoHosts, lacking, remote_environment, write_hostfile
 
@@ -121,6 +125,15 @@ def resume_alone(launches: Launches, command: list[str], demo: Path, results: Pa
     assert sorted(losses(results)) == list(range(last + 3))
 
 
+def saves_as_one_host_does(demo: Path, results: Path, said: str, alone: Path) -> None:
+    """The weights were gathered only when the third step's update waited for them."""
+    assert "gathering while the next update waits" in said
+    ran = run_ranks(TRAIN, words_of(demo, alone, total_steps=2), ranks=2)
+    assert ran.code == 0, ran.output[-SHOWN:]
+    assert losses(alone) == {step: found for step, found in losses(results).items() if step < 2}
+    assert checksums(results, 2) == checksums(alone, 2)
+
+
 @pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 def test_a_host_that_loses_power_is_named_and_the_other_resumes(demo: Path, tmp_path: Path) -> None:
     hostfile, results = write_hostfile(tmp_path / "hostfile"), tmp_path / "run"
@@ -143,12 +156,15 @@ def test_a_host_that_loses_power_is_named_and_the_other_resumes(demo: Path, tmp_
         code, said = launches.end(process, log)
         assert code != 0 and "[rank 0] host node2 (rank 1) has sent nothing for " in said, said[-SHOWN:]
         launches.all_ended()
+        saves_as_one_host_does(demo, results, said, tmp_path / "alone")
 
         without_it, log = launches.start(hosts.command(0, [*launch, *words_of(demo, results, total_steps=1000)]))
         code, said = launches.end(*launches.start(hosts.command(0, doctor)))
         assert code == 1 and "fail  host node2" in said and "can't be reached by ssh: " in said, said
         assert "ssh-copy-id" in said and "ok    host node1" in said
         launches.until("node2: ssh: connect to host node2", without_it, log)
+        launches.until("waiting for rank 1 (node2) to join at ", without_it, log)
+        assert "; rank 0 (node1) here (" in log.read_text()
         launches.kill()
         resume_alone(launches, hosts.command(0, []), demo, results)
 
@@ -170,4 +186,5 @@ def test_without_namespaces_two_launches_stand_in_for_hosts(demo: Path, tmp_path
         code, said = launches.end(*started[0])
         assert code != 0 and "host node2 (rank 1)" in said, said[-SHOWN:]
         launches.all_ended()
+        saves_as_one_host_does(demo, results, said, tmp_path / "alone")
         resume_alone(launches, [], demo, results)

@@ -12,12 +12,15 @@ from bagel_ds.checkpoint.state import Held, StateFiles, fill_rank, open_rank
 from bagel_ds.checkpoint.step_folders import step_folders
 from bagel_ds.ranges import MASTER, Pieces, Range
 from bagel_ds.train.saves.background import Background
+from tests.checkpoint import gathering
 from tests.distributed.cases import Case, Outcome
 from tests.gpu.launches import DEVICE, RANKS, REHEARSED, assert_done, metrics, run_cases, words_of
+from tests.launch import run_ranks
 
 PRESETS = ("zero0", "zero1", "zero2", "zero2_cpu", "zero3", "zero3_cpu", "zero3_nvme", "zero3_nvme_all")
 # The last rank begins to write its states only when the next update waits for them. States on NVMe are read at once.
 LATE = {"at": "write", "rank": RANKS - 1, "do": "late"}
+HOSTS = {"at": "hosts", "do": "nothing"}
 FULL = {"at": "write", "rank": RANKS - 1, "do": "full", "times": 1}
 STEPS = 3
 
@@ -43,6 +46,16 @@ def test_the_thread_reads_what_the_gpu_had_been_asked_to_compute(dtype: torch.dt
     assert load_file(tmp_path / "rank_00000.safetensors")["master/w"].eq(7).all()
 
 
+def test_weights_on_a_gpu_are_gathered_with_their_bits(tmp_path: Path) -> None:
+    """Three processes on one GPU: gloo carries what each has cast there."""
+    ran = run_ranks(Path(gathering.__file__), [tmp_path], ranks=gathering.RANKS, env={"BAGEL_TEST_DEVICE": DEVICE})
+    assert ran.code == 0, ran.output
+    loaded = load_file(tmp_path / "beside.safetensors")
+    for name, shape in gathering.SHAPES.items():
+        expected = gathering.whole(name).bfloat16().view(shape)
+        assert torch.equal(loaded[name].view(torch.int16), expected.view(torch.int16)), name
+
+
 @pytest.fixture(scope="module")
 def saved(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
     """Each run's results lie in a folder of its name."""
@@ -54,11 +67,11 @@ def saved(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Saved:
         return Case(name, words_of(demo, results, ds_config=preset, **options), faults=list(faults))
 
     several = [case(preset, preset, *([] if "nvme" in preset else [LATE])) for preset in PRESETS]
-    several += [case("full", "zero3", FULL)]
+    several += [case("full", "zero3", FULL), case("gathered", "zero3", LATE, HOSTS)]
     return folder, run_cases(folder / "launch", several)
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, "gathered"])
 def test_states_weights_and_average_of_a_checkpoint_are_of_one_step(preset: str, saved: Saved) -> None:
     """They are written one after the other while the next step computes: an update between them would show."""
     folder, outcomes = saved

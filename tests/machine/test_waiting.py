@@ -59,3 +59,16 @@ def test_what_is_waited_for_may_change_and_may_be_nothing(
         until_said(log, 3)
     assert log.messages[0].startswith("waiting for b (") and log.messages[1].startswith("waiting for a and b (")
     assert log.messages[-1].endswith(" s for a")
+
+
+def test_a_wait_that_is_over_before_another_is_said_to_be_over(
+    log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waiting, "FIRST", 0.01)
+    monkeypatch.setattr(waiting, "EVERY", 0.01)
+    hosts = iter(["rank 0", ""])
+    with waiting_for(lambda: next(hosts, ""), level=logging.WARNING):
+        until_said(log, 2)
+        time.sleep(0.05)
+    assert [line.split(" (")[0].split(" s ")[-1] for line in log.messages] == ["waiting for rank 0", "for rank 0"]
+    assert {record.levelno for record in log.records} == {logging.WARNING}

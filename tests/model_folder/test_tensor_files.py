@@ -175,11 +175,24 @@ def test_several_writers_of_a_file_make_the_one_that_a_single_writer_makes(cuts:
     assert found == {name: files.checksum(name) for name in infos} == one.checksums
 
 
+def test_ranges_of_a_tensor_may_grow_in_turn(tmp_path: Path) -> None:
+    """As when rank 0 writes what several ranks send it."""
+    tensor = values(torch.float32, 10)
+    with TensorFileWriter(tmp_path / "x.safetensors", {"w": TensorInfo(torch.float32, (10,))}) as writer:
+        for start, stop in ((6, 8), (0, 2), (8, 9), (2, 6)):
+            writer.write("w", start, tensor[start:stop])
+            assert writer.checksums == {}
+        writer.write("w", 9, tensor[9:])
+        assert writer.checksums == {"w": zlib.crc32(tensor.numpy().tobytes())} and writer.written_bytes == 40
+        writer.write("w", 3, tensor[3:4])
+        assert writer.checksums == {}, "written twice"
+
+
 @pytest.mark.parametrize(
     ("ranges", "fault"), [([(0, 4), (6, 10)], "4 to 6"), ([(0, 6), (4, 10)], "once"), ([(0, 9)], "9 to 10")]
 )
 def test_what_was_not_written_once_is_found(ranges: list[tuple[int, int]], fault: str) -> None:
-    written = [{"w": Written(start, stop, 0)} for start, stop in ranges]
+    written = [{"w": [Written(start, stop, 0)]} for start, stop in ranges]
     with pytest.raises(AssertionError, match=fault):
         joined_checksums({"w": TensorInfo(torch.float32, (10,))}, written)
 

@@ -7,7 +7,9 @@ the environment that the user's shell had set before the launcher changed it.
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -213,6 +215,7 @@ class LauncherProcess(NamedTuple):
 
     environment: dict[str, str]
     words: list[str]
+    planned: tuple[str, ...] = ()  # each rank's host, as in the hostfile, if the launcher says so
 
     @property
     def names_gpus(self) -> bool:
@@ -227,6 +230,7 @@ def launcher_process(environ: Mapping[str, str]) -> LauncherProcess | None:
     Call it in the process that the launcher started. On the host of the command, `deepspeed` is two processes.
     """
     found, pid, by_torchrun = None, parent_of("self"), "TORCHELASTIC_RUN_ID" in environ
+    planned: tuple[str, ...] = ()
     for _ in range(_ANCESTORS):
         if pid <= 1:
             break
@@ -236,10 +240,24 @@ def launcher_process(environ: Mapping[str, str]) -> LauncherProcess | None:
                 return process
         elif is_deepspeed(pid):
             found = _look_at(pid) or found
+            planned = planned or (() if found is None else _planned_hosts(found.words))
         elif found is not None:
             break
         pid = parent_of(pid)
-    return found
+    return None if found is None else found._replace(planned=planned)
+
+
+def _planned_hosts(words: list[str]) -> tuple[str, ...]:
+    """From --world_info, with which `deepspeed` starts its launcher on each host: the GPUs of each host, in order."""
+    for word in words:
+        name, _, value = word.partition("=")
+        if name == "--world_info":
+            try:
+                world = json.loads(base64.urlsafe_b64decode(value))
+                return tuple(host for host, gpus in world.items() for _ in gpus)
+            except (ValueError, AttributeError, TypeError):
+                return ()  # another version's; names of hosts are only for messages
+    return ()
 
 
 def _look_at(pid: int) -> LauncherProcess | None:

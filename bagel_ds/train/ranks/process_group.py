@@ -52,7 +52,8 @@ def join_ranks(launch: Launch, stall_timeout: float, launcher: LauncherProcess |
     launch = _with_address(launch)
     os.environ.update(launch.environment())
     check_meeting_point(launch)
-    store, said = meet(launch, json.dumps(rank_info(launch, visible_gpus())))
+    planned = () if launcher is None else launcher.planned
+    store, said = meet(launch, json.dumps(rank_info(launch, visible_gpus())), planned)
     hosts = _hosts(launch, said)
     alarm.listen(store, hosts, watch_hosts=stall_timeout > 0)
     agreement.enter(hosts)

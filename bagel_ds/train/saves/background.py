@@ -2,6 +2,7 @@
 
 Guarantees: jobs run one at a time, in the order they were added. `wait` returns once all have ended and raises what the
 first failed job raised. Jobs read tensors on a GPU as they were when the thread was made, while the GPU computes on.
+`give_up` needs no other rank, also if the running job waits for one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Callable, Iterable, Iterator, TypeVar
 
 import torch
 
+from bagel_ds.errors import UserError
+
 Item = TypeVar("Item")
 
 
@@ -22,11 +25,14 @@ class GivenUp(Exception):
 
 
 class Background:
-    """`device` holds the tensors that jobs read. End it with `wait` or `give_up`."""
+    """`device` holds the tensors that jobs read. End it with `wait` or `give_up`.
 
-    def __init__(self, device: torch.device):
+    `interrupt` ends what a job waits for; `give_up` calls it.
+    """
+
+    def __init__(self, device: torch.device, interrupt: Callable[[], None] | None = None):
         self.ended = time.monotonic()  # of the last job
-        self._device = device
+        self._device, self._interrupt = device, interrupt
         self._computed = _event_now(device)
         self._given_up = threading.Event()
         self._jobs: list[futures.Future[None]] = []
@@ -35,6 +41,15 @@ class Background:
 
     def add(self, job: Callable[[], None]) -> None:
         self._jobs.append(self._pool.submit(self._run, job))
+
+    def ended_within(self, seconds: float) -> bool:
+        """Wait at most so long; whether all jobs have ended. Raises what is neither a `UserError` nor of the disk."""
+        ended, running = futures.wait(self._jobs, seconds)
+        for job in ended:
+            error = job.exception()
+            if error is not None and not isinstance(error, (UserError, OSError)):
+                raise error
+        return not running
 
     def wait(self) -> None:
         """Return once all jobs have ended; raises what the first failed one raised."""
@@ -46,7 +61,10 @@ class Background:
     def give_up(self) -> None:
         """End as soon as the running job reaches `until_given_up`; start no further job and drop all failures."""
         self._given_up.set()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._interrupt is not None and not all(job.done() for job in self._jobs):
+            self._interrupt()
+        self._pool.shutdown()
 
     def until_given_up(self, items: Iterable[Item]) -> Iterator[Item]:
         """For long jobs: yield `items`, but none after `give_up`."""

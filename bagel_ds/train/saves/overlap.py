@@ -29,8 +29,6 @@ class OverlappedSaves:
         self._pending: Save | None = None
         if engine.states_move is not None:
             logger.info("saves overlap less: they read the states before training goes on (%s)", engine.states_move)
-        if not options.one_host:
-            logger.info("saves overlap less: they gather the weights before training goes on (ranks on several hosts)")
 
     def begin(self, step: int, trainer: dict[str, Any], last: bool) -> None:
         """Start saving step_<step>; `finish` completes it. A failure is a warning."""

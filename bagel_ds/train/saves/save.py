@@ -4,10 +4,10 @@ Guarantees: space for every file is reserved before the first byte is written, s
 nothing. A save that can't be completed raises the same exception on every rank. `checkpoint/step_folders.py` says what
 a checkpoint folder promises; it is also a model folder that this package and the original's inference load.
 
-Between `begin` and `finish` a thread of each rank writes its states and its share of the weights. Nothing is copied or
-gathered: all ranks write into the same weight files, each at its own offsets. Ranks on several hosts can't, because
-some file systems don't merge what several hosts write into one file: there rank 0 writes the weights, gathered before
-`begin` returns.
+Between `begin` and `finish` a thread of each rank writes its states and its share of the weights. On one host nothing
+is copied or gathered: all ranks write into the same weight files, each at its own offsets. Ranks on several hosts
+can't, because some file systems don't merge what several hosts write into one file: there the threads gather the
+weights on rank 0, which writes them.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ import torch.distributed as dist
 
 from bagel_ds.checkpoint import state as state_files
 from bagel_ds.checkpoint import step_folders
-from bagel_ds.checkpoint.gather import stream_tensors
+from bagel_ds.checkpoint.gather import Gathering
 from bagel_ds.checkpoint.serving import checkpoint_readme
 from bagel_ds.checkpoint.state import Held
 from bagel_ds.lora.peft_files import CONFIG as ADAPTER_CONFIG
 from bagel_ds.lora.peft_files import EMA_FOLDER, AdapterRecord, adapter_readme, peft_name
 from bagel_ds.lora.peft_files import WEIGHTS as ADAPTER
+from bagel_ds.machine.liveness import going_on
 from bagel_ds.model.shape.lora import is_adapter
 from bagel_ds.model_folder.folder import CONFIG_FILES, EMA, MODEL, TOKENIZER_FILES, VAE
 from bagel_ds.model_folder.tensor_files import TensorFileWriter, joined_checksums
@@ -46,6 +47,8 @@ from bagel_ds.zero.partitions import EXP_AVG, EXP_AVG_SQ
 from bagel_ds.zero.weights import frozen_pieces
 
 logger = logging.getLogger("bagel_ds")
+
+_POLL_SECONDS = 1.0  # between exchanges of ranks that wait for a save
 
 
 class SaveFault(SharedFault):
@@ -69,7 +72,7 @@ class SaveOptions:
     dtype: torch.dtype  # of the weight files
     delete_previous_state: bool
     keep_last: int = 0
-    one_host: bool = True  # all ranks run on one host
+    gathering: Gathering | None = None  # of the weights; None if all ranks run on one host
     adapter: AdapterRecord | None = None  # then only adapters are saved
 
 
@@ -92,7 +95,8 @@ class Save:
         }
         self._files: dict[Path, TensorFileWriter] = {}  # that this rank writes
         self._shared: list[Path] = []  # files that other ranks also write
-        self._background = Background(engine.device)
+        interrupt = options.gathering.close if options.gathering is not None else None
+        self._background = Background(engine.device, interrupt)
         self._began = self._resumed = time.monotonic()
 
     def begin(self, trainer: dict[str, Any]) -> None:
@@ -110,6 +114,7 @@ class Save:
         """Wait until everything is written and complete the checkpoint. Raises `SaveFault`."""
         returned = time.monotonic()
         with self._whole_or_nothing():
+            self._wait_for_all()
             write_together(self._background.wait)
             checksums = self._checksums()
             write_together(lambda: self._complete(checksums) if is_main() else None)
@@ -125,6 +130,18 @@ class Save:
         self._background.give_up()
         for file in self._files.values():
             file.discard()
+
+    def _wait_for_all(self) -> None:
+        """Return once no rank writes any more. However long it takes, it isn't a stall while some rank goes on."""
+        before: list[tuple[bool, int]] = []
+        while True:
+            ended = self._background.ended_within(_POLL_SECONDS)
+            states = everyone((ended, sum(file.written_bytes for file in self._files.values())))
+            if all(ended for ended, _ in states):
+                return
+            if states != before:
+                going_on()
+            before = states
 
     # ------------------------------------------------------------------------------------------------- states
     def _write_states(self) -> None:
@@ -175,7 +192,7 @@ class Save:
     def _open_weights(self) -> dict[Path, Iterable[Pieces]]:
         """The weight files, opened on every rank of a single host, with this rank's pieces of each."""
         paths = self._weight_files()
-        if self._options.one_host:
+        if self._options.gathering is None:
             self._shared = paths
             write_together(self._join_weights)
         sources = [self._engine.partitions.pieces(MASTER)] + ([] if self._ema is None else [self._ema.pieces()])
@@ -197,11 +214,11 @@ class Save:
                 self._files[path] = TensorFileWriter(path, self._infos, self._metadata, joins=True)
 
     def _write_weights(self, path: Path, pieces: Iterable[Pieces]) -> None:
-        if self._options.one_host:
+        gathering = self._options.gathering
+        if gathering is None:
             self._fill(partial(state_files.fill_whole, self._files[path], self._options.dtype), pieces)
         else:
-            file = self._files.get(path)
-            write_together(lambda: stream_tensors(file, self._infos, pieces, self._engine.device))
+            self._fill(partial(gathering.collect, self._files.get(path), self._infos), pieces)
 
     def _fill(self, write: Callable[[Iterable[Any]], None], pieces: Iterable[Any]) -> None:
         """`write` pieces in the background, or now where they move during the next step."""

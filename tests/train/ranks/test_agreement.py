@@ -81,7 +81,7 @@ def test_a_host_that_others_wait_for_is_named(
     here = socket.gethostname()
     alone, both = [(True, here), (False, "there")], [(True, here), (True, "there")]
     said = threading.Event()
-    monkeypatch.setattr(waiting.logger, "info", lambda text, *rest: lines.append(text % rest) or said.set())
+    monkeypatch.setattr(waiting.logger, "log", lambda _, text, *rest: lines.append(text % rest) or said.set())
     lines: list[str] = []
     states = iter([alone, alone, both])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -179,11 +180,12 @@ _LOOKS = """
 import json, os
 from bagel_ds.train.ranks.launcher import launcher_process
 found = launcher_process(os.environ)
-print(json.dumps(None if found is None else [found.environment.get("OMP_NUM_THREADS"), found.environment.get("WISH")]))
+names = ("OMP_NUM_THREADS", "WISH")
+print(json.dumps(found and [*(found.environment.get(name) for name in names), *found.planned]))
 """
 
 
-def looks(tmp_path: Path, name: str, between: str) -> Any:
+def looks(tmp_path: Path, name: str, between: str, *words: str) -> Any:
     """What a process sees of its launcher `name`, which changes its environment by `between` before it starts it."""
     (tmp_path / "rank.py").write_text(_LOOKS)
     start = f"import os, subprocess, sys\n{between}\nsubprocess.run([sys.executable, {str(tmp_path / 'rank.py')!r}])\n"
@@ -191,13 +193,24 @@ def looks(tmp_path: Path, name: str, between: str) -> Any:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "WISH": "2,3"}
     for variable in ("OMP_NUM_THREADS", "TORCHELASTIC_RUN_ID"):
         environment.pop(variable, None)
-    command = [sys.executable, str(tmp_path / name)]
+    command = [sys.executable, str(tmp_path / name), *words]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=True)
     return json.loads(ran.stdout)
 
 
 def test_what_the_users_shell_had_set_is_seen_behind_deepspeeds_back(tmp_path: Path) -> None:
     assert looks(tmp_path, "deepspeed", "del os.environ['WISH']") == [None, "2,3"]
+
+
+@pytest.mark.parametrize(
+    ("world", "planned"),
+    [({"node1": [0, 1], "node2": [0]}, ["node1", "node1", "node2"]), ({}, []), ([1], []), ("x", []), ({"n": 2}, [])],
+)
+def test_the_hosts_that_deepspeed_has_planned_are_known(world: Any, planned: list[str], tmp_path: Path) -> None:
+    told = "--world_info=" + base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
+    assert looks(tmp_path, "deepspeed", "", told) == [None, "2,3", *planned]
+    if not planned:
+        assert looks(tmp_path, "deepspeed", "", "--world_info=?") == [None, "2,3"]
 
 
 def test_what_torchrun_sets_by_itself_is_told_from_what_the_user_set(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bagel_ds.checkpoint import state as state_module
 from bagel_ds.checkpoint import step_folders as step_folders_module
 from bagel_ds.checkpoint.export import export_checkpoint
+from bagel_ds.checkpoint.gather import Gathering
 from bagel_ds.checkpoint.state import EMA, WEIGHT, StateFiles
 from bagel_ds.checkpoint.step_folders import (
     check_share,
@@ -53,7 +56,8 @@ def save(options: SaveOptions, step: int, last: bool = False) -> Path:
 # ------------------------------------------------------------------------------------------------------ what is saved
 @pytest.mark.parametrize("one_host", [True, False])
 def test_a_checkpoint_holds_weights_average_state_and_the_model_folder(one_host: bool, options: SaveOptions) -> None:
-    folder = save(dataclasses.replace(options, one_host=one_host), 3)
+    gathering = None if one_host else Gathering(torch.device("cpu"))
+    folder = save(dataclasses.replace(options, gathering=gathering), 3)
     assert names(folder) == [
         "README.md",
         "ae.safetensors",
@@ -334,6 +338,34 @@ def test_a_save_that_fails_says_what_the_system_said(
         assert ("Free space" in text) == ("Free space" in remedy)
         assert "None" not in text
     assert names(options.checkpoint_dir) == []
+
+
+# ----------------------------------------------------------------------------------------------- how long it may take
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_save_is_going_on_while_files_grow(
+    grows: bool, options: SaveOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a slow disk takes, the stall watch hears of it; a disk that hangs is a stall."""
+    signs, exchanged, fill = [], [], state_module.fill_rank
+    everyone = save_module.everyone
+
+    def counted(value: Any) -> list[Any]:
+        exchanged.append(value)
+        return everyone(value)
+
+    def slow(writer: TensorFileWriter, *arguments: Any) -> None:
+        deadline = time.monotonic() + 60
+        while len(signs if grows else exchanged) < 5 and time.monotonic() < deadline:
+            writer.written_bytes += grows
+            time.sleep(0.01)
+        fill(writer, *arguments)
+
+    monkeypatch.setattr(state_module, "fill_rank", slow)
+    monkeypatch.setattr(save_module, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(save_module, "everyone", counted)
+    monkeypatch.setattr(save_module, "going_on", lambda: signs.append(1))
+    save(options, 1)
+    assert len(exchanged) >= 5 and (len(signs) >= 5 if grows else len(signs) < 5)
 
 
 # --------------------------------------------------------------------------------- conveniences that a save survives
