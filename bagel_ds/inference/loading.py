@@ -67,7 +67,7 @@ def open_inferencer(
     """The model of a folder, ready.
 
     `device`: cpu, cuda or cuda:N. `precision`: bf16 or fp32 (default: bf16 on a GPU, fp32 on a CPU). `weights`: ema or
-    model; by default the average, unless the folder's record says that it is too young. `max_gpu_memory`: GiB, or text
+    model; by default the EMA, unless the folder's record says that it is too young. `max_gpu_memory`: GiB, or text
     such as 24GiB; layers that don't fit are streamed from host memory. `lora`: adapters as [NAME=]FOLDER[:WEIGHT],
     added beside the weights; a request's own `lora` chooses among them by name. `attn`: auto, flash, flex or sdpa, as
     `--attn` of a run. Raises `UserError` for a folder that is

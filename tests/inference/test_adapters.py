@@ -266,5 +266,5 @@ def test_a_model_is_evaluated_with_adapters(demo: Path, capsys: pytest.CaptureFi
     assert mixed["weights"] == "cat:0 + style:0.5" and mixed["scores"] != alone["scores"]
     assert main(["evaluate", str(demo / "cat"), "--lora", str(demo / "style"), *common]) == 2
     assert "is an adapter: pass it with --lora, too" in capsys.readouterr().err
-    assert main(["evaluate", model, "--lora", str(demo / "style"), "--weights", "average", *common]) == 2
+    assert main(["evaluate", model, "--lora", str(demo / "style"), "--weights", "ema", *common]) == 2
     assert "--weights: the adapters say which" in capsys.readouterr().err
