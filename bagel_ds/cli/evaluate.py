@@ -84,16 +84,14 @@ def run(options: argparse.Namespace) -> int:
     wanted = list(_STEMS) if options.weights == "both" else [options.weights]
     found = _with_adapters(options) if options.lora else _weight_files(options.checkpoints, wanted)
     config = _settings(options)
-    from bagel_ds.inference.evaluate import evaluate_folder
+    from bagel_ds.inference.evaluate import Evaluator
     from bagel_ds.inference.loading import torch_device
 
-    metric = _metric(options)
-    device = torch_device(options.device)
+    evaluator = Evaluator(config, torch_device(options.device), _bar, _metric(options))
     rows = []
     for checkpoint, kind in found:
         logger.info("%s: %s", checkpoint, kind)
-        scores = evaluate_folder(checkpoint, kind, config, device, _bar, metric, options.lora)
-        rows.append(Row(str(checkpoint), kind, scores))
+        rows.append(Row(str(checkpoint), kind, evaluator.scores(checkpoint, kind, options.lora)))
     if options.json:
         print(json.dumps({"val_config": options.val_config, "results": [row._asdict() for row in rows]}, indent=1))
     else:

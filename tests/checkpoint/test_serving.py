@@ -189,9 +189,7 @@ def assert_equal(found: Tensors, wanted: Tensors) -> None:
 def content_of(network: Tensors, model: Path) -> str:
     """Which of the two a reader got: "model" or "ema"."""
     name = "language_model.model.norm.weight"
-    matches = [
-        content for content in ("model", "ema") if torch.equal(network[name], expected(model, content)[name])
-    ]
+    matches = [content for content in ("model", "ema") if torch.equal(network[name], expected(model, content)[name])]
     return matches[0]
 
 
