@@ -20,7 +20,8 @@ from bagel_ds.lora.peft_files import holds_adapter, named_base
 
 _LEFT_OUT = ("wandb_", "auto_resume", "start_anew", "debug_batches", "log_every", "save_every", "keep_last")
 _INSTALL = (  # no package index has it, and another project could take the name there
-    f"Install bagel_ds {bagel_ds.__version__} from a checkout of its repository (`pip install .`) or from its wheel. Then:"
+    f"Install bagel_ds {bagel_ds.__version__} from a checkout of its repository (`pip install .`) or from its wheel. "
+    "Then:"
 )
 _LOSSES = ("loss/ce", "loss/mse", "val/ce", "val/mse")
 
