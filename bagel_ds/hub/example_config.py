@@ -65,7 +65,12 @@ def write_example_config(data: Path) -> tuple[Path, bool]:
     try:
         path.parent.mkdir(exist_ok=True)
         with path.open("x", encoding="utf-8") as file:
-            file.write(EXAMPLE)
+            try:
+                file.write(EXAMPLE)
+                file.flush()
+            except OSError:
+                path.unlink()  # half of it would look like another file
+                raise
     except FileExistsError:
         return path, path.is_file() and path.read_bytes() == EXAMPLE.encode()
     except OSError as error:

@@ -159,7 +159,7 @@ def test_samples_come_at_every_sample_every_steps_into_tensorboard_and_files(run
         assert [image.step for image in images] == [0, 1, 2], "steps are counted from 0, as everywhere in TensorBoard"
         file = runs / "sampled" / "samples" / "step_3" / f"{name.removeprefix('samples/')}.png"
         assert (images[-1].height, images[-1].width) == picture(file).shape[:2]
-    said = events.Tensors("samples/weights/000001/text_summary")[-1].tensor_proto.string_val[0].decode()
+    said = events.Tensors("samples/model/000001/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "What is the color of the block?" in said
     assert results(runs / "sampled" / "samples" / "step_3" / "model")["000001"] in " ".join(said.split("\n    "))
     assert not (runs / "plain" / "samples").exists()
@@ -168,13 +168,10 @@ def test_samples_come_at_every_sample_every_steps_into_tensorboard_and_files(run
 def test_the_log_says_beforehand_how_many_calls_and_how_long(launched: tuple[Path, dict[str, list[Outcome]]]) -> None:
     output = launched[1]["sampled"][0].output
     calls = 2 * max(2 + 3, 3 + 7 + 3)  # reading, writing and drawing of each rank's batch
-    assert (
-        f"samples of step 1 (weights and average): 4 prompts on 2 ranks, at most {calls} calls of the network" in output
-    )
+    assert f"samples of step 1 (model and ema): 4 prompts on 2 ranks, at most {calls} calls of the network" in output
     assert "a call of the network takes" in output
-    assert (
-        f"samples of step 2 (weights and average): 4 prompts on 2 ranks, at most {calls} calls of the network, about"
-        in (output)
+    assert f"samples of step 2 (model and ema): 4 prompts on 2 ranks, at most {calls} calls of the network, about" in (
+        output
     )
 
 
