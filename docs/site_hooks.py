@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 TOP = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 # The names that tests find blocks by stand behind the language, where Markdown for the site knows only options.
 _NAMED_BLOCK = re.compile(r"^( *```\w+) [\w-]+$", re.MULTILINE)
-_CODE = re.compile(r"<code>[^<]*</code>")  # blocks with colors hold other elements
+_CODE = re.compile(r'<code>[^<]*</code>|<div class="language-bash highlight">.*?</div>', re.DOTALL)
 _OPTION = re.compile(r"--[a-z]\w+")
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!\w+://|#)([^)#\s]*)(#[^)\s]*)?\)")
 
@@ -39,7 +39,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Options in running text and tables, marked so that site.css keeps `--name` on one line."""
+    """Options in running text, tables and commands, marked so that site.css keeps `--name` on one line."""
     return _CODE.sub(lambda code: _OPTION.sub(r'<span class="option">\g<0></span>', code[0]), html)
 
 

@@ -15,14 +15,14 @@ python -m bagel_ds.demo.one_move "$out"
 mkdir -p "$results"
 
 budgets=(--expected_num_tokens 480 --max_num_tokens 512 --max_num_tokens_per_sample 128)
-exact_answers() {  # of a folder's "average" or "weights" on the test rows
+exact_answers() {  # of a folder's "ema" or "model" weights on the test rows
     bagel-ds evaluate "$1" --weights "$2" --val_config "$out/one_move/test.yaml" "${budgets[@]}" \
         --metric "$out/exact_answer.py:exact_answer" --max_think_token_n 4 --batch_size 50 --json
 }
 
-exact_answers "$out/model" average > "$results/before.json"
+exact_answers "$out/model" ema > "$results/before.json"
 echo "Training with $ranks $kind process(es); DeepSpeed may take a minute or two to compile its parts the first time."
-# Only what reads pictures and writes text learns. No moving average: it would lag behind in so few steps.
+# Only what reads pictures and writes text learns. No EMA: it would lag behind in so few steps.
 deepspeed "${where[@]}" --master_port "$port" "$repo/launch/train.py" \
     --ds_config zero2.json \
     --dataset_config_file "$out/one_move/train.yaml" \
@@ -47,6 +47,6 @@ deepspeed "${where[@]}" --master_port "$port" "$repo/launch/train.py" \
     --start_anew True \
     "$@"
 
-exact_answers "$results/checkpoints/step_final" weights > "$results/after.json"
+exact_answers "$results/checkpoints/step_final" model > "$results/after.json"
 echo
 python -m bagel_ds.demo.learned "$out" "$results"

@@ -10,7 +10,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 DOCS = REPOSITORY / "docs"
-GUIDES = ("README", "data", "low_memory", "lora", "multi_node", "inference", "migration", "troubleshooting")
+GUIDES = """README data low_memory lora multi_node launchers reliability inference migration troubleshooting""".split()
 BLOCK = re.compile(r"^ *```([^\n]*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 NOT_SHOWN = re.compile(r"<!--.*?-->", re.DOTALL)
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -42,6 +42,13 @@ def test_every_user_guide_has_a_chinese_page_and_each_links_to_the_other() -> No
         there, back = ("docs/zh", "../..") if name == "README" else ("zh", "..")
         assert f"English · [中文]({there}/{name}.md)" in english(name)
         assert f"[English]({back}/{name}.md) · 中文" in chinese(name)
+
+
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_chinese_page_links_to_chinese_pages_and_says_where_one_is_english(name: str) -> None:
+    for text, page in re.findall(r"\[([^\]]*)\]\((?:\.\./)+(\w+)\.md", chinese(name)):
+        assert page not in GUIDES or text == "English", f"{name}: {page} is there in Chinese"
+        assert page in GUIDES or "英文" in text, f"{name}: {page} is English"
 
 
 @pytest.mark.parametrize("name", GUIDES)

@@ -35,6 +35,7 @@ FOREIGN = {
     "Signal 9 (SIGKILL) received",
     "size mismatch for latent_pos_embed",
     "weight ... is on the meta device",
+    "Must flatten tensors with uniform ...",
     "Cannot copy out of meta tensor",
     "No module named flash_attn",
     "CUDA out of memory",
@@ -100,10 +101,18 @@ def test_the_words_that_people_type_are_found(words: str) -> None:
     assert words.lower() in " ".join(PAGE.split()).lower()
 
 
+def quoted(page: str) -> set[str]:
+    """What stands between backticks outside blocks."""
+    text = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+    return {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)}
+
+
+def test_the_chinese_page_quotes_the_same_messages_commands_and_options() -> None:
+    assert quoted((REPOSITORY / "docs" / "zh" / "troubleshooting.md").read_text(encoding="utf-8")) == quoted(PAGE)
+
+
 def test_quoted_messages_are_those_of_the_code() -> None:
-    text = re.sub(r"^```.*?^```", "", PAGE, flags=re.MULTILINE | re.DOTALL)
-    quoted = {" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)}
-    messages = {span for span in quoted if " " in span and not COMMAND.match(span)}
+    messages = {span for span in quoted(PAGE) if " " in span and not COMMAND.match(span)}
     assert len(messages) > 25
     unknown = {message for message in messages - FOREIGN if not is_said(message)}
     assert unknown == set()
@@ -141,6 +150,17 @@ def test_the_host_memory_it_names_is_the_planners(page: str, said: str) -> None:
     nvme, cpu = hosts["nvme"], hosts["cpu"]
     assert [int(number) for number in found.groups()[:4]] == [min(nvme), max(nvme), min(cpu), max(cpu)]
     assert max(hosts["gpu"]) < int(found[5])
+
+
+@pytest.mark.parametrize("page", ["troubleshooting.md", "zh/troubleshooting.md"])
+def test_the_packs_it_names_are_the_planners(page: str) -> None:
+    docs = REPOSITORY / "docs"
+    row = re.compile(r"^\| (\d+) x (\d+) \|[^|]*\|[^|]*\| `zero3_cpu\.json` \| ([\d,]+) \|", re.MULTILINE)
+    planned = {found[1] + " x " + found[2]: found[3] for found in row.finditer((docs / "low_memory.md").read_text())}
+    text = " ".join((docs / page).read_text(encoding="utf-8").split())
+    named = re.findall(r"([\d,]+) (?:tokens(?: here)? \(planned\)|token 的 pack（规划值）)", text)
+    assert named == [planned["1 x 24"], planned["2 x 40"]]
+    assert planned["1 x 24"] == planned["2 x 24"], "a card of 24 GB, whichever the number"
 
 
 def test_no_line_begins_with_an_issue_number() -> None:

@@ -124,9 +124,9 @@ class TrainingArguments:
     )
     sample_every: int = option(500, "(ours) optimizer steps between samples; the last step always gives samples")
     sample_weights: str = option(
-        "weights",
-        "(ours) what the samples come from: the weights, their moving average, or both",
-        choices=("weights", "average", "both"),
+        "model",
+        "(ours) what the samples come from, named as the files: the weights (model), their EMA (ema), or both",
+        choices=("model", "ema", "both"),
     )
 
     stop_after: str | None = option(
@@ -149,7 +149,7 @@ class TrainingArguments:
     beta2: float = option(0.95, "AdamW's decay of the mean of squared gradients")
     eps: float = option(1e-15, "AdamW's epsilon")
     weight_decay: float = option(0.0, "(ours) AdamW's weight decay; 0 as in the original")
-    ema: float = option(0.9999, "decay of the moving average of the weights; 0 turns it off")
+    ema: float = option(0.9999, "decay of the EMA (moving average) of the weights; 0 turns it off")
     max_grad_norm: float = option(1.0, "gradients are scaled down to this norm; 0 turns clipping off")
     timestep_shift: float = option(1.0, "shifts flow timesteps towards noise")
     mse_weight: float = option(1.0, "weight of the generation loss")
@@ -198,10 +198,10 @@ class TrainingArguments:
         None, "(ours) folder on a local SSD for ds_configs that swap to NVMe; its files are removed at the end"
     )
     ignore_memory_plan: bool = option(False, "(ours) start although the memory plan says that the run can't fit")
-    ema_every: int = option(1, "(ours) update the moving average at every k-th step, with its decay to the power k")
+    ema_every: int = option(1, "(ours) update the EMA at every k-th step, with its decay to the power k")
     ema_dtype: str = option(
         "fp32",
-        "(ours) number format the moving average is kept in; bf16 rounds stochastically",
+        "(ours) number format the EMA is kept in; bf16 rounds stochastically",
         choices=("fp32", "bf16"),
     )
     attn: str = option(

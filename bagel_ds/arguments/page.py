@@ -50,8 +50,8 @@ does not know, and would ignore, and a value that it can't read are errors with 
 | zero3_cpu_split_bf16 | the same | the same, AdamW's moments in bf16: 10 bytes | |
 | zero3_cpu_split_8bit | the same | the same, AdamW's moments in 8 bits: 8 bytes | |
 | zero3_split | as zero3, masters as in zero3_cpu_split | | |
-| zero3_nvme | and parameters | parameters | optimizer states, moving average |
-| zero3_nvme_split | and parameters | parameters | optimizer states: 10, not 16 bytes per parameter; average |
+| zero3_nvme | and parameters | parameters | optimizer states, EMA |
+| zero3_nvme_split | and parameters | parameters | optimizer states: 10, not 16 bytes per parameter; EMA |
 | zero3_nvme_split_8bit | and parameters | parameters | the same, AdamW's moments in 8 bits: 4 bytes |
 | zero3_nvme_all | and parameters | | all of them |
 

@@ -172,9 +172,9 @@ def _faults(config: RunConfig) -> list[str]:
             "--auto_resume True continues the run in checkpoint_dir, --start_anew True moves it aside; leave out one "
             "of the two"
         )
-    if values["sample_prompts"] is not None and values["sample_weights"] != "weights" and not values["ema"]:
+    if values["sample_prompts"] is not None and values["sample_weights"] != "model" and not values["ema"]:
         faults.append(
-            f"--sample_weights {values['sample_weights']} needs the moving average, and --ema 0 turns it off; leave "
+            f"--sample_weights {values['sample_weights']} needs the EMA, and --ema 0 turns it off; leave "
             "out one of the two"
         )
     if values["stop_after"] is not None and duration_seconds(values["stop_after"]) is None:

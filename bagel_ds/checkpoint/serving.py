@@ -33,10 +33,9 @@ from bagel_ds.model_folder.weights import check_tensors
 from bagel_ds.ranges import TensorInfo, WeightSource
 
 PROGRAMS = ("original", "comfyui", "vllm-omni")
-SERVE = ("auto", "average", "weights")
+SERVE = ("auto", "ema", "model")
 NOT_SERVED = "not_served"  # the folder of the weight file that programs should not load
-_STEMS = {"average": "ema", "weights": "model"}
-_CONTENT = {stem: content for content, stem in _STEMS.items()}
+_CONTENT = {"ema": "EMA", "model": "weights"}
 _HARD_CODED = ("original", "comfyui")  # programs that ignore config.json and build the network of BAGEL-7B-MoT
 _LATENT_SIDE, _VIT_SIDE = 64, 70  # of the network that they build
 _LAYER = re.compile(r"vit_model\.vision_model\.encoder\.layers\.(\d+)\.")
@@ -58,7 +57,7 @@ class Layout(NamedTuple):
 
     def metadata(self, stem: str) -> dict[str, str]:
         """Metadata for the header of a weight file that holds `stem`."""
-        return {} if self.served is None else {"content": _CONTENT[stem]}
+        return {} if self.served is None else {"content": stem}
 
 
 class WithTables:
@@ -93,7 +92,7 @@ def serving_layout(
     """The layout in which `program` reads a checkpoint with weights of `dtype`. Raises `UserError`.
 
     For an adapter, `base` is the model folder that it is merged into, and `files` are that folder's weights.
-    `serve` is "average", "weights" or "auto" (chosen by `model_folder.average`).
+    `serve` is "ema", "model" or "auto" (chosen by `model_folder.average`).
     """
     for option, value, known in ("--for", program, PROGRAMS), ("--serve", serve, SERVE):
         if value not in known:
@@ -114,13 +113,11 @@ def serving_layout(
 
 
 def _served(serve: str, checkpoint: Path, has_average: bool) -> Choice:
-    if serve == "average" and not has_average:
-        raise UserError(
-            f"--serve average: {checkpoint} holds no moving average (the run had --ema 0); pass --serve weights."
-        )
-    if serve in _STEMS:
-        return Choice(_STEMS[serve], f"--serve {serve}")
-    return chosen(averaging_of(checkpoint)) if has_average else Choice("model", "the run kept no moving average")
+    if serve == "ema" and not has_average:
+        raise UserError(f"--serve ema: {checkpoint} holds no EMA (the run had --ema 0); pass --serve model.")
+    if serve in _CONTENT:
+        return Choice(serve, f"--serve {serve}")
+    return chosen(averaging_of(checkpoint)) if has_average else Choice("model", "the run kept no EMA")
 
 
 def _network(checkpoint: Path, files: TensorFiles) -> tuple[BagelConfig, int]:
@@ -265,7 +262,7 @@ def checkpoint_readme(folder: Path) -> str:
     lines = [
         "# A checkpoint of bagel_ds",
         "",
-        f"`{MODEL}` holds the trained weights" + (f", `{EMA}` their moving average." if both else "; no average."),
+        f"`{MODEL}` holds the trained weights" + (f", `{EMA}` their moving average (EMA)." if both else "; no EMA."),
         "",
         f"Use `{stem}.safetensors`: {why}.",
         "",

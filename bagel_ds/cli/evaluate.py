@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger("bagel_ds")
 
 _SETTINGS = ("num_timesteps", "max_think_token_n", "max_iterations")
-_STEMS = {"average": "ema", "weights": "model"}
+_STEMS = ("ema", "model")  # of the two weight files
 
 
 class Row(NamedTuple):
     """The scores of one weight file."""
 
     checkpoint: str
-    weights: str  # "average", "weights", or the adapters of --lora
+    weights: str  # "ema", "model", or the adapters of --lora
     scores: dict[str, float]
 
 
@@ -84,16 +84,14 @@ def run(options: argparse.Namespace) -> int:
     wanted = list(_STEMS) if options.weights == "both" else [options.weights]
     found = _with_adapters(options) if options.lora else _weight_files(options.checkpoints, wanted)
     config = _settings(options)
-    from bagel_ds.inference.evaluate import evaluate_folder
+    from bagel_ds.inference.evaluate import Evaluator
     from bagel_ds.inference.loading import torch_device
 
-    metric = _metric(options)
-    device = torch_device(options.device)
+    evaluator = Evaluator(config, torch_device(options.device), _bar, _metric(options))
     rows = []
     for checkpoint, kind in found:
         logger.info("%s: %s", checkpoint, kind)
-        scores = evaluate_folder(checkpoint, _STEMS.get(kind, ""), config, device, _bar, metric, options.lora)
-        rows.append(Row(str(checkpoint), kind, scores))
+        rows.append(Row(str(checkpoint), kind, evaluator.scores(checkpoint, kind, options.lora)))
     if options.json:
         print(json.dumps({"val_config": options.val_config, "results": [row._asdict() for row in rows]}, indent=1))
     else:
@@ -114,7 +112,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def _weight_files(checkpoints: Sequence[Path], wanted: Sequence[str]) -> list[tuple[Path, str]]:
-    """(folder, "average" or "weights") of every wanted weight file. Raises `UserError` for a folder without any."""
+    """(folder, "ema" or "model") of every wanted weight file. Raises `UserError` for a folder without any."""
     from bagel_ds.lora.peft_files import EMA_FOLDER, holds_adapter
     from bagel_ds.model_folder.folder import ModelFolder
 
@@ -124,13 +122,13 @@ def _weight_files(checkpoints: Sequence[Path], wanted: Sequence[str]) -> list[tu
             faults.append(f"{path}: no such folder; pass a checkpoint such as results/checkpoints/step_1000")
             continue
         if holds_adapter(path):
-            held = {"weights": True, "average": holds_adapter(path / EMA_FOLDER)}
+            held = {"model": True, "ema": holds_adapter(path / EMA_FOLDER)}
         else:
-            held = {kind: bool(ModelFolder(path).weight_files(stem)) for kind, stem in _STEMS.items()}
-        own = [(path, kind) for kind in wanted if held[kind]]
+            held = {stem: bool(ModelFolder(path).weight_files(stem)) for stem in _STEMS}
+        own = [(path, stem) for stem in wanted if held[stem]]
         found += own
         if not own:
-            names = " and ".join(f"{_STEMS[kind]}.safetensors" for kind in wanted)
+            names = " and ".join(f"{stem}.safetensors" for stem in wanted)
             faults.append(f"{path} lacks {names}; pass a checkpoint or a model folder")
     all_faults(faults, "These checkpoints can't be evaluated:")
     return found

@@ -75,11 +75,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--precision", choices=("bf16", "fp32"), default=None, help="default bf16 on a GPU, fp32 on a CPU")
     add(
         "--weights",
-        type=lambda word: {"average": "ema", "weights": "model"}.get(word, word),  # as bagel-ds evaluate names them
         choices=("ema", "model"),
         default=None,
-        help="ema.safetensors (or: average) or model.safetensors (or: weights); default: the average, unless it is too "
-        "young for the run",
+        help="ema.safetensors or model.safetensors; default: the EMA, unless it is too young for the run",
     )
     add(
         "--lora",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from bagel_ds.errors import UserError
 from bagel_ds.machine.output import log_to_stderr
 
 _EXAMPLE = "bagel_example"
+_SCRIPT_READS = Path("data/configs/example.yaml")  # launch/train_bagel.sh, unless DATASET_CONFIG names another
 
 
 def add_commands(commands: Any) -> None:
@@ -42,10 +44,14 @@ def add_commands(commands: Any) -> None:
 
 def _download(options: argparse.Namespace) -> None:
     log_to_stderr()
+    config: Path | None = None
+    is_ours = False
     if options.what == _EXAMPLE:
         from bagel_ds.hub.archive import ADDRESS, download_example
+        from bagel_ds.hub.example_config import write_example_config
 
         folder = download_example(options.out or Path("data"), options.url or ADDRESS)
+        config, is_ours = write_example_config(folder)
         files = [path for path in folder.rglob("*") if path.is_file()]
     else:
         from bagel_ds.hub.models import download_model
@@ -57,9 +63,24 @@ def _download(options: argparse.Namespace) -> None:
         files = download_model(options.what, folder, options.revision, options.mirror)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
     if options.json:
-        print(json.dumps({"folder": str(folder), "files": sizes}))
-    else:
-        print(f"{folder}: {len(sizes)} files, {sum(sizes.values()):,} bytes, all checked")
+        written = {"dataset_config_file": str(config)} if is_ours else {}
+        print(json.dumps({"folder": str(folder), "files": sizes, **written}))
+        return
+    print(f"{folder}: {len(sizes)} files, {sum(sizes.values()):,} bytes, all checked")
+    if config is not None:
+        print(_what_next(config, is_ours))
+
+
+def _what_next(config: Path, is_ours: bool) -> str:
+    """What to do with the example data, as commands for the shell."""
+    if not is_ours:
+        return f"{config} is another file and stays; move it and run this command again for one that names this data"
+    named = shlex.quote(str(config))
+    settings = "" if config == _SCRIPT_READS else f"DATASET_CONFIG={named} "
+    return (
+        f"check it: bagel-ds check --model_path models/BAGEL-7B-MoT --dataset_config_file {named}\n"
+        f"train on it, in the repository: {settings}bash launch/train_bagel.sh"
+    )
 
 
 def _upload(options: argparse.Namespace) -> None:

@@ -142,7 +142,7 @@ def _samples(config: RunConfig, model: BagelConfig, vae: VAEConfig, world_size: 
 
     layout = layout_options(config, model, vae)
     prompts = open_prompts(Path(config.training.sample_prompts), model, layout, config.data.max_num_tokens)
-    return prompts.memory(world_size, average=config.training.sample_weights != "weights")
+    return prompts.memory(world_size, average=config.training.sample_weights != "model")
 
 
 def _checked(plan: MemoryPlan) -> int:

@@ -37,8 +37,8 @@ def add_commands(commands: Any) -> None:
     export.add_argument(
         "--serve",
         metavar="WHICH",
-        help="with --for: average, weights or auto, the default: ema.safetensors holds the average, but the weights "
-        "where the half-life of the average exceeds the run",
+        help="with --for: ema, model or auto, the default: ema.safetensors holds the EMA, but the weights where the "
+        "half-life of the EMA exceeds the run",
     )
     export.add_argument(
         "--merge", action="store_true", help="the checkpoint is an adapter (LoRA): add it to its base model's weights"

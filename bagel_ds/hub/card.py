@@ -19,6 +19,10 @@ from bagel_ds.inputs.files import is_hub_id
 from bagel_ds.lora.peft_files import holds_adapter, named_base
 
 _LEFT_OUT = ("wandb_", "auto_resume", "start_anew", "debug_batches", "log_every", "save_every", "keep_last")
+_INSTALL = (  # no package index has it, and another project could take the name there
+    f"Install bagel_ds {bagel_ds.__version__} from a checkout of its repository (`pip install .`) or from its wheel. "
+    "Then:"
+)
 _LOSSES = ("loss/ce", "loss/mse", "val/ce", "val/mse")
 
 
@@ -55,7 +59,7 @@ def model_card(folder: Path, repo: str, made: Made) -> str:
         "",
         f"{what} [{base}](https://huggingface.co/{base}), trained with bagel_ds.",
     ]
-    lines += ["", *_training(made), "## Use", "", "```bash", *_use(repo, base, adapter), "```", ""]
+    lines += ["", *_training(made), "## Use", "", _INSTALL, "", "```bash", *_use(repo, base, adapter), "```", ""]
     return "\n".join(head + lines)
 
 
@@ -118,7 +122,7 @@ def _losses(results: Path, steps: int) -> dict[str, float]:
 
 def _use(repo: str, base: str, adapter: bool) -> list[str]:
     folder = f"models/{repo.rpartition('/')[2]}"
-    lines = [f"pip install bagel_ds=={bagel_ds.__version__}", f"bagel-ds download {repo} --out {folder}"]
+    lines = [f"bagel-ds download {repo} --out {folder}"]
     if not adapter:
         return [*lines, f'bagel-ds generate --model_path {folder} --prompt "a cat"']
     model = f"models/{base.rpartition('/')[2]}"

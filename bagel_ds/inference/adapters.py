@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bagel_ds.checkpoint.step_folders import checkpoints_near, meant_checkpoint
 from bagel_ds.errors import UserError, all_faults
@@ -123,6 +124,7 @@ class Adapters:
         self.folders = {adapter.name: AdapterFolder(adapter.folder) for adapter in named}
         self.weights = {adapter.name: adapter.weight for adapter in named}
         self._in_use: Mapping[str, float] = self.weights
+        self._hooks: list[RemovableHandle] = []
 
     def check_fits(self, config: BagelConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise `UserError` for an adapter of another network, or of layers that can have none."""
@@ -144,7 +146,8 @@ class Adapters:
         for name, folder in self.folders.items():
             for layer in sorted(folder.layers):
                 a, b = (folder.matrix(f"{layer}.{kind}").to(device, dtype) for kind in (LORA_A, LORA_B))
-                model.get_submodule(layer).register_forward_hook(partial(self._add, name, a, b, folder.scale(layer)))
+                add = partial(self._add, name, a, b, folder.scale(layer))
+                self._hooks.append(model.get_submodule(layer).register_forward_hook(add))
             logger.info(
                 "adapter %s: %s, %d layers, rank %d, weight %g",
                 name,
@@ -153,6 +156,11 @@ class Adapters:
                 folder.rank,
                 self.weights[name],
             )
+
+    def detach(self) -> None:
+        """Leave the network as it was before `attach`, and give back the adapters' memory."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def chosen(self, asked: Asked) -> dict[str, float]:
         """The weights that a request means, without those that don't count. Raises `UserError` for an unknown name."""

@@ -3,7 +3,7 @@
 Guarantees: every token weighs the same, whichever rank or pack holds it. Forward passes only. The caller hands in the
 network and the sum over ranks, so this file knows neither a trainer nor DeepSpeed.
 
-`validate` computes the numbers; `evaluate_folder` does so for the weights of a model folder.
+`validate` computes the numbers; `Evaluator` does so for the weights of model folders.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,19 +21,20 @@ from bagel_ds.arguments.run_config import RunConfig
 from bagel_ds.data.batches.held_out import HeldOut
 from bagel_ds.inference.adapters import Adapters
 from bagel_ds.inference.generation import Inferencer
-from bagel_ds.inference.loading import DTYPES, image_transforms, load_bagel
+from bagel_ds.inference.loading import DTYPES, image_transforms, load_bagel, parameter_shapes
 from bagel_ds.inference.network import Network
 from bagel_ds.inference.task_metric import Progress, TaskMetric
-from bagel_ds.inputs.data import layout_options, open_held_out, open_inputs
+from bagel_ds.inputs.data import DataInputs, layout_options, open_held_out, open_inputs
 from bagel_ds.lora.base import base_files, base_folder
 from bagel_ds.lora.peft_files import EMA_FOLDER, holds_adapter
 from bagel_ds.machine.liveness import going_on
 from bagel_ds.model.attention.choice import Place, choose_attention
-from bagel_ds.model.bagel import BagelOutput
+from bagel_ds.model.bagel import Bagel, BagelOutput
 from bagel_ds.model.batch import PackedBatch
 from bagel_ds.model.losses.breakdown import BY_TIME, CE, LossBreakdown
 from bagel_ds.model.losses.normalization import LossOptions
-from bagel_ds.model.vae import encode_batch
+from bagel_ds.model.shape.config import BagelConfig
+from bagel_ds.model.vae import AutoEncoder, encode_batch
 from bagel_ds.model_folder.folder import ModelFolder
 from bagel_ds.model_folder.tensor_files import TensorFiles
 
@@ -82,53 +83,94 @@ def _mean(breakdown: LossBreakdown, sums: Tensor, prefix: str) -> float | None:
     return loss / weight if weight else None
 
 
-def evaluate_folder(
-    path: Path,
-    stem: str,
-    config: RunConfig,
-    device: torch.device,
-    progress: Progress = lambda items, count: items,
-    metric: TaskMetric | None = None,
-    lora: Sequence[str | Path] = (),
-) -> Scores:
-    """The scores of a model folder's "ema" or "model" weights on the split of --val_config, in one process.
+class _Opened(NamedTuple):
+    """What the weight files and adapters of one model folder share."""
 
-    A folder with an adapter is evaluated on its base model: the config's model_path if that was given, else the one
-    that the adapter names. With `lora` (as of `open_inferencer`) a model folder is evaluated with these adapters, on
-    the weights that they belong to. `config` gives budgets, precision and switches. `progress(items, count)` may show a
-    bar over packs and, for `metric`, over rows. Raises `UserError`.
+    folder: Path
+    inputs: DataInputs
+    held_out: HeldOut
+    shape: BagelConfig
+    vae: AutoEncoder
+
+
+class Evaluator:
+    """Scores model folders on the split of --val_config, one after another, in one process.
+
+    Consecutive adapters of one base share it: its files are read once. `config` gives budgets, precision and switches.
+    `progress(items, count)` may show a bar over packs and, for `metric`, over rows.
     """
-    own = path / EMA_FOLDER if stem == "ema" else path
-    given = config.model.model_path if "model_path" in config.explicit else None
-    folder = base_folder(own, given) if holds_adapter(path) else path
-    adapters = Adapters([own] if holds_adapter(path) else lora)
-    inputs = open_inputs(_for_folder(config, folder))
-    held_out: HeldOut = open_held_out(inputs.config, inputs.folder, inputs.model, inputs.vae, progress=True)
-    dtype = DTYPES[config.training.precision]
-    model_folder = ModelFolder(inputs.folder)
-    vae = model_folder.load_vae(decodes=metric is not None).to(device)
-    used = list(adapters.folders.values())
-    files = base_files(folder, used) if used else TensorFiles(model_folder.weight_files(stem))
-    where = f"{inputs.folder} ({files.paths[0].name})"
-    shape, line = choose_attention(inputs.model, config.attention, Place(device, dtype, trains=False))
-    logger.info(line)
-    model = load_bagel(shape, files, where, device, dtype, adapters=adapters)
 
-    def forward(batch: PackedBatch) -> BagelOutput:
-        latents = encode_batch(vae, batch, inputs.model.latent_patch_size, dtype == torch.bfloat16)
-        output: BagelOutput = model(batch, latents)
-        return output
+    def __init__(
+        self,
+        config: RunConfig,
+        device: torch.device,
+        progress: Progress = lambda items, count: items,
+        metric: TaskMetric | None = None,
+    ) -> None:
+        self._config, self._device, self._progress, self._metric = config, device, progress, metric
+        self._dtype = DTYPES[config.training.precision]
+        self._opened: _Opened | None = None
+        self._model: tuple[list[Path], Bagel] | None = None
 
-    batches = progress(held_out.batches(), held_out.count(1))
-    scores = validate(batches, forward, device, held_out.datasets, inputs.model.timestep_shift)
-    if metric is not None:
-        layout = layout_options(inputs.config, inputs.model, inputs.vae)
-        transforms = image_transforms(layout, model_folder)
-        network = Network(model, vae, inputs.tokenizer, layout, *transforms, device=device, adapters=adapters)
-        cannot_draw = None if inputs.model.visual_gen else "--visual_gen False leaves out what generates images"
-        mean = metric.mean(Inferencer(network, cannot_draw), held_out, progress)
-        scores |= {} if mean is None else {f"val/{metric.name}": mean}
-    return scores
+    def scores(self, path: Path, stem: str, lora: Sequence[str | Path] = ()) -> Scores:
+        """Of a model folder's "ema" or "model" weights.
+
+        A folder with an adapter is evaluated on its base model: the config's model_path if that was given, else the
+        one that the adapter names. With `lora` (as of `open_inferencer`) a model folder is evaluated with these
+        adapters, on the weights that they belong to. Raises `UserError`.
+        """
+        own = path / EMA_FOLDER if stem == "ema" else path
+        given = self._config.model.model_path if "model_path" in self._config.explicit else None
+        folder = base_folder(own, given) if holds_adapter(path) else path
+        adapters = Adapters([own] if holds_adapter(path) else lora)
+        opened = self._open(folder)
+        used = list(adapters.folders.values())
+        files = base_files(folder, used) if used else TensorFiles(ModelFolder(folder).weight_files(stem))
+        adapters.check_fits(opened.shape, parameter_shapes(opened.shape))  # before what takes minutes
+        model = self._load(opened, files)
+        adapters.attach(model, self._device, self._dtype)
+        try:
+            return self._score(opened, model, adapters)
+        finally:
+            adapters.detach()
+
+    def _open(self, folder: Path) -> _Opened:
+        if self._opened is None or self._opened.folder != folder:
+            self._opened = self._model = None  # their memory is needed
+            inputs = open_inputs(_for_folder(self._config, folder))
+            held_out = open_held_out(inputs.config, inputs.folder, inputs.model, inputs.vae, progress=True)
+            vae = ModelFolder(inputs.folder).load_vae(decodes=self._metric is not None).to(self._device)
+            place = Place(self._device, self._dtype, trains=False)
+            shape, line = choose_attention(inputs.model, self._config.attention, place)
+            logger.info(line)
+            self._opened = _Opened(folder, inputs, held_out, shape, vae)
+        return self._opened
+
+    def _load(self, opened: _Opened, files: TensorFiles) -> Bagel:
+        if self._model is None or self._model[0] != files.paths:
+            self._model = None
+            where = f"{opened.inputs.folder} ({files.paths[0].name})"
+            self._model = files.paths, load_bagel(opened.shape, files, where, self._device, self._dtype)
+        return self._model[1]
+
+    def _score(self, opened: _Opened, model: Bagel, adapters: Adapters) -> Scores:
+        inputs, held_out, vae = opened.inputs, opened.held_out, opened.vae
+
+        def forward(batch: PackedBatch) -> BagelOutput:
+            latents = encode_batch(vae, batch, inputs.model.latent_patch_size, self._dtype == torch.bfloat16)
+            output: BagelOutput = model(batch, latents)
+            return output
+
+        batches = self._progress(held_out.batches(), held_out.count(1))
+        scores = validate(batches, forward, self._device, held_out.datasets, inputs.model.timestep_shift)
+        if self._metric is not None:
+            layout = layout_options(inputs.config, inputs.model, inputs.vae)
+            transforms = image_transforms(layout, ModelFolder(inputs.folder))
+            network = Network(model, vae, inputs.tokenizer, layout, *transforms, device=self._device, adapters=adapters)
+            cannot_draw = None if inputs.model.visual_gen else "--visual_gen False leaves out what generates images"
+            mean = self._metric.mean(Inferencer(network, cannot_draw), held_out, self._progress)
+            scores |= {} if mean is None else {f"val/{self._metric.name}": mean}
+        return scores
 
 
 def _for_folder(config: RunConfig, path: Path) -> RunConfig:

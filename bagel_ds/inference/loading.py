@@ -67,7 +67,7 @@ def open_inferencer(
     """The model of a folder, ready.
 
     `device`: cpu, cuda or cuda:N. `precision`: bf16 or fp32 (default: bf16 on a GPU, fp32 on a CPU). `weights`: ema or
-    model; by default the average, unless the folder's record says that it is too young. `max_gpu_memory`: GiB, or text
+    model; by default the EMA, unless the folder's record says that it is too young. `max_gpu_memory`: GiB, or text
     such as 24GiB; layers that don't fit are streamed from host memory. `lora`: adapters as [NAME=]FOLDER[:WEIGHT],
     added beside the weights; a request's own `lora` chooses among them by name. `attn`: auto, flash, flex or sdpa, as
     `--attn` of a run. Raises `UserError` for a folder that is
@@ -137,6 +137,13 @@ def image_transforms(options: LayoutOptions, folder: ModelFolder | None) -> Imag
     )
 
 
+def parameter_shapes(config: BagelConfig) -> dict[str, tuple[int, ...]]:
+    """By name, of the parameters that a network of this config uses for inference."""
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in Bagel(config).named_parameters()}
+    return {name: shape for name, shape in shapes.items() if config.visual_gen or part_of(name) not in GENERATION}
+
+
 def load_bagel(
     config: BagelConfig,
     files: TensorFiles,
@@ -150,10 +157,7 @@ def load_bagel(
 
     Without `visual_gen` the generating parts of `files` are not used and get no memory. `adapters` are attached.
     """
-    with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in Bagel(config).named_parameters()}
-    if not config.visual_gen:
-        shapes = {name: shape for name, shape in shapes.items() if part_of(name) not in GENERATION}
+    shapes = parameter_shapes(config)
     weights = BagelWeights(files, shapes, False, where)
     unexpected = [name for name in weights.unexpected if config.visual_gen or part_of(name) not in GENERATION]
     if unexpected:

@@ -68,7 +68,7 @@ class AdapterRecord(NamedTuple):
 
 def adapter_readme(has_average: bool) -> str:
     """README.md of a checkpoint that holds an adapter."""
-    average = f"\n`{EMA_FOLDER}/` is an adapter folder of its own: the moving average." if has_average else ""
+    average = f"\n`{EMA_FOLDER}/` is an adapter folder of its own: the EMA (moving average)." if has_average else ""
     return f"""# An adapter (LoRA) trained by bagel_ds
 
 `{WEIGHTS}` and `{CONFIG}` are in peft's format; `{CONFIG}` names the base model.{average}

@@ -55,7 +55,7 @@ def samples(s: Sharding, shape: StepShape, wanted: SampleShape) -> Phase:
     )
     aside = []
     if wanted.average and s.stage == 0 and not s.bf16:  # the weights are the masters
-        aside = [State("weights set aside for the average", HOST, 4 * -(-s.elements(True) // s.world))]
+        aside = [State("weights set aside for the EMA", HOST, 4 * -(-s.elements(True) // s.world))]
     return Phase(SAMPLES, [contexts, *work, *aside, *arena(s, shape)])
 
 

@@ -61,11 +61,11 @@ def average_or_weights(folder: Path) -> Choice:
 def chosen(averaging: Averaging | None) -> Choice:
     """The rule for a folder that holds both files; `averaging` is None if the numbers are unknown."""
     if averaging is None:
-        return Choice("ema", "the average is the default, and the folder does not record its steps and decay")
+        return Choice("ema", "the EMA is the default, and the folder does not record its steps and decay")
     numbers = f"decay {averaging.decay:g} gives it a half-life of {averaging.half_life:,.0f} steps"
     if averaging.half_life > averaging.steps:
-        return Choice("model", f"the average is too young: {numbers}, but the run had only {averaging.steps:,}")
-    return Choice("ema", f"the average covers the run: {numbers}, and the run had {averaging.steps:,}")
+        return Choice("model", f"the EMA is too young: {numbers}, but the run had only {averaging.steps:,}")
+    return Choice("ema", f"the EMA covers the run: {numbers}, and the run had {averaging.steps:,}")
 
 
 def averaging_of(folder: Path) -> Averaging | None:

@@ -70,7 +70,7 @@ def _load_average(engine: ZeroEngine, config: RunConfig, prepared: Prepared, upd
     )
     if averages is None:
         return together(lambda: engine.start_ema(options, None))
-    checked = CheckedWeights(averages, f"{prepared.start.folder} (moving average)")
+    checked = CheckedWeights(averages, f"{prepared.start.folder} (EMA)")
     ema = together(lambda: engine.start_ema(options, checked))
     together(checked.check)
     return ema

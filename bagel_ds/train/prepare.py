@@ -106,7 +106,7 @@ def prepare(config: RunConfig) -> Prepared:
         check_equal({"the prompts of --sample_prompts": [job.key for job in prompts.jobs]})
         if prompts.draws(dist.get_rank(), world):
             vae = ModelFolder(model_folder).load_vae()
-    from_average = config.training.sample_weights != "weights"
+    from_average = config.training.sample_weights != "model"
     samples = None if prompts is None else prompts.memory(world, from_average)
     memory = together(lambda: plan_run(config, datasets, model, vae.config, zero, world, here, samples))
     # Before the data, whose indexing may take long.

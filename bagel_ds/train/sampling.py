@@ -40,11 +40,11 @@ logger = logging.getLogger("bagel_ds")
 
 FOLDER = "samples"  # of results_dir
 _TIMED = 3  # a call that draws or writes; those before it may only read a short text
-WEIGHTS, AVERAGE = "weights", "average"
+WEIGHTS, AVERAGE = "model", "ema"
 
 
 class Sample(NamedTuple):
-    """What was made of one prompt from the "weights" or their "average"."""
+    """What was made of one prompt from the weights ("model") or their moving average ("ema")."""
 
     source: str
     job: Job
@@ -95,7 +95,7 @@ class Sampling:
         """This rank's samples from one set of weights."""
         engine, ema = self._engine, self._ema
         if source == AVERAGE:
-            assert ema is not None, "--ema 0 and samples of the average are refused"
+            assert ema is not None, "--ema 0 and samples of the EMA are refused"
             with engine.average_in_place(ema):
                 return self._made_as_is(source, calls)
         return self._made_as_is(source, calls)

@@ -11,7 +11,7 @@ from bagel_ds.inference.loading import open_inferencer
 from bagel_ds.model_folder.average import average_or_weights
 from bagel_ds.model_folder.folder import ModelFolder
 
-TITLES = {"ema": "average", "model": "weights"}
+TITLES = {"ema": "EMA", "model": "weights"}
 
 
 class Models:

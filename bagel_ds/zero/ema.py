@@ -91,5 +91,5 @@ class ShardedEMA:
             return torch.zeros_like(like, dtype=self._options.dtype)
         self._options.folder.mkdir(parents=True, exist_ok=True)
         path = self._options.folder / f"group_{group.index}.ema"
-        reserve_file(path, like.numel() * self._options.dtype.itemsize, "the moving average")
+        reserve_file(path, like.numel() * self._options.dtype.itemsize, "the EMA")
         return torch.from_file(str(path), shared=True, size=like.numel(), dtype=self._options.dtype)

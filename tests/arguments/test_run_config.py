@@ -446,7 +446,7 @@ def test_a_duration_is_written_as_it_is_read(seconds: float, text: str) -> None:
 
 
 def test_samples_of_an_average_that_is_off_are_refused_and_options_without_prompts_explained() -> None:
-    with pytest.raises(UserError, match="--sample_weights both needs the moving average, and --ema 0 turns it off"):
+    with pytest.raises(UserError, match="--sample_weights both needs the EMA, and --ema 0 turns it off"):
         parse_arguments(["--sample_prompts", "p.jsonl", "--sample_weights", "both", "--ema", "0"])
     with pytest.raises(UserError, match="--sample_every 0: expected at least 1"):
         parse_arguments(["--sample_prompts", "p.jsonl", "--sample_every", "0"])

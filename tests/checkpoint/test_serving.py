@@ -176,7 +176,7 @@ READERS = {"original": original, "comfyui": comfyui, "vllm-omni": vllm_omni}
 
 
 def expected(model: Path, content: str) -> Tensors:
-    shift = {"weights": 1.0, "average": -1.0}[content]
+    shift = {"model": 1.0, "ema": -1.0}[content]
     return {name: saved(name, tensor, shift) for name, tensor in load_file(model / "ema.safetensors").items()}
 
 
@@ -187,16 +187,14 @@ def assert_equal(found: Tensors, wanted: Tensors) -> None:
 
 
 def content_of(network: Tensors, model: Path) -> str:
-    """Which of the two a reader got: "weights" or "average"."""
+    """Which of the two a reader got: "model" or "ema"."""
     name = "language_model.model.norm.weight"
-    matches = [
-        content for content in ("weights", "average") if torch.equal(network[name], expected(model, content)[name])
-    ]
+    matches = [content for content in ("model", "ema") if torch.equal(network[name], expected(model, content)[name])]
     return matches[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- layouts
-@pytest.mark.parametrize("steps, content", [(LONG, "average"), (SHORT, "weights")])
+@pytest.mark.parametrize("steps, content", [(LONG, "ema"), (SHORT, "model")])
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_each_program_gets_every_tensor_of_what_is_to_be_served(
     program: str, steps: int, content: str, demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -214,16 +212,16 @@ def test_each_program_gets_every_tensor_of_what_is_to_be_served(
             "ema_decay": "0.9999",
             "content": content,
         }
-    other = {"average": "model", "weights": "ema"}[content]
+    other, held = {"ema": ("model", "the EMA"), "model": ("ema", "the weights")}[content]
     apart = load_file(out / "not_served" / f"{other}.safetensors")
-    assert_equal(apart, expected(demo_model, {"model": "weights", "ema": "average"}[other]))
+    assert_equal(apart, expected(demo_model, other))
     assert sorted(path.name for path in out.glob("*.safetensors*")) == ["ae.safetensors", "ema.safetensors"]
-    assert read_json(out / "export.json")["ema.safetensors"].startswith(f"holds the {content}: ")
-    assert f"ema.safetensors holds the {content}: " in capsys.readouterr().err
+    assert read_json(out / "export.json")["ema.safetensors"].startswith(f"holds {held}: ")
+    assert f"ema.safetensors holds {held}: " in capsys.readouterr().err
     assert average_or_weights(out).stem == "ema", "this package loads the same"
 
 
-@pytest.mark.parametrize("serve, steps", [("average", SHORT), ("weights", LONG)])
+@pytest.mark.parametrize("serve, steps", [("ema", SHORT), ("model", LONG)])
 def test_what_is_asked_for_is_served_whatever_the_half_life(
     serve: str, steps: int, demo_model: Path, tmp_path: Path
 ) -> None:
@@ -235,7 +233,7 @@ def test_what_is_asked_for_is_served_whatever_the_half_life(
 def test_without_an_average_the_weights_are_served_and_nothing_lies_apart(demo_model: Path, tmp_path: Path) -> None:
     checkpoint = make_checkpoint(tmp_path / "step_7", demo_model, LONG, average=False)
     assert export(checkpoint, tmp_path / "out", "--for", "vllm-omni") == 0
-    assert_equal(vllm_omni(tmp_path / "out")[0], expected(demo_model, "weights"))
+    assert_equal(vllm_omni(tmp_path / "out")[0], expected(demo_model, "model"))
     assert not (tmp_path / "out" / "not_served").exists()
 
 
@@ -263,7 +261,7 @@ def test_a_latent_table_of_another_side_becomes_the_one_a_program_builds(
     both = min(side, config.max_latent_size)
     trained = changed[LATENT].unflatten(0, (side, side))
     assert torch.equal(found[:both, :both], trained[:both, :both]), "the same row and column, the same embedding"
-    wanted = {name: each for name, each in expected(demo_model, "average").items() if name != LATENT}
+    wanted = {name: each for name, each in expected(demo_model, "ema").items() if name != LATENT}
     assert_equal({name: each for name, each in network.items() if name != LATENT}, wanted)
     assert read_json(tmp_path / "out" / "config.json")["max_latent_size"] == config.max_latent_size
 
@@ -284,7 +282,7 @@ def test_values_that_the_configs_leave_to_a_default_or_get_wrong_are_written(
     assert export(checkpoint, tmp_path / "out", "--for", program) == 0
     network, config, _ = READERS[program](tmp_path / "out")
     assert config.llm.rope_theta == 1e6
-    assert_equal(network, expected(model, "average"))
+    assert_equal(network, expected(model, "ema"))
 
 
 def test_side_files_are_those_of_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
@@ -331,8 +329,8 @@ def refused(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         (["--for", "original", "--max_shard_size", "5GB"], "--max_shard_size can't be combined with --for original"),
         (["--for", "vllm-omni", "--max_shard_size", "5GB"], "--max_shard_size can't be combined with --for vllm-omni"),
         (["--for", "diffusers"], "--for diffusers is not known; expected original, comfyui or vllm-omni"),
-        (["--for", "original", "--serve", "ema"], "--serve ema is not known; expected auto, average or weights"),
-        (["--serve", "average"], "--serve average needs --for"),
+        (["--for", "original", "--serve", "average"], "--serve average is not known; expected auto, ema or model"),
+        (["--serve", "ema"], "--serve ema needs --for"),
     ],
 )
 def test_options_that_do_not_fit_are_one_message(
@@ -345,8 +343,8 @@ def test_an_average_that_is_not_there_is_refused(
     demo_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = make_checkpoint(tmp_path / "step_7", demo_model, LONG, average=False)
-    message = refused(checkpoint, tmp_path, capsys, "--for", "original", "--serve", "average")
-    assert "holds no moving average" in message and "--serve weights" in message
+    message = refused(checkpoint, tmp_path, capsys, "--for", "original", "--serve", "ema")
+    assert "holds no EMA" in message and "--serve model" in message
 
 
 def test_what_a_program_builds_otherwise_is_refused_and_vllm_omni_reads_it_from_config_json(
@@ -437,10 +435,10 @@ def test_the_readme_names_the_file_that_each_program_takes(average: bool, demo_m
     (checkpoint / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
     rows = [line.split("|") for line in checkpoint_readme(checkpoint).splitlines() if line.startswith("| ")]
     takes = {row[1].strip(): row[2].partition(":")[0].strip().strip("`") for row in rows}
-    assert content_of(vllm_omni(checkpoint)[0], demo_model) == "weights" and takes["vLLM-omni"] == "model.safetensors"
+    assert content_of(vllm_omni(checkpoint)[0], demo_model) == "model" and takes["vLLM-omni"] == "model.safetensors"
     others = takes["the original's app and evaluation, ComfyUI-BAGEL, LightX2V"]
     if average:
-        assert content_of(original(checkpoint)[0], demo_model) == "average" and others == "ema.safetensors"
+        assert content_of(original(checkpoint)[0], demo_model) == "ema" and others == "ema.safetensors"
     else:
         assert others == "none"
         with pytest.raises(FileNotFoundError):

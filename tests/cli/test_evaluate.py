@@ -29,11 +29,11 @@ def error(capsys: pytest.CaptureFixture[str], *words: object) -> str:
 
 
 def test_the_table_has_a_column_for_every_score_of_any_row() -> None:
-    rows = [Row("step_10", "average", {"val/ce": 1.5, "val/mse": 0.25}), Row("step_9", "weights", {"val/mse": 0.125})]
+    rows = [Row("step_10", "ema", {"val/ce": 1.5, "val/mse": 0.25}), Row("step_9", "model", {"val/mse": 0.125})]
     assert table(rows) == [
         "checkpoint  weights  ce      mse",
-        "step_10     average  1.5000  0.2500",
-        "step_9      weights  -       0.1250",
+        "step_10     ema      1.5000  0.2500",
+        "step_9      model    -       0.1250",
     ]
 
 
@@ -84,7 +84,7 @@ def test_a_metric_of_the_users_gets_a_column(demo: Path, capsys: pytest.CaptureF
     (demo / "length.py").write_text("def length(prediction, row):\n    return len(prediction.text)\n")
     assert "no such file" in error(capsys, *words, "--metric", "nowhere.py:f")
     assert "pass --metric, too" in error(capsys, *words, "--num_timesteps", 3)
-    metric = ["--metric", f"{demo / 'length.py'}:length", "--max_think_token_n", 4, "--weights", "average"]
+    metric = ["--metric", f"{demo / 'length.py'}:length", "--max_think_token_n", 4, "--weights", "ema"]
     assert main(["evaluate", *map(str, [*words, *metric])]) == 0
     head, line = capsys.readouterr().out.splitlines()
     assert head.split()[-1] == "length" and float(line.split()[-1]) > 0

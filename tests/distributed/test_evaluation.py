@@ -127,7 +127,7 @@ def test_the_command_gives_the_scores_of_the_run(runs: Path, capsys: pytest.Capt
     assert main(["evaluate", *words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["results"]
     assert [(row["checkpoint"], row["weights"]) for row in found] == [
-        (str(folder), kind) for folder in folders for kind in ("average", "weights")
+        (str(folder), kind) for folder in folders for kind in ("ema", "model")
     ]
     for row, step in zip(found[1::2], (1, 2), strict=True):
         assert row["scores"] == pytest.approx(scores(runs / "evaluated")[step], rel=1e-6)

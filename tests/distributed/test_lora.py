@@ -246,8 +246,8 @@ def test_evaluation_of_the_adapter_gives_what_that_of_the_merged_model_does(
     assert main([*words, "--val_max_batches", "2", "--precision", "fp32"]) == 0
     results = json.loads(capsys.readouterr().out)["results"]
     scores = {(Path(row["checkpoint"]).name, row["weights"]): row["scores"] for row in results}
-    assert len(scores) == 4 and scores["merged", "weights"] != scores["merged", "average"]
-    for kind in "weights", "average":
+    assert len(scores) == 4 and scores["merged", "model"] != scores["merged", "ema"]
+    for kind in "model", "ema":
         assert scores[checkpoint.name, kind] == pytest.approx(scores["merged", kind], rel=1e-5)
 
 

@@ -109,4 +109,4 @@ def test_the_pages_commands_lead_from_pictures_to_an_adapter_that_learned_and_dr
     mse = {(row["checkpoint"], row["weights"]): row["scores"]["val/mse"] for row in rows}
     base = min(value for (folder, _), value in mse.items() if folder == folders[0])
     for folder in folders[1:]:
-        assert max(mse[folder, "weights"], mse[folder, "average"]) < 0.97 * base, mse
+        assert max(mse[folder, "model"], mse[folder, "ema"]) < 0.97 * base, mse

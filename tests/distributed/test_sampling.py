@@ -111,15 +111,15 @@ def test_a_bad_file_of_prompts_ends_all_ranks_before_anything_is_loaded(
     assert not (folder / name / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("source", ["weights", "average"])
+@pytest.mark.parametrize("source", ["model", "ema"])
 def test_samples_are_what_the_command_makes_of_the_checkpoint(source: str, runs: Path, tmp_path: Path) -> None:
     """One process instead of two ranks, all prompts in one batch: sums of other sizes round differently."""
     assert_generated(runs, source, tmp_path, largest=1)
 
 
 def assert_generated(runs: Path, source: str, out: Path, largest: int) -> None:
-    checkpoint, weights = runs / "sampled" / "checkpoints" / f"step_{SAVED}", {"weights": "model", "average": "ema"}
-    words = ["--prompts", str(runs / "prompts.jsonl"), "--weights", weights[source], "--device", "cpu"]
+    checkpoint = runs / "sampled" / "checkpoints" / f"step_{SAVED}"
+    words = ["--prompts", str(runs / "prompts.jsonl"), "--weights", source, "--device", "cpu"]
     assert main(["generate", "--model_path", str(checkpoint), "--out", str(out), *words]) == 0
     samples = runs / "sampled" / "samples" / f"step_{SAVED}" / source
     assert results(samples) == results(out)
@@ -143,7 +143,7 @@ def picture(file: Path) -> np.ndarray:
 def test_the_average_draws_other_pictures_than_the_weights(runs: Path) -> None:
     folder = runs / "sampled" / "samples" / f"step_{SAVED}"
     for name in DRAWN:
-        other = picture(folder / "weights" / f"{name}.png") - picture(folder / "average" / f"{name}.png")
+        other = picture(folder / "model" / f"{name}.png") - picture(folder / "ema" / f"{name}.png")
         assert np.abs(other).max() > 1, name
 
 
@@ -152,29 +152,26 @@ def test_samples_come_at_every_sample_every_steps_into_tensorboard_and_files(run
 
     events = EventAccumulator(str(runs / "sampled" / "tensorboard"), {"images": 0, "tensors": 0})
     events.Reload()
-    names = [f"samples/{source}/{name}" for source in ("average", "weights") for name in DRAWN]
+    names = [f"samples/{source}/{name}" for source in ("ema", "model") for name in DRAWN]
     assert sorted(events.Tags()["images"]) == names
     for name in names:
         images = events.Images(name)
         assert [image.step for image in images] == [0, 1, 2], "steps are counted from 0, as everywhere in TensorBoard"
         file = runs / "sampled" / "samples" / "step_3" / f"{name.removeprefix('samples/')}.png"
         assert (images[-1].height, images[-1].width) == picture(file).shape[:2]
-    said = events.Tensors("samples/weights/000001/text_summary")[-1].tensor_proto.string_val[0].decode()
+    said = events.Tensors("samples/model/000001/text_summary")[-1].tensor_proto.string_val[0].decode()
     assert "What is the color of the block?" in said
-    assert results(runs / "sampled" / "samples" / "step_3" / "weights")["000001"] in " ".join(said.split("\n    "))
+    assert results(runs / "sampled" / "samples" / "step_3" / "model")["000001"] in " ".join(said.split("\n    "))
     assert not (runs / "plain" / "samples").exists()
 
 
 def test_the_log_says_beforehand_how_many_calls_and_how_long(launched: tuple[Path, dict[str, list[Outcome]]]) -> None:
     output = launched[1]["sampled"][0].output
     calls = 2 * max(2 + 3, 3 + 7 + 3)  # reading, writing and drawing of each rank's batch
-    assert (
-        f"samples of step 1 (weights and average): 4 prompts on 2 ranks, at most {calls} calls of the network" in output
-    )
+    assert f"samples of step 1 (model and ema): 4 prompts on 2 ranks, at most {calls} calls of the network" in output
     assert "a call of the network takes" in output
-    assert (
-        f"samples of step 2 (weights and average): 4 prompts on 2 ranks, at most {calls} calls of the network, about"
-        in (output)
+    assert f"samples of step 2 (model and ema): 4 prompts on 2 ranks, at most {calls} calls of the network, about" in (
+        output
     )
 
 
@@ -202,5 +199,5 @@ def test_training_and_samples_are_the_same_under_another_stage_or_offload(
         assert [rank.code for rank in ranks] == [0, 0], f"{name}: {ranks[0].output}"
     results = folder / f"{preset}-{precision}"
     assert_training_is_the_same(results)
-    for source in ("weights", "average") if precision == "fp32" else ():
+    for source in ("model", "ema") if precision == "fp32" else ():
         assert_generated(results, source, tmp_path / source, largest=1)

@@ -50,7 +50,7 @@ def test_the_archive_is_continued_unpacked_and_gone(
     wanted = {name.removeprefix("bagel_example/"): data for name, data in ENTRIES.items()}
     wanted = {name: data for name, data in wanted.items() if "MACOSX" not in name and "DS_Store" not in name}
     assert unpacked(tmp_path / "bagel_example") == wanted
-    assert [path.name for path in tmp_path.iterdir()] == ["bagel_example"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bagel_example", "configs"]
     assert server.sent[PATH] == len(server.files[PATH]), "no byte twice"
     assert main(words) == 0 and server.sent[PATH] == len(server.files[PATH]), "it is there"
     assert capsys.readouterr().out.count("3 files") == 2

@@ -61,10 +61,11 @@ def test_the_card_says_what_the_run_was_and_nothing_of_this_machine(checkpoint: 
         "bagel_ds 0.1.0, torch 2.13.0",
         "| `lr` | 3e-05 |",
         "| `freeze_vit` | True |",
+        "Install bagel_ds 0.1.0 from a checkout of its repository (`pip install .`) or from its wheel.",
         "bagel-ds download me/blocks --out models/blocks",
     ):
         assert words in card
-    for words in ("/home/me", "secret", "my_run", "ce_weight", str(checkpoint)):
+    for words in ("/home/me", "secret", "my_run", "ce_weight", str(checkpoint), "pip install bagel_ds"):
         assert words not in card
 
 

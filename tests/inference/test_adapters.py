@@ -266,5 +266,35 @@ def test_a_model_is_evaluated_with_adapters(demo: Path, capsys: pytest.CaptureFi
     assert mixed["weights"] == "cat:0 + style:0.5" and mixed["scores"] != alone["scores"]
     assert main(["evaluate", str(demo / "cat"), "--lora", str(demo / "style"), *common]) == 2
     assert "is an adapter: pass it with --lora, too" in capsys.readouterr().err
-    assert main(["evaluate", model, "--lora", str(demo / "style"), "--weights", "average", *common]) == 2
+    assert main(["evaluate", model, "--lora", str(demo / "style"), "--weights", "ema", *common]) == 2
     assert "--weights: the adapters say which" in capsys.readouterr().err
+
+
+def test_adapters_of_one_base_are_evaluated_on_a_base_that_is_read_once(
+    demo: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ["--val_config", str(demo / "example.yaml"), "--val_max_batches", "1", "--device", "cpu", "--json"]
+    common += ["--precision", "fp32", "--max_num_tokens", "512", "--expected_num_tokens", "256"]
+    common += ["--max_num_tokens_per_sample", "512"]
+
+    def scores(*folders: Path) -> list[dict[str, float]]:
+        assert main(["evaluate", *map(str, folders), *common]) == 0
+        return [row["scores"] for row in json.loads(capsys.readouterr().out)["results"]]
+
+    read: list[str] = []
+
+    class Counted(TensorFiles):
+        def read(self, name: str, start: int = 0, numel: int | None = None) -> torch.Tensor:
+            if numel is None or numel > 4096:  # the fingerprint of a base reads the beginnings
+                read.append(name)
+            return super().read(name, start, numel)
+
+    folders = [demo / "cat", demo / "style"]
+    apart = [scores(folder)[0] for folder in folders]
+    monkeypatch.setattr("bagel_ds.lora.base.TensorFiles", Counted)
+    together = scores(*folders, demo / "cat")
+    assert together == [*apart, apart[0]] and apart[0] != apart[1], "no adapter stays behind"
+    assert len(read) == len(set(read)) > 100
+    read.clear()
+    mixed = scores(demo / "cat", demo / "model", demo / "style")
+    assert [mixed[0], mixed[2]] == apart and mixed[1] not in apart, "nor on other weights"

@@ -15,7 +15,7 @@ from bagel_ds.demo import exact_answer as exact_answer_module
 from bagel_ds.demo import write_demo
 from bagel_ds.demo.exact_answer import exact_answer
 from bagel_ds.errors import UserError
-from bagel_ds.inference.evaluate import evaluate_folder
+from bagel_ds.inference.evaluate import Evaluator
 from bagel_ds.inference.generation import Inferencer
 from bagel_ds.inference.jobs import Made
 from bagel_ds.inference.loading import open_inferencer
@@ -169,7 +169,6 @@ def test_the_documented_example_is_the_one_that_the_demo_writes() -> None:
 def test_the_mean_is_among_the_scores(demo: Path) -> None:
     values = {"model_path": str(demo / "model"), "finetune_from_hf": True, "precision": "fp32", "num_workers": 0}
     values |= {"val_config": str(demo / "val.yaml"), "max_num_tokens": 400, "val_max_batches": 1}
-    scores = evaluate_folder(
-        demo / "model", "ema", make_config(values), torch.device("cpu"), metric=metric(lambda made, row: 0.25)
-    )
+    evaluator = Evaluator(make_config(values), torch.device("cpu"), metric=metric(lambda made, row: 0.25))
+    scores = evaluator.scores(demo / "model", "ema")
     assert scores["val/own"] == 0.25 and "val/mse" in scores

@@ -111,7 +111,7 @@ def test_a_picture_is_the_one_that_generate_draws(server: Server, model: Path, t
 
 def test_average_and_weights_are_drawn_side_by_side_from_one_seed(server: Server, model: Path, tmp_path: Path) -> None:
     job = done(server, {"prompt": "a red square", "seed": 3, "weights": ["ema", "model"]})
-    assert [panel["title"] for panel in job["panels"]] == ["average", "weights"]
+    assert [panel["title"] for panel in job["panels"]] == ["EMA", "weights"]
     for name, panel in zip(("ema", "model"), job["panels"]):
         wanted = generated(model, tmp_path, "--prompt", "a red square", "--seed", "3", "--weights", name)
         assert picture(server, panel["items"][0]).tobytes() == wanted
@@ -325,7 +325,7 @@ def test_in_a_browser_a_typed_prompt_becomes_generates_picture(server: Server, m
         page.get_by_label("Weights").select_option("ema,model")
         page.get_by_role("button", name="Generate", exact=True).click()
         expect(page.locator("#results article")).to_have_count(2)
-        expect(page.locator("#results h2")).to_have_text(["From the average", "From the weights"])
+        expect(page.locator("#results h2")).to_have_text(["From the EMA", "From the weights"])
 
         Image.new("RGB", (40, 60), (200, 0, 0)).save(tmp_path / "red.png")
         page.get_by_role("tab", name="Understand").click()

@@ -10,7 +10,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Shown:
-    """`name` is the tag, such as samples/weights/000000; `text` the prompt and what was answered."""
+    """`name` is the tag, such as samples/model/000000; `text` the prompt and what was answered."""
 
     name: str
     text: str

@@ -137,7 +137,7 @@ def _saved_average(
     if any(state.has(EMA, name) for name in shapes):
         return averages
     if training.ema > 0:
-        lines.append("the checkpoint holds no moving average: it starts at the weights")
+        lines.append("the checkpoint holds no EMA: it starts at the weights")
     return None
 
 

@@ -147,21 +147,21 @@ def test_pictures_and_texts_are_shown_in_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shown = [
-        Shown("samples/weights/000000", "a red square", [Image.new("RGB", (6, 4), (255, 0, 0))]),
-        Shown("samples/weights/000001", "what?\n\nit is *red*"),
-        Shown("samples/weights/000002", "next?", [Image.new("RGB", (2, 2)), Image.new("RGB", (3, 3))]),
+        Shown("samples/model/000000", "a red square", [Image.new("RGB", (6, 4), (255, 0, 0))]),
+        Shown("samples/model/000001", "what?\n\nit is *red*"),
+        Shown("samples/model/000002", "next?", [Image.new("RGB", (2, 2)), Image.new("RGB", (3, 3))]),
     ]
     with closing(MetricsLog(tmp_path, 0)) as metrics:
         metrics.show(4, shown)
         metrics.show(5, [])
     events = EventAccumulator(str(tmp_path / "tensorboard"), {"images": 0, "tensors": 0})
     events.Reload()
-    names = ["samples/weights/000000", "samples/weights/000002_0", "samples/weights/000002_1"]
+    names = ["samples/model/000000", "samples/model/000002_0", "samples/model/000002_1"]
     assert sorted(events.Tags()["images"]) == names
     (image,) = events.Images(names[0])
     assert (image.step, image.width, image.height) == (4, 6, 4)
     pixels = Image.open(io.BytesIO(image.encoded_image_string)).convert("RGB")
     assert pixels.getpixel((5, 3)) == (255, 0, 0)
-    (text,) = events.Tensors("samples/weights/000001/text_summary")
+    (text,) = events.Tensors("samples/model/000001/text_summary")
     assert text.tensor_proto.string_val[0].decode() == "    what?\n    \n    it is *red*", "verbatim, not as Markdown"
     assert json_lines(tmp_path) == []

@@ -128,13 +128,13 @@ def test_wandb_refusing_to_start_is_one_message(no_home: Path, monkeypatch: pyte
 def test_pictures_and_texts_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    shown = [Shown("samples/weights/0", "a cat", [Image.new("RGB", (6, 4))]), Shown("samples/weights/1", "1 < 2?")]
+    shown = [Shown("samples/model/0", "a cat", [Image.new("RGB", (6, 4))]), Shown("samples/model/1", "1 < 2?")]
     with closing(MetricsLog(tmp_path, 0, WandbOptions(offline=True))) as metrics:
         metrics.show(7, shown)
     assert fake.logged == [
         {
             "step": 7,
-            "samples/weights/0": ("image", (6, 4), "a cat"),
-            "samples/weights/1": ("html", "<pre>1 &lt; 2?</pre>"),
+            "samples/model/0": ("image", (6, 4), "a cat"),
+            "samples/model/1": ("html", "<pre>1 &lt; 2?</pre>"),
         }
     ]

@@ -241,4 +241,4 @@ def test_a_full_state_gives_masters_frozen_weights_and_average(with_average: boo
         assert opened.averages is not None and torch.equal(opened.averages.read("w"), values[EMA])
     else:
         assert opened.averages is None
-        assert any("no moving average" in line for line in opened.description)
+        assert any("no EMA" in line for line in opened.description)
