@@ -1,8 +1,8 @@
-"""bench/marked_train.py with weights that no file holds, and a line for each pack.
+"""bench/marked_train.py with weights that no file holds, a phase for each step and a line for each pack.
 
 Guarantees: the run is the trainer's. Only what would be read from the model folder's weight file is made instead, on
-the device and piece by piece (`random_weights.py`), so a 7B starts without 29 GB on disk. Lines "PACK <step> <JSON>"
-say what the packs hold.
+the device and piece by piece (`random_weights.py`), so a 7B starts without 29 GB on disk. Phases of steps are step_0,
+step_1 and so on; lines "PACK <step> <JSON>" say what the packs hold.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bagel_ds.model_folder.folder import EMA, ModelFolder  # noqa: E402
 from bagel_ds.model_folder.tensor_files import TensorFiles  # noqa: E402
 from bagel_ds.train.main import main  # noqa: E402
 from bagel_ds.train.process.allocators import return_freed_memory  # noqa: E402
-from bench.marked_train import MarkedTrainer, cap_device_memory  # noqa: E402
+from bench.marked_train import MarkedTrainer, cap_device_memory, mark  # noqa: E402
 from bench.random_model import folder_config, parameter_shapes  # noqa: E402
 from bench.random_weights import RandomWeights  # noqa: E402
 
@@ -43,6 +43,7 @@ class GeneratedFiles(RandomWeights):
 
 class PackTrainer(MarkedTrainer):
     def _step(self, number: int, window: Sequence[MicroBatch], *others: Any) -> Any:
+        mark(f"step_{number}")
         for micro in window:
             print(f"PACK {number} {json.dumps(contents(micro.batch))}", flush=True)
         return super()._step(number, list(window), *others)
@@ -63,18 +64,16 @@ def contents(batch: PackedBatch) -> dict[str, Any]:
     }
 
 
-def generate_weights() -> None:
-    """Let the trainer read generated weights wherever it opens a model folder's."""
-    ModelFolder.open_weights = (  # type: ignore[method-assign]
-        lambda folder, prefer_ema: cast(TensorFiles, GeneratedFiles(folder.path))
-    )
-    # A digest that adapters keep of their base model; it reads values in host memory.
-    restore_module.base_fingerprint = lambda files: "generated"  # type: ignore[assignment]
+def open_generated(folder: ModelFolder, prefer_ema: bool) -> TensorFiles:
+    """Instead of `ModelFolder.open_weights`."""
+    return cast(TensorFiles, GeneratedFiles(folder.path))
 
 
 if __name__ == "__main__":
     return_freed_memory()
     cap_device_memory()
-    generate_weights()
+    ModelFolder.open_weights = open_generated  # type: ignore[assignment, method-assign]
+    # Adapters record it of their base model. It is computed in host memory, and nothing is saved here.
+    restore_module.base_fingerprint = lambda files: "generated"
     trainer_module.Trainer = PackTrainer  # type: ignore[misc]
     sys.exit(main())

@@ -57,8 +57,8 @@ from bench.random_model import scaled_config, write_without_weights  # noqa: E40
 from bench.roofline import Rates, beside_limits, demand, flops_per_weight, measure_rates  # noqa: E402
 from bench.train_7b_report import extrapolated, lines, mean_pack, measurements, work_of_pack  # noqa: E402
 
-PROFILED = 2
-UNTIMED = SKIPPED + PROFILED + 1  # steps
+PROFILED = 2  # steps
+PROFILE = range(SKIPPED - 1, SKIPPED + PROFILED + 1)  # steps with the profiler, from its start to its end
 ROWS = 40  # of each data set
 DEMO_VAE, DEMO_IMAGE = VAEConfig(channels=32), 192**2
 LARGEST_IMAGE = 1024**2
@@ -120,12 +120,14 @@ class Experiment:
         return make_config(self.arguments(preset))
 
     def arguments(self, preset: str) -> dict[str, Any]:
-        """The trainer's options, without paths."""
+        """The trainer's options that a memory plan depends on."""
         return {
-            **{"ds_config": preset, "ema": 0, "num_workers": 4 if self.width is None else 1},
-            **{"gradient_accumulation_steps": self.accumulation, "peak_device_tflops": self.tflops or 0.0},
-            **{"max_num_tokens": self.tokens, "expected_num_tokens": self.tokens},
-            **{"max_num_tokens_per_sample": self.tokens, **self.case.arguments},
+            "ds_config": preset,
+            "ema": 0,
+            "num_workers": 4 if self.width is None else 1,
+            "gradient_accumulation_steps": self.accumulation,
+            "max_num_tokens": self.tokens,
+            **self.case.arguments,
         }
 
     def planned(self, preset: str, depth: int) -> tuple[MemoryPlan, ZeroSettings]:
@@ -231,24 +233,25 @@ def write_inputs(folder: Path, experiment: Experiment) -> Path:
 
 def train(folder: Path, data: Path, preset: str, depth: int, experiment: Experiment) -> dict[str, Any]:
     """Train at this depth, and stop before anything is saved: a checkpoint is 20 bytes per parameter."""
-    config, run = experiment.network(depth), folder / f"run_{depth}"
+    config, results = experiment.network(depth), folder / f"run_{depth}"
     base = dataclasses.replace(config, lora=None)
     sizes = {
         "layers": depth,
         "parameters": sum(each.numel for each in parameter_sizes(base)),
         "trained": sum(each.numel for each in parameter_sizes(config) if each.trains),
     }
+    say(f"{experiment.name}, {sizes}: {PROFILE.stop + experiment.steps} steps under {preset}")
     write_without_weights(folder / "model", folder / "demo" / "model", base)
     (folder / "model" / EMA).touch()  # stands for the weights that generated_train.py makes
     options = {
         **experiment.arguments(preset),
-        **{"finetune_from_hf": True, "finetune_from_ema": True, "max_latent_size": config.max_latent_size},
-        **{"total_steps": UNTIMED + experiment.steps, "save_every": 10**6, "log_every": 1, "profile": PROFILED},
-        **{"lr": 1e-5, "warmup_steps": 1, "ignore_memory_plan": True},
-        **{"model_path": folder / "model", "dataset_config_file": data, "results_dir": run},
-        **{"checkpoint_dir": run / "checkpoints", "nvme_path": folder / "nvme"},
+        **options_of_run(experiment),
+        "model_path": folder / "model",
+        "dataset_config_file": data,
+        "results_dir": results,
+        "checkpoint_dir": results / "checkpoints",
+        "nvme_path": folder / "nvme",
     }
-    say(f"{experiment.name}, {sizes}: {options['total_steps']} steps under {preset}")
     launch = measured_run(
         [word for name, value in options.items() for word in (f"--{name}", value)],
         ranks=1,
@@ -257,9 +260,28 @@ def train(folder: Path, data: Path, preset: str, depth: int, experiment: Experim
         device=experiment.device,
         environment=environment(experiment.case.cap),
     )
-    found = measurements(launch, run, UNTIMED, experiment.steps)
+    found = measurements(launch, results, PROFILE, experiment.steps)
     shutil.rmtree(folder / "nvme", ignore_errors=True)
     return {**sizes, **found}
+
+
+def options_of_run(experiment: Experiment) -> dict[str, Any]:
+    """The trainer's options for a few steps from generated weights, some of them profiled."""
+    return {
+        "finetune_from_hf": True,
+        "finetune_from_ema": True,
+        "max_latent_size": BagelConfig().max_latent_size,
+        "expected_num_tokens": experiment.tokens,
+        "max_num_tokens_per_sample": experiment.tokens,
+        "peak_device_tflops": experiment.tflops or 0.0,
+        "total_steps": PROFILE.stop + experiment.steps,
+        "save_every": 10**6,
+        "log_every": 1,
+        "profile": PROFILED,
+        "lr": 1e-5,
+        "warmup_steps": 1,
+        "ignore_memory_plan": True,
+    }
 
 
 def environment(cap: float | None) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What a run of train_7b.py has measured, and the report of it in words.
 
-Guarantees: speeds are medians over the timed steps, memory is the peak of the whole run. A run that failed, or ended
-early, gives the end of its output instead of numbers.
+Guarantees: speeds are medians over the timed steps. The GPU's memory is the peak of the whole run, host memory that up
+to the profile, because the profiler keeps what it has seen. A run that failed gives the end of its output instead.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from bench.measured_run import Measured
 from bench.time_split import StepTimes, read_trace, step_times
 
 
-def measurements(launch: Measured, run: Path, untimed: int, timed: int) -> dict[str, Any]:
-    """What a run's files and lines say; `run` is its results_dir, whose first `untimed` steps don't count."""
-    log, trace = run / "metrics.jsonl", run / "profile" / "trace.json.gz"
+def measurements(launch: Measured, results: Path, profile: range, timed: int) -> dict[str, Any]:
+    """What a run's files and lines say. `profile`: the steps with the profiler; `timed` steps come after them."""
+    log, trace = results / "metrics.jsonl", results / "profile" / "trace.json.gz"
     steps = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    if launch.code != 0 or len(steps) < untimed + timed or not trace.exists():
+    if launch.code != 0 or len(steps) < profile.stop + timed or not trace.exists():
         return {"failed": launch.output[-3000:]}
 
+    later = {f"step_{number}" for number in range(profile.start, profile.stop + timed)}
+
     def median(name: str) -> float | None:
-        found = [step[name] for step in steps[untimed:] if step.get(name) is not None]
+        found = [step[name] for step in steps[profile.stop :] if step.get(name) is not None]
         return statistics.median(found) if found else None
 
     return {
@@ -34,8 +36,8 @@ def measurements(launch: Measured, run: Path, untimed: int, timed: int) -> dict[
         "tokens_per_second": median("perf/tokens_per_sec"),
         "mfu": median("perf/mfu"),
         "device_gib": round(max(step.get("memory/device_reserved_gib") or 0.0 for step in steps), 3),
-        "host_gib": gib(max(peak.host for peak in launch.peaks.values())),
-        "packs": packs_of(launch.output, untimed),
+        "host_gib": gib(launch.peak(*launch.peaks.keys() - later)),
+        "packs": packs_of(launch.output, profile.stop),
         "profiled": profile_numbers(step_times(read_trace(trace))),
     }
 
