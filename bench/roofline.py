@@ -2,7 +2,7 @@
 
 Guarantees: products are those that the data plan prices (`bagel_ds/data/plan/cost.py`): the forward pass, its
 recomputation, and in the backward pass only the gradients that are needed. Each resource has a limit of its own, as if
-all of them worked at the same time; one whose rate is unknown has none. PCIe counts as one direction at a time.
+all of them worked at the same time; one whose rate is unknown has none, nor has NVMe. PCIe counts as one direction.
 """
 
 from __future__ import annotations

@@ -144,27 +144,24 @@ class Experiment:
 
 def main() -> None:
     options = parsed()
-    device = device_type()
-    if device == "cpu" and options.width is None:
-        raise SystemExit("no GPU was found; --layers 1 2 --width 512 --tokens 1024 tries a case on a CPU")
-    case = CASES[options.case]
-    case = case._replace(
-        presets=(options.preset,) if options.preset else case.presets,
-        cap=case.cap if options.cap is None else options.cap,
-    )
-    tflops = peak_tflops(options.peak_tflops)
-    sizes = (options.tokens, options.accumulation, options.steps, options.width)
-    experiment = Experiment(options.case, case, *sizes, tflops, device)
-    with tempfile.TemporaryDirectory(dir=options.work, prefix="train_7b_") as folder:
-        preset, depths = choose(experiment, room(Path(folder), experiment), options.layers)
-        data = write_inputs(Path(folder), experiment)
-        measured = [train(Path(folder), data, preset, depth, experiment) for depth in depths]
-    rates = measure_rates(tflops)  # now that the runs have left the machine
+    experiment = experiment_of(options)
+    with tempfile.TemporaryDirectory(dir=options.work, prefix="train_7b_") as name:
+        folder = Path(name)
+        preset, depths = choose(experiment, room(folder, experiment), options.layers)
+        data = write_inputs(folder, experiment)
+        measured = [train(folder, data, preset, depth, experiment) for depth in depths]
+    rates = measure_rates(experiment.tflops)  # now that the runs have left the machine
     runs = [found if "failed" in found else beside_plan(found, preset, experiment, rates) for found in measured]
     report = {
-        **{"case": experiment.name, "device": device_name(device), "preset": preset, "cap_gib": case.cap},
-        **{"tokens": experiment.tokens, "accumulation": experiment.accumulation, "rates": rates._asdict()},
-        **{"runs": runs, "extrapolated": extrapolated(runs[0], runs[1], WHOLE) if len(runs) == 2 else None},
+        "case": experiment.name,
+        "device": torch.cuda.get_device_name() if experiment.device == "cuda" else "CPU",
+        "preset": preset,
+        "cap_gib": experiment.case.cap,
+        "tokens": experiment.tokens,
+        "accumulation": experiment.accumulation,
+        "rates": rates._asdict(),
+        "runs": runs,
+        "extrapolated": extrapolated(runs[0], runs[1], WHOLE) if len(runs) == 2 else None,
     }
     print(json.dumps(report, indent=1) if options.json else "\n".join(lines(report)))
     if any("failed" in run for run in runs):
@@ -188,6 +185,25 @@ def parsed() -> argparse.Namespace:
     if options.steps < 1 or options.accumulation < 1:
         parser.error("pass at least one timed step, of one pack")
     return options
+
+
+def experiment_of(options: argparse.Namespace) -> Experiment:
+    device, case = device_type(), CASES[options.case]
+    if device == "cpu" and options.width is None:
+        raise SystemExit("no GPU was found; --layers 1 2 --width 512 --tokens 1024 tries a case on a CPU")
+    return Experiment(
+        name=options.case,
+        case=case._replace(
+            presets=(options.preset,) if options.preset else case.presets,
+            cap=case.cap if options.cap is None else options.cap,
+        ),
+        tokens=options.tokens,
+        accumulation=options.accumulation,
+        steps=options.steps,
+        width=options.width,
+        tflops=peak_tflops(options.peak_tflops),
+        device=device,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- what is run
@@ -305,10 +321,6 @@ def beside_plan(found: dict[str, Any], preset: str, experiment: Experiment, rate
         "roofline": beside_limits(least, rates, found["step_seconds"]),
         "flops_per_weight": flops_per_weight(cost, config),
     }
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else "CPU"
 
 
 def say(text: str) -> None:
