@@ -50,36 +50,11 @@ from bagel_ds.zero.engine import AdamOptions, ZeroEngine  # noqa: E402
 from bagel_ds.zero.nvme_check import check_drives, check_space  # noqa: E402
 from bagel_ds.zero.swap_folders import sweep_folders  # noqa: E402
 from bagel_ds.zero.weights import frozen_pieces  # noqa: E402
+from bench.random_weights import RandomWeights  # noqa: E402
 
 TRAINED = "vae2llm"  # at the network's entrance, so that the backward pass goes through every layer
 RAM_NEEDED = 16 * GIB
 DISK_MARGIN = 2 * GIB
-
-
-class RandomWeights:
-    """A `WeightSource` that makes any range of any tensor from its name and place alone."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]]):
-        self._shapes = shapes
-        generator = torch.Generator().manual_seed(0)
-        self._pool = (torch.randn(2**22 + 7, generator=generator) * 0.02).bfloat16()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._shapes
-
-    def info(self, name: str) -> TensorInfo:
-        return TensorInfo(torch.bfloat16, self._shapes[name])
-
-    def read(self, name: str, start: int = 0, numel: int | None = None) -> Tensor:
-        numel = self.info(name).numel - start if numel is None else numel
-        if "norm" in name and name.endswith("weight"):
-            return torch.ones(numel, dtype=torch.bfloat16)
-        place = (int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little") + start) % len(self._pool)
-        values = torch.empty(numel, dtype=torch.bfloat16)
-        for low in range(0, numel, len(self._pool)):
-            part = values[low : low + len(self._pool)]
-            part.copy_(self._pool.roll(-place)[: len(part)])
-        return values
 
 
 class HashingSink:

@@ -10,7 +10,6 @@ is Pillow's resize with a malloc that returns every block of 1 MiB or more; besi
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import tempfile
@@ -23,11 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from original_loader import OriginalPacks
-from PIL import Image
+from photo_sets import GROUPS, words, write_photo_sets
 from torch.utils.data import DataLoader
 
 from bagel_ds.data.batches.loader import PlannedData, planned_tasks
@@ -48,56 +45,20 @@ from bagel_ds.model_folder.tokenizer import Tokenizer, load_tokenizer
 from bagel_ds.processes import worker
 
 BUDGETS = {"expected_num_tokens": 32768, "max_num_tokens": 36864}
-GROUPS = {"t2i": "t2i_pretrain", "edit": "unified_edit", "vlm": "vlm_sft"}
 PILLOW = {"BAGEL_DS_RESIZE": "pillow"}
 OURS: dict[str, dict[str, str]] = {
     "ours": {},
     "pillow_resize": PILLOW,
     "before": {**PILLOW, "MALLOC_MMAP_THRESHOLD_": str(2**20), "MALLOC_TRIM_THRESHOLD_": str(2**22)},
 }
-WORDS = "a red blue small large house tree river street under over light dark person with dog cat window".split()
-
-
-def picture(rng: np.random.Generator) -> bytes:
-    """A JPEG like a photograph: smooth shapes and some grain; about 0.3 MB per megapixel."""
-    width, height = rng.integers(512, 1345, 2).tolist()
-    shapes = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize((width, height))
-    grain = rng.integers(-12, 13, (height, width, 3), dtype=np.int16)
-    pixels = np.clip(np.asarray(shapes).astype(np.int16) + grain, 0, 255).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
 
 
 def write_data(folder: Path, rows: int) -> None:
     """`rows` rows in each of three data sets, and a tokenizer."""
     rng = np.random.default_rng(0)
-
-    def words(count: int) -> str:
-        return " ".join(rng.choice(WORDS, count))
-
-    pictures = [{"image": picture(rng), "captions": json.dumps({"a": words(60), "b": words(20)})} for _ in range(rows)]
-    edits = [
-        {"image_list": [picture(rng), picture(rng)], "instruction_list": [[words(15), words(12)]]} for _ in range(rows)
-    ]
-    for name, content in (("t2i", pictures), ("edit", edits)):
-        (folder / name).mkdir()
-        pq.write_table(pa.Table.from_pylist(content), folder / name / "a.parquet", row_group_size=100)
-    (folder / "vlm" / "images").mkdir(parents=True)
-    lines = []
-    for i in range(rows):
-        (folder / "vlm" / "images" / f"{i}.jpg").write_bytes(picture(rng))
-        turns = [{"from": "human", "value": f"<image>\n{words(20)}"}, {"from": "gpt", "value": words(120)}]
-        lines.append(json.dumps({"image": f"{i}.jpg", "conversations": turns}) + "\n")
-    (folder / "vlm" / "data.jsonl").write_text("".join(lines))
+    write_photo_sets(folder, rows, rng)
     (folder / "tokenizer").mkdir()
-    train_tokenizer([words(2000)], 600).save(str(folder / "tokenizer" / "tokenizer.json"))
-    paths = {"vlm": f"data_dir: {folder}/vlm/images, jsonl_path: {folder}/vlm/data.jsonl"}
-    config = (
-        f"{kind}: {{dataset_names: [{{name: {name}, {paths.get(name, f'data_dir: {folder}/{name}')}}}]}}\n"
-        for name, kind in GROUPS.items()
-    )
-    (folder / "data.yaml").write_text("".join(config))
+    train_tokenizer([words(rng, 2000)], 600).save(str(folder / "tokenizer" / "tokenizer.json"))
 
 
 def open_data(folder: Path) -> tuple[list[GroupStream], Tokenizer, PlannedData]:

@@ -58,6 +58,7 @@ class Piece(NamedTuple):
         return NUMBERS["tests" if self.is_test else Path(self.script).stem]
 
 
+TOY_TRAINING = "--layers 1 2 --width 256 --tokens 1024 --steps 1"
 # A benchmark that prints one JSON object with --json joins by one line here, and one in NUMBERS (on_gpu_table.py).
 PIECES = (
     Piece("tests-model", "tests/gpu/test_model.py"),
@@ -68,20 +69,9 @@ PIECES = (
     Piece("tests-faults", "tests/gpu/test_faults.py"),
     Piece("attention", "bench/attention.py", "", "--lengths 256 --heads 4 2 16 --rounds 2"),
     Piece("attention-sweep", "bench/attention.py", "--sweep", "--sweep --lengths 256 --heads 4 2 16 --rounds 2"),
-    Piece("depths", "bench/gpu_depths.py", "--layers 2 4", "--layers 1 2 --width 256 --tokens 1024"),
-    Piece("depths-largest", "bench/gpu_depths.py", "", "--layers 1 2 --width 256 --tokens 1024"),
-    Piece(
-        "depths-nvme",
-        "bench/gpu_depths.py",
-        "--layers 2 4 --preset zero3_nvme.json",
-        "--layers 1 2 --width 256 --tokens 1024 --preset zero3_nvme.json",
-    ),
-    Piece(
-        "depths-nf4",
-        "bench/gpu_depths.py",
-        "--layers 2 4 --preset zero3.json --lora_rank 16 --base_precision nf4",
-        "--layers 1 2 --width 256 --tokens 1024 --preset zero3.json --lora_rank 16 --base_precision nf4",
-    ),
+    Piece("train-frozen-und", "bench/train_7b.py", "frozen-und", f"frozen-und {TOY_TRAINING}"),
+    Piece("train-qlora", "bench/train_7b.py", "qlora", f"qlora {TOY_TRAINING}"),
+    Piece("train-offload-24", "bench/train_7b.py", "offload-24", f"offload-24 {TOY_TRAINING}"),
     Piece("saving", "bench/saving.py", "--width 1024", "--width 128 --saves 1 --presets zero3.json"),
     Piece("cost-small", "bench/cost_model.py", "", "--packs 6 --tokens 512 --repeats 1"),
     Piece("cost-7b", "bench/cost_model.py", "--size 7b", "--packs 6 --tokens 512 --repeats 1"),

@@ -16,23 +16,36 @@ def tests(report: Any) -> str:
     return counted + (f", failed: {', '.join(report['failed'])}" if report["failed"] else "")
 
 
-def depths(report: Any) -> str:
-    found = []
+def train_7b(report: Any) -> str:
+    """Of each depth, its speed, its memory beside the planner's, and where a step's time goes beside the limits."""
+    found = [f"{report['case']}, {report['preset']}, {report['accumulation']} pack(s) of {report['tokens']:,} tokens"]
     for one in report["runs"]:
         if "failed" in one:
             found.append(f"{one['layers']} layers failed")
             continue
+        mfu = "" if one["mfu"] is None else f"MFU {one['mfu']:.1%}, "
         found.append(
-            f"{one['layers']} layers: device {one['device_gib']:.2f} GiB ({one['planned_device_gib']} planned), "
-            f"host {one['host_gib']} ({one['planned_host_gib']}), {one['step_seconds']:.1f} s per step, "
-            f"{one['tokens_per_second']:.0f} tokens/s"
+            f"{one['layers']} layers: {one['tokens_per_second']:.0f} tokens/s, {one['step_seconds']:.1f} s per step, "
+            f"{mfu}device {one['device_gib']:.2f} GiB ({one['planned_device_gib']:.2f} planned), host "
+            f"{one['host_gib']:.2f} ({one['planned_host_gib']:.2f}), {_step_parts(one)}"
         )
     if whole := report["extrapolated"]:
         found.append(
             f"{whole['layers']} layers, extrapolated: device {whole['device_gib']}, host {whole['host_gib']}, "
             f"{whole['step_seconds']} s per step"
         )
-    return f"{report['preset']}, packs of {report['tokens']:,} tokens. {'; '.join(found)}"
+    return "; ".join(found)
+
+
+def _step_parts(run: Any) -> str:
+    """Shares of a profiled step, then of the limits that the timed ones reach."""
+    profiled, roofline = run["profiled"], run["roofline"]
+    shares = ", ".join(f"{name} {part / profiled['step_seconds']:.0%}" for name, part in profiled["split"].items())
+    copies = "".join(f", {way} at {one['gib_per_second']:.0f} GiB/s" for way, one in profiled["copies"].items())
+    reached = f"{roofline['reached']:.0%} of the {roofline['largest']} limit"
+    if roofline["layers_reached"] is not None:
+        reached += f", {roofline['layers_reached']:.0%} of the linear layers'"
+    return f"{shares}{copies}, {reached}"
 
 
 def saving(report: Any) -> str:
@@ -91,7 +104,7 @@ def attention(report: Any) -> str:
 NUMBERS: dict[str, Numbers] = {
     "tests": tests,
     "attention": attention,
-    "gpu_depths": depths,
+    "train_7b": train_7b,
     "saving": saving,
     "cost_model": cost_model,
     "nvme_step": nvme_step,

@@ -50,16 +50,21 @@ def parameter_shapes(config: BagelConfig) -> dict[str, tuple[int, ...]]:
         return {name: tuple(parameter.shape) for name, parameter in Bagel(config).named_parameters()}
 
 
-def write_random_model(folder: Path, demo: Path, config: BagelConfig, seed: int = 0) -> int:
-    """Write `folder` beside the demo model `demo` (made by `bagel-ds demo`); the number of parameters.
-
-    `config` must hold the demo's vocabulary, `vocab_size` may be larger.
-    """
+def write_without_weights(folder: Path, demo: Path, config: BagelConfig) -> None:
+    """Write `folder` as `write_random_model` does, but without the network's weights."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in demo.iterdir():
         if path.name not in ("ema.safetensors", "model.safetensors"):
             shutil.copyfile(path, folder / path.name)
     _write_configs(folder, config)
+
+
+def write_random_model(folder: Path, demo: Path, config: BagelConfig, seed: int = 0) -> int:
+    """Write `folder` beside the demo model `demo` (made by `bagel-ds demo`); the number of parameters.
+
+    `config` must hold the demo's vocabulary, `vocab_size` may be larger.
+    """
+    write_without_weights(folder, demo, config)
     shapes = parameter_shapes(config)
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: TensorInfo(torch.bfloat16, shape) for name, shape in shapes.items()}

@@ -30,7 +30,8 @@ from bagel_ds.zero.split.update import Average, SplitRange, Step, update, update
 
 BETAS, EPS, LR, FACTOR = (0.9, 0.95), 1e-15, 2e-5, 0.5
 STEP = Step(FACTOR, *BETAS, 1.2, EPS, -LR, 0.0, -9 * LR)
-# Bytes per parameter, read and written: gradients, and both ways of masters, moments and the average.
+# Bytes per parameter, read and written: gradients 2 + 4, times the factor 8, Adam 4 + 3 x 8, weights 4 + 2.
+DEEPSPEED_BYTES = 48
 MOMENT_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}
 
 
@@ -75,6 +76,11 @@ def compare(count: int, rounds: int) -> dict[str, Any]:
     return report
 
 
+def split_bytes(moments: str, average: int = 0) -> int:
+    """Bytes per parameter of a split update: gradients, and both ways of masters, moments and the average."""
+    return 2 + 2 * (4 + MOMENT_BYTES[moments] + average)
+
+
 def make_ways(count: int) -> dict[str, tuple[Callable[[], object], float]]:
     """What is timed, with the bytes that it must move per parameter."""
     generator = torch.Generator().manual_seed(0)
@@ -82,16 +88,16 @@ def make_ways(count: int) -> dict[str, tuple[Callable[[], object], float]]:
     gradients = (torch.randn(count, generator=generator) * 1e-3).bfloat16()
     source, target = torch.zeros(count), torch.zeros(count)
     ways: dict[str, tuple[Callable[[], object], float]] = {"copy": (lambda: target.copy_(source), 8)}
-    # Gradients 2 + 4, times the factor 8, Adam 4 + 3 x 8, weights 4 + 2.
-    ways["DeepSpeed"] = (deepspeed_way(masters, gradients, average=False), 48)
-    ways["DeepSpeed, average"] = (deepspeed_way(masters, gradients, average=True), 48 + 12)
-    for kind, size in MOMENT_BYTES.items():
-        ways[f"split, {kind} moments"] = (split_way(masters, gradients, kind, update, None), 2 + 2 * (4 + size))
-    for kind, size in MOMENT_BYTES.items():
+    ways["DeepSpeed"] = (deepspeed_way(masters, gradients, average=False), DEEPSPEED_BYTES)
+    ways["DeepSpeed, average"] = (deepspeed_way(masters, gradients, average=True), DEEPSPEED_BYTES + 12)
+    for kind in MOMENT_BYTES:
+        ways[f"split, {kind} moments"] = (split_way(masters, gradients, kind, update, None), split_bytes(kind))
+    for kind in MOMENT_BYTES:
         average = masters.bfloat16()
         run = split_way(masters, gradients, kind, update, average)
-        ways[f"split, {kind} moments, bf16 average"] = (run, 2 + 2 * (4 + size + 2))
-    ways["split, fp32 moments, by torch"] = (split_way(masters, gradients, "fp32", update_by_torch, None), 26)
+        ways[f"split, {kind} moments, bf16 average"] = (run, split_bytes(kind, average=2))
+    by_torch = split_way(masters, gradients, "fp32", update_by_torch, None)
+    ways["split, fp32 moments, by torch"] = (by_torch, split_bytes("fp32"))
     return ways
 
 

@@ -113,7 +113,7 @@ def test_a_piece_past_the_limit_is_ended_with_what_it_started(
     ("words", "said"),
     [
         (["depth", "--rehearse", "--out", "out"], "no piece depth; there are: tests-model, "),
-        (["depths"], "--out DIR is needed"),
+        (["train-qlora"], "--out DIR is needed"),
     ],
 )
 def test_a_wrong_word_is_one_message(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +127,7 @@ def test_without_a_gpu_nothing_is_measured(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit) as ended:
-        on_gpu.main(["depths", "--out", str(tmp_path / "out")])
+        on_gpu.main(["train-qlora", "--out", str(tmp_path / "out")])
     assert ended.value.code == 2 and "--rehearse" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert on_gpu.main(["table", "--out", str(tmp_path)]) == 2

@@ -50,7 +50,7 @@ def codes_of(weight: Tensor, quantization: Quantization) -> Tensor:
     if quantization.name == "int8":
         codes = scaled.mul_(127).round_().clamp_(-127, 127).to(torch.int8).view(torch.uint8).view(-1)
         return codes[: weight.numel()].clone()
-    levels = torch.tensor(NF4, dtype=torch.float64)
+    levels = torch.tensor(NF4, dtype=torch.float64, device=weight.device)
     nearest = torch.bucketize(scaled.view(-1), ((levels[1:] + levels[:-1]) / 2).float(), out_int32=True)
     nearest[weight.numel() :] = _ZERO  # of a last byte's second half
     high, low = nearest.to(torch.uint8).view(-1, 2).unbind(1)

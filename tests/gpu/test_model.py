@@ -81,6 +81,13 @@ def test_quantized_weights_are_the_cpus_to_the_last_bit(
         assert torch.equal(found.cpu(), expected)
 
 
+@pytest.mark.parametrize("quantization", QUANTIZATIONS.values(), ids=list(QUANTIZATIONS))
+def test_a_weight_on_the_gpu_has_the_cpus_codes(quantization: Quantization) -> None:
+    weight = torch.randn(96 * 225).bfloat16()
+    for expected, found in zip(quantize(weight, quantization), quantize(weight.to(DEVICE), quantization)):
+        assert torch.equal(found.cpu(), expected)
+
+
 def test_layer_inputs_come_back_from_page_locked_memory_as_they_were() -> None:
     """Packs of changing sizes, wide enough for copies that last; some gradients are summed in no fixed order."""
     offload = OffloadedInputs(1 << 20)  # which grows
