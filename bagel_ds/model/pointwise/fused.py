@@ -1,4 +1,4 @@
-"""The same as eager.py, each function compiled by torch (Inductor: Triton on a GPU, C++ on a CPU) into one or two kernels.
+"""The same as eager.py, each function compiled by torch (Inductor: Triton, on a CPU C++) into one or two kernels.
 
 Guarantees: what is compiled gets detached, contiguous tensors; modules, their hooks and autograd are no part of it. The
 number of rows is a variable in a kernel, so packs of all sizes share it; widths are constants. None and one row, for

@@ -1,0 +1,92 @@
+"""Whether a run computes norms, rotations and SwiGLU with fused kernels: compiled and tried first, on its own device.
+
+Guarantees: they are used only after each gave the values and gradients of torch's own kernels for the network's widths
+and the run's precision, for many rows, few, one and none. Whatever else they do, torch's own are used instead and the
+log says why. All that a run needs is compiled here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from bagel_ds.model.attention.choice import Place
+from bagel_ds.model.pointwise.kernels import pointwise_kernels
+from bagel_ds.model.shape.config import BagelConfig
+
+_WHAT = "norms, rotations and SwiGLU"
+# The first is what kernels are compiled for: so many that sums over rows are split among the processors of a GPU.
+_ROWS = (2048, 0, 1, 2, 33)
+# Of norms. fp32: sums in another order. bf16: few elements lie so near a tie that they are rounded the other way. One
+# rounding that eager.py makes and a kernel leaves out is 2e-3 off, or more.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+
+
+def is_wanted(fused_kernels: bool | None, place: Place) -> bool:
+    """`fused_kernels`: the option of that name. By default on a GPU, where the kernels wait for memory."""
+    return place.device.type == "cuda" if fused_kernels is None else fused_kernels
+
+
+def with_kernels(config: BagelConfig, is_fused: bool, fault: str | None = None) -> tuple[BagelConfig, str]:
+    """The network with these kernels, and a line for the log. `fault`: why they can't be the fused ones."""
+    if is_fused and fault is None:
+        return replace(config, fused_kernels=True), f"{_WHAT}: fused kernels, compiled by torch"
+    reason = "" if fault is None else f" (not fused: {fault})"
+    return replace(config, fused_kernels=False), f"{_WHAT}: torch's own kernels{reason}"
+
+
+def fault_of(config: BagelConfig, place: Place) -> str | None:
+    """Why fused kernels can't be used for this network at this place; None if they can. Compiles them."""
+    try:
+        with torch.no_grad():
+            for name, arguments in _trials(config, place):
+                error = _error(*(getattr(pointwise_kernels(fused), name)(*arguments) for fused in (True, False)))
+                if not error <= _TOLERANCE[place.dtype]:  # also a NaN
+                    return f"{name} for {len(arguments[0])} rows is {error:.1e} off torch's own"
+    except Exception as raised:  # whatever a compiler, a driver or a torch of another version raises
+        return f"{type(raised).__name__}: {' '.join(str(raised).split())[:200]}"
+    finally:
+        if place.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return None
+
+
+def _error(found: Any, expected: Any) -> float:
+    """The largest distance between results of two kernels, relative to the norm of the second's."""
+    errors = [0.0]
+    for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (found, expected)), strict=True):
+        if one is None or other is None:
+            assert one is other, "a gradient that isn't wanted"
+            continue
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        distance, size = (float(x.float().norm()) for x in (one.float() - other.float(), other))
+        errors.append(distance / size if size else distance)
+    return float(torch.tensor(errors).max())  # a NaN if there is one
+
+
+def _trials(config: BagelConfig, place: Place) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Names of kernels and what to call them with."""
+    llm = config.llm
+    generator = torch.Generator(place.device).manual_seed(0)
+    draw = partial(torch.randn, generator=generator, device=place.device, dtype=place.dtype)
+    heads = {(llm.num_attention_heads, llm.head_dim), (llm.num_key_value_heads, llm.head_dim)}
+    for rows in _ROWS:
+        for shape in [(rows, llm.hidden_size), *((rows, *head) for head in heads if llm.qk_norm)]:
+            x, gradient, weight = draw(shape), draw(shape), draw(shape[-1])
+            yield "norm", (x, weight, llm.rms_norm_eps)
+            factor = pointwise_kernels(False).norm(x, weight, llm.rms_norm_eps)[1]
+            # Without the weight's where it is frozen, beside adapters.
+            for wanted in ((True, True), (True, False))[: 2 * place.trains]:
+                yield "norm_backward", (gradient, x, weight, factor, wanted)
+        for head in heads:
+            x, cos, sin = draw(rows, *head), *(draw(rows, llm.head_dim // 2).repeat(1, 2) for _ in range(2))
+            for back in (False, True)[: 1 + place.trains]:
+                yield "rotate", (x, cos, sin, back)
+        gate, up, gradient = (draw(rows, llm.intermediate_size) for _ in range(3))
+        yield "swiglu", (gate, up)
+        if place.trains:
+            yield "swiglu_backward", (gradient, gate, up)
