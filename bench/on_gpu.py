@@ -68,6 +68,7 @@ PIECES = (
     Piece("tests-faults", "tests/gpu/test_faults.py"),
     Piece("attention", "bench/attention.py", "", "--lengths 256 --heads 4 2 16 --rounds 2"),
     Piece("attention-sweep", "bench/attention.py", "--sweep", "--sweep --lengths 256 --heads 4 2 16 --rounds 2"),
+    Piece("pointwise", "bench/pointwise.py", "", "--tokens 64 --width 112 --inner 128 --rounds 2"),
     Piece("depths", "bench/gpu_depths.py", "--layers 2 4", "--layers 1 2 --width 256 --tokens 1024"),
     Piece("depths-largest", "bench/gpu_depths.py", "", "--layers 1 2 --width 256 --tokens 1024"),
     Piece(

@@ -113,7 +113,13 @@ class SwiGLUMLP(nn.Module):
         self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x), self.kernels))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.kernels))
+
+
+def swiglu(gate: Tensor, up: Tensor, kernels: PointwiseKernels = EAGER) -> Tensor:
+    """silu(gate) * up."""
+    product: Tensor = _SwiGLU.apply(gate, up, kernels)
+    return product
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -8,6 +8,7 @@ log says why. All that a run needs is compiled here.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -41,8 +42,9 @@ def with_kernels(config: BagelConfig, is_fused: bool, fault: str | None = None) 
 
 def fault_of(config: BagelConfig, place: Place) -> str | None:
     """Why fused kernels can't be used for this network at this place; None if they can. Compiles them."""
+    on_gpu = place.device.type == "cuda"
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.cuda.device(place.device) if on_gpu else nullcontext():
             for name, arguments in _trials(config, place):
                 error = _error(*(getattr(pointwise_kernels(fused), name)(*arguments) for fused in (True, False)))
                 if not error <= _TOLERANCE[place.dtype]:  # also a NaN
@@ -50,7 +52,7 @@ def fault_of(config: BagelConfig, place: Place) -> str | None:
     except Exception as raised:  # whatever a compiler, a driver or a torch of another version raises
         return f"{type(raised).__name__}: {' '.join(str(raised).split())[:200]}"
     finally:
-        if place.device.type == "cuda":
+        if on_gpu:
             torch.cuda.empty_cache()
     return None
 

@@ -11,6 +11,7 @@ Shape legend: N rows, C width of a row, T tokens, H heads, D head dim.
 from __future__ import annotations
 
 import os
+import warnings
 from functools import cache
 from types import FunctionType
 from typing import Any, Callable
@@ -73,6 +74,8 @@ def _compiled(function: Callable[..., Any], constants: tuple[Any, ...]) -> Calla
         # Else each rank starts up to 32 processes for a dozen small kernels. They start when torch imports them, before
         # it reads the options of a call. Torch keeps such settings for each thread.
         inductor.compile_threads = options["compile_threads"] = 1
+    # What torch warns of without a CUDA toolkit is about powers, of which there are none here.
+    warnings.filterwarnings("ignore", message=".*libdevice")
     own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
     return torch.compile(own, fullgraph=True, options=options)
 
