@@ -20,11 +20,14 @@ from bagel_ds.model.pointwise.kernels import pointwise_kernels
 from bagel_ds.model.shape.config import BagelConfig
 
 _WHAT = "norms, rotations and SwiGLU"
-# The first is what kernels are compiled for: so many that sums over rows are split among the processors of a GPU.
 _ROWS = (2048, 0, 1, 2, 33)
+# For norms, whose sums over rows torch compiles another way from some number of rows on: 4096 on a CPU, and twice the
+# width and 5 * 2^20 elements on a GPU. A run would compile what isn't met here when it gets there.
+_ROWS_OF_NORMS = (257, 1000, 5000, 10000, 16384)
+_ELEMENTS_OF_NORMS = 2**23
 # Of norms. fp32: sums in another order. bf16: few elements lie so near a tie that they are rounded the other way. One
 # rounding that eager.py makes and a kernel leaves out is 2e-3 off, or more.
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+_TOLERANCE = {torch.float32: 3e-5, torch.bfloat16: 1e-3}
 
 
 def is_wanted(fused_kernels: bool | None, place: Place) -> bool:
@@ -76,14 +79,15 @@ def _trials(config: BagelConfig, place: Place) -> Iterator[tuple[str, tuple[Any,
     generator = torch.Generator(place.device).manual_seed(0)
     draw = partial(torch.randn, generator=generator, device=place.device, dtype=place.dtype)
     heads = {(llm.num_attention_heads, llm.head_dim), (llm.num_key_value_heads, llm.head_dim)}
-    for rows in _ROWS:
-        for shape in [(rows, llm.hidden_size), *((rows, *head) for head in heads if llm.qk_norm)]:
-            x, gradient, weight = draw(shape), draw(shape), draw(shape[-1])
+    for width in [llm.hidden_size, *([llm.head_dim] if llm.qk_norm else [])]:
+        for rows in (max(*_ROWS_OF_NORMS, _ELEMENTS_OF_NORMS // width), *_ROWS_OF_NORMS, *_ROWS):
+            x, gradient, weight = draw(rows, width), draw(rows, width), draw(width)
             yield "norm", (x, weight, llm.rms_norm_eps)
             factor = pointwise_kernels(False).norm(x, weight, llm.rms_norm_eps)[1]
             # Without the weight's where it is frozen, beside adapters.
             for wanted in ((True, True), (True, False))[: 2 * place.trains]:
                 yield "norm_backward", (gradient, x, weight, factor, wanted)
+    for rows in _ROWS:
         for head in heads:
             x, cos, sin = draw(rows, *head), *(draw(rows, llm.head_dim // 2).repeat(1, 2) for _ in range(2))
             for back in (False, True)[: 1 + place.trains]:
