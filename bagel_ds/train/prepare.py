@@ -294,7 +294,12 @@ def _with_kernels(config: RunConfig, model: BagelConfig) -> tuple[BagelConfig, s
     place = _place(config)
     if not is_wanted(config.training.fused_kernels, place):
         return with_kernels(model, False)
-    found = one_per_host_first(lambda: fault_of(model, place), "compiling fused kernels, once")
+
+    def try_them() -> str | None:
+        with waiting_for("fused kernels to be compiled and tried", "half a minute, then torch's cache has them"):
+            return fault_of(model, place)
+
+    found = one_per_host_first(try_them, "compiling fused kernels")
     fault = next((f"{fault} on {host}" for fault, host in everyone((found, socket.gethostname())) if fault), None)
     return with_kernels(model, True, fault)
 
