@@ -69,6 +69,7 @@ PIECES = (
     Piece("tests-faults", "tests/gpu/test_faults.py"),
     Piece("attention", "bench/attention.py", "", "--lengths 256 --heads 4 2 16 --rounds 2"),
     Piece("attention-sweep", "bench/attention.py", "--sweep", "--sweep --lengths 256 --heads 4 2 16 --rounds 2"),
+    Piece("pointwise", "bench/pointwise.py", "", "--tokens 64 --width 112 --inner 128 --rounds 2"),
     Piece("train-frozen-und", "bench/train_7b.py", "frozen-und", f"frozen-und {TOY_TRAINING}"),
     Piece("train-qlora", "bench/train_7b.py", "qlora", f"qlora {TOY_TRAINING}"),
     Piece("train-offload-24", "bench/train_7b.py", "offload-24", f"offload-24 {TOY_TRAINING}"),

@@ -100,11 +100,27 @@ def attention(report: Any) -> str:
     return f"{report['precision']}, heads {report['heads']}, times sdpa's speed. {'; '.join(found + missing)}"
 
 
+def pointwise(report: Any) -> str:
+    """Of each part, the speed of fused kernels beside torch's own."""
+    found = [
+        f"{name}, {direction} {one['ratio']:.2f} ({one['gb_per_second']['fused']:.0f} GB/s)"
+        for name, part in report["parts"].items()
+        for direction, one in part.items()
+    ]
+    took = ", ".join(f"{way} {ms:.1f} ms" for way, ms in report["layer"]["ms"].items())
+    return (
+        f"{report['precision']}, {report['tokens']:,} tokens, compiled and tried in "
+        f"{report['compiled_and_tried_seconds']:.0f} s. All of a layer: {took}. Times the speed of torch's own: "
+        f"{'; '.join(found)}"
+    )
+
+
 # By the script's name; tests/gpu share one.
 NUMBERS: dict[str, Numbers] = {
     "tests": tests,
     "attention": attention,
     "train_7b": train_7b,
+    "pointwise": pointwise,
     "saving": saving,
     "cost_model": cost_model,
     "nvme_step": nvme_step,

@@ -1,6 +1,7 @@
 """Forward and backward passes of our network beside the original's way, on equal weights, packs and noise.
 
-One command: `python bench/step.py [--json] [--cases TEXT ...] [--pairs 9] [--layers 2] [--threads N] [--dtype fp32]`.
+One command: `python bench/step.py [--json] [--cases TEXT ...] [--pairs 9] [--layers 2] [--threads N] [--dtype fp32]
+[--fused]`.
 A case is a kind of pack, its tokens, the network's width and its vocabulary; `--cases` takes those whose names contain
 one of the texts. Both ways take turns; a case's ratio is the median of the original's time over ours in the same pair,
 so above 1 ours is faster, with the quartiles beside it. Losses and gradients are compared before. Memory is the highest
@@ -16,6 +17,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="decoder layers (default 2)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: torch's)")
     parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="fp32", help="(default fp32)")
+    parser.add_argument("--fused", action="store_true", help="ours with fused kernels (model/pointwise)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     chosen = [case for case in CASES if any(text in str(case) for text in options.cases)]
@@ -71,16 +74,17 @@ def main() -> None:
     found = []
     for case in chosen:
         print(f"{case} ...", end="\r", file=sys.stderr, flush=True)
-        found.append(measure(case, options.pairs, options.layers, options.dtype))
+        found.append(measure(case, options.pairs, options.layers, options.dtype, options.fused))
         if not options.json:
             print(line(found[-1]), flush=True)
     if options.json:
-        report = {"threads": options.threads, "layers": options.layers, "dtype": options.dtype, "cases": found}
+        report = {"threads": options.threads, "layers": options.layers, "dtype": options.dtype}
+        report |= {"fused": options.fused, "cases": found}
         print(json.dumps(report, indent=1))
 
 
-def measure(case: Case, pairs: int, layers: int, dtype: str) -> dict[str, Any]:
-    ours, original, model = ways(case, layers, dtype)
+def measure(case: Case, pairs: int, layers: int, dtype: str, fused: bool) -> dict[str, Any]:
+    ours, original, model = ways(case, layers, dtype, fused)
     off = compared(model, ours, original)
     assert off < TOLERANCE[dtype], f"{case}: gradients are off by {off:.1e}"
     memory = [peak(run) for run in (original, ours)]
@@ -111,10 +115,10 @@ def line(found: dict[str, Any]) -> str:
     )
 
 
-def ways(case: Case, layers: int, dtype: str) -> tuple[Callable[[], Tensor], Callable[[], Tensor], Bagel]:
+def ways(case: Case, layers: int, dtype: str, fused: bool) -> tuple[Callable[[], Tensor], Callable[[], Tensor], Bagel]:
     """(ours, the original's, the network): each clears gradients, runs both passes and returns the loss."""
     torch.manual_seed(0)
-    config = scaled_config(case.width, layers, case.vocabulary)
+    config = replace(scaled_config(case.width, layers, case.vocabulary), fused_kernels=fused)
     model = Bagel(config, recompute_mode(case.recompute)).to(torch.bfloat16 if dtype == "bf16" else torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -50,6 +50,8 @@ COVERED_BY: dict[str, tuple[str, str]] = {
         "run as one network, also in reference/test_forward.py",
     ),
     "model/mot.py": ("model/test_bagel.py", "as embeddings.py"),
+    "model/pointwise/eager.py": ("model/test_layers.py", "the layers call it"),
+    "model/pointwise/kernels.py": ("model/pointwise/test_fused.py", "a record of functions, and both of its kinds"),
     "model/vit.py": ("model/test_bagel.py", "as embeddings.py"),
     "model/shape/": ("model/test_bagel.py", "counted against the network that is built from it"),
     "model_folder/crc.py": ("model_folder/test_tensor_files.py", "its only user"),

@@ -210,6 +210,11 @@ class TrainingArguments:
         "flash-attn or torch's varlen_attn, flex FlexAttention, sdpa torch's scaled_dot_product_attention",
         choices=CHOICES,
     )
+    fused_kernels: bool | None = option(
+        None,
+        "(ours) norms, rotary embeddings and SwiGLU in fused kernels, which torch compiles at the start; None means on "
+        "a GPU, if they give the values of torch's own kernels there",
+    )
     precision: str = option(
         "bf16", "(ours) bf16 with fp32 master weights, or fp32 throughout (for tests)", choices=("bf16", "fp32")
     )

@@ -5,6 +5,6 @@ ZeRO-3 can gather weights without a rank waiting for another; the same layers tr
 the package but `errors` and `units`: it knows no DeepSpeed, no data files and no arguments.
 
 Begin with batch.py (the input), bagel.py (the forward pass) and mot.py (the layers). attention/ says which token sees
-which and computes it, losses/ makes a step's loss of the outputs, shape/ describes a network and its costs as plain
-numbers without torch.
+which and computes it, pointwise/ computes what lies between matrix products, losses/ makes a step's loss of the
+outputs, shape/ describes a network and its costs as plain numbers without torch.
 """

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagel_ds.model.layers import Linear
+from bagel_ds.model.pointwise.eager import KERNELS as EAGER
+from bagel_ds.model.pointwise.kernels import PointwiseKernels
 from bagel_ds.model.shape.config import FREQUENCIES
 
 
@@ -68,9 +70,9 @@ def rope_tables(position_ids: Tensor, head_dim: int, theta: float, dtype: torch.
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+def apply_rope(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, kernels: PointwiseKernels = EAGER) -> Tensor:
     """Rotary embedding, rotate-half form (first half against second half); tables from `rope_tables`."""
-    rotated: Tensor = _Rotated.apply(x_THD, cos_TD, sin_TD)
+    rotated: Tensor = _Rotated.apply(x_THD, cos_TD, sin_TD, kernels)
     return rotated
 
 
@@ -78,20 +80,10 @@ class _Rotated(torch.autograd.Function):
     """Its backward pass turns by the opposite angles."""
 
     @staticmethod
-    def forward(ctx: Any, x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-        ctx.tables = cos_TD, sin_TD
-        return _rotate(x_THD, cos_TD, sin_TD, 1.0)
+    def forward(ctx: Any, x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, kernels: PointwiseKernels) -> Tensor:
+        ctx.tables, ctx.kernels = (cos_TD, sin_TD), kernels
+        return kernels.rotate(x_THD, cos_TD, sin_TD, back=False)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        cos_TD, sin_TD = ctx.tables
-        return _rotate(gradient, cos_TD, sin_TD, -1.0), None, None
-
-
-def _rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor, direction: float) -> Tensor:
-    half = x_THD.shape[-1] // 2
-    sin_T1D = sin_TD[:, None, :half]  # both halves of the tables are equal
-    rotated = x_THD * cos_TD[:, None]
-    rotated[..., :half].addcmul_(x_THD[..., half:], sin_T1D, value=-direction)
-    rotated[..., half:].addcmul_(x_THD[..., :half], sin_T1D, value=direction)
-    return rotated
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        return ctx.kernels.rotate(gradient, *ctx.tables, back=True), None, None, None

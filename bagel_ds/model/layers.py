@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bagel_ds.model.pointwise.eager import KERNELS as EAGER
+from bagel_ds.model.pointwise.kernels import PointwiseKernels
 from bagel_ds.model.shape.lora import LoRA
 
 
@@ -55,14 +57,14 @@ class Embedding(nn.Embedding):
 class RMSNorm(nn.Module):
     """x * rsqrt(mean(x^2) + eps) in fp32, back to the input's dtype, then times the weight (in this order)."""
 
-    def __init__(self, width: int, eps: float):
+    def __init__(self, width: int, eps: float, kernels: PointwiseKernels = EAGER):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.eps = eps
+        self.eps, self.kernels = eps, kernels
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width], in the weight's dtype."""
-        normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        normed: Tensor = _RMSNorm.apply(x, self.weight, self.eps, self.kernels)
         return normed
 
 
@@ -70,27 +72,16 @@ class _RMSNorm(torch.autograd.Function):
     """Keeps the input and each row's factor, where torch's own would keep four tensors of the input's size."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x_fp32 = x.float()
-        factor = torch.linalg.vecdot(x_fp32, x_fp32).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, kernels: PointwiseKernels) -> Tensor:
+        normed, factor = kernels.norm(x, weight, eps)
         ctx.save_for_backward(x, weight, factor)
-        normed = x_fp32 * factor
-        return normed.mul_(weight) if x.dtype == weight.dtype == torch.float32 else normed.to(x.dtype) * weight
+        ctx.kernels = kernels
+        return normed
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        x, weight, factor = ctx.saved_tensors
-        x_fp32, width = x.float(), x.shape[-1]
-        product = gradient * x_fp32  # fp32
-        grad_weight = grad_x = None
-        if ctx.needs_input_grad[1]:
-            rows = product.view(-1, width)
-            grad_weight = (rows.T @ factor.view(-1)).to(weight.dtype)
-        if ctx.needs_input_grad[0]:
-            along = (product @ weight.float()).unsqueeze(-1)
-            grad_x = torch.mul(gradient, weight, out=product if x.dtype == torch.float32 else None).float()
-            grad_x = grad_x.addcmul_(x_fp32, along.mul_(factor).mul_(factor).div_(-width)).mul_(factor).to(x.dtype)
-        return grad_x, grad_weight, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        return *ctx.kernels.norm_backward(gradient, *ctx.saved_tensors, wanted), None, None
 
 
 class GELUMLP(nn.Module):
@@ -108,11 +99,38 @@ class GELUMLP(nn.Module):
 class SwiGLUMLP(nn.Module):
     """down(silu(gate(x)) * up(x)), no biases: Qwen2's MLP."""
 
-    def __init__(self, width: int, hidden: int, linear: Callable[..., Linear] = Linear):
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        linear: Callable[..., Linear] = Linear,
+        kernels: PointwiseKernels = EAGER,
+    ):
         super().__init__()
         self.gate_proj = linear(width, hidden, bias=False)
         self.up_proj = linear(width, hidden, bias=False)
         self.down_proj = linear(hidden, width, bias=False)
+        self.kernels = kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.kernels))
+
+
+def swiglu(gate: Tensor, up: Tensor, kernels: PointwiseKernels = EAGER) -> Tensor:
+    """silu(gate) * up."""
+    product: Tensor = _SwiGLU.apply(gate, up, kernels)
+    return product
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps gate and up, and computes silu(gate) again, which torch's own would also keep."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, kernels: PointwiseKernels) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.kernels = kernels
+        return kernels.swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        return *ctx.kernels.swiglu_backward(gradient, *ctx.saved_tensors), None

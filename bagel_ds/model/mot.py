@@ -20,6 +20,7 @@ from bagel_ds.model.embeddings import apply_rope
 from bagel_ds.model.layers import Embedding, RMSNorm, SwiGLUMLP
 from bagel_ds.model.losses.head import CrossEntropyHead
 from bagel_ds.model.permutation import permuted
+from bagel_ds.model.pointwise.kernels import pointwise_kernels
 from bagel_ds.model.quantized import linear_layer
 from bagel_ds.model.recompute import Recompute
 from bagel_ds.model.shape.config import BagelConfig
@@ -83,6 +84,7 @@ class MoTAttention(TwoExperts):
         self.head_dim = llm.head_dim
         self.qk_norm = llm.qk_norm
         linear = linear_layer(config)
+        self.kernels = pointwise_kernels(config.fused_kernels)
         for suffix in ("", GEN):
             self.add_module("q_proj" + suffix, linear(llm.hidden_size, llm.num_attention_heads * llm.head_dim))
             self.add_module("k_proj" + suffix, linear(llm.hidden_size, llm.num_key_value_heads * llm.head_dim))
@@ -91,12 +93,14 @@ class MoTAttention(TwoExperts):
                 "o_proj" + suffix, linear(llm.num_attention_heads * llm.head_dim, llm.hidden_size, bias=False)
             )
             if llm.qk_norm:
-                self.add_module("q_norm" + suffix, RMSNorm(llm.head_dim, llm.rms_norm_eps))
-                self.add_module("k_norm" + suffix, RMSNorm(llm.head_dim, llm.rms_norm_eps))
+                self.add_module("q_norm" + suffix, RMSNorm(llm.head_dim, llm.rms_norm_eps, self.kernels))
+                self.add_module("k_norm" + suffix, RMSNorm(llm.head_dim, llm.rms_norm_eps, self.kernels))
 
     def forward(self, x: Experts, geometry: PackGeometry, cache: LayerCache | None) -> Experts:
-        q_THD = apply_rope(self._heads("q", x, geometry), geometry.cos_TD, geometry.sin_TD)
-        k_TKD = apply_rope(self._heads("k", x, geometry), geometry.cos_TD, geometry.sin_TD)
+        q_THD, k_TKD = (
+            apply_rope(self._heads(which, x, geometry), geometry.cos_TD, geometry.sin_TD, self.kernels)
+            for which in ("q", "k")
+        )
         v_TKD = self._heads("v", x, geometry)
         if cache is not None:
             k_TKD, v_TKD = cache.extend(k_TKD, v_TKD)
@@ -119,11 +123,12 @@ class MoTLayer(TwoExperts):
         super().__init__(config)
         self.layers_after = layers_after  # whose backward passes come before this one's
         llm = config.llm
+        width, eps, kernels = llm.hidden_size, llm.rms_norm_eps, pointwise_kernels(config.fused_kernels)
         self.self_attn = MoTAttention(config)
         for suffix in ("", GEN):
-            self.add_module("mlp" + suffix, SwiGLUMLP(llm.hidden_size, llm.intermediate_size, linear_layer(config)))
-            self.add_module("input_layernorm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps))
-            self.add_module("post_attention_layernorm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps))
+            self.add_module("mlp" + suffix, SwiGLUMLP(width, llm.intermediate_size, linear_layer(config), kernels))
+            self.add_module("input_layernorm" + suffix, RMSNorm(width, eps, kernels))
+            self.add_module("post_attention_layernorm" + suffix, RMSNorm(width, eps, kernels))
 
     def forward(
         self, x_UC: Tensor, x_GC: Tensor, geometry: PackGeometry, cache: LayerCache | None = None
@@ -143,7 +148,8 @@ class MoTModel(TwoExperts):
         self.embed_tokens = Embedding(llm.vocab_size, llm.hidden_size)
         self.layers = nn.ModuleList(MoTLayer(config, after) for after in reversed(range(llm.num_hidden_layers)))
         for suffix in ("", GEN):
-            self.add_module("norm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps))
+            kernels = pointwise_kernels(config.fused_kernels)
+            self.add_module("norm" + suffix, RMSNorm(llm.hidden_size, llm.rms_norm_eps, kernels))
 
     def forward(
         self, x: Experts, geometry: PackGeometry, recompute: Recompute, caches: Sequence[LayerCache] = ()

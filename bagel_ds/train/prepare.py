@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import socket
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
@@ -33,6 +34,7 @@ from bagel_ds.machine.waiting import waiting_for
 from bagel_ds.memory.planner import MemoryPlan
 from bagel_ds.model.attention.choice import Place, choose_attention
 from bagel_ds.model.bagel import Bagel
+from bagel_ds.model.pointwise.choice import fault_of, is_wanted, with_kernels
 from bagel_ds.model.shape.config import BagelConfig, VAEConfig
 from bagel_ds.model.shape.parts import Freezing, trains_by_name
 from bagel_ds.model.vae import AutoEncoder
@@ -43,6 +45,7 @@ from bagel_ds.train.process.stop import forget_stops
 from bagel_ds.train.ranks.agreement import (
     check_equal,
     check_shared_folder,
+    everyone,
     hosts,
     is_main,
     local_rank,
@@ -97,6 +100,7 @@ def prepare(config: RunConfig) -> Prepared:
     model, vae = one_per_host_first(lambda: _open_model(config, model_folder, start), "opening the model folder")
     with waiting_for("attention kernels to be tried", "a minute if FlexAttention is compiled"):
         model, attention_note = together(lambda: _with_attention(config, model))
+    model, kernels_note = _with_kernels(config, model)
     world, here = dist.get_world_size(), hosts().local_size
     zero = together(lambda: fit_to_network(ds_config, model, config.training, world))
     drive_notes = one_per_host_first(lambda: _ready_nvme(config, zero), "preparing its folder on NVMe")
@@ -124,7 +128,7 @@ def prepare(config: RunConfig) -> Prepared:
     # Before anything is loaded: is the resumed run's place one in this run's plan?
     together(lambda: data.place(place))
     check_equal({"the data plan (files, rows, options)": data.fingerprint, "the start": str(start)})
-    notes = [*ds_notes, attention_note, *drive_notes, *_crowding(config)]
+    notes = [*ds_notes, attention_note, kernels_note, *drive_notes, *_crowding(config)]
     notes += together(lambda: _set_aside(config, saved, start) if is_main() else [])
     return Prepared(
         ds_config=ds_config,
@@ -276,10 +280,28 @@ def _open_model(config: RunConfig, path: Path, start: StartPoint) -> tuple[Bagel
     return bagel_config(config, folder, None if start.pretrained else weights, vae.config), vae
 
 
-def _with_attention(config: RunConfig, model: BagelConfig) -> tuple[BagelConfig, str]:
+def _place(config: RunConfig) -> Place:
     device = torch.device("cuda", torch.cuda.current_device()) if uses_cuda() else torch.device("cpu")
-    dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
-    return choose_attention(model, config.attention, Place(device, dtype, trains=True))
+    return Place(device, torch.bfloat16 if config.training.precision == "bf16" else torch.float32, trains=True)
+
+
+def _with_attention(config: RunConfig, model: BagelConfig) -> tuple[BagelConfig, str]:
+    return choose_attention(model, config.attention, _place(config))
+
+
+def _with_kernels(config: RunConfig, model: BagelConfig) -> tuple[BagelConfig, str]:
+    """The same kernels on all ranks; the first rank of a host compiles them, the others find them in torch's cache."""
+    place = _place(config)
+    if not is_wanted(config.training.fused_kernels, place):
+        return with_kernels(model, False)
+
+    def try_them() -> str | None:
+        with waiting_for("fused kernels to be compiled and tried", "half a minute, then torch's cache has them"):
+            return fault_of(model, place)
+
+    found = one_per_host_first(try_them, "compiling fused kernels")
+    fault = next((f"{fault} on {host}" for fault, host in everyone((found, socket.gethostname())) if fault), None)
+    return with_kernels(model, True, fault)
 
 
 def trainable(config: RunConfig, model: BagelConfig) -> Callable[[str], bool]:

@@ -31,7 +31,7 @@ gradient_accumulation_steps
 peak_device_tflops freeze_llm freeze_vit freeze_vae freeze_und copy_init_moe use_flex lora_rank lora_alpha lora_dropout
 lora_targets base_precision num_replicate num_shard
 sharding_strategy backward_prefetch cpu_offload ds_config nvme_path ignore_memory_plan ema_every ema_dtype attn
-precision activation_checkpointing save_dtype
+fused_kernels precision activation_checkpointing save_dtype
 """.split()
 
 

@@ -1,9 +1,10 @@
 """Runs `bagel_ds.train.main` once per case in the same processes; started by cases.py.
 
 Arguments: a JSON file with a list of cases {name, arguments, directory?, on_rank_1?, faults?} and a folder for the
-results (<name>.rank<r>.json with code and output). `on_rank_1` may hold arguments, directory and versions {package:
-version} that only rank 1 sees; `faults` are those of faulty_train.py. What a case leaves unset is as it is for a launch
-of its own. On a GPU the peaks of a case's memory are its own, but for what engines before it may have left.
+results (<name>.rank<r>.json with code and output). `on_rank_1` may hold arguments, directory, versions {package:
+version} and a kernels_fault (of the trial of fused kernels) that only rank 1 sees; `faults` are those of
+faulty_train.py. What a case leaves unset is as it is for a launch of its own. On a GPU the peaks of a case's memory are
+its own, but for what engines before it may have left.
 """
 
 from __future__ import annotations
@@ -74,7 +75,8 @@ def run(case: dict) -> tuple[int, str]:
     os.chdir(case.get("directory", os.getcwd()))
     with redirect_stdout(printed), redirect_stderr(printed):
         patched = mock.patch.object(prepare, "compared_versions", lambda: {**real(), **versions})
-        with patched, going_wrong(case.get("faults", [])):
+        tried = (lambda *_: case["kernels_fault"]) if "kernels_fault" in case else prepare.fault_of
+        with patched, mock.patch.object(prepare, "fault_of", tried), going_wrong(case.get("faults", [])):
             try:
                 code = train.main(case["arguments"])
             except SystemExit as end:

@@ -15,13 +15,15 @@ from bagel_ds.model.attention.choice import Heads, Place, fault_of
 from bagel_ds.model.attention.layout import AttentionLayout
 from bagel_ds.model.batch import CAUSAL, FULL, NOISE
 from bagel_ds.model.offload import OffloadedInputs
+from bagel_ds.model.pointwise.choice import fault_of as fused_fault
 from bagel_ds.model.quantized import dequantize, quantize
 from bagel_ds.model.recompute import MODES, recompute, recompute_mode
+from bagel_ds.model.shape.config import BagelConfig
 from bagel_ds.model.shape.quantization import QUANTIZATIONS, Quantization
 from bagel_ds.model.vae import SpatialAttention
 from tests.gpu.launches import DEVICE, REHEARSED, only_on_a_gpu
 from tests.model.attention.structures import dense, drawn, with_gradients
-from tests.model.test_bagel import loss_of, pack, tiny
+from tests.model.test_bagel import TINY, loss_of, pack, tiny
 from tests.model.test_offload import built
 from tests.model.test_offload import loss_of as loss_of_pack
 
@@ -31,8 +33,8 @@ def exact_matmul() -> None:
     choose_kernels("fp32")
 
 
-def gradients(mode: str, device: str) -> dict[str, torch.Tensor]:
-    model, batch = copy.deepcopy(tiny()).to(device), pack(6, [0, 1, 2], drawn=(3, 4)).to(device)
+def gradients(mode: str, device: str, **changes: bool) -> dict[str, torch.Tensor]:
+    model, batch = copy.deepcopy(tiny(**changes)).to(device), pack(6, [0, 1, 2], drawn=(3, 4)).to(device)
     model.recompute = recompute_mode(mode)
     output = model(batch, torch.zeros(len(batch.vae_indexes), 64, device=device))
     (output.ce.sum() + output.mse.sum()).backward()
@@ -149,6 +151,24 @@ def test_kernels_equal_a_dense_mask(backend: str, dtype: torch.dtype, heads: Hea
 def test_torchs_own_flash_kernels_work_here(heads: Heads) -> None:
     """Not skipped, so that a torch whose function has changed is noticed."""
     assert fault_of("flash_torch", heads, Place(torch.device("cuda"), torch.bfloat16, True)) is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in modules that torch's compiler imports
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_kernels_give_what_torchs_own_give(dtype: torch.dtype) -> None:
+    """Not skipped, so that a torch that no longer compiles them is noticed. On a GPU in the 7B's widths."""
+    config = TINY if REHEARSED else BagelConfig()
+    assert fused_fault(config, Place(torch.device(DEVICE), dtype, True)) is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("mode", MODES)
+def test_fused_kernels_train_as_torchs_own(mode: str) -> None:
+    """Also in the threads in which a GPU's backward passes run."""
+    on_cpu, on_gpu = gradients("none", "cpu"), gradients(mode, DEVICE, fused_kernels=True)
+    for name, expected in on_cpu.items():
+        scale = float(expected.abs().max())
+        assert float((on_gpu[name] - expected).abs().max()) <= 1e-4 * scale + 1e-7, name
 
 
 @only_on_a_gpu

@@ -1,4 +1,4 @@
-"""The normalization and the rotary embedding have the values and gradients of their plain forms."""
+"""The normalization, the rotary embedding and SwiGLU have the values and gradients of their plain forms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bagel_ds.model.embeddings import apply_rope, rope_tables
-from bagel_ds.model.layers import RMSNorm
+from bagel_ds.model.layers import RMSNorm, swiglu
 
 SHAPES = [(0, 8), (1, 8), (33, 64), (17, 3, 16)]
 
@@ -61,6 +61,39 @@ def test_a_norm_keeps_its_input_and_no_copy_of_it() -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         norm(x)
     assert sum(kept) == 33 * 4
+
+
+def test_a_norm_takes_tensors_in_any_order_in_memory() -> None:
+    norm, x, weights = norm_of(16, torch.float32), drawn(17, 3, 16), drawn(17, 3, 16).detach()
+    results = []
+    for order in (lambda t: t, lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)):
+        inputs = order(x.detach()).requires_grad_()
+        results.append(torch.autograd.grad(norm(inputs), (inputs, norm.weight), order(weights)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [0, 1, 29])
+def test_swiglu_is_its_plain_form_to_the_last_bit(rows: int, dtype: torch.dtype) -> None:
+    gate, up, weights = drawn(rows, 24, dtype=dtype), drawn(rows, 24, dtype=dtype), drawn(rows, 24, dtype=dtype)
+    found, expected = swiglu(gate, up), torch.nn.functional.silu(gate) * up
+    assert torch.equal(found, expected)
+    ours, plain = (torch.autograd.grad(each, (gate, up), weights.detach()) for each in (found, expected))
+    assert all(torch.equal(one, other) for one, other in zip(ours, plain, strict=True))
+
+
+def test_swiglu_keeps_its_inputs_and_nothing_else() -> None:
+    gate, up = drawn(33, 24), drawn(33, 24)
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        swiglu(gate, up)
+    assert kept == [gate.data_ptr(), up.data_ptr()]
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])

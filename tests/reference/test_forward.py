@@ -50,17 +50,19 @@ class Watched:
         return hook
 
 
-def run(stem: str, mode: Any = keep) -> tuple[Watched, Bagel, dict[str, Tensor]]:
+def run(stem: str, mode: Any = keep, fused: bool = False) -> tuple[Watched, Bagel, dict[str, Tensor]]:
     info, recorded = read_json(stem), tensors(stem)
-    model = loaded_model(reference() / "model", timestep_shift=info["timestep_shift"])
+    model = loaded_model(reference() / "model", timestep_shift=info["timestep_shift"], fused_kernels=fused)
     model.recompute = mode
     batch, latents = recorded_batch(recorded, info, model.config)
     return Watched(model, batch, latents), model, recorded
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in modules that torch's compiler imports
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("stem", FORWARD)
-def test_losses_equal_the_recording(stem: str) -> None:
-    watched, _, recorded = run(stem)
+def test_losses_equal_the_recording(stem: str, fused: bool) -> None:
+    watched, _, recorded = run(stem, fused=fused)
     compared = 0
     for name, found in (("out.ce", watched.output.ce), ("out.mse", watched.output.mse)):
         if name in recorded:
@@ -81,12 +83,14 @@ def test_hidden_states_and_inner_activations_equal_the_recording(stem: str) -> N
         assert relative(watched.seen[name.removeprefix("dbg.")], recorded[name]) <= 1e-5, name
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in modules that torch's compiler imports
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("stem", GRADIENTS)
-def test_gradients_equal_the_recording(stem: str, mode: str) -> None:
+def test_gradients_equal_the_recording(stem: str, mode: str, fused: bool) -> None:
     """With and without activation checkpointing; loss = ce.mean() * 0.25 + mse.mean(-1).mean()."""
     expected = tensors(stem)
-    watched, model, _ = run(stem.removesuffix("_grads"), recompute_mode(mode))
+    watched, model, _ = run(stem.removesuffix("_grads"), recompute_mode(mode), fused)
     (watched.output.ce.mean() * 0.25 + watched.output.mse.mean(-1).mean()).backward()
     largest = max(float(tensor.abs().max()) for tensor in expected.values())
     compared = 0

@@ -49,7 +49,7 @@ def activations(config: BagelConfig, pack: PackShape, mode: str, dtype_bytes: in
     # What attention reads. Segments with a prefix have it in copies of their own, as many again on average. In fp32 a
     # GPU has no kernel that shares them between heads (attention/sdpa.py).
     attended = 2 * width if dtype_bytes == 4 else 4 * keys
-    saved = share * (14 * width + 2 * keys + attended + 8 * inner)  # of one layer
+    saved = share * (14 * width + 2 * keys + attended + 6 * inner)  # of one layer
     transient = share * (4 * width + 4 * inner)
     products = share * (8 * width + 4 * keys + 4 * inner) + 4 * llm.num_attention_heads
     vit_saved = share * (15 * vit.hidden_size + 4 * vit.intermediate_size) + 3 * vit.hidden_size

@@ -67,8 +67,8 @@ class VAEConfig:
 
 @dataclass(frozen=True)
 class BagelConfig:
-    """The whole network; those from `visual_gen` to `attention` change the computation, not
-    the tensors."""
+    """The whole network; those from `visual_gen` to `fused_kernels` change the computation,
+    not the tensors."""
 
     llm: LLMConfig = LLMConfig()
     vit: ViTConfig = ViTConfig()
@@ -82,6 +82,7 @@ class BagelConfig:
     freeze_und: bool = False
     attention: str = DEFAULT_BACKEND  # a name of BACKENDS in model/attention/backends.py; the result is the same
     vit_attention: str = DEFAULT_BACKEND  # likewise
+    fused_kernels: bool = False  # of norms, rotations and SwiGLU (model/pointwise); the result is the same
     lora: LoRA | None = None
 
     def unquantized(self) -> BagelConfig:
