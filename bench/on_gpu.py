@@ -67,6 +67,7 @@ PIECES = (
     Piece("tests-saving", "tests/gpu/test_saving.py"),
     Piece("tests-offload", "tests/gpu/test_offload.py"),
     Piece("tests-faults", "tests/gpu/test_faults.py"),
+    Piece("tests-allocators", "tests/gpu/test_allocators.py"),
     Piece("attention", "bench/attention.py", "", "--lengths 256 --heads 4 2 16 --rounds 2"),
     Piece("attention-sweep", "bench/attention.py", "--sweep", "--sweep --lengths 256 --heads 4 2 16 --rounds 2"),
     Piece("pointwise", "bench/pointwise.py", "", "--tokens 64 --width 112 --inner 128 --rounds 2"),
