@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tensorboard.summary.writer import event_file_writer
 
 from bagel_ds.train.metrics.console import setup_logging
 from bagel_ds.train.metrics.log import MetricsLog
@@ -88,7 +89,11 @@ def test_none_is_left_out_and_non_finite_numbers_are_null(tmp_path: Path) -> Non
     assert step == 0 and math.isnan(value)
 
 
-def test_after_a_resume_both_continue_from_the_checkpoints_step(tmp_path: Path) -> None:
+def test_after_a_resume_both_continue_from_the_checkpoints_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Files of one second and process are read in the order of their numbers as text, where 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     with closing(MetricsLog(tmp_path, 0)) as metrics:
         for step in range(6):
             metrics.log(step, {"loss/mse": 1.0})
