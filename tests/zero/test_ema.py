@@ -167,5 +167,5 @@ def test_a_full_nvme_disk_is_a_message(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     partitions: Any = OneGroup(masters(1)[0])
-    with pytest.raises(UserError, match="--nvme_path: .*moving average .No space left on device"):
+    with pytest.raises(UserError, match="--nvme_path: .*EMA .No space left on device"):
         ShardedEMA(partitions, EMAOptions(0.9, folder=tmp_path))

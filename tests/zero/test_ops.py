@@ -80,7 +80,7 @@ def test_a_build_that_lasts_is_said_to_last(
 ) -> None:
     monkeypatch.setattr(waiting, "FIRST", 0.0)
     ended = threading.Event()
-    monkeypatch.setattr(waiting.logger, "info", lambda text, *rest: "to be compiled" in text % rest and ended.set())
+    monkeypatch.setattr(waiting.logger, "log", lambda _, text, *rest: "to be compiled" in text % rest and ended.set())
     build([op(lambda: ended.wait(60))])
     assert ended.is_set()
 
