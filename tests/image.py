@@ -56,11 +56,10 @@ class Image:
 
     def bootstrap(self) -> str | None:
         """FROM, with Debian in CUDA's place. Returns why that can't be had, such as a mirror out of reach, or None."""
-        mirror = _mirror()
-        command = ["debootstrap", "--variant=minbase", SUITE, str(self.root), mirror]
+        command = ["debootstrap", "--variant=minbase", SUITE, str(self.root), *_mirror()]
         ran = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
         if ran.returncode != 0:
-            return f"debootstrap from {mirror}: {(ran.stdout + ran.stderr).strip().splitlines()[-1]}"
+            return f"{shlex.join(command)}: {(ran.stdout + ran.stderr).strip().splitlines()[-1]}"
         for name in ("resolv.conf", "hosts"):
             shutil.copyfile(f"/etc/{name}", self.root / "etc" / name)
         apt = subprocess.run(["apt-config", "dump", "Acquire"], capture_output=True, text=True, check=True).stdout
@@ -129,12 +128,12 @@ class Image:
                 shutil.copy(source, target / name if names[-1].endswith("/") else target)
 
 
-def _mirror() -> str:
-    """Where this machine's apt finds Debian."""
+def _mirror() -> list[str]:
+    """Where this machine's apt finds Debian; nothing if it doesn't say, for debootstrap's own mirror."""
     lists = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
     text = "\n".join(path.read_text() for path in lists if path.is_file())
     found = re.search(r"^(?:URIs:|deb(?: \[.*\])?)\s+(\S+/debian)/?(?:\s|$)", text, re.MULTILINE)
-    return found[1] if found else "http://deb.debian.org/debian"
+    return [found[1]] if found else []
 
 
 def _pip_settings() -> tuple[dict[str, str], dict[str, Path]]:
